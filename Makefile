@@ -1,0 +1,123 @@
+# expexp: the commands of the project. `make` alone lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+SHELL := /bin/sh
+.SHELLFLAGS := -eu -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+.PHONY: help run test check matrix clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	echo
+	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (for run: flags of expexp, for test: of pytest)"
+
+# What `make run` and the virtual environment need to say when something is missing.
+define python_is_new_enough
+if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
+	echo "expexp needs Python 3.9 or newer, which '$(PYTHON)' is not." >&2
+	echo "Name one that is, for example: make $@ PYTHON=python3.11" >&2
+	exit 1
+fi
+endef
+
+define say_what_is_missing
+echo >&2
+echo "No virtual environment could be made in $(VENV) with '$(PYTHON)': its modules venv and ensurepip" >&2
+echo "(which brings pip) are needed, and a package registry within reach." >&2
+echo "  Debian, Ubuntu:  apt install python3-venv" >&2
+echo "  RHEL, Fedora:    dnf install python3-pip" >&2
+echo "To run expexp no virtual environment is needed, only PyYAML:" >&2
+echo "  Debian, Ubuntu:  apt install python3-yaml" >&2
+echo "  RHEL, Fedora:    dnf install python3-pyyaml" >&2
+exit 1
+endef
+
+run: ## start expexp on port 9999 with expexp.yaml.example
+	@$(python_is_new_enough)
+	python="$(PYTHON)"
+	if ! $$python -c 'import yaml' 2>/dev/null; then
+		python="$(VENV)/bin/python"
+		$(MAKE) $(VENV)/bin/python
+		if ! $$python -c 'import yaml' 2>/dev/null; then
+			echo "PyYAML is missing: getting it into $(VENV)"
+			if ! $$python -m pip install -qq --disable-pip-version-check PyYAML; then
+				$(say_what_is_missing)
+			fi
+		fi
+	fi
+	echo "Addresses to try, with a browser or with curl (Ctrl-C ends):"
+	echo "  http://localhost:9999/                            all modules"
+	echo "  http://localhost:9999/proxy?module=demo_script    a command's output"
+	echo "  http://localhost:9999/proxy?module=demo_file      a file"
+	echo "  http://localhost:9999/proxy?module=self           an exporter over HTTP: expexp's own"
+	echo "  http://localhost:9999/metrics                     what expexp counts about itself"
+	exec $$python expexp.py -config expexp.yaml.example -log.level=info $(ARGS)
+
+test: $(VENV)/.dev ## run the tests (ARGS='-k name' chooses some)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## lint, format, types, and the gates of the file itself
+	@bin="$(VENV)/bin"
+	echo "ruff check" && $$bin/ruff check .
+	echo "ruff format --check" && $$bin/ruff format --check .
+	echo "mypy --strict" && $$bin/mypy --strict
+	echo "gates of expexp.py" && $$bin/python test_expexp.py
+
+# Prints "3.9 /path/of/python3.9" for a CPython that we support, and nothing for any other.
+describe_python := import sys; v = sys.version_info; \
+	v >= (3, 9) and sys.implementation.name == "cpython" and print("3.%d" % v[1], sys.executable)
+
+matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv)
+	@work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	{
+		ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python3 2>/dev/null || :
+		minor=9
+		while [ $$minor -le 50 ]; do command -v "python3.$$minor" || :; minor=$$((minor + 1)); done
+		command -v $(PYTHON) || :
+	} > "$$work/candidates"
+	while read -r python; do
+		"$$python" -c '$(describe_python)' < /dev/null 2>/dev/null || :
+	done < "$$work/candidates" | awk '!seen[$$1]++' | sort -t . -k 2 -n > "$$work/pythons"
+	if [ ! -s "$$work/pythons" ]; then echo "no Python from 3.9 found" >&2; exit 1; fi
+	failed=0
+	while read -r version python; do
+		echo "Python $$version: $$python"
+		if $(MAKE) test VENV=.venv-$$version PYTHON="$$python" \
+			ARGS='-q -m "not peer" $(ARGS)' < /dev/null > "$$work/log" 2>&1; then
+			verdict=passed
+		else
+			verdict=FAILED
+			failed=1
+			cat "$$work/log"
+		fi
+		closing=$$(grep -E '^(=+ )?[0-9]+ .* in [0-9.]+s' "$$work/log" | tail -n 1 || :)
+		printf 'Python %-5s %s: %s\n' "$$version" "$$verdict" "$${closing:-no tests were run}" >> "$$work/summary"
+	done < "$$work/pythons"
+	echo
+	cat "$$work/summary"
+	exit $$failed
+
+clean: ## remove virtual environments and caches
+	@rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	rm -rf __pycache__ bench/__pycache__ expexp.egg-info build dist
+
+# The tools that pyproject.toml pins as its "dev" extra, one on each line.
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	@echo "Installing the test tools into $(VENV)"
+	sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml > $(VENV)/dev-requirements.txt
+	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r $(VENV)/dev-requirements.txt
+	touch $@
+
+$(VENV)/bin/python:
+	@$(python_is_new_enough)
+	echo "Making the virtual environment $(VENV)"
+	if ! $(PYTHON) -m venv --clear $(VENV); then
+		rm -rf $(VENV)
+		$(say_what_is_missing)
+	fi
