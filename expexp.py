@@ -66,7 +66,6 @@ import logging
 import math
 import os
 import platform
-import posixpath
 import queue
 import re
 import resource
@@ -89,14 +88,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import (
-    Any,
-    Callable,
-    Final,
-    NamedTuple,
-    Union,
-    cast,
-)
+from typing import Any, Callable, Final, NamedTuple, Union, cast
 
 try:
     import yaml
@@ -125,6 +117,7 @@ HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
+TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: a header's name
 
 
 def limit(default: float, why: str) -> Any:
@@ -169,10 +162,16 @@ class Limits:
 # table from which statuses, counters and the README's list of failures come.
 
 ALL_METHODS: Final = ("http", "exec", "file")
-COMMAND_FAILS: Final = "expexp_command_fails_total"
-TIMEOUT_ERRORS: Final = "expexp_proxy_timeout_errors_total"
-MALFORMED_ERRORS: Final = "expexp_malformed_content_errors_total"
-FILE_FAILS: Final = "expexp_file_fails_total"
+
+
+def rows(table: str) -> list[list[str]]:
+    """The cells of a table in a text, which two blanks or more separate."""
+    return [re.split(" {2,}", line) for line in table.strip().splitlines()]
+
+
+def names_of(cell: str) -> tuple[str, ...]:
+    """The names in a cell of such a table; `-` is none."""
+    return tuple(cell.strip("-").split())
 
 
 class Reason(NamedTuple):
@@ -181,27 +180,27 @@ class Reason(NamedTuple):
     name: str
     status: int  # of the answer; 0: the target's, or none any more
     methods: tuple[str, ...]  # of the modules that can fail this way; none: there is no module
-    counter: str  # of the original, to be raised as well
+    counters: tuple[str, ...]  # of the original, expexp_..._total, to be raised as well
     documentation: str
 
 
 REASONS: Final = {
-    name: Reason(name, status, tuple(methods.split()), counter, documentation)
-    for name, status, methods, counter, documentation in (
-        ("bad_arguments", 400, "http exec", "", "no module; args or params malformed or refused"),
-        ("unknown_module", 404, "", "", 'counted under module="unknown"'),
-        ("malformed", 500, "http exec file", MALFORMED_ERRORS, "not verified, gzip broken"),
-        ("command", 500, "exec", COMMAND_FAILS, "not started, exit status not 0, killed"),
-        ("file", 500, "file", FILE_FAILS, "missing, unreadable, no regular file or FIFO"),
-        ("unreachable", 502, "http", "", "name not resolved, refused, reset, TLS"),
-        ("truncated", 502, "http", "", "less than announced, invalid chunks"),
-        ("protocol", 502, "http", "", "not HTTP, endless or oversized headers, a 1xx"),
-        ("too_large", 502, "http exec file", "", "body, decoded body or output over its limit"),
-        ("busy", 503, "http exec file", "", "too many bodies in memory"),
-        ("timeout", 504, "http exec file", TIMEOUT_ERRORS, "the deadline, wherever it struck"),
-        ("status", 0, "http", "", "other than 200: passed on as it is"),
-        ("aborted", 0, "http", "", "failed after the status was sent: connection reset"),
-    )
+    name: Reason(name, int(status), names_of(methods), names_of(counters), documentation)
+    for name, status, methods, counters, documentation in rows("""
+bad_arguments   400  http exec       -                         no module; args or params refused
+unknown_module  404  -               -                         counted under module="unknown"
+malformed       500  http exec file  malformed_content_errors  not verified, gzip broken
+command         500  exec            command_fails             not started, status not 0, killed
+file            500  file            file_fails                missing, unreadable, no file or FIFO
+unreachable     502  http            -                         not resolved, refused, reset, TLS
+truncated       502  http            -                         less than announced, invalid chunks
+protocol        502  http            -                         not HTTP, endless headers, a 1xx
+too_large       502  http exec file  -                         body, decoded body, output over limit
+busy            503  http exec file  -                         too many bodies in memory
+timeout         504  http exec file  proxy_timeout_errors      the deadline, wherever it struck
+status            0  http            -                         other than 200: passed on as it is
+aborted           0  http            -                         after the status was sent: reset
+    """)
 }
 
 
@@ -276,15 +275,6 @@ class Secret:
     def reveal(self) -> str:
         """The text itself."""
         return self._text
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both hide the same text, in time that does not depend on where they differ."""
-        return isinstance(other, Secret) and hmac.compare_digest(
-            self._text.encode("utf-8", "surrogateescape"),
-            other._text.encode("utf-8", "surrogateescape"),
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         """Always the same, whatever is inside."""
@@ -875,42 +865,32 @@ class Declaration(NamedTuple):
     documentation: str
 
 
-DURATION: Final = "expexp_proxy_duration_seconds"
-ERRORS: Final = "expexp_proxy_errors_total"
-FAILURES: Final = "expexp_proxy_failures_total"
-COMMAND_STARTS: Final = "expexp_command_starts_total"
-REQUESTS: Final = "expexp_http_requests_total"
-IN_FLIGHT: Final = "expexp_http_requests_in_flight"
-CONNECTIONS: Final = "expexp_open_connections"
-REJECTED: Final = "expexp_rejected_connections_total"
-BUILD_INFO: Final = "expexp_build_info"
-
 SELF_METRICS: Final = [
-    Declaration(name, kind, tuple(labels.split()), documentation)
-    for name, kind, labels, documentation in (
-        (DURATION, "summary", "module", "Duration of proxied requests."),
-        (ERRORS, "counter", "module", "Proxied requests that failed."),
-        (TIMEOUT_ERRORS, "counter", "module", "Proxied requests that met their deadline."),
-        (MALFORMED_ERRORS, "counter", "module", "Bodies that are no exposition."),
-        (COMMAND_STARTS, "counter", "module", "Commands started."),
-        (COMMAND_FAILS, "counter", "module", "Commands not started, failed, killed or too slow."),
-        (FILE_FAILS, "counter", "module", "Files that could not be read."),
-        (FAILURES, "counter", "module reason", "Proxied requests that failed, by reason."),
-        (REQUESTS, "counter", "path code", "Requests answered, by route or other, and status."),
-        (IN_FLIGHT, "gauge", "", "Requests that are being answered."),
-        (CONNECTIONS, "gauge", "", "Connections that clients hold open."),
-        (REJECTED, "counter", "", "Connections closed without an answer: no slot was free."),
-        (BUILD_INFO, "gauge", "version pythonversion", "Always 1; expexp and its Python."),
-        ("build_info", "gauge", "version revision branch goversion", "Always 1; the original's."),
-        ("python_info", "gauge", "implementation major minor patchlevel version", "Always 1."),
-        ("process_cpu_seconds_total", "counter", "", "User and system time, in seconds."),
-        ("process_open_fds", "gauge", "", "Open file descriptors."),
-        ("process_max_fds", "gauge", "", "Soft limit of file descriptors."),
-        ("process_virtual_memory_bytes", "gauge", "", "Virtual memory, in bytes."),
-        ("process_resident_memory_bytes", "gauge", "", "Resident memory, in bytes."),
-        ("process_start_time_seconds", "gauge", "", "Start, in seconds since 1970."),
-        ("process_threads", "gauge", "", "Threads."),
-    )
+    Declaration(name, kind, names_of(labels), documentation)
+    for name, kind, labels, documentation in rows("""
+expexp_proxy_duration_seconds          summary  module  Duration of proxied requests.
+expexp_proxy_errors_total              counter  module  Proxied requests that failed.
+expexp_proxy_timeout_errors_total      counter  module  Proxied requests that met their deadline.
+expexp_malformed_content_errors_total  counter  module  Bodies that are no exposition.
+expexp_command_starts_total            counter  module  Commands started.
+expexp_command_fails_total             counter  module  Commands that failed or were too slow.
+expexp_file_fails_total                counter  module  Files that could not be read.
+expexp_proxy_failures_total            counter  module reason  Proxied requests that failed.
+expexp_http_requests_total             counter  path code  Requests answered, by route.
+expexp_http_requests_in_flight         gauge    -  Requests that are being answered.
+expexp_open_connections                gauge    -  Connections that clients hold open.
+expexp_rejected_connections_total      counter  -  Connections closed because no slot was free.
+expexp_build_info                      gauge    version pythonversion  Always 1.
+build_info                             gauge    version revision branch goversion  Always 1.
+python_info                            gauge    implementation major minor patchlevel version  1.
+process_cpu_seconds_total              counter  -  User and system time, in seconds.
+process_open_fds                       gauge    -  Open file descriptors.
+process_max_fds                        gauge    -  Soft limit of file descriptors.
+process_virtual_memory_bytes           gauge    -  Virtual memory, in bytes.
+process_resident_memory_bytes          gauge    -  Resident memory, in bytes.
+process_start_time_seconds             gauge    -  Start, in seconds since 1970.
+process_threads                        gauge    -  Threads.
+    """)
 ]
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
@@ -961,16 +941,16 @@ class SelfMetrics:
             self.increment(name, module, by=0)
         for reason in REASONS.values():
             if method in reason.methods:
-                self.increment(FAILURES, module, reason.name, by=0)
+                self.increment("expexp_proxy_failures_total", module, reason.name, by=0)
 
     def fail(self, module: str, method: str, reason: Reason) -> None:
         """Count one failure, wherever REASONS says."""
-        self.increment(ERRORS, module)
-        self.increment(FAILURES, module, reason.name)
+        self.increment("expexp_proxy_errors_total", module)
+        self.increment("expexp_proxy_failures_total", module, reason.name)
         # As in the original, a command that had to be ended at the deadline has failed, too.
-        slow = COMMAND_FAILS if (method, reason.name) == ("exec", "timeout") else ""
-        for counter in filter(None, (reason.counter, slow)):
-            self.increment(counter, module)
+        slow = ("command_fails",) if (method, reason.name) == ("exec", "timeout") else ()
+        for counter in (*reason.counters, *slow):
+            self.increment(f"expexp_{counter}_total", module)
 
     def render(self) -> str:
         """All of it in the text format, families and series in stable order."""
@@ -1043,7 +1023,7 @@ def parse_offset(text: str) -> float:
 
 def parse_url_path(text: str) -> str:
     """An absolute path without `.`, `..` and doubled slashes."""
-    return "/" + posixpath.normpath("/" + text).lstrip("/")
+    return "/" + os.path.normpath("/" + text).lstrip("/")
 
 
 def no_value(_text: str) -> str:
@@ -1284,83 +1264,103 @@ def parse_document(text: str, filename: str) -> Node:
 
 # --- readers: what a key wants of its node; they raise NodeError
 
+SCALARS: Final = ("string", "number", "boolean", "nothing")
+A_HOST: Final = "a host name or an IP address, without a port"
 
-def matching(what: str, pattern: str) -> Callable[[Node], str]:
-    """A reader of the source text of a scalar that matches a pattern as a whole."""
 
-    def read(node: Node) -> str:
-        """The text."""
-        if node.kind in ("mapping", "list") or not re.fullmatch(pattern, node.text, re.DOTALL):
-            raise mismatch(what, node)
-        return node.text
+def scalar(
+    what: str,
+    pattern: str = r"[^\0]*",
+    convert: Callable[[str], Any] = str,
+    kinds: Sequence[str] = SCALARS,
+    secret: bool = False,
+) -> Callable[[Node], Any]:
+    """A reader of a scalar: its source text matches the pattern, `convert` makes the value of it.
+
+    Where `convert` raises a ValueError the text is not what was expected, either. No message shows
+    the text of a secret.
+    """
+
+    def read(node: Node) -> Any:
+        """The value."""
+        with contextlib.suppress(ValueError):
+            if node.kind in kinds and re.fullmatch(pattern, node.text, re.DOTALL):
+                return convert(node.text)
+        raise NodeError(f"expected {what}", node) if secret else mismatch(what, node)
 
     return read
 
 
-def mapping_of(read_name: Callable[[Node], str], what: str, pattern: str) -> Callable[[Node], Any]:
+def mapping_of(read_name: Callable[[Node], Any], what: str, pattern: str) -> Callable[[Node], Any]:
     """A reader of a mapping of names to secrets, which its messages do not show."""
 
     def read(node: Node) -> Mapping[str, Secret]:
         """The names and secrets."""
         if node.kind != "mapping":
             raise mismatch("a mapping", node)
-        secrets = {read_name(key): Secret(read_text(value)) for key, value in node.entries}
-        for (_, value), secret in zip(node.entries, secrets.values()):
-            if not re.fullmatch(pattern, secret.reveal()):
+        names = [read_name(name) for name, _ in node.entries]
+        for position, (name, value) in enumerate(node.entries):
+            if names[position] in names[:position]:
+                raise NodeError(f'"{excerpt(name.text)}" is given twice', name)
+            if value.kind not in SCALARS or not re.fullmatch(pattern, value.text, re.DOTALL):
                 raise NodeError(f"expected {what}", value)
-        return secrets
+        return dict(zip(names, (Secret(value.text) for _, value in node.entries)))
 
     return read
 
 
-read_text: Final = matching("text without a NUL", r"[^\0]*")
-read_something: Final = matching("text that is not empty", r"[^\0]+")
-read_method: Final = matching("http, exec or file", "http|exec|file")
-read_scheme: Final = matching("http or https", "https?")
-read_host: Final = matching(
-    "a host name or an IP address, without a port",
-    r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+",
-)
-read_variable: Final = matching("the name of a variable", r"[^=\0]+")
-read_environment: Final = mapping_of(read_variable, "text without a NUL", r"(?s)[^\0]*")
-HEADER_NAME: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-read_header: Final = matching(
-    "the name of a header to send", rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME}"
-)
-read_headers: Final = mapping_of(
-    read_header, "one line of Latin-1 text", r"[\t\x20-\x7e\x80-\xff]*"
-)
-
-
-def read_secret(node: Node) -> Secret:
-    """A text that must not be shown."""
-    return Secret(read_text(node))
-
-
-def read_boolean(node: Node) -> bool:
-    """A plain true or false, in any of YAML's words for them."""
-    if node.kind != "boolean":
-        raise mismatch("true or false", node)
-    return node.text.lower() in ("true", "yes", "on")
-
-
-def read_port(node: Node) -> int:
-    """A plain whole number; `9_100`, `0x238c` and `9100.0` are such numbers as well."""
-    found = re.fullmatch(r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?", node.text)
-    port = int(found[1].replace("_", ""), 0) if found and node.kind == "number" else 0
+def to_port(text: str) -> int:
+    """A port; `9_100`, `0x238c` and `9100.0` are whole numbers as well. ValueError."""
+    port = int(text.partition(".")[0].replace("_", ""), 0)
     if not 1 <= port <= LAST_PORT:
-        raise mismatch(f"a port from 1 to {LAST_PORT}", node)
+        raise ValueError("no port")
     return port
 
 
-def read_duration(node: Node) -> float:
-    """Seconds, 0 or more; a plain number other than 0 has no unit, so it is none."""
-    if node.kind != "string" and node.text != "0":
-        raise mismatch('a duration such as "5s" or "1m30s"', node)
-    try:
-        return parse_duration(node.text)
-    except ValueError as error:
-        raise NodeError(str(error), node) from None
+def to_address(text: str) -> str:
+    """A host name or an IP address, an IPv6 one without its brackets. ValueError."""
+    address = text.strip("[]")
+    return str(ipaddress.IPv6Address(address)) if ":" in address else address
+
+
+def to_path(text: str) -> str:
+    """Path and query of a URL, with a leading slash and escaped where a request line needs it."""
+    path = urllib.parse.quote(text.partition("#")[0], safe="/%?&=+,;:@!$'()*~")
+    return path if path.startswith("/") else "/" + path
+
+
+read_text: Final = scalar("text")
+read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
+read_something: Final = scalar("text that is not empty", r"[^\0]+")
+read_method: Final = scalar("http, exec or file", "http|exec|file")
+read_scheme: Final = scalar("http or https", "https?")
+read_boolean: Final = scalar(
+    "true or false", convert=lambda text: text.lower() in ("true", "yes", "on"), kinds=("boolean",)
+)
+read_port: Final = scalar(
+    f"a port from 1 to {LAST_PORT}",
+    r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?",
+    to_port,
+    ("number",),
+)
+read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
+read_address: Final = scalar(
+    A_HOST, r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+", to_address
+)
+read_path: Final = scalar(
+    "the path of a URL, with two hexadecimal digits after each %",
+    r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*",
+    to_path,
+    secret=True,  # there may be a token in its query
+)
+read_environment: Final = mapping_of(
+    scalar("the name of a variable", r"[^=\0]+"), "text without a NUL", r"[^\0]*"
+)
+read_headers: Final = mapping_of(
+    scalar("the name of a header to send", rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}", str.title),
+    "one line of Latin-1 text",
+    r"[\t\x20-\x7e\x80-\xff]*",
+)
 
 
 def read_list(node: Node) -> tuple[str, ...]:
@@ -1372,26 +1372,7 @@ def read_list(node: Node) -> tuple[str, ...]:
 
 def read_accepted(node: Node) -> bool | tuple[str, ...]:
     """What a client may add: all, nothing, or what is listed."""
-    return read_list(node) if node.kind == "list" else read_boolean(node)
-
-
-def read_address(node: Node) -> str:
-    """A host name or an IP address, an IPv6 one without its brackets."""
-    address = read_host(node).strip("[]")
-    with contextlib.suppress(ValueError):
-        return str(ipaddress.IPv6Address(address)) if ":" in address else address
-    raise mismatch("a host name or an IP address, without a port", node)
-
-
-def read_path(node: Node) -> str:
-    """Path and query of a URL, with a leading slash and escaped where a request line needs it."""
-    path = read_text(node).partition("#")[0]
-    if re.match(r"[a-z]+://", path):
-        raise mismatch("the path of a URL alone", node)
-    if re.search(r"%(?![0-9A-Fa-f]{2})", path):
-        raise mismatch("two hexadecimal digits after each %", node)
-    quoted = urllib.parse.quote(path, safe="/%?&=+,;:@!$'()*~")
-    return quoted if quoted.startswith("/") else "/" + quoted
+    return read_list(node) if node.kind == "list" else cast(bool, read_boolean(node))
 
 
 # --- sections: dataclasses whose fields declare the keys
@@ -1534,7 +1515,7 @@ class DocumentReader:
         for name_node, value in node.entries:
             name = name_node.text
             where = f"{path}.{name}".lstrip(".")
-            if name_node.kind in ("mapping", "list"):
+            if name_node.kind in ("mapping", "list") or not name:
                 self.problem(path, str(mismatch("a name", name_node)), name_node)
             elif name in found:
                 first = found[name].line
@@ -1636,10 +1617,11 @@ def load_text(filename: str, most_bytes: int) -> str:
 
 def words_of(error: BaseException) -> str:
     """What an error of the system or of TLS says, without numbers and names of C."""
-    for name in ("verify_message", "reason", "strerror"):
-        if isinstance(getattr(error, name, None), str):
-            return str(getattr(error, name)).lower().replace("_", " ")
-    return str(error) or type(error).__name__
+    names = ("verify_message", "reason", "strerror")
+    found = (getattr(error, name, None) for name in names)
+    text = next((text for text in found if isinstance(text, str)), str(error))
+    plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
+    return plain or type(error).__name__
 
 
 DOCUMENT_NAME: Final = re.compile(r"(.+)\.(?:yml|yaml|json)")
@@ -1729,8 +1711,10 @@ class ConfigLoader:
             context = load_client_context(target, reader, f"modules.{module.name}.http")
             target = dataclasses.replace(target, tls_context=context)
             return dataclasses.replace(module, target=target)
-        if isinstance(target, ExecTarget) and not shutil.which(target.command):
-            self.warnings.append(f"module {module.name}: no command {excerpt(target.command)}")
+        if isinstance(target, ExecTarget):
+            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
+            if not shutil.which(target.command, path=path.reveal() or None):
+                self.warnings.append(f"module {module.name}: no command {excerpt(target.command)}")
         if isinstance(target, FileTarget) and not os.path.exists(target.path):
             self.warnings.append(f"module {module.name}: no file {excerpt(target.path)}")
         return module
@@ -1875,14 +1859,14 @@ class Commands:
 
     def start(self, arguments: Sequence[bytes], environment: Mapping[bytes, bytes]) -> Any:
         """A started process; raises ScrapeError("command") when it cannot be started."""
-        pipes: Any = {
-            "stdin": subprocess.DEVNULL,
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-        }
         try:
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
-                arguments, env=environment, start_new_session=True, **pipes
+                arguments,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
             )
         except (OSError, ValueError) as error:
             raise ScrapeError("command", f"cannot start the command: {words_of(error)}") from None
@@ -1991,6 +1975,7 @@ class DeadlineReader(io.RawIOBase):
     def __init__(self, raw: Any, connection: socket.socket, remaining: Callable[[], float]) -> None:
         """`remaining` says how many seconds the next read may take; it may raise."""
         self._raw, self._connection, self._remaining = raw, connection, remaining
+        self.at_end = False
 
     def readable(self) -> bool:
         """Yes."""
@@ -1999,7 +1984,9 @@ class DeadlineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read once; raises TimeoutError, or what `remaining` raises."""
         self._connection.settimeout(self._remaining())
-        return cast(int, self._raw.readinto(buffer))
+        count = self._raw.readinto(buffer)
+        self.at_end = not count
+        return cast(int, count)
 
     def close(self) -> None:
         """Close what is read from."""
@@ -2038,8 +2025,8 @@ class TargetResponse(http.client.HTTPResponse):
     ) -> None:
         """Put the DeadlineReader between the socket and the buffer."""
         super().__init__(sock, *arguments, **named)
-        reader = DeadlineReader(self.fp.detach(), sock, remaining)
-        self.fp = io.BufferedReader(reader, PIECE_BYTES)
+        self.reader = DeadlineReader(self.fp.detach(), sock, remaining)
+        self.fp = io.BufferedReader(self.reader, PIECE_BYTES)
 
 
 class TargetHandler(urllib.request.AbstractHTTPHandler):
@@ -2126,7 +2113,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{target.basic_auth_password.reveal()}"
         headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
-    headers.update((name.title(), secret.reveal()) for name, secret in target.headers.items())
+    headers.update((name, secret.reveal()) for name, secret in target.headers.items())
     return headers
 
 
@@ -2152,30 +2139,44 @@ def scrape_http(job: Job) -> Scrape:
     """The answer of an http target. IO; raises ScrapeError."""
     opener = urllib.request.OpenerDirector()  # knows no proxies, redirects, file: or ftp:
     opener.add_handler(TargetHandler(job))
-    request = urllib.request.Request(request_url(job), headers=request_headers(job))  # noqa: S310 - http or https
+    opener.addheaders = [("User-Agent", f"expexp/{__version__}")]  # unless the client has one
+    url, headers = request_url(job), request_headers(job)
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
     with target_errors(job.deadline):
         response = opener.open(request, timeout=job.deadline.remaining())
     job.cleanup.callback(response.close)
-    if response.status < http.HTTPStatus.OK:
-        raise ScrapeError("protocol", f"an answer with status {response.status}")
-    headers, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
+    check_head(response)
+    passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
     if job.module.verify:
-        return Scrape(response.status, headers, join_pieces(job, pieces))
+        return Scrape(response.status, passed, join_pieces(job, pieces))
     length = [("Content-Length", str(response.length))] if response.length is not None else []
-    return Scrape(response.status, [*headers, *length], pieces)
+    return Scrape(response.status, [*passed, *length], pieces)
+
+
+def check_head(response: Any) -> None:
+    """Raise ScrapeError for the head of a response that http.client lets pass."""
+    if response.status < http.HTTPStatus.OK:
+        raise ScrapeError("protocol", f"not HTTP: an answer with status {response.status}")
+    if response.reader.at_end:  # http.client takes an early end for that of the headers
+        raise ScrapeError("truncated", "the target closed in the middle of its headers")
+    if "Content-Length" in response.headers and response.length is None and not response.chunked:
+        raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
 
 
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body of a response; raises ScrapeError when its end is not its announced end."""
-    count, piece = 0, b"-"
-    while piece:
-        with target_errors(job.deadline):
-            piece = response.read1(PIECE_BYTES)  # what there is: a stream is passed on as it comes
+    # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
+    left, count = response.length, 0
+    while left != 0:
+        with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
+            piece = response.read1(PIECE_BYTES if left is None else min(left, PIECE_BYTES))
+        if not piece:
+            break
         count += len(piece)
+        left = None if left is None else left - len(piece)
         check_size(job, count)
-        if piece:
-            yield piece
-    if response.length:  # http.client returns short when a peer closes early
+        yield piece
+    if left:
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
 
 
@@ -2239,7 +2240,7 @@ def exit_descriptor(process_id: int) -> Iterator[Any]:
 
 def scrape_exec(job: Job) -> Scrape:
     """What a command prints, if it then exits with 0. IO; raises ScrapeError."""
-    job.tools.metrics.increment(COMMAND_STARTS, job.module.name)
+    job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
     process = job.tools.commands.start(command_arguments(job), command_environment(job))
     words = bytearray()
     try:
@@ -2537,7 +2538,10 @@ class Access:
             raise RequestError(http.HTTPStatus.FORBIDDEN, "Forbidden")
         authorization = request.header("authorization")
         scheme, _, given = authorization.partition(" ")
-        if not self.token or (scheme.lower() == "bearer" and Secret(given.strip()) == self.token):
+        if not self.token:
+            return
+        given_bytes, token = given.strip().encode(), self.token.reveal().encode()
+        if scheme.lower() == "bearer" and hmac.compare_digest(given_bytes, token):
             return
         wrong = "Invalid Bearer Token"
         if scheme.lower() != "bearer":
@@ -2585,13 +2589,13 @@ class Application:
         """Use another configuration for the requests that begin from now on."""
         for module in config.modules.values():
             self._metrics.create_module(module.name, module.method)
-            self._metrics.observe(DURATION, module.name, seconds=0, count=0)
+            self._metrics.observe("expexp_proxy_duration_seconds", module.name, seconds=0, count=0)
         self._config = config
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
         started = self._clock()
-        self._metrics.increment(IN_FLIGHT)
+        self._metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
         except RequestError as error:
@@ -2605,9 +2609,9 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        self._metrics.increment(IN_FLIGHT, by=-1)
+        self._metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
-        self._metrics.increment(REQUESTS, path, str(response.status))
+        self._metrics.increment("expexp_http_requests_total", path, str(response.status))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
         phrase = status_phrase(response.status) + (", aborted" if response.aborted else "")
         milliseconds = (self._clock() - started) * 1000
@@ -2646,7 +2650,9 @@ class Application:
 
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
-        self._metrics.observe(DURATION, module, seconds=self._clock() - started)
+        self._metrics.observe(
+            "expexp_proxy_duration_seconds", module, seconds=self._clock() - started
+        )
 
     def _job(
         self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
@@ -2686,9 +2692,12 @@ class Application:
         """Count a failure, and log it if it is news."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
         self._metrics.fail(name, method, error.reason)
-        news = self._failures.is_news(name, error.reason.name)
-        text = ": ".join(filter(None, (error.reason.name, error.message, error.detail)))
-        LOGGER.log(logging.WARNING if news else logging.DEBUG, "module %s: %s", name, text)
+        place = f"module {name}" if module else "no module"
+        text = ": ".join(filter(None, (place, error.reason.name, error.message, error.detail)))
+        # What a client does wrong is no failure of the module, and must not fill the log.
+        clients_fault = error.reason.status in range(400, 500)
+        news = not clients_fault and self._failures.is_news(name, error.reason.name)
+        LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
 
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
@@ -2771,7 +2780,7 @@ def collect_process(metrics: SelfMetrics) -> None:
 # there are slots. No client that does not send, does not read or hangs up decides anything here:
 # reads have a deadline, writes must make progress, and both cost one line at debug.
 
-REQUEST_LINE: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) (\S+) HTTP/([0-9.]+)\r?\n")
+REQUEST_LINE: Final = re.compile(rb"(\S+) (\S+) HTTP/([0-9.]+)\r?\n")
 ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -2791,17 +2800,17 @@ class Connections:
         """Give a connection a slot, if need be that of the oldest idle one; False if all work."""
         with self._lock:
             if len(self._open) >= self._most and not self.evict():
-                self._metrics.increment(REJECTED)
+                self._metrics.increment("expexp_rejected_connections_total")
                 return False
             self._open.add(connection)
-            self._metrics.set(CONNECTIONS, to=len(self._open))
+            self._metrics.set("expexp_open_connections", to=len(self._open))
             return True
 
     def remove(self, connection: socket.socket) -> None:
         """Free a connection's slot."""
         with self._lock:
             self._open.discard(connection)
-            self._metrics.set(CONNECTIONS, to=len(self._open))
+            self._metrics.set("expexp_open_connections", to=len(self._open))
 
     def evict(self) -> bool:
         """Have the oldest idle connection end; its thread wakes from reading. False if none is."""
@@ -2869,6 +2878,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             has_body = length != "0" or bool(request.header("transfer-encoding"))
         except RequestError as error:
             refusal = error
+        except (TimeoutError, socket.timeout):
+            status = http.HTTPStatus.REQUEST_TIMEOUT
+            refusal = RequestError(status, "the request did not arrive in time")
         self.close_connection |= bool(refusal) or has_body or self.server.connections.draining
         self._write(self.server.application.handle(request, refusal), request)
         if refusal or has_body:
@@ -2920,7 +2932,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = http.client.parse_headers(io.BytesIO(block))
         except http.client.HTTPException:
             raise RequestError(status, "too many headers") from None
-        if message.defects or message.get_payload():
+        tokens = all(TOKEN.fullmatch(name) for name in message)
+        if message.defects or message.get_payload() or not tokens:
             raise RequestError(http.HTTPStatus.BAD_REQUEST, "malformed headers")
         return [(name, " ".join(value.split("\r\n"))) for name, value in message.items()]
 
@@ -2942,11 +2955,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         chunked = not whole and "content-length" not in names and self.request_version == "1.1"
         self.close_connection |= not (whole or chunked or "content-length" in names)
         connection = "close" if self.close_connection else "keep-alive"
-        added = {"Content-Length": str(len(cast(bytes, body)))} if whole else {}
+        bodiless = response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
+        added = {"Content-Length": str(len(cast(bytes, body)))} if whole and not bodiless else {}
         added.update({"Transfer-Encoding": "chunked"} if chunked else {})
         added.update({} if "date" in names else {"Date": self.date_time_string()})
         head = render_head(response.status, [*headers, *added.items(), ("Connection", connection)])
-        if is_head or response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED):
+        if is_head or bodiless:
             self._send(head)
         elif isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
@@ -3121,7 +3135,7 @@ def is_loopback(host: str) -> bool:
 def set_constant_metrics(metrics: SelfMetrics) -> None:
     """Set the metrics that never change."""
     python, numbers = platform.python_version(), platform.python_version_tuple()
-    metrics.set(BUILD_INFO, __version__, python, to=1)
+    metrics.set("expexp_build_info", __version__, python, to=1)
     metrics.set("build_info", __version__, "unknown", "unknown", f"python{python}", to=1)
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
@@ -3212,7 +3226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         program = Program(options, limits)
     except ConfigError as error:
         return complain(options, *error.problems)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         host, port = options.listen_address
         where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         return complain(options, f"cannot listen on {where}: {words_of(error)}")
