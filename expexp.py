@@ -996,6 +996,7 @@ def choice(what: str, values: Mapping[str, Any]) -> Callable[[str], Any]:
     """A parser of one of some words, in any case."""
 
     def parse(text: str) -> Any:
+        """The word's value; ValueError."""
         if text.lower() not in values:
             raise ValueError(f"expected {what}")
         return values[text.lower()]
@@ -1617,11 +1618,10 @@ def load_text(filename: str, most_bytes: int) -> str:
 
 def words_of(error: BaseException) -> str:
     """What an error of the system or of TLS says, without numbers and names of C."""
-    names = ("verify_message", "reason", "strerror")
-    found = (getattr(error, name, None) for name in names)
-    text = next((text for text in found if isinstance(text, str)), str(error))
+    found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
+    text = next((text for text in found if isinstance(text, str)), "")
     plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
-    return plain or type(error).__name__
+    return plain or str(error).strip() or type(error).__name__
 
 
 DOCUMENT_NAME: Final = re.compile(r"(.+)\.(?:yml|yaml|json)")
@@ -2203,6 +2203,14 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
     return environment
 
 
+def read_ready(selector: selectors.BaseSelector, pipe: Any) -> bytes:
+    """What is in a pipe that is ready; one that is at its end is not watched any more."""
+    piece = os.read(pipe.fileno(), PIECE_BYTES)
+    if not piece:
+        selector.unregister(pipe)
+    return piece
+
+
 def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
     """What a command writes on stdout until it has exited; its last words go to `words`."""
     with selectors.DefaultSelector() as selector, exit_descriptor(process.pid) as exited:
@@ -2216,14 +2224,10 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
             ready = [event.fileobj for event, _ in events if event.fileobj is not exited]
             if over and not ready:
                 return
-            for pipe in ready:
-                piece = os.read(cast(Any, pipe).fileno(), PIECE_BYTES)
-                if not piece:
-                    selector.unregister(pipe)
-                elif pipe is process.stdout:
-                    yield piece
-                else:
-                    words[:] = (words + piece)[-job.tools.limits.stderr_bytes :]
+            pieces = [(pipe, read_ready(selector, pipe)) for pipe in ready]
+            yield b"".join(piece for pipe, piece in pieces if pipe is process.stdout)
+            said = b"".join(piece for pipe, piece in pieces if pipe is process.stderr)
+            words[:] = (words + said)[-job.tools.limits.stderr_bytes :]
 
 
 @contextlib.contextmanager
@@ -2781,7 +2785,8 @@ def collect_process(metrics: SelfMetrics) -> None:
 # reads have a deadline, writes must make progress, and both cost one line at debug.
 
 REQUEST_LINE: Final = re.compile(rb"(\S+) (\S+) HTTP/([0-9.]+)\r?\n")
-ABSOLUTE_FORM: Final = re.compile(r"https?://[^/?#]*", re.IGNORECASE)
+ABSOLUTE_FORM: Final = re.compile(r"\Ahttps?://[^/?#]*", re.IGNORECASE)
+CONTROL: Final = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")  # never in a header
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -2933,7 +2938,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except http.client.HTTPException:
             raise RequestError(status, "too many headers") from None
         tokens = all(TOKEN.fullmatch(name) for name in message)
-        if message.defects or message.get_payload() or not tokens:
+        if CONTROL.search(block) or message.defects or message.get_payload() or not tokens:
             raise RequestError(http.HTTPStatus.BAD_REQUEST, "malformed headers")
         return [(name, " ".join(value.split("\r\n"))) for name, value in message.items()]
 
