@@ -219,8 +219,9 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         """`expexp.yaml:12:5: modules.node.http.prot: unknown key`."""
-        place = f"{self.file}:{self.line}:{self.column}" if self.line else self.file
-        return ": ".join(part for part in (place, self.path, self.message) if part)
+        file, path = excerpt(self.file, 200), excerpt(self.path, 200)
+        place = f"{file}:{self.line}:{self.column}" if self.line else file
+        return ": ".join(part for part in (place, path, self.message) if part)
 
 
 class ConfigError(ExpexpError):
@@ -306,10 +307,10 @@ class Deadline:
 
 def excerpt(text: str | bytes, limit: int = 80) -> str:
     """The beginning of a foreign text, fit for one line: escaped where not printable, bounded."""
-    part = text[: limit + 1]
-    shown = part.decode("utf-8", "backslashreplace") if isinstance(part, bytes) else part
-    escaped = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown[:limit])
-    return escaped + ("..." if len(text) > limit else "")
+    if isinstance(text, bytes):
+        text = text[: 4 * limit + 4].decode("utf-8", "backslashreplace")
+    shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
+    return "".join(shown) + ("..." if len(text) > limit else "")
 
 
 DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
@@ -318,7 +319,8 @@ DURATION_PART: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12}
 
 def parse_duration(text: str) -> float:
     """Seconds of a duration as Go writes it, such as `1m30s` or `0`; ValueError otherwise."""
-    plain = text.replace("\u00b5s", "us").replace("\u03bcs", "us")  # micro sign, Greek mu
+    micro = re.compile("[\u00b5\u03bc]s")  # with the micro sign, with a Greek mu
+    plain = micro.sub("us", text.removeprefix("+"))
     parts = DURATION_PART.findall(plain)
     if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
         raise ValueError(f'expected a duration such as "5s" or "1m30s", found "{excerpt(text)}"')
@@ -1110,8 +1112,9 @@ def parse_flags(arguments: Sequence[str]) -> Options:
             value = field.metadata["parse"](text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
-        repeated = (*values.get(field.name, ()), value)
-        values[field.name] = repeated if field.metadata["typed"] == () else value
+        if field.metadata["typed"] == ():
+            value = (*values.get(field.name, ()), value)
+        values[field.name] = value
     return Options(**values)
 
 
@@ -1141,6 +1144,15 @@ MISSING_PYYAML: Final = (
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
 
 
+class NodeError(ExpexpError):
+    """A node is not what it should be; the section that reads it adds the path."""
+
+    def __init__(self, message: str, node: Node) -> None:
+        """Keep the node for its place."""
+        super().__init__(message)
+        self.node = node
+
+
 @dataclass(frozen=True)
 class Node:
     """A value of a document and where it stands; `kind` is what people call it in messages."""
@@ -1156,15 +1168,6 @@ class Node:
         """What was found, for a message."""
         shown = {"string": f'"{excerpt(self.text)}"', "nothing": "nothing"}
         return shown.get(self.kind) or f"the {self.kind} {excerpt(self.text)}".strip()
-
-
-class NodeError(ExpexpError):
-    """A node is not what it should be; the section that reads it adds the path."""
-
-    def __init__(self, message: str, node: Node) -> None:
-        """Keep the node for its place."""
-        super().__init__(message)
-        self.node = node
 
 
 def mismatch(what: str, node: Node) -> NodeError:
@@ -1201,6 +1204,8 @@ def merged(pairs: Sequence[tuple[str, Node, Node]]) -> tuple[tuple[Node, Node], 
     own = [(key, value) for tag, key, value in pairs if not tag.endswith(":merge")]
     for source in (value for tag, _, value in pairs if tag.endswith(":merge")):
         for mapping in source.items or (source,):
+            if mapping.kind != "mapping":
+                raise mismatch("a mapping to merge", mapping)
             names = {key.text for key, _ in own}
             own += (entry for entry in mapping.entries if entry[0].text not in names)
     return tuple(own)
@@ -1217,7 +1222,8 @@ def parse_yaml(text: str, filename: str) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
-        message = "not YAML: " + " ".join(filter(None, (error.context, error.problem)))
+        words = " ".join(filter(None, (error.context, error.problem)))
+        message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
     except yaml.reader.ReaderError as error:  # has no mark
         before = text[: error.position]
         line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
@@ -1266,12 +1272,13 @@ def parse_document(text: str, filename: str) -> Node:
 # --- readers: what a key wants of its node; they raise NodeError
 
 SCALARS: Final = ("string", "number", "boolean", "nothing")
+A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
 A_HOST: Final = "a host name or an IP address, without a port"
 
 
 def scalar(
     what: str,
-    pattern: str = r"[^\0]*",
+    pattern: str = A_TEXT,
     convert: Callable[[str], Any] = str,
     kinds: Sequence[str] = SCALARS,
     secret: bool = False,
@@ -1298,7 +1305,7 @@ def mapping_of(read_name: Callable[[Node], Any], what: str, pattern: str) -> Cal
     def read(node: Node) -> Mapping[str, Secret]:
         """The names and secrets."""
         if node.kind != "mapping":
-            raise mismatch("a mapping", node)
+            raise mismatch("a mapping", Node(node.kind, node.line, node.column))
         names = [read_name(name) for name, _ in node.entries]
         for position, (name, value) in enumerate(node.entries):
             if names[position] in names[:position]:
@@ -1332,7 +1339,7 @@ def to_path(text: str) -> str:
 
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_something: Final = scalar("text that is not empty", r"[^\0]+")
+read_something: Final = scalar("text that is not empty", f"(?=.){A_TEXT}")
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_scheme: Final = scalar("http or https", "https?")
 read_boolean: Final = scalar(
@@ -1355,10 +1362,13 @@ read_path: Final = scalar(
     secret=True,  # there may be a token in its query
 )
 read_environment: Final = mapping_of(
-    scalar("the name of a variable", r"[^=\0]+"), "text without a NUL", r"[^\0]*"
+    scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True),
+    "text without a NUL",
+    A_TEXT,
 )
+SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_headers: Final = mapping_of(
-    scalar("the name of a header to send", rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}", str.title),
+    scalar("the name of a header to send", SENT_HEADER, str.title),
     "one line of Latin-1 text",
     r"[\t\x20-\x7e\x80-\xff]*",
 )
@@ -1373,6 +1383,8 @@ def read_list(node: Node) -> tuple[str, ...]:
 
 def read_accepted(node: Node) -> bool | tuple[str, ...]:
     """What a client may add: all, nothing, or what is listed."""
+    if node.kind not in ("list", "boolean"):
+        raise mismatch("true, false or a list", node)
     return read_list(node) if node.kind == "list" else cast(bool, read_boolean(node))
 
 
@@ -1389,7 +1401,7 @@ def key(read: Callable[[Node], Any], default: Any, documentation: str) -> Any:
     return dataclasses.field(default_factory=lambda: default, metadata=metadata)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)  # what it holds may be secret
 class HttpTarget:
     """The section `http` of a module."""
 
@@ -1417,7 +1429,7 @@ class HttpTarget:
         return f"{self.scheme}://{host}:{self.port}{self.path.partition('?')[0]}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ExecTarget:
     """The section `exec` of a module; shown is its command alone: arguments may be secret."""
 
@@ -1483,7 +1495,10 @@ class Config:
     default_module: str
 
 
-def declared_keys(section: Any) -> dict[str, Mapping[str, Any]]:
+Keys = Mapping[str, Mapping[str, Any]]
+
+
+def declared_keys(section: Any) -> Keys:
     """The keys of a section's dataclass, with what `key` said of them."""
     return {f.name: f.metadata for f in dataclasses.fields(section) if "read" in f.metadata}
 
@@ -1516,7 +1531,7 @@ class DocumentReader:
         for name_node, value in node.entries:
             name = name_node.text
             where = f"{path}.{name}".lstrip(".")
-            if name_node.kind in ("mapping", "list") or not name:
+            if not re.fullmatch(f"(?=.){A_TEXT}", name, re.DOTALL):
                 self.problem(path, str(mismatch("a name", name_node)), name_node)
             elif name in found:
                 first = found[name].line
@@ -1528,19 +1543,19 @@ class DocumentReader:
                 found[name] = self.places[where] = value
         return found
 
-    def values(self, section: Any, nodes: Mapping[str, Node], path: str) -> dict[str, Any]:
-        """What the readers of a section's keys make of the nodes; nothing is as good as absent."""
+    def values(self, declared: Keys, nodes: Mapping[str, Node], path: str) -> dict[str, Any]:
+        """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: dict[str, Any] = {}
-        for name, declared in declared_keys(section).items():
+        for name, metadata in declared.items():
             node = nodes.get(name, Node("nothing"))
             if node.kind != "nothing":
                 try:
-                    values[name] = declared["read"](node)
+                    values[name] = metadata["read"](node)
                 except NodeError as error:
-                    self.problem(f"{path}.{name}", str(error), error.node)
-            elif declared["default"] is REQUIRED:
+                    self.problem(f"{path}.{name}".lstrip("."), str(error), error.node)
+            elif metadata["default"] is REQUIRED:
                 where = self.places.get(f"{path}.{name}") or self.places.get(path)
-                self.problem(f"{path}.{name}", f"required: {declared['documentation']}", where)
+                self.problem(f"{path}.{name}", f"required: {metadata['documentation']}", where)
         return values
 
     def config(self, node: Node) -> tuple[dict[str, Module | None], str]:
@@ -1551,11 +1566,8 @@ class DocumentReader:
         listed = nodes.get("modules", Node("nothing"))
         found = {} if listed.kind == "nothing" else self.entries(listed, "modules")
         modules = {name: self.module(name, each, f"modules.{name}") for name, each in found.items()}
-        try:
-            return modules, read_text(nodes.get("defaultModule", Node("nothing")))
-        except NodeError as error:
-            self.problem("defaultModule", str(error), error.node)
-            return modules, ""
+        default = {"defaultModule": {"read": read_text, "default": ""}}
+        return modules, self.values(default, nodes, "").get("defaultModule", "")
 
     def module(self, name: str, node: Node, path: str) -> Module | None:
         """One module; None if there are problems with it."""
@@ -1565,26 +1577,29 @@ class DocumentReader:
         if node.kind != "mapping":
             return None
         method = nodes.get("method", Node("nothing")).text
-        section = self.section(nodes, method, path) if method in TARGETS else {}
-        values = self.values(Module, nodes, path)
+        values = self.values(declared_keys(Module), nodes, path)
+        section = self.section(nodes, values, method, path) if method in TARGETS else {}
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[method](**section))
 
-    def section(self, nodes: dict[str, Node], method: str, path: str) -> dict[str, Any]:
-        """Values of a method's section; keys that it shares with the module join the module's."""
-        where = f"{path}.{method}"
+    def section(
+        self, nodes: Mapping[str, Node], values: dict[str, Any], method: str, path: str
+    ) -> dict[str, Any]:
+        """Values of a method's section; those of keys that it shares join the module's values."""
+        where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
         self.places.setdefault(where, self.places[path])
-        known = (*declared_keys(TARGETS[method]), *SHARED_KEYS)
-        own = self.entries(nodes.get(method, Node("mapping")), where, known)
+        own = self.entries(nodes.get(method, Node("mapping")), where, (*declared, *SHARED_KEYS))
         for other in set(TARGETS) & set(nodes) - {method}:
             self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
         for name, methods in SHARED_KEYS.items():
-            if name in own and nodes.setdefault(name, own[name]) != own[name]:
-                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
-            if name in nodes and method not in methods:
-                self.problem(f"{path}.{name}", f'no setting of the method "{method}"', nodes[name])
-        section = self.values(TARGETS[method], own, where)
+            place = f"{where}.{name}" if name in own else f"{path}.{name}"
+            if (name in own or name in nodes) and method not in methods:
+                self.problem(place, f'no setting of the method "{method}"')
+            shared = self.values({name: declared_keys(Module)[name]}, own, where)
+            if name in shared and values.setdefault(name, shared[name]) != shared[name]:
+                self.problem(place, f"differs from {path}.{name}")
+        section = self.values(declared, own, where)
         for name, other in PAIRED_KEYS.items():
             if name in section and other not in section:
                 self.problem(f"{where}.{name}", f"needs {other} beside it")
@@ -1837,7 +1852,7 @@ class Resolver:
         """Resolve a name in a thread of its own."""
         try:
             answers.put(look_up(host, port, 0))
-        except (OSError, UnicodeError) as error:
+        except OSError as error:
             answers.put(error)
         finally:
             self._slots.release()
@@ -1845,7 +1860,10 @@ class Resolver:
 
 def look_up(host: str, port: int, flags: int) -> Sequence[tuple[Any, ...]]:
     """What getaddrinfo says of a name for TCP; raises OSError."""
-    return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except UnicodeError:
+        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
 
 
 class Commands:
@@ -2544,7 +2562,7 @@ class Access:
         scheme, _, given = authorization.partition(" ")
         if not self.token:
             return
-        given_bytes, token = given.strip().encode(), self.token.reveal().encode()
+        given_bytes, token = given.strip().encode("latin-1"), self.token.reveal().encode()
         if scheme.lower() == "bearer" and hmac.compare_digest(given_bytes, token):
             return
         wrong = "Invalid Bearer Token"
@@ -2583,7 +2601,7 @@ class Application:
         """Add the route of a flag; raises ConfigError if another one has its path."""
         if path in self._routes:
             message = f"flag {name} can not be set to {path}: that path is taken"
-            if path == self._options.telemetry_path:
+            if path == self._options.telemetry_path != "/" and name == "-web.proxy-path":
                 flags = "flags -web.proxy-path and -web.telemetry-path"
                 message = f"{flags} can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
@@ -2615,7 +2633,7 @@ class Application:
         """Count and log a request that has been answered."""
         self._metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
-        self._metrics.increment("expexp_http_requests_total", path, str(response.status))
+        self._metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
         phrase = status_phrase(response.status) + (", aborted" if response.aborted else "")
         milliseconds = (self._clock() - started) * 1000
@@ -2647,7 +2665,9 @@ class Application:
                 response = self._scraped(module, result)
             except ScrapeError as error:
                 self._note(module, error)
-                text = f"module {module.name}: {error.message}" if module else error.message
+                text = (
+                    f"module {excerpt(module.name)}: {error.message}" if module else error.message
+                )
                 return text_response(error.reason.status, text)
             response.cleanup = cleanup.pop_all()
             return response
@@ -2746,14 +2766,20 @@ PAGE: Final = """<!DOCTYPE html>
 """
 
 
+def relative(path: str) -> str:
+    """A path as seen from /; one with a colon must not begin like a URL with a scheme."""
+    return f"./{path[1:]}" if ":" in path else path[1:]
+
+
 def render_index(modules: Mapping[str, Module], proxy_path: str, telemetry_path: str) -> str:
     """The page at /; its links are relative, so that they hold behind a reverse proxy."""
     items = []
     for name, module in modules.items():
-        link = html.escape(f"{proxy_path[1:]}?module={urllib.parse.quote(name, safe='')}")
+        query = urllib.parse.quote(name, safe="")
+        link = html.escape(f"{relative(proxy_path)}?module={query}")
         shown = html.escape(f"{module.method} {module.target.shown}")
         items.append(f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>')
-    return PAGE.format(items="\n".join(items), telemetry=html.escape(telemetry_path[1:]))
+    return PAGE.format(items="\n".join(items), telemetry=html.escape(relative(telemetry_path)))
 
 
 def collect_process(metrics: SelfMetrics) -> None:
@@ -3004,7 +3030,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def render_head(status: int, headers: Headers) -> bytes:
     """Status line and headers; line breaks in a target's folded header become blanks."""
-    lines = [f"HTTP/1.1 {status} {status_phrase(status)}"]
+    lines = [f"HTTP/1.1 {int(status)} {status_phrase(status)}"]
     lines += (f"{name}: {' '.join(value.split())}" for name, value in headers)
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
@@ -3107,6 +3133,7 @@ def set_up_logging(options: Options, limits: Limits) -> None:
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options.log_level)
     LOGGER.propagate = False
+    logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
@@ -3114,7 +3141,7 @@ def complain(options: Options, *problems: object) -> int:
     """Say why expexp does not start, a line each, as JSON if the log is; the exit code 1."""
     for problem in problems:
         if options.log_json:
-            LOGGER.error("%s", problem)
+            LOGGER.critical("%s", problem)
         else:
             sys.stderr.write(f"{problem}\n")
     return 1
