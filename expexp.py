@@ -204,6 +204,14 @@ aborted           0  http            -                         after the status 
 }
 
 
+def excerpt(text: str | bytes, limit: int = 80) -> str:
+    """The beginning of a foreign text, fit for one line: escaped where not printable, bounded."""
+    if isinstance(text, bytes):
+        text = text[: 4 * limit + 4].decode("utf-8", "backslashreplace")
+    shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
+    return "".join(shown) + ("..." if len(text) > limit else "")
+
+
 class ExpexpError(Exception):
     """The base of all errors that expexp raises on purpose."""
 
@@ -303,14 +311,6 @@ class Deadline:
         if seconds <= 0:
             raise self.error()
         return seconds
-
-
-def excerpt(text: str | bytes, limit: int = 80) -> str:
-    """The beginning of a foreign text, fit for one line: escaped where not printable, bounded."""
-    if isinstance(text, bytes):
-        text = text[: 4 * limit + 4].decode("utf-8", "backslashreplace")
-    shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
-    return "".join(shown) + ("..." if len(text) > limit else "")
 
 
 DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
@@ -1735,6 +1735,9 @@ class ConfigLoader:
         return module
 
 
+IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
+
+
 def load_client_context(
     target: HttpTarget, reader: DocumentReader, path: str
 ) -> ssl.SSLContext | None:
@@ -1745,6 +1748,8 @@ def load_client_context(
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # With OpenSSL 3 Python 3.9 takes any end for a proper one: a body cut short would look whole.
+    context.options &= ~IGNORE_UNEXPECTED_EOF
     if not target.tls_ca_cert_file:
         context.load_default_certs()
     for name in authorities:
@@ -1937,7 +1942,11 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 def exit_state(process: subprocess.Popen[bytes]) -> Any:
     """How a command has exited, None while it runs; it is not reaped, so its id stays its own."""
-    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    except ChildProcessError:
+        # Reaped at the end of the program, after the KILL of `Commands.end_all`.
+        raise ScrapeError("command", "the command was killed by SIGKILL") from None
 
 
 @dataclass(frozen=True)
@@ -2111,6 +2120,8 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         )
         deadline.check()
         kind = cause if isinstance(cause, Exception) else error
+        if getattr(kind, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
+            kind = ssl.SSLEOFError()
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(kind, kinds))
         raise ScrapeError(reason, words.format(excerpt(words_of(kind), 200))) from None
 
@@ -2912,7 +2923,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (TimeoutError, socket.timeout):
             status = http.HTTPStatus.REQUEST_TIMEOUT
             refusal = RequestError(status, "the request did not arrive in time")
-        self.close_connection |= bool(refusal) or has_body or self.server.connections.draining
+        self.close_connection |= bool(refusal) or has_body
         self._write(self.server.application.handle(request, refusal), request)
         if refusal or has_body:
             self._discard()
@@ -2984,7 +2995,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = {name.lower() for name, _ in headers}
         whole = isinstance(body, bytes)
         chunked = not whole and "content-length" not in names and self.request_version == "1.1"
-        self.close_connection |= not (whole or chunked or "content-length" in names)
+        known_end = whole or chunked or "content-length" in names
+        self.close_connection |= not known_end or self.server.connections.draining
         connection = "close" if self.close_connection else "keep-alive"
         bodiless = response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
         added = {"Content-Length": str(len(cast(bytes, body)))} if whole and not bodiless else {}
@@ -3203,7 +3215,7 @@ class Program:
             signal.signal(number, lambda number, _: signals.put(number))
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             LOGGER.info("listening on %s", server.url)
         while signals.get() == signal.SIGHUP:
             LOGGER.warning("SIGHUP: this version reads its configuration only when it starts")

@@ -1,0 +1,7448 @@
+"""Tests of expexp, in the order of the sections of expexp.py."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import gzip
+import hmac
+import html
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import logging
+import os
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tokenize
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Final, NamedTuple, TypeVar, Union, cast
+
+import pytest
+import trustme
+
+import expexp
+
+SOURCE = Path(expexp.__file__)
+FOLDER = SOURCE.parent
+
+# ==================================================================================================
+# 0  The file itself
+# ==================================================================================================
+HERE = Path(__file__).resolve().parent
+EXPEXP = HERE / "expexp.py"
+
+# The promises of expexp.py to its reader, read off its text with ast and tokenize. Each gate takes
+# a Source and gives one sentence per offence, which begins with its line. `make check` prints the
+# table of main() below; the tests run the same gates, and prove each of them on a bad snippet.
+
+BUDGET_CODE_LINES = 2250
+BUDGET_LINES = 4000
+MAX_FUNCTION_LINES = 50
+MAX_CLASS_LINES = 200
+MAX_NESTING = 3
+MAX_PARAMETERS = 6
+MAX_EXCEPT_EXCEPTION = 2  # the application's boundary, and that of a connection's thread
+
+#: A section with one of these words in its title does no IO ...
+PURE_TITLE = re.compile(r"(?i)\b(grammar|reading|judging|protobuf|verdict|configuration)")
+#: ... except for these functions of the configuration's section.
+LOADER_PREFIX = "load_"
+IO_NAMES = frozenset(
+    {
+        "asyncio",
+        "fcntl",
+        "glob",
+        "http.client",
+        "http.server",
+        "io",
+        "logging",
+        "multiprocessing",
+        "os",
+        "select",
+        "selectors",
+        "shutil",
+        "signal",
+        "socket",
+        "socketserver",
+        "ssl",
+        "subprocess",
+        "sys.stderr",
+        "sys.stdin",
+        "sys.stdout",
+        "tempfile",
+        "threading",
+        "time",
+        "urllib.request",
+    }
+)
+IO_BUILTINS = frozenset({"open", "print", "input"})
+
+RULE = "# " + "=" * 98
+BANNER_TITLE = re.compile(r"# (\d+)  (\S.*)")
+CONTENTS_LINE = re.compile(r"\s+(\d+)  (\S.*)")
+HEAD_TITLE = "(docstring and imports)"
+
+Function = Union[ast.FunctionDef, ast.AsyncFunctionDef]
+FUNCTION_TYPES = (ast.FunctionDef, ast.AsyncFunctionDef)
+DEFINITION_TYPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+BLOCK_TYPES = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.Try, ast.With, ast.AsyncWith)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One banner's part of the file, from its first rule line to before the next banner."""
+
+    index: int
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """A Python text with what the gates want to know about it."""
+
+    text: str
+    tree: ast.Module
+    code_lines: frozenset[int]
+    sections: tuple[Section, ...]
+
+    @property
+    def line_count(self) -> int:
+        """All lines."""
+        return len(self.text.splitlines())
+
+    def section_at(self, line: int) -> Section:
+        """The section that holds this line."""
+        return next(section for section in reversed(self.sections) if section.first <= line)
+
+    def code_count(self, section: Section) -> int:
+        """The lines of code in this section."""
+        return sum(section.first <= line <= section.last for line in self.code_lines)
+
+    def functions(self) -> list[Function]:
+        """All functions and methods, nested ones too."""
+        return [node for node in ast.walk(self.tree) if isinstance(node, FUNCTION_TYPES)]
+
+    def classes(self) -> list[ast.ClassDef]:
+        """All classes."""
+        return [node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef)]
+
+
+def parse_source(text: str) -> Source:
+    """What the gates work on."""
+    tree = ast.parse(text)
+    banners = find_banners(text)
+    starts = [(1, HEAD_TITLE), *((line, f"{number}  {title}") for line, number, title in banners)]
+    ends = [line - 1 for line, _ in starts[1:]] + [len(text.splitlines())]
+    sections = tuple(
+        Section(index, name, first, last)
+        for index, ((first, name), last) in enumerate(zip(starts, ends))
+    )
+    return Source(text, tree, frozenset(find_code_lines(text, tree)), sections)
+
+
+def find_banners(text: str) -> list[tuple[int, str, str]]:
+    """Line, number and title of each banner."""
+    lines = text.splitlines()
+    found = []
+    for number, (above, middle, below) in enumerate(zip(lines, lines[1:], lines[2:]), start=1):
+        title = BANNER_TITLE.fullmatch(middle)
+        if title and above == below == RULE:
+            found.append((number, title[1], title[2]))
+    return found
+
+
+def find_code_lines(text: str, tree: ast.Module) -> set[int]:
+    """The lines that are not blank, comment or docstring."""
+    no_code = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER}
+    no_code |= {tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in no_code:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, *FUNCTION_TYPES)):
+            continue
+        if ast.get_docstring(node) is not None:
+            lines.difference_update(lines_of(node.body[0]))
+    return lines
+
+
+def lines_of(node: ast.stmt) -> range:
+    """The lines from the first to the last of a statement, decorators excluded."""
+    return range(node.lineno, (node.end_lineno or node.lineno) + 1)
+
+
+# Names: who refers to what of the module.
+
+
+def referred_names(node: ast.AST, bound: frozenset[str] = frozenset()) -> Iterator[tuple[str, int]]:
+    """Each dotted name that reaches the module's scope, with its line; also inside functions."""
+    if isinstance(node, (*FUNCTION_TYPES, ast.Lambda)):
+        inside = bound | names_bound_by(node)
+        body = node.body if isinstance(node.body, list) else [node.body]
+        outer = [child for child in ast.iter_child_nodes(node) if child not in body]
+        yield from chain.from_iterable(referred_names(child, bound) for child in outer)
+        yield from chain.from_iterable(referred_names(child, inside) for child in body)
+    elif isinstance(node, ast.ClassDef):
+        members = bound | names_bound_by(node)
+        for child in ast.iter_child_nodes(node):
+            direct = child in node.body and not isinstance(child, DEFINITION_TYPES)
+            yield from referred_names(child, members if direct else bound)
+    elif isinstance(node, (ast.Name, ast.Attribute)) and (name := dotted_name(node)):
+        if name.split(".")[0] not in bound and isinstance(node.ctx, ast.Load):
+            yield name, node.lineno
+    else:
+        if isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            bound |= names_bound_by(node)
+        for child in ast.iter_child_nodes(node):
+            yield from referred_names(child, bound)
+
+
+def dotted_name(node: ast.expr) -> str:
+    """`a.b.c` for such an expression, and nothing for any other."""
+    if isinstance(node, ast.Attribute):
+        before = dotted_name(node.value)
+        return f"{before}.{node.attr}" if before else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def names_bound_by(node: ast.AST) -> frozenset[str]:
+    """The names that a function, class or comprehension binds for itself."""
+    bound: set[str] = set()
+    outside: set[str] = set()
+    queue = list(ast.iter_child_nodes(node))
+    while queue:
+        child = queue.pop()
+        bound.update(names_bound_at(child))
+        if isinstance(child, ast.Global):
+            outside.update(child.names)
+        if not isinstance(child, (*DEFINITION_TYPES, ast.Lambda)):
+            queue.extend(ast.iter_child_nodes(child))
+    return frozenset(bound - outside)
+
+
+def names_bound_at(node: ast.AST) -> list[str]:
+    """The names that this one node binds."""
+    if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+        return [node.id]
+    if isinstance(node, ast.arg):
+        return [node.arg]
+    if isinstance(node, DEFINITION_TYPES):
+        return [node.name]
+    if isinstance(node, ast.ExceptHandler) and node.name:
+        return [node.name]
+    if isinstance(node, ast.alias):
+        return [node.asname or node.name.split(".")[0]]
+    return []
+
+
+def module_definitions(source: Source) -> dict[str, int]:
+    """The first line that defines each name of the module, imports apart."""
+    lines: dict[str, int] = {}
+    queue: list[ast.AST] = list(source.tree.body)
+    while queue:
+        node = queue.pop(0)
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in names_bound_at(node):
+                line = getattr(node, "lineno", 1)
+                lines[name] = min(lines.get(name, line), line)
+        if not isinstance(node, (*DEFINITION_TYPES, ast.Lambda)):
+            queue.extend(ast.iter_child_nodes(node))
+    return lines
+
+
+def imported_names(source: Source) -> dict[str, str]:
+    """What each name bound by an import stands for, dotted."""
+    meaning: dict[str, str] = {}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.split(".")[0]
+                meaning[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                meaning[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return meaning
+
+
+# The gates.
+
+
+def gate_budget(source: Source) -> list[str]:
+    """The whole file can be read in one sitting."""
+    last = source.line_count
+    code = len(source.code_lines)
+    offences = []
+    if code > BUDGET_CODE_LINES:
+        offences.append(f"line {last}: {code} lines of code, {BUDGET_CODE_LINES} at most")
+    if last > BUDGET_LINES:
+        offences.append(f"line {last}: {last} lines in all, {BUDGET_LINES} at most")
+    return offences
+
+
+def gate_function_length(source: Source) -> list[str]:
+    """A function that does not fit is two."""
+    return [
+        f"line {node.lineno}: {node.name} has {len(lines_of(node))} lines,"
+        f" {MAX_FUNCTION_LINES} at most"
+        for node in source.functions()
+        if len(lines_of(node)) > MAX_FUNCTION_LINES
+    ]
+
+
+def gate_class_length(source: Source) -> list[str]:
+    """The same for classes."""
+    return [
+        f"line {node.lineno}: class {node.name} has {len(lines_of(node))} lines,"
+        f" {MAX_CLASS_LINES} at most"
+        for node in source.classes()
+        if len(lines_of(node)) > MAX_CLASS_LINES
+    ]
+
+
+def gate_nesting(source: Source) -> list[str]:
+    """No block within a block within a block within a block."""
+    return [
+        f"line {line}: a block of {node.name} is nested {depth} deep, {MAX_NESTING} at most"
+        for node in source.functions()
+        for line, depth in nested_blocks(node, 1)
+        if depth == MAX_NESTING + 1
+    ]
+
+
+def nested_blocks(node: ast.AST, depth: int) -> Iterator[tuple[int, int]]:
+    """Line and depth of each block below this node; `elif` is as deep as its `if`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, BLOCK_TYPES):
+            continued = isinstance(node, ast.If) and node.orelse == [child]
+            its_depth = depth - 1 if continued and isinstance(child, ast.If) else depth
+            yield child.lineno, its_depth
+            yield from nested_blocks(child, its_depth + 1)
+        elif not isinstance(child, (*DEFINITION_TYPES, ast.Lambda)):
+            yield from nested_blocks(child, depth)
+
+
+def gate_parameters(source: Source) -> list[str]:
+    """A function that needs more is given a value that holds them."""
+    offences = []
+    for node in source.functions():
+        given = node.args
+        listed = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        count = sum(one is not None and one.arg not in {"self", "cls"} for one in listed)
+        if count > MAX_PARAMETERS:
+            offences.append(
+                f"line {node.lineno}: {node.name} has {count} parameters, {MAX_PARAMETERS} at most"
+            )
+    return offences
+
+
+def gate_reads_downward(source: Source) -> list[str]:
+    """No name is used in a section above the one that defines it."""
+    offences = []
+    defined = module_definitions(source)
+    for name, line in referred_names(source.tree):
+        first = name.split(".")[0]
+        here = source.section_at(line)
+        there = source.section_at(defined.get(first, 1))
+        if first in defined and there.index > here.index:
+            offences.append(
+                f"line {line}: section '{here.name}' uses {first}, which section"
+                f" '{there.name}' defines only in line {defined[first]}"
+            )
+    return offences
+
+
+def gate_contents(source: Source) -> list[str]:
+    """The contents list of the docstring equals the banners, which are numbered one by one."""
+    offences = []
+    listed = listed_contents(source)
+    banners = [(number, title) for _, number, title in find_banners(source.text)]
+    if listed != banners:
+        missing = [" ".join(one) for one in banners if one not in listed]
+        extra = [" ".join(one) for one in listed if one not in banners]
+        offences.append(
+            f"line 1: contents differ from banners: not listed {missing}, no such banner {extra}"
+        )
+    for place, (line, number, title) in enumerate(find_banners(source.text), start=1):
+        if int(number) != place:
+            offences.append(f"line {line}: banner '{number}  {title}' has place {place}")
+    return offences
+
+
+def listed_contents(source: Source) -> list[tuple[str, str]]:
+    """The lines after `Contents:` in the module's docstring."""
+    listed: list[tuple[str, str]] = []
+    docstring = ast.get_docstring(source.tree, clean=False) or ""
+    _, _, after = docstring.partition("\nContents:\n")
+    for line in after.splitlines():
+        found = CONTENTS_LINE.fullmatch(line)
+        if found:
+            listed.append((found[1], found[2]))
+        elif line.strip():
+            break
+    return listed
+
+
+def gate_banner_form(source: Source) -> list[str]:
+    """Every rule line belongs to a banner of the one form."""
+    proper = {line + offset for line, _, _ in find_banners(source.text) for offset in (0, 2)}
+    return [
+        f"line {number}: this rule is not part of a banner: '{RULE[:6]}...', '# N  Title', the rule"
+        for number, line in enumerate(source.text.splitlines(), start=1)
+        if re.fullmatch(r"# ?={10,}", line) and number not in proper
+    ]
+
+
+def gate_docstrings(source: Source) -> list[str]:
+    """Every function and class says what it is for; magic methods need not."""
+    nodes: list[Function | ast.ClassDef] = [*source.functions(), *source.classes()]
+    return [
+        f"line {node.lineno}: {node.name} has no docstring"
+        for node in nodes
+        if not ast.get_docstring(node) and not re.fullmatch(r"__\w+__", node.name)
+    ]
+
+
+def gate_pure_sections(source: Source) -> list[str]:
+    """The pure sections name no clock, socket, file or log."""
+    offences = []
+    imports = imported_names(source)
+    defined = module_definitions(source)
+    for name, line in referred_names(source.tree):
+        first, _, rest = name.partition(".")
+        meaning = imports.get(first, first) + (f".{rest}" if rest else "")
+        builtin = meaning in IO_BUILTINS and first not in {*imports, *defined}
+        does_io = builtin or (first in imports and is_io(meaning))
+        if does_io and is_pure_line(source, line):
+            section = source.section_at(line)
+            offences.append(f"line {line}: the pure section '{section.name}' names {meaning}")
+    return offences
+
+
+def is_io(meaning: str) -> bool:
+    """Whether this dotted name is one of IO_NAMES or something inside of one."""
+    parts = meaning.split(".")
+    return not IO_NAMES.isdisjoint(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def is_pure_line(source: Source, line: int) -> bool:
+    """Whether this line is in a pure section, and in no loader of the configuration."""
+    section = source.section_at(line)
+    loaders = (
+        node for node in source.functions() if node.name.lstrip("_").startswith(LOADER_PREFIX)
+    )
+    may_load = "configuration" in section.name.lower() and any(
+        line in lines_of(node) for node in loaders
+    )
+    return bool(PURE_TITLE.search(section.name)) and not may_load
+
+
+def gate_no_open_questions(source: Source) -> list[str]:
+    """What is left to do is an issue, not a comment."""
+    return [
+        f"line {number}: {found[0]}"
+        for number, line in enumerate(source.text.splitlines(), start=1)
+        if (found := re.search(r"\b(TODO|FIXME)\b", line))
+    ]
+
+
+def gate_no_assert(source: Source) -> list[str]:
+    """`python -O` removes assertions, so none may matter."""
+    return [
+        f"line {node.lineno}: assert statement"
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Assert)
+    ]
+
+
+def gate_exceptions(source: Source) -> list[str]:
+    """Only two boundaries catch everything, and they name it Exception."""
+    handlers = [node for node in ast.walk(source.tree) if isinstance(node, ast.ExceptHandler)]
+    offences = [f"line {one.lineno}: bare except" for one in handlers if one.type is None]
+    catch_all = [one.lineno for one in handlers if catches_everything(one)]
+    return offences + [
+        f"line {line}: {len(catch_all)} handlers catch Exception, {MAX_EXCEPT_EXCEPTION} at most"
+        for line in sorted(catch_all)[MAX_EXCEPT_EXCEPTION:]
+    ]
+
+
+def catches_everything(handler: ast.ExceptHandler) -> bool:
+    """Whether Exception or BaseException is among what it catches."""
+    if handler.type is None:
+        return False
+    caught = {node.id for node in ast.walk(handler.type) if isinstance(node, ast.Name)}
+    return bool(caught & {"Exception", "BaseException"})
+
+
+GATES: dict[str, Callable[[Source], list[str]]] = {
+    "the budget of lines": gate_budget,
+    "the length of functions": gate_function_length,
+    "the length of classes": gate_class_length,
+    "the depth of blocks": gate_nesting,
+    "the number of parameters": gate_parameters,
+    "names are defined before they are used": gate_reads_downward,
+    "contents and banners": gate_contents,
+    "the form of banners": gate_banner_form,
+    "docstrings": gate_docstrings,
+    "pure sections": gate_pure_sections,
+    "open questions": gate_no_open_questions,
+    "assert statements": gate_no_assert,
+    "handlers that catch everything": gate_exceptions,
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_expexp_py_keeps(gate: str) -> None:
+    offences = GATES[gate](parse_source(EXPEXP.read_text(encoding="utf-8")))
+    assert not offences, "\n" + "\n".join(f"{EXPEXP.name} {offence}" for offence in offences)
+
+
+def test_the_gate_of_pure_sections_finds_sections_to_watch() -> None:
+    source = parse_source(EXPEXP.read_text(encoding="utf-8"))
+    pure = [one.name.lower() for one in source.sections if PURE_TITLE.search(one.name)]
+    for word in ("grammar", "reading", "configuration"):
+        assert any(word in title for title in pure), f"no section is about {word}: {pure}"
+
+
+def banner(number: int, title: str) -> str:
+    """A banner as the source has it."""
+    return f"{RULE}\n# {number}  {title}\n{RULE}\n"
+
+
+def module(*sections: tuple[str, str]) -> str:
+    """A little source with a right contents list, from (title, body) pairs."""
+    contents = "".join(f"  {n}  {title}\n" for n, (title, _) in enumerate(sections, start=1))
+    bodies = (banner(n, title) + body for n, (title, body) in enumerate(sections, start=1))
+    return f'"""A module.\n\nContents:\n{contents}"""\n' + "".join(bodies)
+
+
+def with_body(*statements: str) -> str:
+    """A function with these lines as its body."""
+    return module(("Only", 'def f():\n    """Say."""\n    ' + "\n    ".join(statements) + "\n"))
+
+
+GOOD_MODULE = module(
+    (
+        "Exposition: grammar",
+        """
+import os
+LIMIT = 1
+def g(os, open):
+    '''Names of its own that are IO elsewhere.'''
+    later = [open for late in os]
+    return later
+""",
+    ),
+    (
+        "Configuration",
+        """
+import urllib.parse
+def load_it(path):
+    '''The one that may.'''
+    return open(os.path.join(path, LIMIT))
+""",
+    ),
+    (
+        "Serving",
+        """
+class Late:
+    '''Say.'''
+    a = 1
+    b = a
+    def __init__(self):
+        self.later = LIMIT
+def later(a, b, c, d, e, *f):
+    '''Flat, however long its elif.'''
+    if a:
+        return 1
+    elif b:
+        return 2
+    elif c:
+        return 3
+    elif d:
+        return 4
+    return open(a)
+""",
+    ),
+)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_good_module_passes_the_gate_of(gate: str) -> None:
+    assert GATES[gate](parse_source(GOOD_MODULE)) == []
+
+
+BAD_MODULES = [
+    (
+        "the budget of lines",
+        "a = 1\n" * (BUDGET_CODE_LINES + 1),
+        f"line {BUDGET_CODE_LINES + 1}: {BUDGET_CODE_LINES + 1} lines of code, {BUDGET_CODE_LINES} at most",
+    ),
+    ("the budget of lines", "# a\n" * 4001, "line 4001: 4001 lines in all, 4000 at most"),
+    ("the length of functions", with_body(*["a = 1"] * 49), "line 9: f has 51 lines, 50 at most"),
+    (
+        "the length of classes",
+        'class C:\n    """Say."""\n' + "    a = 1\n" * 199,
+        "line 1: class C has 201 lines, 200 at most",
+    ),
+    (
+        "the depth of blocks",
+        with_body("for a in b:", " if a:", "  with c:", "   while d:", "    e()"),
+        "line 14: a block of f is nested 4 deep, 3 at most",
+    ),
+    (
+        "the depth of blocks",
+        with_body("try: a()", "except E:", " for b in c:", "  for d in e:", "   if f: g()"),
+        "line 15: a block of f is nested 4 deep, 3 at most",
+    ),
+    (
+        "the number of parameters",
+        "def f(a, b, /, c, *d, e, g, **h): pass\n",
+        "line 1: f has 7 parameters, 6 at most",
+    ),
+    (
+        "names are defined before they are used",
+        module(("One", "def f():\n    return [g(x) for x in ()]\n"), ("Two", "def g(x): pass\n")),
+        "line 11: section '1  One' uses g, which section '2  Two' defines only in line 15",
+    ),
+    (
+        "names are defined before they are used",
+        module(("One", "def f(x: LATER.y): pass\n"), ("Two", "try:\n    LATER = 1\nfinally: f\n")),
+        "line 10: section '1  One' uses LATER, which section '2  Two' defines only in line 15",
+    ),
+    (
+        "names are defined before they are used",
+        module(("One", "class C:\n    g = 1\n    def f(self): return g\n"), ("Two", "g = 2\n")),
+        "line 12: section '1  One' uses g, which section '2  Two' defines only in line 16",
+    ),
+    (
+        "contents and banners",
+        module(("One", ""), ("Two", "")).replace("2  Two", "3  Gone", 1),
+        "line 1: contents differ from banners: not listed ['2 Two'], no such banner ['3 Gone']",
+    ),
+    (
+        "contents and banners",
+        module(("One", "")).replace("1  One", "2  One"),
+        "line 6: banner '2  One' has place 1",
+    ),
+    (
+        "the form of banners",
+        f"{RULE}\n# One without a number\n{RULE}\n",
+        "line 1: this rule is not part of a banner: '# ====...', '# N  Title', the rule",
+    ),
+    (
+        "the form of banners",
+        "# " + "=" * 97 + "\n",
+        "line 1: this rule is not part of a banner: '# ====...', '# N  Title', the rule",
+    ),
+    ("docstrings", "def f():\n    # no docstring\n    return 1\n", "line 1: f has no docstring"),
+    ("docstrings", "class C:\n    def __init__(self): pass\n", "line 1: C has no docstring"),
+    ("docstrings", 'class C:\n  """Say."""\n  def m(self): pass\n', "line 3: m has no docstring"),
+    (
+        "pure sections",
+        module(("Exposition: reading lines", "import time\nNOW = time.time()\n")),
+        "line 10: the pure section '1  Exposition: reading lines' names time.time",
+    ),
+    (
+        "pure sections",
+        module(("Exposition: judging", "from time import monotonic as now\nNOW = lambda: now()\n")),
+        "line 10: the pure section '1  Exposition: judging' names time.monotonic",
+    ),
+    (
+        "pure sections",
+        module(("The verdict", "import urllib.request\nGET = urllib.request.urlopen\n")),
+        "line 10: the pure section '1  The verdict' names urllib.request.urlopen",
+    ),
+    (
+        "pure sections",
+        module(("Protobuf", "DATA = open('a')\n")),
+        "line 9: the pure section '1  Protobuf' names open",
+    ),
+    (
+        "pure sections",
+        module(("Configuration", "import os\ndef parse_it():\n    return os.environ\n")),
+        "line 11: the pure section '1  Configuration' names os.environ",
+    ),
+    ("open questions", "a = 1  # TODO: later\n", "line 1: TODO"),
+    ("open questions", "# FIXME\n", "line 1: FIXME"),
+    ("assert statements", with_body("assert 1"), "line 11: assert statement"),
+    ("handlers that catch everything", "try: a()\nexcept: pass\n", "line 2: bare except"),
+    (
+        "handlers that catch everything",
+        "try: a()\nexcept (ValueError, Exception): pass\n" * 3,
+        "line 6: 3 handlers catch Exception, 2 at most",
+    ),
+]
+
+
+@pytest.mark.parametrize(("gate", "text", "offence"), BAD_MODULES)
+def test_a_bad_module_fails_the_gate_of(gate: str, text: str, offence: str) -> None:
+    assert offence in GATES[gate](parse_source(text))
+
+
+def test_every_gate_is_proven_able_to_fail() -> None:
+    assert {gate for gate, _, _ in BAD_MODULES} == set(GATES)
+
+
+def test_lines_of_code_are_counted_without_blanks_comments_and_docstrings() -> None:
+    text = '"""Doc.\n\nMore.\n"""\n\n# Comment\na = [\n    1,  # one\n]\nb = """text\n\n# text"""\n'
+    assert parse_source(text).code_lines == {7, 8, 9, 10, 11, 12}
+
+
+def main() -> int:
+    """Print the sections, the longest functions and the offences; 1 if there are any."""
+    source = parse_source(EXPEXP.read_text(encoding="utf-8"))
+    print(f"{'section':<60} {'code':>6} {'lines':>6}")
+    for section in source.sections:
+        size = section.last - section.first + 1
+        print(f"{section.name:<60} {source.code_count(section):>6} {size:>6}")
+    print(f"{'in all':<60} {len(source.code_lines):>6} {source.line_count:>6}")
+    print(f"{'at most':<60} {BUDGET_CODE_LINES:>6} {BUDGET_LINES:>6}")
+    print(f"\nlongest functions (at most {MAX_FUNCTION_LINES} lines)")
+    longest = sorted(source.functions(), key=lambda node: len(lines_of(node)), reverse=True)
+    for node in longest[:10]:
+        print(f"{len(lines_of(node)):>4}  {node.name} (line {node.lineno})")
+    offences = {gate: check(source) for gate, check in GATES.items()}
+    for gate, found in offences.items():
+        for offence in found:
+            print(f"\nFAILED {gate}: {EXPEXP.name} {offence}", file=sys.stderr)
+    return int(any(offences.values()))
+
+
+# --- README.md: its tables hold what the code declares, no more and no less; its examples work
+
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
+LANGUAGES = {"yaml expexp", "yaml prometheus", "ini", "json", "sh", "text"}
+
+#: A configuration with one problem for each line that README.md shows under "Configuration".
+README_PROBLEMS = """\
+modules:
+  node:
+    method: http
+    http:
+      prot: 9100
+      scheme: ftp
+"""
+
+
+def readme_section(heading: str) -> str:
+    """What stands under a heading, down to the next one of any level."""
+    found = re.search(rf"(?ms)^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", README)
+    assert found, f"README.md has no heading {heading}"
+    return found[1]
+
+
+def readme_table(heading: str, number: int = 0) -> list[list[str]]:
+    """The cells of a table under a heading, without those of its head."""
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", readme_section(heading))
+    rows = [
+        [cell.strip() for cell in line.strip().strip("|").split("|")]
+        for line in tables[number].splitlines()
+    ]
+    assert len({len(row) for row in rows}) == 1, f"rows of different lengths under {heading}"
+    return rows[2:]
+
+
+def readme_blocks(language: str) -> list[str]:
+    """The code blocks of a language."""
+    return [text for name, text in FENCE.findall(README) if name == language]
+
+
+def names_in(cell: str) -> tuple[str, ...]:
+    """What is marked as code in a cell."""
+    return tuple(re.findall(r"`([^`]+)`", cell))
+
+
+def plain(value: object) -> object:
+    """A value that compares: secrets do not."""
+    return value.reveal() if isinstance(value, expexp.Secret) else value
+
+
+def show_default(value: object) -> str:
+    """A default as README.md writes it."""
+    value = plain(value)
+    known = {"": "empty", "()": "none", "{}": "none", "required": "required", "on": "`true`"}
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return known.get(text) or f"`{text.lower() if isinstance(value, bool) else text}`"
+
+
+def silent_program(config_file: str) -> expexp.Program:
+    """An expexp that listens nowhere."""
+    options = expexp.Options(config_file=config_file, listen_address=None)
+    return expexp.Program(options, expexp.Limits())
+
+
+def load_configuration(document: Path) -> expexp.Config:
+    """The configuration in a file; raises ConfigError."""
+    return expexp.ConfigLoader(expexp.Limits()).load(str(document), (), False)
+
+
+def heading_anchors() -> set[str]:
+    """The anchors that GitHub gives the headings."""
+    prose = FENCE.sub("", README)
+    headings = re.findall(r"(?m)^#+ (.+)$", prose)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_readme_lists_every_flag_with_its_default() -> None:
+    listed = {names_in(names): default for names, default, _ in readme_table("Flags")}
+    flags, untouched = expexp.declared_flags(), expexp.Options()
+    fields = {field.name for field in flags.values()}
+    assert set(listed) == {
+        tuple(f"-{name}" for name in flags if flags[name].name == field) for field in fields
+    }
+    for (name, *_), default in listed.items():
+        field = flags[name[1:]].name
+        value = plain(getattr(untouched, field))
+        if default == "none":
+            assert not value, name
+        else:
+            typed = "" if default == "empty" else names_in(default)[0]
+            options = expexp.parse_flags([f"{name}={typed}"])
+            assert plain(getattr(options, field)) == value, name
+
+
+@pytest.mark.parametrize(
+    ("heading", "section"),
+    [
+        ("Module", expexp.Module),
+        ("http", expexp.HttpTarget),
+        ("exec", expexp.ExecTarget),
+        ("file", expexp.FileTarget),
+    ],
+)
+def test_readme_lists_every_key_with_its_default(heading: str, section: object) -> None:
+    listed = {name: default for name, _, default, _ in readme_table(heading)}
+    declared = expexp.declared_keys(section).items()
+    assert listed == {f"`{name}`": show_default(key["default"]) for name, key in declared}
+
+
+def test_readme_lists_the_keys_of_the_top_level(tmp_path: Path) -> None:
+    listed = [names_in(row[0])[0] for row in readme_table("Top level")]
+    document = tmp_path / "expexp.json"
+    document.write_text(json.dumps(dict.fromkeys([*listed, "another"])), encoding="utf-8")
+    with pytest.raises(expexp.ConfigError) as caught:
+        load_configuration(document)
+    assert [problem.path for problem in caught.value.problems] == ["another"]
+
+
+def test_readme_lists_every_metric_with_its_type_and_labels() -> None:
+    listed = {
+        names_in(name)[0]: (kind, names_in(labels))
+        for name, kind, labels, _ in readme_table("Metrics")
+    }
+    assert listed == {d.name: (d.kind, tuple(d.labels)) for d in expexp.SELF_METRICS}
+
+
+def test_readme_lists_every_reason_with_its_status_and_methods() -> None:
+    rows = readme_table("Status codes and reasons")
+    listed = {
+        names_in(name)[0]: (int(status) if status.isdigit() else 0, methods)
+        for name, status, methods, _ in rows
+    }
+    assert listed == {
+        name: (reason.status, ", ".join(reason.methods) or "none")
+        for name, reason in expexp.REASONS.items()
+    }
+
+
+def test_readme_lists_every_limit_with_its_default() -> None:
+    listed = {names_in(name)[0]: float(default) for name, default, _ in readme_table("Limits")}
+    assert listed == {field.name: field.default for field in dataclasses.fields(expexp.Limits)}
+
+
+def test_readme_lists_every_endpoint() -> None:
+    listed = {names_in(path)[0] for path, _ in readme_table("Endpoints")}
+    assert listed == set(silent_program("").application._routes)
+
+
+def test_readme_names_the_exit_codes_that_the_file_names() -> None:
+    listed = {int(code) for code, _ in readme_table("Signals and exit codes")}
+    assert expexp.__doc__
+    sentence = re.search(r"Exit codes: ([^.]+)\.", expexp.__doc__)
+    assert sentence
+    assert listed == {int(code) for code in re.findall(r"\b\d\b", sentence[1])}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["-version"], 0),
+        (["-help"], 0),
+        (["-web.listen-address="], 0),
+        (["-config=/does/not/exist"], 1),
+        (["-config=", "-web.listen-address=192.0.2.1:9999"], 1),
+        (["-bogus"], 2),
+    ],
+)
+def test_readme_lists_the_exit_code_of(
+    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expexp.main(arguments) == code
+    assert capsys.readouterr().err
+    assert str(code) in {row[0] for row in readme_table("Signals and exit codes")}
+
+
+def test_readme_lists_the_targets_of_the_makefile() -> None:
+    makefile = (FOLDER / "Makefile").read_text(encoding="utf-8")
+    listed = {names_in(name)[0] for name, _ in readme_table("Development")}
+    assert listed == {f"make {name}" for name in re.findall(r"(?m)^([a-z]+):.*## ", makefile)}
+
+
+def test_readme_shows_what_make_run_prints() -> None:
+    shown = re.findall(r"(?m)^(Addresses to try.*|  http:.*)$", readme_section("Two commands"))
+    makefile = (FOLDER / "Makefile").read_text(encoding="utf-8")
+    assert shown == re.findall(r'(?m)^\techo "(Addresses to try.*|  http:.*)"$', makefile)
+
+
+def test_every_code_block_of_the_readme_has_a_language_that_is_tested() -> None:
+    assert {name for name, _ in FENCE.findall(README)} == LANGUAGES
+
+
+@pytest.mark.parametrize("text", readme_blocks("yaml expexp"))
+def test_a_configuration_in_the_readme_loads(text: str, tmp_path: Path) -> None:
+    trustme = pytest.importorskip("trustme")
+    authority = trustme.CA()
+    client = authority.issue_cert("prometheus@example.org")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    client.cert_chain_pems[0].write_to_path(str(tmp_path / "client.pem"))
+    client.private_key_pem.write_to_path(str(tmp_path / "client.key"))
+    document = tmp_path / "expexp.yaml"
+    document.write_text(text.replace("/etc/expexp", str(tmp_path)), encoding="utf-8")
+    assert set(load_configuration(document).modules) == set(re.findall(r"(?m)^  (\w+):$", text))
+
+
+def test_readme_shows_the_problems_that_a_bad_configuration_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = re.findall(r"(?m)^bad\.yaml:.*$", readme_section("Configuration"))
+    monkeypatch.chdir(tmp_path)
+    document = Path("bad.yaml")
+    document.write_text(README_PROBLEMS, encoding="utf-8")
+    with pytest.raises(expexp.ConfigError) as caught:
+        load_configuration(document)
+    assert shown == [str(problem) for problem in caught.value.problems]
+
+
+def test_readme_shows_the_verdict_on_a_body_that_is_no_exposition() -> None:
+    shown = re.findall(r"(?m)^module badhtml: (.*)$", readme_section("Verification"))
+    with pytest.raises(expexp.ExpositionError) as caught:
+        expexp.verify_exposition(b"<html>\n", "text/html")
+    assert shown == [str(caught.value)]
+
+
+def test_readme_shows_the_listing_of_the_example() -> None:
+    program = silent_program(str(FOLDER / "expexp.yaml.example"))
+    headers = (("Accept", "application/json"),)
+    response = program.application.handle(expexp.Request("GET", "/", headers, "127.0.0.1"))
+    response.cleanup.close()
+    assert isinstance(response.body, bytes)
+    assert [json.loads(text) for text in readme_blocks("json")] == [json.loads(response.body)]
+
+
+def test_every_link_of_the_readme_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", README))
+    relative = [link for link in links if not re.match(r"[a-z]+:", link)]
+    anchors = {link[1:] for link in relative if link.startswith("#")}
+    files = {link.partition("#")[0] for link in relative if not link.startswith("#")}
+    assert anchors - heading_anchors() == set()
+    assert {name for name in files if not (FOLDER / name).exists()} == set()
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+@pytest.mark.parametrize("text", readme_blocks("yaml prometheus"))
+def test_prometheus_takes_the_jobs_of_the_readme(text: str, tmp_path: Path) -> None:
+    document = tmp_path / "prometheus.yml"
+    document.write_text(text, encoding="utf-8")
+    command = ["promtool", "check", "config", "--syntax-only", str(document)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+# ==================================================================================================
+# 1  Helpers
+# ==================================================================================================
+# Real sockets, real processes, real files. Whatever a helper starts ends with its `with`.
+
+FAST = expexp.Limits(term_to_kill_seconds=0.2, drain_seconds=5, scrape_seconds=10)
+
+
+class Answer(NamedTuple):
+    """A response as a client saw it."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+class Running:
+    """An expexp inside this process, on a free port of the loopback."""
+
+    def __init__(self, program: expexp.Program, port: int) -> None:
+        self.program = program
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
+    ) -> Answer:
+        """One request on a connection of its own."""
+        return fetch(self.port, path, headers, method)
+
+    def scrape(self, module: str, headers: Mapping[str, str] | None = None) -> Answer:
+        return self.get(f"/proxy?module={module}", headers)
+
+    def metric(self, series: str) -> float:
+        """The value of one of our own series, as a client reads it; KeyError if it is not there."""
+        lines = self.get("/metrics").text.splitlines()
+        return dict(_series(line) for line in lines if not line.startswith("#"))[series]
+
+    def failures(self, module: str) -> dict[str, float]:
+        """The reasons that were counted for a module, without those at zero."""
+        text = self.get("/metrics").text
+        found = re.findall(
+            r'(?m)^expexp_proxy_failures_total\{module="(.*)",reason="(.*)"\} (\S+)$', text
+        )
+        return {reason: float(n) for name, reason, n in found if name == module and float(n)}
+
+
+def _series(line: str) -> tuple[str, float]:
+    series, _, value = line.rpartition(" ")
+    return series, float(value)
+
+
+def fetch(
+    port: int, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
+) -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers=dict(headers or {}))
+        response = connection.getresponse()
+        return Answer(response.status, response.headers, response.read())
+
+
+@contextlib.contextmanager
+def running(
+    config: Mapping[str, object] | str, *flags: str, limits: expexp.Limits = FAST
+) -> Iterator[Running]:
+    """expexp with modules given as a mapping (or a whole YAML text), and with further flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = config if isinstance(config, str) else json.dumps({"modules": config})
+        path = Path(folder, "expexp.yaml")
+        path.write_text(text)
+        arguments = ["-config", str(path), "-web.listen-address", "127.0.0.1:0", *flags]
+        program = expexp.Program(expexp.parse_flags(arguments), limits)
+        server = program.servers[0]
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        try:
+            yield Running(program, server.server_address[1])
+        finally:
+            program.stop()
+            thread.join()
+
+
+@contextlib.contextmanager
+def target(answer: bytes | Callable[[socket.socket, bytes], None]) -> Iterator[int]:
+    """The port of a raw TCP server: it reads a request's head, then sends these bytes and closes,
+    or lets a function talk on the socket."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    over = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            head = b""
+            while b"\r\n\r\n" not in head:
+                piece = connection.recv(65536)
+                if not piece:
+                    return
+                head += piece
+            if callable(answer):
+                answer(connection, head)
+            else:
+                connection.sendall(answer)
+
+    def accept() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        over.set()
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def ok(body: bytes, *headers: str, content_type: str = expexp.TEXT_CONTENT_TYPE) -> bytes:
+    """A complete HTTP/1.1 response with this body."""
+    head = [
+        "HTTP/1.1 200 OK",
+        f"Content-Type: {content_type}",
+        f"Content-Length: {len(body)}",
+        *headers,
+    ]
+    return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+def http_module(port: int, **settings: object) -> dict[str, object]:
+    return {"method": "http", "http": {"port": port, **settings}}
+
+
+def exec_module(script: str, **settings: object) -> dict[str, object]:
+    """A module that runs a line of shell."""
+    return {"method": "exec", "exec": {"command": "sh", "args": ["-c", script, "sh"], **settings}}
+
+
+def file_module(path: object) -> dict[str, object]:
+    return {"method": "file", "file": {"path": str(path)}}
+
+
+@contextlib.contextmanager
+def taking(least: float, most: float) -> Iterator[None]:
+    """What is inside takes at least and at most so many seconds."""
+    started = time.monotonic()
+    yield
+    assert least <= time.monotonic() - started <= most
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 5) -> None:
+    """Wait for a condition that something else brings about; fails when it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come true in time"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def process(*flags: str, folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """expexp as users start it, its stderr a pipe; killed at the end if it still runs."""
+    command = [sys.executable, str(SOURCE), *flags]
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.communicate()
+
+
+def run(*flags: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """expexp run to its end."""
+    return subprocess.run(
+        [sys.executable, str(SOURCE), *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=20,
+        cwd=folder,
+    )
+
+
+# ==================================================================================================
+# 2  What can go wrong
+# ==================================================================================================
+# These imports belong to the head of the file.
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+QUICK = hypothesis.settings(max_examples=50, deadline=None)
+
+#: DESIGN's table of failures: reason, status (0: none of ours), methods that can fail this way.
+FAILURES = {
+    "bad_arguments": (400, {"http", "exec"}),
+    "unknown_module": (404, set()),
+    "malformed": (500, {"http", "exec", "file"}),
+    "command": (500, {"exec"}),
+    "file": (500, {"file"}),
+    "unreachable": (502, {"http"}),
+    "truncated": (502, {"http"}),
+    "protocol": (502, {"http"}),
+    "too_large": (502, {"http", "exec", "file"}),
+    "busy": (503, {"http", "exec", "file"}),
+    "timeout": (504, {"http", "exec", "file"}),
+    "status": (0, {"http"}),
+    "aborted": (0, {"http"}),
+}
+
+
+def test_the_table_of_reasons_is_the_designs() -> None:
+    found = {name: (reason.status, set(reason.methods)) for name, reason in expexp.REASONS.items()}
+    assert found == FAILURES
+
+
+def test_problems_are_sorted_by_line_not_by_text() -> None:
+    problems = [expexp.Problem("c.yaml", line, 1, "", "bad") for line in (10, 9, 2)]
+    lines = [str(problem) for problem in expexp.ConfigError(*problems).problems]
+    assert lines == ["c.yaml:2:1: bad", "c.yaml:9:1: bad", "c.yaml:10:1: bad"]
+
+
+PROBLEM_LINES = {
+    "with everything": (("c.yaml", 12, 5, "modules.a", "bad"), "c.yaml:12:5: modules.a: bad"),
+    "without a place": (("c.json", 0, 0, "modules.a", "bad"), "c.json: modules.a: bad"),
+    "without a path": (("c.yaml", 1, 2, "", "bad"), "c.yaml:1:2: bad"),
+    "of the flags": (("", 0, 0, "", "bad"), "bad"),
+    "with a line break in a key": (
+        ("c.yaml", 1, 2, "modules.a\nb", "bad"),
+        r"c.yaml:1:2: modules.a\nb: bad",
+    ),
+    "with an escape in a file name": (("c\x1b[31m", 0, 0, "", "bad"), r"c\x1b[31m: bad"),
+}
+
+
+@pytest.mark.parametrize(("fields", "line"), PROBLEM_LINES.values(), ids=PROBLEM_LINES)
+def test_a_problem_is_one_line(fields: tuple[str, int, int, str, str], line: str) -> None:
+    assert str(expexp.Problem(*fields)) == line
+
+
+# ==================================================================================================
+# 3  Small values
+# ==================================================================================================
+def test_a_secret_shows_itself_only_when_asked() -> None:
+    secret = expexp.Secret("s3ntinel")
+    assert secret.reveal() == "s3ntinel"
+    assert "s3ntinel" not in f"{secret} {secret!r} {secret!s} {[secret]} {vars(type(secret))}"
+
+
+def test_a_deadline_counts_down_and_then_raises() -> None:
+    now = 100.0
+    deadline = expexp.Deadline(2.5, lambda: now)
+    assert deadline.remaining() == 2.5
+    now = 102.0
+    deadline.check()
+    assert deadline.remaining() == 0.5
+    now = 102.5
+    with pytest.raises(expexp.ScrapeError, match=r"^timed out after 2\.5 s$") as caught:
+        deadline.check()
+    assert caught.value.reason.name == "timeout"
+
+
+EXCERPTS = {
+    "plain text": ("up 1", "up 1"),
+    "text beyond ASCII": ("\u00fcber \u65e5\u672c", "\u00fcber \u65e5\u672c"),
+    "a line break": ("a\nb\r\n", r"a\nb\r\n"),
+    "an escape sequence": ("\x1b[31m", r"\x1b[31m"),
+    "a NUL, a DEL and a C1 control": ("\0\x7f\x9b", r"\x00\x7f\x9b"),
+    "a direction mark and a line separator": ("\u202e\u2028", r"\u202e\u2028"),
+    "a lone surrogate": ("\ud800", r"\ud800"),
+    "bytes that are text": ("\u00fc".encode(), "\u00fc"),
+    "bytes that are not": (b"a\xff\n", r"a\xff\n"),
+    "as much as is allowed": ("x" * 80, "x" * 80),
+    "more than is allowed": ("x" * 81, "x" * 80 + "..."),
+    "more bytes than are allowed": (b"x" * 1000, "x" * 80 + "..."),
+    "nothing": ("", ""),
+}
+
+
+@pytest.mark.parametrize(("foreign", "shown"), EXCERPTS.values(), ids=EXCERPTS)
+def test_excerpt(foreign: str | bytes, shown: str) -> None:
+    assert expexp.excerpt(foreign) == shown
+
+
+@QUICK  # type: ignore[untyped-decorator]
+@hypothesis.given(st.one_of(st.text(), st.binary()), st.integers(1, 100))  # type: ignore[untyped-decorator]
+def test_any_excerpt_is_one_printable_line_of_bounded_length(text: str | bytes, most: int) -> None:
+    shown = expexp.excerpt(text, most)
+    assert shown.isprintable()
+    assert len(shown) <= 10 * most + 3  # a character is at most \U0010ffff
+
+
+DURATIONS = {
+    "0": 0.0,
+    "5s": 5.0,
+    "1.5s": 1.5,
+    "100ms": 0.1,
+    "1h2m3.5s": 3723.5,
+    "1m30s": 90.0,
+    "2h": 7200.0,
+    ".5s": 0.5,
+    "5.s": 5.0,
+    "1us": 1e-6,
+    "1\u00b5s": 1e-6,
+    "1\u03bcs": 1e-6,
+    "1ns": 1e-9,
+    "1s1s": 2.0,
+    "0s": 0.0,
+}
+
+
+@pytest.mark.parametrize(("text", "seconds"), DURATIONS.items())
+def test_parse_duration_reads_what_go_reads(text: str, seconds: float) -> None:
+    assert expexp.parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "5",
+        "1d",
+        "5 s",
+        " 5s",
+        "5s ",
+        "5s\n",
+        "-",
+        "+",
+        ".s",
+        "s",
+        "1e3s",
+        "0x1s",
+        "1_0s",
+        "5S",
+        "-5s",
+        "--5s",
+        "1s-1s",
+        "1:30",
+        "inf",
+        "nan",
+        "\u0663s",
+        "true",
+        "1.2.3s",
+    ],
+)
+def test_parse_duration_refuses(text: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked
+        expexp.parse_duration(text)
+    assert str(caught.value) == (
+        f'expected a duration such as "5s" or "1m30s", found "{expexp.excerpt(text)}"'
+    )
+
+
+LISTEN_ADDRESSES = {
+    ":9999": ("", 9999),
+    "127.0.0.1:9999": ("127.0.0.1", 9999),
+    "[::1]:9999": ("::1", 9999),
+    "[::]:0": ("::", 0),
+    "[fe80::1%eth0]:80": ("fe80::1%eth0", 80),
+    "localhost:65535": ("localhost", 65535),
+    "my-host.example:1": ("my-host.example", 1),
+}
+
+
+@pytest.mark.parametrize(("text", "address"), LISTEN_ADDRESSES.items())
+def test_parse_listen_address(text: str, address: tuple[str, int]) -> None:
+    assert expexp.parse_listen_address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "9999",
+        "localhost",
+        "localhost:",
+        ":65536",
+        ":-1",
+        ":http",
+        "::1:9999",
+        "[::1]",
+        "[]:1",
+        "[::1:1",
+        "http://x:1",
+        "a b:1",
+        ":1\n",
+        ":\u0661",
+        "[x]:1",
+    ],
+)
+def test_parse_listen_address_refuses(text: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is checked
+        expexp.parse_listen_address(text)
+    assert str(caught.value) == (
+        f'expected an address such as ":9999" or "[::1]:9999", found "{expexp.excerpt(text)}"'
+    )
+
+
+CLIENT_ADDRESSES = {
+    "10.0.0.1": "10.0.0.1",
+    "::1": "::1",
+    "::ffff:10.0.0.1": "10.0.0.1",
+    "fe80::1%eth0": "fe80::1",
+    "::ffff:10.0.0.1%2": "10.0.0.1",
+}
+
+
+@pytest.mark.parametrize(("text", "address"), CLIENT_ADDRESSES.items())
+def test_parse_client_address_knows_mapped_and_zoned_ones(text: str, address: str) -> None:
+    assert expexp.parse_client_address(text) == ipaddress.ip_address(address)
+
+
+QUERIES = {
+    "nothing": ("", ()),
+    "order and repeats are kept": ("b=1&a=2&b=3", ((b"b", b"1"), (b"a", b"2"), (b"b", b"3"))),
+    "plus and escapes": ("a+b=c%20d%2B", ((b"a b", b"c d+"),)),
+    "bytes that are not UTF-8": ("a=%ff%00", ((b"a", b"\xff\x00"),)),
+    "raw bytes beyond ASCII": ("a=\xff", ((b"a", b"\xff"),)),
+    "a semicolon is no separator (bug 1)": ("a=x;b=y", ((b"a", b"x;b=y"),)),
+    "a second equals sign": ("a=b=c", ((b"a", b"b=c"),)),
+    "no equals sign": ("a&b=", ((b"a", b""), (b"b", b""))),
+    "empty parts": ("&&a=1&", ((b"a", b"1"),)),
+    "a broken escape stays as it is": ("a=%zz%", ((b"a", b"%zz%"),)),
+}
+
+
+@pytest.mark.parametrize(("query", "pairs"), QUERIES.values(), ids=QUERIES)
+def test_parse_query(query: str, pairs: tuple[tuple[bytes, bytes], ...]) -> None:
+    assert tuple(expexp.parse_query(query)) == pairs
+
+
+@QUICK  # type: ignore[untyped-decorator]
+@hypothesis.given(st.lists(st.tuples(st.binary(), st.binary())))  # type: ignore[untyped-decorator]
+def test_any_bytes_survive_a_query(pairs: list[tuple[bytes, bytes]]) -> None:
+    query = expexp.render_query(pairs)
+    assert query.isascii()
+    assert list(expexp.parse_query(query)) == pairs
+
+
+ACCEPTS = {
+    "alone": ("gzip", True),
+    "among others": ("deflate, gzip;q=0.5, br", True),
+    "in capitals": ("GZip", True),
+    "without blanks": ("br,gzip", True),
+    "with q=1": ("gzip; q=1.000", True),
+    "refused": ("gzip;q=0", False),
+    "refused with decimals": ("gzip; q=0.000", False),
+    "part of another name": ("x-gzip, gzipped", False),
+    "not named": ("deflate", False),
+    "empty": ("", False),
+}
+
+
+@pytest.mark.parametrize(("header", "expected"), ACCEPTS.values(), ids=ACCEPTS)
+def test_accepts(header: str, expected: bool) -> None:
+    assert expexp.accepts(header, "gzip") is expected
+
+
+TIMEOUTS = {
+    "neither: ours": (0, "", 60),
+    "the module alone": (3, "", 3),
+    "a module that allows more than ours": (90, "", 90),
+    "the client less the offset": (0, "10", 9.5),
+    "the module where it is smaller": (3, "10", 3),
+    "the client where it is smaller": (30, "10", 9.5),
+    "a client that leaves nothing: half": (0, "0.4", 0.2),
+    "a client with just the offset: half": (0, "0.5", 0.25),
+    "blanks around it": (0, " 10 ", 9.5),
+    "zero": (0, "0", 60),
+    "a negative one": (0, "-5", 60),
+    "nan": (0, "nan", 60),
+    "inf": (0, "inf", 60),
+    "so many that it is inf": (0, "1e999", 60),
+    "no number": (3, "soon", 3),
+    "a header given twice": (0, "10, 10", 60),
+}
+
+
+@pytest.mark.parametrize(("module", "header", "seconds"), TIMEOUTS.values(), ids=TIMEOUTS)
+def test_scrape_timeout(module: float, header: str, seconds: float) -> None:
+    assert expexp.scrape_timeout(module, header, 0.5, expexp.Limits(scrape_seconds=60)) == seconds
+
+
+def test_scrape_timeout_is_never_longer_than_the_clients_own() -> None:
+    for header in ("0.001", "0.5", "0.75", "1", "10", "60", "3600"):
+        assert 0 < expexp.scrape_timeout(0, header, 0.5, FAST) < float(header)
+
+
+# ==================================================================================================
+# 5  Exposition: reading lines
+# ==================================================================================================
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+CONFORMANCE = Path(os.environ.get("EXPEXP_CONFORMANCE", "/work/shared/conformance"))
+
+#: (what is legal, body, samples)
+TEXT_VALID = [
+    ("an empty body", b"", 0),
+    ("blank lines only", b"\n \n\t\n", 0),
+    ("no newline after the last line", b"up 1", 1),
+    ("blanks lead and trail a line", b" \tup \t 1 \t \n", 1),
+    ("no blank before a signed value", b"up-1\n", 1),
+    ("no blank before a value with a point", b"up.5\n", 1),
+    ("a blank between the name and the brace", b'up {a="b"} 1\n', 1),
+    ("no blank after the braces", b'up{a="b"}1\n', 1),
+    ("blanks everywhere in the braces", b'up{ a = "b" , c\t=\t"d" } 1\n', 1),
+    ("empty braces", b"up{} 1\n", 1),
+    ("a trailing comma", b'up{a="b",} 1\n', 1),
+    ("no comma between pairs", b'up{a="b"c="d"} 1\n', 1),
+    ("a name of colons", b":: 1\n", 1),
+    ("a label without a value twice", b'up{a="",a="b"} 1\n', 1),
+    ("a raw newline in a label value", b'up{a="b\nc"} 1\ny 2\n', 2),
+    ("an escape that means nothing", b'up{a="\\q"} 1\n', 1),
+    ("three escapes", b'up{a="\\\\\\"\\n"} 1\n', 1),
+    ("a NUL in a label value", b'up{a="\0"} 1\n', 1),
+    ("a NUL after a label value", b'up{a="b"\0} 1\n', 1),
+    ("a NUL in a help text", b"# HELP up a\0\nup 1\n", 1),
+    ("a NUL in a comment after a blank", b"# a\0\nup 1\n", 1),
+    ("UTF-8 in a label value", 'up{a="日本"} 1\n'.encode(), 1),
+    ("a quoted metric name", b'{"my.metric"} 1\n', 1),
+    ("a quoted metric name and a comma", b'{"my.metric",} 1\n', 1),
+    ("a quoted metric name after a pair", b'{a="b","my.metric"} 1\n', 1),
+    ("a quoted label name", b'up{"my.label"="b"} 1\n', 1),
+    ("a quoted metric name with a newline", b'{"my\nmetric"} 1\n', 1),
+    ("a timestamp", b"up 1 1700000000123\n", 1),
+    ("the largest timestamp", b"up 1 9223372036854775807\n", 1),
+    ("a timestamp with many zeros", b"up 1 " + b"0" * 50 + b"1\n", 1),
+    ("a value with a sign", b"up +1\n", 1),
+    ("a value that ends in a point", b"up 1.\n", 1),
+    ("a value with a large exponent", b"up 1E+308\n", 1),
+    ("a value that underflows", b"up 1e-9999\n", 1),
+    ("a zero with a huge exponent", b"up 0e9999999999\n", 1),
+    ("infinity in any case", b"up -iNfInItY\nup +inf\nup Inf\n", 3),
+    ("NaN in any case", b"up nAn\n", 1),
+    ("a comment", b"# anything at all\n#at once\n#\n# \n", 0),
+    ("a comment in Latin-1", b"# caf\xe9\nup 1\n", 1),
+    ("a word that only begins like HELP", b"# HELPER x\n# TYPED x\n", 0),
+    ("HELP without a blank after it", b"# HELP\n# TYPE\n", 0),
+    ("HELP without a blank before it", b"#HELP up 1\n#TYPE up x\n", 0),
+    ("HELP without a text", b"# HELP up\n# HELP up \n", 0),
+    ("HELP with blanks around", b"\t # \t HELP \t up \t text\n", 0),
+    ("HELP with a dash for a blank", b"# HELP up-time text\n", 0),
+    ("HELP with a quoted name", b'# HELP "my.metric" text\n', 0),
+    ("HELP with an empty quoted name", b'# HELP "" text\n', 0),
+    (
+        "every type",
+        b"# TYPE a counter\n# TYPE a gauge\n# TYPE a histogram\n# TYPE a summary\n# TYPE a untyped\n",
+        0,
+    ),
+    ("TYPE with a dash for a blank", b"# TYPE up-gauge\n", 0),
+    ("TYPE twice and late", b"# TYPE up gauge\nup 1\n# TYPE up counter\n", 1),
+    ("families interleaved", b"a 1\nb 1\na 2\n", 3),
+    ("a series twice", b"a 1\na 1\n", 2),
+    ("buckets out of order", b'a_bucket{le="x"} 2\na_bucket{le="+Inf"} 1\n', 2),
+    ("a carriage return in a help text", b"# HELP up text\r\nup 1\n", 1),
+    (
+        "more labels than the fast path knows",
+        b"up{" + b",".join(b'l%d="x"' % n for n in range(40)) + b"} 1\n",
+        1,
+    ),
+    ("a line longer than a window", b'up{a="' + b"x" * 300_000 + b'"} 1\nup 1\n', 2),
+    ("a NUL that an escape takes", b'up{a="\\\0n"} 1\n', 1),
+]
+#: (what is wrong, body, line, column, whole message)
+TEXT_INVALID = [
+    (
+        "a NUL at the start of a line",
+        b"up 1\n\0up 2\n",
+        2,
+        1,
+        'expected a metric name, found "\\x00up"',
+    ),
+    ("a NUL after blanks", b"up 1\n  \0\n", 2, 3, 'expected a metric name, found "\\x00"'),
+    (
+        "a NUL in a comment without a blank",
+        b"#a\0\nup 1\n",
+        1,
+        3,
+        "a NUL byte here ends the body for Prometheus",
+    ),
+    (
+        "a NUL first in a comment",
+        b"# \0\nup 1\n",
+        1,
+        3,
+        "a NUL byte here ends the body for Prometheus",
+    ),
+    ("a NUL in a name", b"u\0p 1\n", 1, 2, 'expected a value, found "\\x00p"'),
+    (
+        "a NUL in a quoted name",
+        b'{"u\0p"} 1\n',
+        1,
+        2,
+        'expected a second quote to close this one, found "\\x00p"}"',
+    ),
+    (
+        "a NUL in a value",
+        b"up 1\0\n",
+        1,
+        5,
+        'expected a timestamp (digits only) or the end of the line, found "\\x00"',
+    ),
+    ("a NUL after a help's name", b"# HELP up\0 text\n", 1, 10, 'expected a blank, found "\\x00"'),
+    ("a line of one word", b"up\n", 1, 3, "expected a value, found the end of the line"),
+    ("a body of one word", b"up", 1, 3, "expected a value, found the end of the body"),
+    (
+        "a value missing after braces",
+        b'up{a="b"}\n',
+        1,
+        10,
+        "expected a value, found the end of the line",
+    ),
+    ("a word for a value", b"up one\n", 1, 4, 'expected a value, found "one"'),
+    ("a value in hexadecimal", b"up 0x1p-2\n", 1, 4, 'expected a value, found "0x1p-2"'),
+    (
+        "a value in hexadecimal without exponent",
+        b"up 0x10\n",
+        1,
+        4,
+        'expected a value, found "0x10"',
+    ),
+    ("a value with an underscore", b"up 1_000\n", 1, 4, 'expected a value, found "1_000"'),
+    ("a value with two points", b"up 1.2.3\n", 1, 4, 'expected a value, found "1.2.3"'),
+    ("a value without digits", b"up .\n", 1, 4, 'expected a value, found "."'),
+    ("an exponent without digits", b"up 1e\n", 1, 4, 'expected a value, found "1e"'),
+    ("a NaN with a sign", b"up +NaN\n", 1, 4, 'expected a value, found "+NaN"'),
+    ("a value in Arabic digits", "up ١\n".encode(), 1, 4, 'expected a value, found "١"'),
+    (
+        "a value that overflows",
+        b"up 1e309\n",
+        1,
+        4,
+        'expected a value within the range of float64, found "1e309"',
+    ),
+    (
+        "a long value that overflows",
+        b"up -" + b"9" * 400 + b"\n",
+        1,
+        4,
+        'expected a value within the range of float64, found "-999999999999999999999999999999999999999999999999999999999999999999999999999999..."',
+    ),
+    ("a value in quotes", b'up "1"\n', 1, 4, 'expected a value, found ""1""'),
+    ("a comma after the value", b"up 1,\n", 1, 4, 'expected a value, found "1,"'),
+    (
+        "a brace after the value",
+        b"up 1{}\n",
+        1,
+        5,
+        'expected a timestamp (digits only) or the end of the line, found "{}"',
+    ),
+    ("a carriage return after the value", b"up 1\r\n", 1, 4, 'expected a value, found "1\\r"'),
+    (
+        "a negative timestamp",
+        b"up 1 -1\n",
+        1,
+        6,
+        'expected a timestamp (digits only) or the end of the line, found "-1"',
+    ),
+    (
+        "a timestamp with a fraction",
+        b"up 1 1.5\n",
+        1,
+        6,
+        'expected a timestamp (digits only) or the end of the line, found "1.5"',
+    ),
+    (
+        "a timestamp beyond int64",
+        b"up 1 9223372036854775808\n",
+        1,
+        6,
+        'expected a timestamp within the range of int64, found "9223372036854775808"',
+    ),
+    (
+        "a timestamp of a hundred digits",
+        b"up 1 " + b"9" * 100 + b"\n",
+        1,
+        6,
+        'expected a timestamp within the range of int64, found "9999999999999999999999999999999999999999999999999999999999999999999999999999999..."',
+    ),
+    (
+        "something after the timestamp",
+        b"up 1 2 3\n",
+        1,
+        8,
+        'expected the end of the line, found "3"',
+    ),
+    (
+        "a comment after the value",
+        b"up 1 # no\n",
+        1,
+        6,
+        'expected a timestamp (digits only) or the end of the line, found "#"',
+    ),
+    ("a name that starts with a digit", b"1up 1\n", 1, 1, 'expected a metric name, found "1up"'),
+    ("a name with a dash", b"my-metric{} 1\n", 1, 3, 'expected a value, found "-metric{}"'),
+    ("a name in UTF-8 without quotes", "mé 1\n".encode(), 1, 2, 'expected a value, found "é"'),
+    (
+        "a quoted name outside the braces",
+        b'"up" 1\n',
+        1,
+        1,
+        'expected a metric name (a quoted one belongs in braces), found ""up""',
+    ),
+    (
+        "braces without a name",
+        b'{a="b"} 1\n',
+        1,
+        1,
+        "expected a metric name, before the braces or quoted in them",
+    ),
+    ("an empty quoted name", b'{""} 1\n', 1, 1, 'expected a name in UTF-8, found ""'),
+    (
+        "a quoted name that is not UTF-8",
+        b'{"\xff"} 1\n',
+        1,
+        1,
+        'expected a name in UTF-8, found "\\xff"',
+    ),
+    ("a quoted name twice", b'{"a","b"} 1\n', 1, 9, 'expected "=", found "}"'),
+    ("a quoted name after a name", b'up{"a"} 1\n', 1, 7, 'expected "=", found "}"'),
+    ("no comma after a quoted name", b'{"up" a="b"} 1\n', 1, 7, 'expected "=", found "a="b"}"'),
+    ("a label name with a colon", b'up{a:b="c"} 1\n', 1, 5, 'expected "=", found ":b="c"}"'),
+    (
+        "a label name that starts with a digit",
+        b'up{1a="c"} 1\n',
+        1,
+        4,
+        'expected a label name or "}", found "1a="c"}"',
+    ),
+    ("an empty label name", b'up{""="c"} 1\n', 1, 4, 'expected a name in UTF-8, found ""'),
+    (
+        "a label name that is not UTF-8",
+        b'up{"\xff"="c"} 1\n',
+        1,
+        4,
+        'expected a name in UTF-8, found "\\xff"',
+    ),
+    ("a label without a value", b"up{a} 1\n", 1, 5, 'expected "=", found "}"'),
+    (
+        "a label value without quotes",
+        b"up{a=b} 1\n",
+        1,
+        6,
+        'expected a label value in double quotes, found "b}"',
+    ),
+    (
+        "a label value in single quotes",
+        b"up{a='b'} 1\n",
+        1,
+        6,
+        "expected a label value in double quotes, found \"'b'}\"",
+    ),
+    (
+        "a label value that is not UTF-8",
+        b'up{a="\xff"} 1\n',
+        1,
+        6,
+        'expected a label value in UTF-8, found "\\xff"',
+    ),
+    (
+        "a surrogate in a label value",
+        b'up{a="\xed\xa0\x80"} 1\n',
+        1,
+        6,
+        'expected a label value in UTF-8, found "\\xed\\xa0\\x80"',
+    ),
+    (
+        "a label value that never ends",
+        b'x 1\nup{a="b} 1\n',
+        2,
+        6,
+        "expected a second quote to close this one, found the end of the body",
+    ),
+    (
+        "a backslash before a newline",
+        b'up{a="b\\\nc"} 1\n',
+        1,
+        6,
+        'expected a second quote to close this one, found "\\"',
+    ),
+    ("a leading comma", b'up{,a="b"} 1\n', 1, 4, 'expected a label name or "}", found ",a="b"}"'),
+    (
+        "a doubled comma",
+        b'up{a="b",,c="d"} 1\n',
+        1,
+        10,
+        'expected a label name or "}", found ",c="d"}"',
+    ),
+    ("a lone comma", b"up{,} 1\n", 1, 4, 'expected a label name or "}", found ",}"'),
+    (
+        "a semicolon between pairs",
+        b'up{a="b";c="d"} 1\n',
+        1,
+        9,
+        'expected a label name or "}", found ";c="d"}"',
+    ),
+    ("braces that never close", b'up{a="b" 1\n', 1, 10, 'expected a label name or "}", found "1"'),
+    ("a label twice", b'up{a="b",a="c"} 1\n', 1, 10, 'found the label "a" twice'),
+    ("a label twice, once in quotes", b'up{a="b","a"="c"} 1\n', 1, 10, 'found the label "a" twice'),
+    (
+        "a label twice, among many",
+        b"up{" + b",".join(b'l%d="x"' % n for n in range(30)) + b',l7="y"} 1\n',
+        1,
+        234,
+        'found the label "l7" twice',
+    ),
+    (
+        "a label twice, once escaped",
+        b'up{"a\\\\b"="1","a\\\\b"="2"} 1\n',
+        1,
+        15,
+        'found the label "a\\b" twice',
+    ),
+    (
+        "a label of the metric's name",
+        b'up{__name__="x"} 1\n',
+        1,
+        4,
+        'found the label "__name__" twice',
+    ),
+    (
+        "a label of the metric's name without a value",
+        b'up{__name__=""} 1\n',
+        1,
+        4,
+        'found the label "__name__" twice',
+    ),
+    (
+        "an unknown type",
+        b"# TYPE up countre\n",
+        1,
+        11,
+        'expected one of counter, gauge, histogram, summary, untyped, found "countre"',
+    ),
+    (
+        "an OpenMetrics type",
+        b"# TYPE up info\n",
+        1,
+        11,
+        'expected one of counter, gauge, histogram, summary, untyped, found "info"',
+    ),
+    (
+        "a type in upper case",
+        b"# TYPE up GAUGE\n",
+        1,
+        11,
+        'expected one of counter, gauge, histogram, summary, untyped, found "GAUGE"',
+    ),
+    (
+        "a type after two blanks",
+        b"# TYPE up  gauge\n",
+        1,
+        11,
+        'expected one of counter, gauge, histogram, summary, untyped, found " gauge"',
+    ),
+    (
+        "a type with a blank after it",
+        b"# TYPE up gauge \n",
+        1,
+        11,
+        'expected one of counter, gauge, histogram, summary, untyped, found "gauge "',
+    ),
+    (
+        "TYPE without a type",
+        b"# TYPE up\n",
+        1,
+        10,
+        'expected one of counter, gauge, histogram, summary, untyped, found ""',
+    ),
+    (
+        "TYPE without a name",
+        b"# TYPE \n",
+        1,
+        8,
+        "expected a metric name after TYPE, found the end of the line",
+    ),
+    (
+        "HELP without a name",
+        b"# HELP \n",
+        1,
+        8,
+        "expected a metric name after HELP, found the end of the line",
+    ),
+    (
+        "HELP with a bad name",
+        b"# HELP 1up text\n",
+        1,
+        8,
+        'expected a metric name after HELP, found "1up"',
+    ),
+    (
+        "a help text that is not UTF-8",
+        b"# HELP up \xff\n",
+        1,
+        11,
+        'expected a text in UTF-8, found "\\xff"',
+    ),
+    (
+        "a help text after half a character",
+        "# HELP upé\n".encode(),
+        1,
+        10,
+        'expected a text in UTF-8, found "\\xa9"',
+    ),
+    (
+        "an answer in HTML",
+        b"<html><body>404</body></html>\n",
+        1,
+        1,
+        'expected a metric name, found "<html><body>404</body></html>"',
+    ),
+    ("an answer in JSON", b'{"status": "error"}\n', 1, 10, 'expected "=", found ":"'),
+    (
+        "a compressed body",
+        b"\x1f\x8b\x08\x00\x00\x00",
+        1,
+        1,
+        'expected a metric name, found "\\x1f\\x8b\\x08\\x00\\x00\\x00"',
+    ),
+    (
+        "the column after UTF-8, in characters",
+        'up{a="日本"} x\n'.encode(),
+        1,
+        12,
+        'expected a value, found "x"',
+    ),
+    (
+        "the column after Latin-1, in bytes",
+        b'up{a="b"} \xe9x\n',
+        1,
+        11,
+        'expected a value, found "\\xe9x"',
+    ),
+    (
+        "the line after ten thousand good ones",
+        b"up 1\n" * 10_000 + b"up x\n",
+        10001,
+        4,
+        'expected a value, found "x"',
+    ),
+    (
+        "the line after a label value of three lines",
+        b'up{a="\n\n"} 1\nup x\n',
+        4,
+        4,
+        'expected a value, found "x"',
+    ),
+]
+
+
+def by_id(table: list) -> dict:
+    """Give pytest a table whose rows begin with a sentence."""
+    return {"argvalues": [row[1:] for row in table], "ids": [row[0] for row in table]}
+
+
+def read(body: bytes, dialect: expexp.Dialect, fast: bool) -> int | tuple[int, int, str]:
+    """Give the count of samples, or where and why not."""
+    try:
+        return expexp.read_exposition(body, dialect, fast=fast)
+    except expexp.ExpositionError as error:
+        return error.line, error.column, error.message
+
+
+@pytest.mark.parametrize(("body", "samples"), **by_id(TEXT_VALID))
+def test_text_accepts(body: bytes, samples: int) -> None:
+    assert expexp.verify_exposition(body, PLAIN) == samples
+    assert read(body, expexp.TEXT, fast=False) == samples
+
+
+@pytest.mark.parametrize(("body", "line", "column", "message"), **by_id(TEXT_INVALID))
+def test_text_refuses(body: bytes, line: int, column: int, message: str) -> None:
+    with pytest.raises(expexp.ExpositionError) as caught:
+        expexp.verify_exposition(body, PLAIN)
+    error = caught.value
+    assert (error.line, error.column, error.message) == (line, column, message)
+    assert str(error) == f"line {line}, column {column}: {message}"
+    assert read(body, expexp.TEXT, fast=False) == (line, column, message)
+
+
+# Lines near the border of what the fast path takes, whole and broken.
+PIECES = [
+    b"up", b"a_b:c", b"__name__", b"l0", b"l1", b"{", b"}", b"=", b",", b'"', b'"x"', b'""', b"\\", b"\\n",
+    b'\\"', b" ", b"\t", b"\n", b"\r", b"\0", b"# ", b"#", b"# HELP ", b"# TYPE ", b"# UNIT ", b"# EOF",
+    b" gauge", b" counter", b" info", b"1", b"-1.5", b"1e5", b"1e309", b"1e-400", b"NaN", b"+Inf", b" 1\n",
+    b"0" * 19, b"9" * 19, b"\xff", "é".encode(), b' # {a="b"} 1', b'{a="b",c="d"} 1\n', b"_seconds", b"seconds",
+]  # fmt: skip
+
+
+def bodies() -> st.SearchStrategy[bytes]:
+    """Draw bodies out of pieces, between good lines."""
+    good = b'# HELP up text\n# TYPE up gauge\nup 1\nup{l0="x",l1="y"} 2.5 1700000000123\n'
+    broken = st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join)
+    return st.lists(st.one_of(st.just(good), broken, st.binary(max_size=8)), max_size=6).map(
+        b"".join
+    )
+
+
+@hypothesis.given(bodies())
+def test_text_without_the_fast_path_is_judged_the_same(body: bytes) -> None:
+    assert read(body, expexp.TEXT, fast=True) == read(body, expexp.TEXT, fast=False)
+
+
+@hypothesis.given(st.binary(), st.text())
+def test_verify_exposition_raises_nothing_but_its_error(body: bytes, content_type: str) -> None:
+    try:
+        assert expexp.verify_exposition(body, content_type) >= 0
+    except expexp.ExpositionError as error:
+        assert error.line >= 1 <= error.column
+        assert error.line <= body.count(b"\n") + 1
+
+
+def line_with(count: int) -> str:
+    """Give a sample with so many labels."""
+    return "up{" + ",".join(f'l{n}="{n}"' for n in range(count)) + "} 1\n"
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 12, 40])
+def test_a_label_given_twice_is_found_at_every_distance(count: int) -> None:
+    for first in range(count):
+        body = line_with(count)[:-4].encode() + b',l%d="again"} 1\n' % first
+        assert read(body, expexp.TEXT, fast=True)[2] == f'found the label "l{first}" twice'
+
+
+def test_the_fast_path_takes_what_exporters_write() -> None:
+    body = b'# HELP up text\n# TYPE up gauge\nup 1\nup{a="b",c="d\\n\\"\\\\"} -2.5e+06 17\nup NaN\nup +Inf\n'
+    assert expexp.TEXT.fast.match(body).end() == len(body)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['up{a="b"', 'up{a="b" 1', 'up{a="b",} 1', 'up{a="b\\q"} 1', 'up{a="1",a="2"} 1', "up 1.", "up 1e999",
+     'up{__name__="x"} 1', "up 1 9999999999999999999", "up  1", "# TYPE up info", "# HELP up"],
+)  # fmt: skip
+def test_the_fast_path_takes_no_part_of_a_line(line: str) -> None:
+    # Python 3.11.2 with possessive groups did: it took half a repetition for a whole one
+    assert not expexp.TEXT.fast.match(line.encode() + b"\n")
+    good = b'up{a="b"} 1\n'
+    assert expexp.TEXT.fast.match(good + line.encode() + b"\n").end() == len(good)
+
+
+def test_a_window_that_is_not_utf8_costs_no_verdict() -> None:
+    body = b"# \xff\n" + b"up 1\n" * 200_000
+    assert expexp.verify_exposition(body, PLAIN) == 200_000
+    broken = b"up 1\n" * 200_000 + b'up{a="\xff"} 1\n'
+    assert read(broken, expexp.TEXT, fast=True)[:2] == (200_001, 6)
+
+
+def label_cases(name: str) -> Iterator[tuple[dict, bytes]]:
+    """Give the labelled cases of one file."""
+    path = CONFORMANCE / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    for line in path.read_text("utf-8").splitlines():
+        case = json.loads(line)
+        body = case["data"].encode() if "data" in case else base64.b64decode(case["data_b64"])
+        yield case, body
+
+
+def disagreements(name: str) -> set[str]:
+    """Give the ids of cases whose verdict, or count where accepted, is not Prometheus's."""
+    found = set()
+    for case, body in label_cases(name):
+        try:
+            verdict = expexp.verify_exposition(body, case["content_type"])
+        except expexp.ExpositionError:
+            verdict = None
+        if verdict != (case["samples"] if case["prometheus"] else None):
+            found.add(case["id"])
+    return found
+
+
+def test_text_agrees_with_prometheus() -> None:
+    # a NUL at the start of a line, where Prometheus stops without a word
+    assert disagreements("text") <= {"text-101-1419"}
+
+
+def test_text_without_the_fast_path_agrees_on_every_labelled_case() -> None:
+    for _, body in label_cases("text"):
+        assert read(body, expexp.TEXT, fast=True) == read(body, expexp.TEXT, fast=False)
+
+
+#: What grows, as a function of how much of it there is.
+GROWING: dict[str, Callable[[int], bytes]] = {
+    "one long label value": lambda n: b'up{a="' + b"x" * n + b'"} 1\n',
+    "one long label value that never ends": lambda n: b'up{a="' + b"x" * n,
+    "many backslashes": lambda n: b'up{a="' + b"\\\\" * (n // 2) + b'"} 1\n',
+    "many backslashes that never end": lambda n: b'up{a="' + b"\\\\" * (n // 2),
+    "many labels": lambda n: line_with(n // 12).encode(),
+    "many labels, the last one broken": lambda n: line_with(n // 12).encode()[:-6] + b"\n",
+    "many families": lambda n: b"".join(
+        b"# TYPE f%d gauge\nf%d 1\n" % (i, i) for i in range(n // 24)
+    ),
+    "many lines for the reader": lambda n: b"up  1\n" * (n // 6),
+    "many lines of Latin-1": lambda n: b"# \xe9\nup 1\n" * (n // 9),
+    "one long name": lambda n: b"u" * n + b" 1\n",
+    "one long number": lambda n: b"up " + b"1" * n + b"\n",
+    "one long fraction": lambda n: b"up 0." + b"1" * n + b"\n",
+    "one long timestamp": lambda n: b"up 1 " + b"0" * n + b"1\n",
+    "one long comment": lambda n: b"# " + b"x" * n,
+    "one long help text": lambda n: b"# HELP up " + "é".encode() * (n // 2),
+    "one line of blanks": lambda n: b" " * n + b"up 1\n",
+    "many raw newlines in a value": lambda n: b'up{a="' + b"\n" * n + b'"} 1\n',
+    "many NULs after a value": lambda n: b'up{a="b"' + b"\0" * n + b"} 1\n",
+    "many quotes": lambda n: b'"' * n,
+    "many braces": lambda n: b"up{" * (n // 3),
+}
+
+
+@pytest.mark.parametrize("grow", GROWING.values(), ids=GROWING)
+def test_time_grows_linearly(grow: Callable[[int], bytes]) -> None:
+    def seconds(size: int) -> float:
+        body = grow(size)
+        start = time.perf_counter()
+        read(body, expexp.TEXT, fast=True)
+        return time.perf_counter() - start
+
+    # above a window (256 KiB), so that both sizes take the same way
+    small = min(seconds(500_000) for _ in range(3))
+    assert min(seconds(2_000_000) for _ in range(3)) < 6 * small + 0.02
+
+
+@pytest.mark.parametrize("grow", GROWING.values(), ids=GROWING)
+def test_tick_is_called_however_the_body_is_made(grow: Callable[[int], bytes]) -> None:
+    class DeadlineError(Exception):
+        pass
+
+    ticks = 0
+
+    def tick() -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks > 3:
+            raise DeadlineError
+
+    if grow in (GROWING["one long comment"], GROWING["one long help text"], GROWING["many quotes"],
+                GROWING["many braces"]):  # fmt: skip
+        return  # over in one search, or refused at once
+    with pytest.raises(DeadlineError):
+        expexp.verify_exposition(grow(2_000_000), PLAIN, tick=tick)
+
+
+def test_no_other_thread_waits_long() -> None:
+    body = b'up{a="b"} 1\n' * 1_000_000
+    longest, done = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal longest
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.001)
+            longest, last = max(longest, time.perf_counter() - last), time.perf_counter()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert expexp.verify_exposition(body, PLAIN) == 1_000_000
+    done.set()
+    watcher.join()
+    assert longest < 0.05
+
+
+# ==================================================================================================
+# 6  Exposition: verdict
+# ==================================================================================================
+MEDIA_TYPES = [
+    ("nothing", "", "", {}),
+    ("a type alone", "text/plain", "text/plain", {}),
+    ("capitals and blanks", " Text/PLAIN ; Charset = UTF-8 ", "text/plain", {"charset": "UTF-8"}),
+    ("a quoted value", 'a/b; q="x;\\"y"; z=1', "a/b", {"q": 'x;"y', "z": "1"}),
+    ("a quote that never ends", 'a/b; q="x', "a/b", {"q": '"x'}),
+    ("parameters without values", "a/b;;;c;d=", "a/b", {"d": ""}),
+    ("no slash at all", "\0\udcff;=;", "\0\udcff", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "media_type", "parameters"), **by_id(MEDIA_TYPES))
+def test_parse_media_type(text: str, media_type: str, parameters: dict[str, str]) -> None:
+    assert expexp.parse_media_type(text) == (media_type, parameters)
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b"# EOF", True), (b"# EOF\n", True), (b"a 1\n# EOF", True), (b"a 1\n# EOF\n", True), (b"", False),
+     (b"# EOF\n\n", False), (b"a # EOF\n", False), (b"a # EOF", False), (b"# EOF\r\n", False), (b"EOF", False)],
+)  # fmt: skip
+def test_is_openmetrics_body(body: bytes, expected: bool) -> None:
+    assert expexp.is_openmetrics_body(body) is expected
+
+
+# ==================================================================================================
+# 7  Self-metrics
+# ==================================================================================================
+def samples(text: str) -> dict[str, float]:
+    """Series and values of one of our own pages."""
+    return dict(_series(line) for line in text.splitlines() if not line.startswith("#"))
+
+
+class Yielding(float):
+    """A number that lets another thread run between reading a sum and writing it."""
+
+    def __radd__(self, other: float) -> float:
+        time.sleep(0)
+        return other + float(self)
+
+
+def test_concurrent_increments_are_all_counted() -> None:
+    metrics = expexp.SelfMetrics()
+
+    def raise_often() -> None:
+        for _ in range(200):
+            metrics.increment("expexp_proxy_errors_total", "m", by=Yielding(1))
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for _ in range(8):
+            pool.submit(raise_often)
+    assert samples(metrics.render())['expexp_proxy_errors_total{module="m"}'] == 1600
+
+
+def test_a_metric_that_is_not_declared_is_a_mistake_of_the_programmer() -> None:
+    with pytest.raises(KeyError):
+        expexp.SelfMetrics().increment("expexp_surprises_total")
+
+
+def test_label_values_are_escaped() -> None:
+    metrics = expexp.SelfMetrics()
+    metrics.increment("expexp_proxy_errors_total", 'a\\"\nb')
+    text = metrics.render()
+    assert 'expexp_proxy_errors_total{module="a\\\\\\"\\nb"} 1\n' in text
+    assert expexp.verify_exposition(text.encode(), expexp.TEXT_CONTENT_TYPE) == len(samples(text))
+
+
+@QUICK  # type: ignore[untyped-decorator]
+@hypothesis.given(st.text(st.characters(codec="utf-8")))  # type: ignore[untyped-decorator]
+def test_any_module_name_leaves_our_page_an_exposition(name: str) -> None:
+    metrics = expexp.SelfMetrics()
+    metrics.create_module(name, "exec")
+    assert expexp.verify_exposition(metrics.render().encode(), expexp.TEXT_CONTENT_TYPE) > 10
+
+
+def test_numbers_are_written_as_prometheus_reads_them() -> None:
+    metrics = expexp.SelfMetrics()
+    for name, value in ("1", 1.0), ("0.25", 0.25), ("-3", -3), ("16384", 2.0**14):
+        metrics.set("process_open_fds", to=value)
+        assert f"\nprocess_open_fds {name}\n" in metrics.render()
+
+
+def test_a_summary_has_sum_and_count() -> None:
+    metrics = expexp.SelfMetrics()
+    for seconds in (0.5, 0.25):
+        metrics.observe("expexp_proxy_duration_seconds", "m", seconds=seconds)
+    found = samples(metrics.render())
+    assert found['expexp_proxy_duration_seconds_sum{module="m"}'] == 0.75
+    assert found['expexp_proxy_duration_seconds_count{module="m"}'] == 2
+
+
+@pytest.mark.parametrize("method", ["http", "exec", "file"])
+def test_a_module_begins_with_the_reasons_that_its_method_can_have(method: str) -> None:
+    metrics = expexp.SelfMetrics()
+    metrics.create_module("m", method)
+    found = samples(metrics.render())
+    assert {
+        name: value for name, value in found.items() if name.startswith("expexp_proxy_failures")
+    } == {
+        f'expexp_proxy_failures_total{{module="m",reason="{reason}"}}': 0
+        for reason, (_, methods) in FAILURES.items()
+        if method in methods
+    }
+
+
+def test_creating_a_module_again_resets_nothing() -> None:
+    metrics = expexp.SelfMetrics()
+    metrics.fail("m", "exec", expexp.REASONS["timeout"])
+    metrics.observe("expexp_proxy_duration_seconds", "m", seconds=1)
+    before = {name: value for name, value in samples(metrics.render()).items() if value}
+    metrics.create_module("m", "exec")
+    assert {name: value for name, value in samples(metrics.render()).items() if value} == before
+
+
+COUNTED_BESIDES = {
+    ("malformed", "http"): {"expexp_malformed_content_errors_total"},
+    ("malformed", "exec"): {"expexp_malformed_content_errors_total"},
+    ("malformed", "file"): {"expexp_malformed_content_errors_total"},
+    ("command", "exec"): {"expexp_command_fails_total"},
+    ("file", "file"): {"expexp_file_fails_total"},
+    ("timeout", "http"): {"expexp_proxy_timeout_errors_total"},
+    ("timeout", "exec"): {"expexp_proxy_timeout_errors_total", "expexp_command_fails_total"},
+    ("timeout", "file"): {"expexp_proxy_timeout_errors_total"},
+}
+
+
+@pytest.mark.parametrize(
+    ("reason", "method"),
+    [(reason, method) for reason, (_, methods) in FAILURES.items() for method in sorted(methods)],
+)
+def test_every_failure_raises_the_counters_that_the_table_says(reason: str, method: str) -> None:
+    metrics = expexp.SelfMetrics()
+    metrics.create_module("m", method)
+    metrics.fail("m", method, expexp.REASONS[reason])
+    raised = {name: value for name, value in samples(metrics.render()).items() if value}
+    names = COUNTED_BESIDES.get((reason, method), set()) | {"expexp_proxy_errors_total"}
+    assert raised == {
+        **{f'{name}{{module="m"}}': 1 for name in names},
+        f'expexp_proxy_failures_total{{module="m",reason="{reason}"}}': 1,
+    }
+
+
+# ==================================================================================================
+# 8  Flags
+# ==================================================================================================
+FLAG_FORMS = {
+    "one dash and a blank": (["-config.file", "x"], "config_file", "x"),
+    "two dashes and a blank": (["--config.file", "x"], "config_file", "x"),
+    "one dash and an equals sign": (["-config.file=x"], "config_file", "x"),
+    "two dashes and an equals sign": (["--config.file=x"], "config_file", "x"),
+    "an empty value": (["-config.file="], "config_file", ""),
+    "an empty value of its own": (["-config.file", ""], "config_file", ""),
+    "a value with an equals sign": (["-config.file=a=b"], "config_file", "a=b"),
+    "a value with a line break": (["-config.file=a\nb"], "config_file", "a\nb"),
+    "a value that looks like a flag": (["-config.file", "-log.json"], "config_file", "-log.json"),
+    "the other name": (["-config", "x"], "config_file", "x"),
+    "the last of two": (["-config", "x", "-config.file", "y"], "config_file", "y"),
+    "the default of a text": ([], "config_file", "expexp.yaml"),
+    "a bare boolean": (["-log.json"], "log_json", True),
+    "a boolean with true": (["-log.json=true"], "log_json", True),
+    "a boolean with false": (["-log.json=false"], "log_json", False),
+    "a boolean with T": (["--log.json=T"], "log_json", True),
+    "a boolean with 0": (["-log.json=0"], "log_json", False),
+    "a boolean taken back": (["-log.json", "-log.json=f"], "log_json", False),
+    "the last of two addresses": (
+        ["-web.listen-address=", "-web.listen-address=:1"],
+        "listen_address",
+        ("", 1),
+    ),
+    "the last of two offsets": (["-timeout-offset=1", "-timeout-offset=2"], "timeout_offset", 2.0),
+    "a boolean before another flag": (["-log.json", "-version"], "version", True),
+    "no folders": ([], "config_dirs", ()),
+    "folders in their order": (["-config.dirs", "b", "-config.dirs=a"], "config_dirs", ("b", "a")),
+    "networks": (
+        ["-allow.net=10.0.0.0/8", "-allow.net", "fe80::/10"],
+        "allow_net",
+        (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fe80::/10")),
+    ),
+    "a network with bits of a host": (
+        ["-allow.net=10.1.2.3/8"],
+        "allow_net",
+        (ipaddress.ip_network("10.0.0.0/8"),),
+    ),
+    "the usual address": ([], "listen_address", ("", 9999)),
+    "an address": (["-web.listen-address", "[::1]:80"], "listen_address", ("::1", 80)),
+    "no address": (["-web.listen-address="], "listen_address", None),
+    "the usual level": ([], "log_level", logging.WARNING),
+    "a level in capitals": (["-log.level", "INFO"], "log_level", logging.INFO),
+    "an offset in seconds": (["-timeout-offset", "0.25"], "timeout_offset", 0.25),
+    "an offset as a duration": (["-timeout-offset=250ms"], "timeout_offset", 0.25),
+    "no offset": (["-timeout-offset=0"], "timeout_offset", 0.0),
+    "the usual offset": ([], "timeout_offset", 0.5),
+    "a path": (["-web.proxy-path=/a/b"], "proxy_path", "/a/b"),
+    "a path without its slash": (["-web.proxy-path=a"], "proxy_path", "/a"),
+    "a path to clean": (["-web.telemetry-path=//a/./b/../c/"], "telemetry_path", "/a/c"),
+    "a path above the root": (["-web.telemetry-path=/../../a"], "telemetry_path", "/a"),
+    "help": (["-h"], "help", True),
+    "help in full": (["--help"], "help", True),
+}
+
+
+@pytest.mark.parametrize(("arguments", "name", "value"), FLAG_FORMS.values(), ids=FLAG_FORMS)
+def test_flags_are_read_as_go_reads_them(arguments: list[str], name: str, value: object) -> None:
+    assert getattr(expexp.parse_flags(arguments), name) == value
+
+
+FLAG_ERRORS = {
+    "an unknown flag": (["-nope"], "flag provided but not defined: -nope"),
+    "an unknown flag with a value": (["--nope=1"], "flag provided but not defined: -nope"),
+    "an abbreviation": (["-config.fil", "x"], "flag provided but not defined: -config.fil"),
+    "a name in capitals": (["-Config", "x"], "flag provided but not defined: -Config"),
+    "a stray argument": (["x"], 'unexpected argument "x"'),
+    "a value for a bare boolean": (["-log.json", "true"], 'unexpected argument "true"'),
+    "a lone dash": (["-"], 'unexpected argument "-"'),
+    "three dashes": (["---config=x"], 'unexpected argument "---config=x"'),
+    "no name": (["-=x"], 'unexpected argument "-=x"'),
+    "an empty argument": ([""], 'unexpected argument ""'),
+    "control characters": (["\x1b[31m"], r'unexpected argument "\x1b[31m"'),
+    "no value": (["-config.file"], "flag needs an argument: -config.file"),
+    "a boolean that is neither": (
+        ["-log.json=maybe"],
+        'invalid value "maybe" for flag -log.json: expected true or false',
+    ),
+    "a boolean in YAML's words": (
+        ["-log.json=yes"],
+        'invalid value "yes" for flag -log.json: expected true or false',
+    ),
+    "an address without its length": (
+        ["-allow.net", "127.0.0.1"],
+        'invalid value "127.0.0.1" for flag -allow.net: invalid CIDR address: 127.0.0.1',
+    ),
+    "a network too long": (
+        ["-allow.net=10.0.0.0/33"],
+        'invalid value "10.0.0.0/33" for flag -allow.net: invalid CIDR address: 10.0.0.0/33',
+    ),
+    "a level that is none": (
+        ["-log.level=loud"],
+        (
+            'invalid value "loud" for flag -log.level: expected one of panic, fatal, error, '
+            "warning, warn, info, debug, trace"
+        ),
+    ),
+    "an offset below zero": (
+        ["-timeout-offset=-1s"],
+        (
+            'invalid value "-1s" for flag -timeout-offset: expected a duration such as "5s" or '
+            '"1m30s", found "-1s"'
+        ),
+    ),
+    "an offset that is no number": (
+        ["-timeout-offset=nan"],
+        (
+            'invalid value "nan" for flag -timeout-offset: expected a duration such as "5s" or '
+            '"1m30s", found "nan"'
+        ),
+    ),
+    "a port that is none": (
+        ["-web.listen-address=:99999"],
+        (
+            'invalid value ":99999" for flag -web.listen-address: expected an address such as '
+            '":9999" or "[::1]:9999", found ":99999"'
+        ),
+    ),
+    "a Windows service": (
+        ["-winsvc", "install"],
+        'invalid value "install" for flag -winsvc: not supported',
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), FLAG_ERRORS.values(), ids=FLAG_ERRORS)
+def test_flags_are_refused(arguments: list[str], message: str) -> None:
+    with pytest.raises(expexp.FlagError) as caught:
+        expexp.parse_flags(arguments)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "level", ["panic", "fatal", "error", "warning", "warn", "info", "debug", "trace"]
+)
+def test_the_originals_levels_are_known(level: str) -> None:
+    assert expexp.parse_flags([f"-log.level={level}"]).log_level <= logging.CRITICAL
+
+
+def test_the_flags_of_the_original_are_all_there() -> None:
+    original = (
+        "config.file config.dirs config.skip-dirs web.listen-address web.bearer.token "
+        "web.bearer.token-file allow.net web.telemetry-path web.proxy-path log.level log.json "
+        "version winsvc"
+    )
+    assert set(original.split()) | {"config", "timeout-offset", "h"} <= set(expexp.declared_flags())
+
+
+# ==================================================================================================
+# 9  Configuration
+# ==================================================================================================
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, which is the current one: messages have short names."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(text: str | bytes, name: str = "c.yaml") -> expexp.Config:
+    """The configuration of a text in a file of the current folder."""
+    Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return expexp.ConfigLoader(FAST).load(name, (), False)
+
+
+def problems_of(text: str | bytes, name: str = "c.yaml") -> list[str]:
+    """All messages about a text."""
+    with pytest.raises(expexp.ConfigError) as caught:
+        load(text, name)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def a_module(*lines: str) -> str:
+    """Module `a`; its first line is line 3."""
+    return "modules:\n  a:\n" + "".join(f"    {line}\n" for line in lines)
+
+
+def of_http(*lines: str) -> str:
+    """An http module; the first line of its section is line 5."""
+    return a_module("method: http", "http:", *(f"  {line}" for line in lines))
+
+
+def of_exec(*lines: str) -> str:
+    """An exec module that runs sh; the first line given is line 6."""
+    return a_module("method: exec", "exec:", "  command: sh", *(f"  {line}" for line in lines))
+
+
+def http_target(text: str) -> expexp.HttpTarget:
+    target_of_a = load(text).modules["a"].target
+    assert isinstance(target_of_a, expexp.HttpTarget)
+    return target_of_a
+
+
+def exec_target(text: str) -> expexp.ExecTarget:
+    target_of_a = load(text).modules["a"].target
+    assert isinstance(target_of_a, expexp.ExecTarget)
+    return target_of_a
+
+
+A_FILE = "{method: file, file: {path: /dev/null}}"
+A_PORT = "c.yaml:5:13: modules.a.http.port: expected a port from 1 to 65535, found "
+A_DURATION = 'c.yaml:3:14: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
+
+PROBLEMS = {
+    # keys
+    "an unknown key at the top": ("modules: {}\nzzz: 1\n", ["c.yaml:2:1: zzz: unknown key"]),
+    "a key at the top in capitals": (
+        "Modules: {}\n",
+        ['c.yaml:1:1: Modules: unknown key; did you mean "modules"?'],
+    ),
+    "an unknown key of a module": (
+        a_module("method: file", "metod: x", "file: {path: /dev/null}"),
+        ['c.yaml:4:5: modules.a.metod: unknown key; did you mean "method"?'],
+    ),
+    "an unknown key under http": (
+        of_http("port: 1", "prot: 2"),
+        ['c.yaml:6:7: modules.a.http.prot: unknown key; did you mean "port"?'],
+    ),
+    "an unknown key under exec": (
+        of_exec("arg: []"),
+        ['c.yaml:6:7: modules.a.exec.arg: unknown key; did you mean "args"?'],
+    ),
+    "an unknown key under file, which the original ignores": (
+        a_module("method: file", "file:", "  path: /dev/null", "  paths: x"),
+        ['c.yaml:6:7: modules.a.file.paths: unknown key; did you mean "path"?'],
+    ),
+    "a key that is like no other": (
+        of_http("port: 1", "xyzzy: 2"),
+        ["c.yaml:6:7: modules.a.http.xyzzy: unknown key"],
+    ),
+    "a key that is a list": ("? [a]\n: 1\n", ["c.yaml:1:3: expected a name, found the list"]),
+    "a template that was not filled in": (
+        "modules:\n  a: {{ x }}\n",
+        [
+            "c.yaml:2:6: modules.a.method: required: `http`, `exec` or `file`",
+            "c.yaml:2:7: modules.a: expected a name, found the mapping",
+        ],
+    ),
+    "a key twice": (
+        a_module("method: file", "method: exec", "file: {path: /dev/null}"),
+        ["c.yaml:4:5: modules.a.method: given twice; first on line 3"],
+    ),
+    "a module twice": (
+        f"modules:\n  a: {A_FILE}\n  a: {A_FILE}\n",
+        ["c.yaml:3:3: modules.a: given twice; first on line 2"],
+    ),
+    "a variable twice": (
+        of_exec("env:", "  A: 1", "  A: 2"),
+        ['c.yaml:8:9: modules.a.exec.env: "A" is given twice'],
+    ),
+    "a header twice": (
+        of_http("port: 1", "headers: {A: 1, A: 2}"),
+        ['c.yaml:6:23: modules.a.http.headers: "A" is given twice'],
+    ),
+    # whole sections
+    "no mapping at the top": ("foo\n", ['c.yaml:1:1: expected a mapping, found "foo"']),
+    "a list at the top": ("- a\n", ["c.yaml:1:1: expected a mapping, found the list"]),
+    "modules that are a list": (
+        "modules: []\n",
+        ["c.yaml:1:10: modules: expected a mapping, found the list"],
+    ),
+    "a null module (bug 11)": (
+        "modules: {foo: }\n",
+        ["c.yaml:1:15: modules.foo: expected a mapping, found nothing"],
+    ),
+    "a module that is a text": (
+        "modules:\n  a: b\n",
+        ['c.yaml:2:6: modules.a: expected a mapping, found "b"'],
+    ),
+    "no method": (
+        a_module("timeout: 1s"),
+        ["c.yaml:3:5: modules.a.method: required: `http`, `exec` or `file`"],
+    ),
+    "a null method": (
+        a_module("method:"),
+        ["c.yaml:3:12: modules.a.method: required: `http`, `exec` or `file`"],
+    ),
+    "a method that is none": (
+        a_module("method: grpc"),
+        ['c.yaml:3:13: modules.a.method: expected http, exec or file, found "grpc"'],
+    ),
+    "a method in capitals": (
+        a_module("method: HTTP"),
+        ['c.yaml:3:13: modules.a.method: expected http, exec or file, found "HTTP"'],
+    ),
+    "no section": (
+        a_module("method: http"),
+        ["c.yaml:3:5: modules.a.http.port: required: port of the exporter"],
+    ),
+    "a null section": (
+        a_module("method: http", "http:"),
+        [
+            "c.yaml:4:10: modules.a.http: expected a mapping, found nothing",
+            "c.yaml:4:10: modules.a.http.port: required: port of the exporter",
+        ],
+    ),
+    "settings of another method": (
+        a_module("method: file", "http:", "  port: 1", "file: {path: /dev/null}"),
+        ['c.yaml:5:7: modules.a.http: settings of another method: this is "file"'],
+    ),
+    "accept_args of an http module": (
+        a_module("method: http", "accept_args: false", "http: {port: 1}"),
+        ['c.yaml:4:18: modules.a.accept_args: no setting of the method "http"'],
+    ),
+    "accept_params of a file module": (
+        a_module("method: file", "accept_params: []", "file: {path: /dev/null}"),
+        ['c.yaml:4:20: modules.a.accept_params: no setting of the method "file"'],
+    ),
+    "verify twice, differently": (
+        a_module("method: http", "verify: false", "http:", "  port: 1", "  verify: true"),
+        ["c.yaml:7:15: modules.a.http.verify: differs from modules.a.verify"],
+    ),
+    "an undefined default module": (
+        f"defaultModule: nod\nmodules:\n  node: {A_FILE}\n",
+        ['c.yaml:1:16: defaultModule: no module "nod"; did you mean "node"?'],
+    ),
+    "a default module that is a list": (
+        f"defaultModule: [a]\nmodules:\n  a: {A_FILE}\n",
+        ["c.yaml:1:16: defaultModule: expected text, found the list"],
+    ),
+    # ports
+    "no port": (
+        of_http("path: /x"),
+        ["c.yaml:5:7: modules.a.http.port: required: port of the exporter"],
+    ),
+    "a null port": (
+        of_http("port:"),
+        ["c.yaml:5:12: modules.a.http.port: required: port of the exporter"],
+    ),
+    "a quoted port (bug 17)": (of_http('port: "9100"'), [f'{A_PORT}"9100"']),
+    "port 0": (of_http("port: 0"), [f"{A_PORT}the number 0"]),
+    "a negative port (bug 23)": (of_http("port: -1"), [f"{A_PORT}the number -1"]),
+    "port 65536": (of_http("port: 65536"), [f"{A_PORT}the number 65536"]),
+    "port 99999 (bug 23)": (of_http("port: 99999"), [f"{A_PORT}the number 99999"]),
+    "a boolean for a port": (of_http("port: true"), [f"{A_PORT}the boolean true"]),
+    "a list for a port": (of_http("port: [1]"), [f"{A_PORT}the list"]),
+    "a mapping for a port": (of_http("port: {}"), [f"{A_PORT}the mapping"]),
+    "a fraction for a port": (of_http("port: 9100.5"), [f"{A_PORT}the number 9100.5"]),
+    "an octal number for a port": (of_http("port: 010"), [f"{A_PORT}the number 010"]),
+    "sixties for a port": (of_http("port: 1:30"), [f"{A_PORT}the number 1:30"]),
+    "a port of a thousand digits": (
+        of_http("port: " + "9" * 1000),
+        [A_PORT + "the number " + "9" * 80 + "..."],
+    ),
+    # durations
+    "a bare number for a duration": (
+        a_module("timeout: 5", "method: file", "file: {path: /dev/null}"),
+        [f"{A_DURATION}the number 5"],
+    ),
+    "a quoted number for a duration": (
+        a_module('timeout: "5"', "method: file", "file: {path: /dev/null}"),
+        [f'{A_DURATION}"5"'],
+    ),
+    "days in a duration": (
+        a_module("timeout: 1d", "method: file", "file: {path: /dev/null}"),
+        [f'{A_DURATION}"1d"'],
+    ),
+    "a boolean for a duration": (
+        a_module("timeout: yes", "method: file", "file: {path: /dev/null}"),
+        [f"{A_DURATION}the boolean yes"],
+    ),
+    "a list for a duration": (
+        a_module("timeout: [1s]", "method: file", "file: {path: /dev/null}"),
+        [f"{A_DURATION}the list"],
+    ),
+    "a negative duration (bug 23)": (
+        a_module("timeout: -5s", "method: file", "file: {path: /dev/null}"),
+        [A_DURATION + '"-5s"'],
+    ),
+    # texts
+    "an unknown scheme (bug 23)": (
+        of_http("port: 1", "scheme: ftp"),
+        ['c.yaml:6:15: modules.a.http.scheme: expected http or https, found "ftp"'],
+    ),
+    "a scheme in capitals": (
+        of_http("port: 1", "scheme: HTTPS"),
+        ['c.yaml:6:15: modules.a.http.scheme: expected http or https, found "HTTPS"'],
+    ),
+    "a list for a text": (
+        of_http("port: 1", "server_name: [x]"),
+        ["c.yaml:6:20: modules.a.http.server_name: expected text, found the list"],
+    ),
+    "an address with a port": (
+        of_http("port: 1", "address: localhost:9100"),
+        [
+            (
+                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
+                'without a port, found "localhost:9100"'
+            )
+        ],
+    ),
+    "an IPv6 address with a port": (
+        of_http("port: 1", 'address: "[::1]:9100"'),
+        [
+            (
+                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
+                'without a port, found "[::1]:9100"'
+            )
+        ],
+    ),
+    "an address with a blank": (
+        of_http("port: 1", "address: a b"),
+        [
+            (
+                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
+                'without a port, found "a b"'
+            )
+        ],
+    ),
+    "an empty address": (
+        of_http("port: 1", 'address: ""'),
+        [
+            (
+                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
+                'without a port, found ""'
+            )
+        ],
+    ),
+    "a path with a broken escape": (
+        of_http("port: 1", "path: /a%zz"),
+        [
+            (
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, with two "
+                "hexadecimal digits after each %"
+            )
+        ],
+    ),
+    "a URL for a path": (
+        of_http("port: 1", "path: http://h/x"),
+        [
+            (
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, with two "
+                "hexadecimal digits after each %"
+            )
+        ],
+    ),
+    "an empty command (bug 23)": (
+        a_module("method: exec", 'exec: {command: ""}'),
+        ['c.yaml:4:21: modules.a.exec.command: expected text that is not empty, found ""'],
+    ),
+    "a null command": (
+        a_module("method: exec", "exec:", "  command:"),
+        ["c.yaml:5:15: modules.a.exec.command: required: program to run, without a shell"],
+    ),
+    "no command": (
+        a_module("method: exec", "exec: {}"),
+        ["c.yaml:4:11: modules.a.exec.command: required: program to run, without a shell"],
+    ),
+    "a list for a command": (
+        a_module("method: exec", "exec: {command: [sh, -c]}"),
+        ["c.yaml:4:21: modules.a.exec.command: expected text that is not empty, found the list"],
+    ),
+    "no path of a file": (
+        a_module("method: file", "file: {}"),
+        ["c.yaml:4:11: modules.a.file.path: required: regular file or FIFO to read"],
+    ),
+    "an empty path of a file": (
+        a_module("method: file", 'file: {path: ""}'),
+        ['c.yaml:4:18: modules.a.file.path: expected text that is not empty, found ""'],
+    ),
+    # booleans, lists, mappings
+    "a quoted boolean": (
+        of_http("port: 1", 'verify: "false"'),
+        ['c.yaml:6:15: modules.a.http.verify: expected true or false, found "false"'],
+    ),
+    "a number for a boolean": (
+        of_exec("clear_env: 1"),
+        ["c.yaml:6:18: modules.a.exec.clear_env: expected true or false, found the number 1"],
+    ),
+    "a text for a list": (
+        of_exec("args: x"),
+        ['c.yaml:6:13: modules.a.exec.args: expected a list, found "x"'],
+    ),
+    "a mapping for a list": (
+        of_exec("args: {a: b}"),
+        ["c.yaml:6:13: modules.a.exec.args: expected a list, found the mapping"],
+    ),
+    "a list in a list": (
+        of_exec("args: [a, [b]]"),
+        ["c.yaml:6:17: modules.a.exec.args: expected text, found the list"],
+    ),
+    "a list for a mapping": (
+        of_exec("env: [A=1]"),
+        ["c.yaml:6:12: modules.a.exec.env: expected a mapping, found the list"],
+    ),
+    "a list for a variable": (
+        of_exec("env: {A: [1]}"),
+        ["c.yaml:6:16: modules.a.exec.env: expected text without a NUL"],
+    ),
+    "a text for what clients may add": (
+        of_exec("accept_args: some"),
+        ['c.yaml:6:20: modules.a.exec.accept_args: expected true, false or a list, found "some"'],
+    ),
+    "a header that cannot be sent": (
+        of_http("port: 1", 'headers: {"a b": 1}'),
+        ['c.yaml:6:17: modules.a.http.headers: expected the name of a header to send, found "a b"'],
+    ),
+    "a header that is not ours to send": (
+        of_http("port: 1", "headers: {Connection: close}"),
+        [
+            (
+                "c.yaml:6:17: modules.a.http.headers: expected the name of a header to send, "
+                'found "Connection"'
+            )
+        ],
+    ),
+    "a header of two lines": (
+        of_http("port: 1", 'headers: {X: "a\\nY: b"}'),
+        ["c.yaml:6:20: modules.a.http.headers: expected one line of Latin-1 text"],
+    ),
+    # what needs something beside it
+    "a lone certificate (bug 23)": (
+        of_http("port: 1", "tls_cert_file: /x"),
+        ["c.yaml:6:22: modules.a.http.tls_cert_file: needs tls_key_file beside it"],
+    ),
+    "a lone key (bug 23)": (
+        of_http("port: 1", "tls_key_file: /x"),
+        ["c.yaml:6:21: modules.a.http.tls_key_file: needs tls_cert_file beside it"],
+    ),
+    "a lone user name": (
+        of_http("port: 1", "basic_auth_username: x"),
+        ["c.yaml:6:28: modules.a.http.basic_auth_username: needs basic_auth_password beside it"],
+    ),
+    "a lone password": (
+        of_http("port: 1", "basic_auth_password: x"),
+        ["c.yaml:6:28: modules.a.http.basic_auth_password: needs basic_auth_username beside it"],
+    ),
+    # YAML itself
+    "a tab": (
+        "modules:\n\ta: 1\n",
+        [
+            (
+                r"c.yaml:2:1: not YAML: while scanning for the next token found character '\t' "
+                r"that cannot start any token"
+            )
+        ],
+    ),
+    "a NUL": (
+        "modules:\n  a\0b: 1\n",
+        ["c.yaml:2:4: not YAML: special characters are not allowed"],
+    ),
+    "a control character": (
+        'modules:\n  a: "x\x07"\n',
+        ["c.yaml:2:8: not YAML: special characters are not allowed"],
+    ),
+    "bytes that are not UTF-8": (b"modules:\n  a\xffb: 1\n", ["c.yaml:2:4: not UTF-8"]),
+    "UTF-16": ("modules: {}\n".encode("utf-16"), ["c.yaml:1:1: not UTF-8"]),
+    "a mapping in a line of its own": (
+        "modules: a: b\n",
+        ["c.yaml:1:11: not YAML: mapping values are not allowed here"],
+    ),
+    "a bracket that is not closed": (
+        "modules: {a: 1\n",
+        [
+            (
+                "c.yaml:2:1: not YAML: while parsing a flow mapping expected ',' or '}', but got "
+                "'<stream end>'"
+            )
+        ],
+    ),
+    "an alias that contains itself": (
+        "modules: &m\n  a: *m\n",
+        ["c.yaml:1:10: an alias that contains itself"],
+    ),
+    "a list that contains itself": (
+        of_exec("args: &y [*y]"),
+        ["c.yaml:6:13: an alias that contains itself"],
+    ),
+    "brackets nested too deeply": (
+        "modules: " + "[" * 1000 + "]" * 1000,
+        ["c.yaml: nested too deeply"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("text", "messages"), PROBLEMS.values(), ids=PROBLEMS)
+def test_the_configuration_is_refused(text: str | bytes, messages: list[str]) -> None:
+    assert problems_of(text) == messages
+
+
+@pytest.mark.usefixtures("here")
+def test_several_problems_of_one_file_are_all_reported_in_the_order_of_lines() -> None:
+    text = """\
+modules:
+  z:
+    method: htp
+  b:
+    method: http
+    timeout: 5
+    http:
+      prot: 9100
+  a:
+    method: exec
+    exec: {}
+foo: 1
+defaultModule: c
+"""
+    assert problems_of(text) == [
+        'c.yaml:3:13: modules.z.method: expected http, exec or file, found "htp"',
+        (
+            'c.yaml:6:14: modules.b.timeout: expected a duration such as "5s" or "1m30s", found '
+            "the number 5"
+        ),
+        "c.yaml:8:7: modules.b.http.port: required: port of the exporter",
+        'c.yaml:8:7: modules.b.http.prot: unknown key; did you mean "port"?',
+        "c.yaml:11:11: modules.a.exec.command: required: program to run, without a shell",
+        "c.yaml:12:1: foo: unknown key",
+        'c.yaml:13:16: defaultModule: no module "c"',
+    ]
+
+
+MISPLACED = {
+    "a NUL in an argument": (
+        of_exec('args: ["a\\0b"]'),
+        "c.yaml:6:14: modules.a.exec.args: expected text",
+    ),
+    "a NUL in a file's path": (
+        a_module("method: file", 'file: {path: "a\\0b"}'),
+        "c.yaml:4:18: modules.a.file.path: expected text",
+    ),
+    "a lone surrogate in an argument": (
+        of_exec('args: ["\\ud800"]'),
+        "c.yaml:6:14: modules.a.exec.args: ",
+    ),
+    "a lone surrogate in a variable": (
+        of_exec('env: {A: "\\ud800"}'),
+        "c.yaml:6:16: modules.a.exec.env: ",
+    ),
+    "a lone surrogate in a file's path": (
+        a_module("method: file", 'file: {path: "/\\ud800"}'),
+        "c.yaml:4:18: modules.a.file.path: ",
+    ),
+    "a lone surrogate in a module's name": (
+        f'modules:\n  "\\ud800": {A_FILE}\n',
+        "c.yaml:2:3: modules",
+    ),
+    "a merge of something that is no mapping": (
+        a_module("<<: foo", "method: file", "file: {path: /dev/null}"),
+        "c.yaml:3:9: ",
+    ),
+    "a certificate that is not there, though the scheme is http": (
+        of_http("port: 1", "tls_ca_cert_file: nofile"),
+        (
+            "c.yaml:6:25: modules.a.http.tls_ca_cert_file: cannot use certificates in nofile: no "
+            "such file or directory"
+        ),
+    ),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("text", "beginning"), MISPLACED.values(), ids=MISPLACED)
+def test_what_would_fail_in_every_request_is_refused_at_the_start(
+    text: str, beginning: str
+) -> None:
+    (message,) = problems_of(text)
+    assert message.startswith(beginning)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("names"), [("node", "node.http"), ("a", "a.method"), ("a.b", "a", "b")])
+def test_dots_in_the_names_of_modules_mean_nothing(names: tuple[str, ...]) -> None:
+    module = "{method: http, http: {port: 1}}"
+    text = "modules:\n" + "".join(f"  {name}: {module}\n" for name in names)
+    assert set(load(text).modules) == set(names)
+
+
+# --- what is accepted
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "# nothing\n",
+        "~\n",
+        "modules:\n",
+        "modules: {}\n",
+        "global: {any: [thing]}\n",
+        "---\n",
+        "defaultModule:\n",
+        "defaultModule: ~\n",
+        'defaultModule: ""\n',
+    ],
+)
+def test_a_configuration_may_have_no_modules(text: str) -> None:
+    assert load(text) == expexp.Config({}, "")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("word", "verify"),
+    [
+        ("yes", True),
+        ("on", True),
+        ("True", True),
+        ("no", False),
+        ("off", False),
+        ("FALSE", False),
+        ("", True),
+    ],
+)
+def test_booleans_may_be_any_of_yamls_words(word: str, verify: bool) -> None:
+    assert load(of_http("port: 1", f"verify: {word}")).modules["a"].verify is verify
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("written", "port"),
+    [
+        ("9100", 9100),
+        ("9_100", 9100),
+        ("0x238c", 9100),
+        ("9100.0", 9100),
+        ("1", 1),
+        ("65535", 65535),
+        ("!!int '9100'", 9100),
+    ],
+)
+def test_ports_may_be_written_as_the_original_reads_them(written: str, port: int) -> None:
+    assert http_target(of_http(f"port: {written}")).port == port
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [("5s", 5), ('"5s"', 5), ("1h2m3.5s", 3723.5), ('"0"', 0), ("100ms", 0.1), ("", 0)],
+)
+def test_timeouts_are_durations(written: str, seconds: float) -> None:
+    assert (
+        load(of_http("port: 1").replace("method", f"timeout: {written}\n    method", 1))
+        .modules["a"]
+        .timeout
+        == seconds
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_verify_may_be_given_twice_alike() -> None:
+    text = a_module("method: http", "verify: no", "http:", "  port: 1", "  verify: false")
+    assert load(text).modules["a"].verify is False
+
+
+@pytest.mark.usefixtures("here")
+def test_scalars_of_args_keep_their_source_text_and_nulls_are_dropped() -> None:
+    text = of_exec('args: [1.10, no, 010, 2020-01-01, null, ~, 0x10, yes, "", 1e3, .inf, 1:30]')
+    words = ("1.10", "no", "010", "2020-01-01", "0x10", "yes", "", "1e3", ".inf", "1:30")
+    assert exec_target(text).args == words
+
+
+@pytest.mark.usefixtures("here")
+def test_scalars_of_env_keep_their_source_text_and_a_null_is_empty() -> None:
+    text = of_exec(
+        "env: {A: 1.10, B: no, C: 010, D: 2020-01-01, E: 2020-01-01 10:00:00, F: 0o17, G: , H: ''}"
+    )
+    revealed = {name: value.reveal() for name, value in exec_target(text).env.items()}
+    assert revealed == {
+        "A": "1.10",
+        "B": "no",
+        "C": "010",
+        "D": "2020-01-01",
+        "E": "2020-01-01 10:00:00",
+        "F": "0o17",
+        "G": "",
+        "H": "",
+    }
+
+
+@pytest.mark.usefixtures("here")
+def test_names_of_modules_keep_their_source_text() -> None:
+    text = "modules:\n" + "".join(f"  {name}: {A_FILE}\n" for name in ("yes", "1.10", "010"))
+    assert set(load(text).modules) == {"yes", "1.10", "010"}
+
+
+PATHS = {
+    "a path without its slash (bug 12)": ("probe", "/probe"),
+    "a path with a query": ("/x?y=1&z=%20", "/x?y=1&z=%20"),
+    "a query alone": ("'?a=b'", "/?a=b"),
+    "a blank": ("/a b", "/a%20b"),
+    "text beyond ASCII": ("/\u00e9", "/%C3%A9"),
+    "an escape that is one already": ("/%41", "/%41"),
+    "a line break": ('"/a\\nb"', "/a%0Ab"),
+    "a fragment, which is never sent": ("'/x#y'", "/x"),
+    "nothing": ("", "/metrics"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("written", "path"), PATHS.values(), ids=PATHS)
+def test_paths_are_repaired(written: str, path: str) -> None:
+    assert http_target(of_http("port: 1", f"path: {written}")).path == path
+
+
+ADDRESSES = {
+    "localhost": "localhost",
+    "10.0.0.1": "10.0.0.1",
+    "'::1'": "::1",
+    "'[::1]'": "::1",
+    "node-1.example.org": "node-1.example.org",
+    "": "localhost",
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("written", "address"), ADDRESSES.items())
+def test_addresses_may_be_names_or_numbers(written: str, address: str) -> None:
+    assert http_target(of_http("port: 1", f"address: {written}")).address == address
+
+
+@pytest.mark.usefixtures("here")
+def test_what_clients_may_add_stands_in_the_module_or_in_its_section() -> None:
+    lists = "accept_args: [--a=*, 1, no]", "accept_params: [name]"
+    outside = a_module("method: exec", *lists, "exec: {command: sh}")
+    for text in (outside, of_exec(*lists)):
+        module = load(text).modules["a"]
+        assert (module.accept_args, module.accept_params) == (("--a=*", "1", "no"), ("name",))
+
+
+@pytest.mark.usefixtures("here")
+def test_everything_has_its_default() -> None:
+    assert load(of_http("port: 9100")).modules["a"] == expexp.Module(
+        "http", 0, True, True, True, "a", expexp.HttpTarget(9100, "http", "localhost", "/metrics")
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_anchors_and_merges_work_and_own_keys_win() -> None:
+    text = """\
+global:
+  base: &base {method: http, timeout: 2s}
+  more: &more {timeout: 3s, verify: off}
+  http: &http {port: 9100, path: /x}
+modules:
+  a:
+    <<: [*base, *more]
+    http:
+      <<: *http
+      path: /y
+  b: {<<: *base, http: *http}
+"""
+    modules = load(text).modules
+    assert http_target(text) == expexp.HttpTarget(9100, path="/y")
+    assert (modules["a"].timeout, modules["a"].verify) == (2, False)
+    assert modules["b"].target == expexp.HttpTarget(9100, path="/x")
+
+
+@pytest.mark.usefixtures("here")
+def test_only_the_first_document_is_read() -> None:
+    assert list(load(f"modules:\n  a: {A_FILE}\n---\nnonsense: 1\n").modules) == ["a"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", ["c.yaml", "c.json"])
+def test_a_byte_order_mark_is_no_part_of_the_text(name: str) -> None:
+    assert load(b'\xef\xbb\xbf{"modules": {}}', name).modules == {}
+
+
+BOMBS = {
+    "lists of lists": "[{}]",
+    "merges of merges": "{{<<: [{}]}}",
+    "mappings of mappings": "{{x: [{}]}}",
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("form", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_of_aliases_does_not_go_off(form: str) -> None:
+    lines = ["global:", "  x0: &x0 {}"]
+    lines += [f"  x{i}: &x{i} " + form.format(", ".join([f"*x{i - 1}"] * 9)) for i in range(1, 31)]
+    with taking(0, 2):
+        assert load("\n".join([*lines, "modules: {}", ""])).modules == {}
+
+
+# --- JSON
+
+
+def as_json(module: object) -> str:
+    return json.dumps({"modules": {"a": module}})
+
+
+JSON_PROBLEMS = {
+    "wrong types, with paths alone": (
+        as_json(
+            {
+                "method": "http",
+                "timeout": 5,
+                "http": {"port": "9100", "verify": "false", "headers": [1]},
+            }
+        ),
+        [
+            "c.json: modules.a.http.headers: expected a mapping, found the list",
+            'c.json: modules.a.http.port: expected a port from 1 to 65535, found "9100"',
+            'c.json: modules.a.http.verify: expected true or false, found "false"',
+            (
+                'c.json: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
+                "the number 5"
+            ),
+        ],
+    ),
+    "a boolean for a port": (
+        as_json({"method": "http", "http": {"port": True}}),
+        ["c.json: modules.a.http.port: expected a port from 1 to 65535, found the boolean true"],
+    ),
+    "a number that is none": (
+        as_json({"method": "http", "http": {"port": float("nan")}}),
+        ["c.json: modules.a.http.port: expected a port from 1 to 65535, found the number NaN"],
+    ),
+    "a key twice": (
+        '{"modules": {"a": {"method": "file", "method": "file", "file": {"path": "/dev/null"}}}}',
+        ["c.json: modules.a.method: given twice"],
+    ),
+    "a variable twice": (
+        (
+            '{"modules": {"a": {"method": "exec", "exec": {"command": "sh", "env": {"A": "1", '
+            '"A": "2"}}}}}'
+        ),
+        ['c.json: modules.a.exec.env: "A" is given twice'],
+    ),
+    "a null module": (
+        '{"modules": {"a": null}}',
+        ["c.json: modules.a: expected a mapping, found nothing"],
+    ),
+    "a list at the top": ("[]", ["c.json: expected a mapping, found the list"]),
+    "an unknown key": ('{"module": {}}', ['c.json: module: unknown key; did you mean "modules"?']),
+    "a comma too many": (
+        '{"modules":\n {,}}',
+        ["c.json:2:3: not JSON: Expecting property name enclosed in double quotes"],
+    ),
+    "an empty file": ("", ["c.json:1:1: not JSON: Expecting value"]),
+    "brackets nested too deeply": ("[" * 200_000, ["c.json: nested too deeply"]),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("text", "messages"), JSON_PROBLEMS.values(), ids=JSON_PROBLEMS)
+def test_a_configuration_in_json_is_refused(text: str, messages: list[str]) -> None:
+    assert problems_of(text, "c.json") == messages
+
+
+@pytest.mark.usefixtures("here")
+def test_json_may_be_indented_with_tabs_and_keeps_the_text_of_numbers() -> None:
+    settings = '{"command": "sh", "args": [1.10, true, null, "x"]}'
+    text = '{\n\t"modules": {\n\t\t"a": {"method": "exec", "exec": ' + settings + "}\n\t}\n}\n"
+    target_of_a = load(text, "c.json").modules["a"].target
+    assert target_of_a == expexp.ExecTarget("sh", ("1.10", "true", "x"))
+
+
+# ==================================================================================================
+# 10  Loading
+# ==================================================================================================
+def put(folder: str, **documents: str) -> str:
+    """A folder with files; two underscores in a name stand for its dot."""
+    Path(folder).mkdir(exist_ok=True)
+    for name, text in documents.items():
+        Path(folder, name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def load_all(filename: str, *folders: str, skip: bool = False) -> tuple[list[str], list[str]]:
+    """Names of the modules, and the warnings."""
+    loader = expexp.ConfigLoader(FAST)
+    return list(loader.load(filename, folders, skip).modules), loader.warnings
+
+
+def loading_problems(filename: str, *folders: str) -> list[str]:
+    with pytest.raises(expexp.ConfigError) as caught:
+        expexp.ConfigLoader(FAST).load(filename, folders, False)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_has_one_module_a_file_named_after_it() -> None:
+    put(
+        "d",
+        b__yaml=A_FILE,
+        a__yml=A_FILE,
+        c__json='{"method": "file", "file": {"path": "/dev/null"}}',
+    )
+    assert load_all("", "d") == (["a", "b", "c"], [])
+
+
+@pytest.mark.usefixtures("here")
+def test_modules_of_file_and_folders_come_together_even_if_the_file_has_none_bug_11() -> None:
+    Path("c.yaml").write_text("defaultModule: b\n")
+    assert load_all("c.yaml", put("d", a__yaml=A_FILE), put("e", b__yaml=A_FILE)) == (
+        ["a", "b"],
+        [],
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_no_document_is_skipped_with_a_warning() -> None:
+    put("d", README="x", a__yaml__bak="x", z__yaml=A_FILE)
+    Path("d/sub.yaml").mkdir()
+    names, warnings = load_all("", "d")
+    assert names == ["z"]
+    assert warnings == [
+        f"skipping non-yaml file d/{name}" for name in ("README", "a.yaml.bak", "sub.yaml")
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_that_is_not_there() -> None:
+    assert load_all("", "d", skip=True) == ([], ["skipping non existent config.dirs entry 'd'"])
+    assert loading_problems("", "d") == ["d: failed reading directory: no such file or directory"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_folder_that_is_a_file_is_never_skipped() -> None:
+    Path("d").write_text("")
+    with pytest.raises(expexp.ConfigError, match=r"^d: failed reading directory: not a directory$"):
+        load_all("", "d", skip=True)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_module_in_two_files_is_reported_with_both_places() -> None:
+    Path("c.yaml").write_text(f"\nmodules:\n  a: {A_FILE}\n")
+    put("d", a__yaml=A_FILE, b__yaml=A_FILE, b__yml=A_FILE)
+    assert loading_problems("c.yaml", "d") == [
+        "d/a.yaml:1:1: modules.a: module a is already defined in c.yaml:3",
+        "d/b.yml:1:1: modules.b: module b is already defined in d/b.yaml:1",
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_problems_of_all_files_are_reported_at_once() -> None:
+    Path("c.yaml").write_text("foo: 1\nmodules: {a: }\n")
+    put("d", b__yaml="method: ftp\n", c__yaml="method: [\n", e__yaml="")
+    assert loading_problems("c.yaml", "d", "missing") == [
+        "c.yaml:1:1: foo: unknown key",
+        "c.yaml:2:13: modules.a: expected a mapping, found nothing",
+        'd/b.yaml:1:9: modules.b.method: expected http, exec or file, found "ftp"',
+        (
+            "d/c.yaml:2:1: not YAML: while parsing a flow node expected the node content, but "
+            "found '<stream end>'"
+        ),
+        "d/e.yaml:1:1: modules.e: expected a mapping, found nothing",
+        "missing: failed reading directory: no such file or directory",
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_default_module_may_be_one_of_a_folder() -> None:
+    Path("c.yaml").write_text("defaultModule: a\n")
+    config = expexp.ConfigLoader(FAST).load("c.yaml", [put("d", a__yaml=A_FILE)], False)
+    assert config.default_module == "a"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_that_is_not_there_is_named_once() -> None:
+    (message,) = loading_problems("nofile.yaml")
+    assert message == "nofile.yaml: cannot be read: no such file or directory"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_that_is_too_large_is_not_read() -> None:
+    Path("c.yaml").write_text("#" * 101)
+    loader = expexp.ConfigLoader(dataclasses.replace(FAST, config_bytes=100))
+    with pytest.raises(expexp.ConfigError, match=r"^c\.yaml: larger than 100 bytes$"):
+        loader.load("c.yaml", (), False)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_command_or_file_that_is_not_there_yet_is_one_warning() -> None:
+    Path("c.yaml").write_text(
+        "modules:\n  e: {method: exec, exec: {command: /no/such}}\n"
+        "  f: {method: file, file: {path: /no/file}}\n"
+    )
+    warnings = ["module e: no command /no/such", "module f: no file /no/file"]
+    assert load_all("c.yaml") == (["e", "f"], warnings)
+
+
+TLS_PROBLEMS = {
+    "a CA that is not there (bug 8)": (
+        ["tls_ca_cert_file: nofile"],
+        (
+            "c.yaml:7:25: modules.a.http.tls_ca_cert_file: cannot use certificates in nofile: no "
+            "such file or directory"
+        ),
+    ),
+    "a root CA that is a folder": (
+        ["tls_root_ca_file: folder"],
+        (
+            "c.yaml:7:25: modules.a.http.tls_root_ca_file: cannot use certificates in folder: is "
+            "a directory"
+        ),
+    ),
+    "a junk CA (bug 23)": (
+        ["tls_root_ca_file: junk"],
+        "c.yaml:7:25: modules.a.http.tls_root_ca_file: cannot use certificates in junk: no",
+    ),
+    "a certificate that is not there": (
+        ["tls_cert_file: nofile", "tls_key_file: junk"],
+        (
+            "c.yaml:7:22: modules.a.http.tls_cert_file: cannot use certificate nofile with key "
+            "junk: no such file or directory"
+        ),
+    ),
+    "a junk certificate": (
+        ["tls_cert_file: junk", "tls_key_file: junk"],
+        "c.yaml:7:22: modules.a.http.tls_cert_file: cannot use certificate junk with key junk: ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("lines", "beginning"), TLS_PROBLEMS.values(), ids=TLS_PROBLEMS)
+def test_files_for_tls_are_checked_at_the_start(
+    here: Path, lines: list[str], beginning: str
+) -> None:
+    (here / "junk").write_text("junk")
+    (here / "folder").mkdir()
+    (message,) = problems_of(of_http("port: 1", "scheme: https", *lines))
+    assert message.startswith(beginning)  # the rest is OpenSSL's, by version
+
+
+WITHOUT_PYYAML = """\
+import sys
+sys.modules["yaml"] = None
+sys.path.insert(0, sys.argv[1])
+import expexp
+try:
+    print(sorted(expexp.ConfigLoader(expexp.Limits()).load(sys.argv[2], (), False).modules))
+except expexp.ConfigError as error:
+    print(error)
+"""
+
+
+def without_pyyaml(name: str) -> str:
+    command = [sys.executable, "-c", WITHOUT_PYYAML, str(FOLDER), name]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+
+
+def test_without_pyyaml_a_configuration_in_json_loads(here: Path) -> None:
+    (here / "c.json").write_text(as_json(file_module("/dev/null")))
+    assert without_pyyaml("c.json") == "['a']\n"
+
+
+def test_without_pyyaml_a_configuration_in_yaml_names_the_packages_to_install(here: Path) -> None:
+    (here / "c.yaml").write_text("modules: {}\n")
+    assert without_pyyaml("c.yaml") == (
+        "c.yaml: PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), "
+        "python3-pyyaml (RHEL, Fedora) or PyYAML (pip), or write the configuration as a .json "
+        "file\n"
+    )
+
+
+ORIGINAL_CONFIG = """\
+modules:
+  node:
+    method: http
+    http:
+       port: 9100
+
+  mtail:
+    method: http
+    http:
+       port: 3903
+
+  cadvisor:
+    verify: false
+    method: http
+    http:
+       port: 4194
+
+  somescript:
+    method: exec
+    timeout: 1s
+    exec:
+      command: /tmp/myscript.sh
+      args:
+        - "myarg1"
+        - "myarg2"
+      env:
+        THING: "1"
+        THING2: "2"
+"""
+ORIGINAL_README = FOLDER.parent / "shared" / "original-readme"
+
+
+@pytest.mark.usefixtures("here")
+def test_the_original_readmes_configuration_loads_word_for_word() -> None:
+    given = ORIGINAL_README / "expexp.yaml"
+    text = given.read_text() if given.exists() else ORIGINAL_CONFIG
+    assert text == ORIGINAL_CONFIG
+    modules = load(text).modules
+    assert {name: module.target.shown for name, module in modules.items()} == {
+        "cadvisor": "http://localhost:4194/metrics",
+        "mtail": "http://localhost:3903/metrics",
+        "node": "http://localhost:9100/metrics",
+        "somescript": "/tmp/myscript.sh",
+    }
+    assert {name for name, module in modules.items() if not module.verify} == {"cadvisor"}
+    assert modules["somescript"].timeout == 1
+
+
+#: What the original README's Prometheus jobs ask for: path and module of each.
+ORIGINAL_JOBS = [
+    ("/metrics", ""),
+    ("/proxy", "cadvisor"),
+    ("/proxy", "mtail"),
+    ("/proxy", "somescript"),
+]
+
+
+def test_the_original_readmes_jobs_are_answered_word_for_word() -> None:
+    given = ORIGINAL_README / "prometheus-jobs.yaml"
+    jobs = ORIGINAL_JOBS
+    if given.exists():
+        yaml = pytest.importorskip("yaml")
+        jobs = [
+            (job.get("metrics_path", "/metrics"), "".join(job.get("params", {}).get("module", [])))
+            for job in yaml.safe_load(given.read_text())["scrape_configs"]
+        ]
+    assert jobs == ORIGINAL_JOBS
+    app = application({name: exec_module("echo up 1") for _, name in jobs if name})
+    for path, name in jobs:
+        reply = ask(app, f"{path}?module={name}" if name else path)
+        assert reply.status == 200
+        assert expexp.verify_exposition(reply.body, reply.headers["content-type"]) > 0
+
+
+# ==================================================================================================
+# 11  Scraping targets
+# ==================================================================================================
+# Each kind of failure with its status, reason, counters and the time it took. Modules that fail are
+# served by one expexp for all of a table; each is scraped once.
+
+Answerer = Callable[[socket.socket, bytes], None]
+
+SHORT = 0.2  # the timeout of modules that meet their deadline, in seconds
+QUICK_SOCKET: Final = (0, 2)  # what did not wait for a timeout of 5 or 10 s
+AT_DEADLINE: Final = (SHORT, SHORT + 0.4)
+EXPOSITION = b"# HELP a An a.\n# TYPE a counter\na 1\n"
+ERRORS = "expexp_proxy_errors_total"
+TIMEOUTS_SOCKET = "expexp_proxy_timeout_errors_total"
+MALFORMED = "expexp_malformed_content_errors_total"
+COMMAND_FAILS = "expexp_command_fails_total"
+FILE_FAILS = "expexp_file_fails_total"
+#: Which of the original's counters a reason raises for an http module, besides ERRORS.
+HTTP_COUNTERS = {"timeout": {TIMEOUTS_SOCKET}, "malformed": {MALFORMED}}
+ALL_COUNTERS = [ERRORS, TIMEOUTS_SOCKET, MALFORMED, COMMAND_FAILS, FILE_FAILS]
+
+
+def counters(running: Running, module: str) -> set[str]:
+    """The original's error counters of a module that are at one; none may be above."""
+    found = re.findall(
+        rf'(?m)^(\w+_(?:errors|fails)_total){{module="{module}"}} (\S+)$',
+        running.get("/metrics").text,
+    )
+    assert sorted(name for name, _ in found) == sorted(ALL_COUNTERS)
+    assert {value for _, value in found} <= {"0", "1"}
+    return {name for name, value in found if value == "1"}
+
+
+@contextlib.contextmanager
+def listening(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") -> Iterator[int]:
+    """The port of a server that lets a function talk on the socket of each connection."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, 0), family=family)
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            talk(connection)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def read_head(connection: socket.socket) -> bytes:
+    """A request's head."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        head += connection.recv(65536) or b"\r\n\r\n"
+    return head
+
+
+@contextlib.contextmanager
+def tls_target(context: ssl.SSLContext, answer: bytes, *, tidy: bool = True) -> Iterator[int]:
+    """Like `target`, over TLS; `tidy` is whether it says goodbye before it closes."""
+
+    def talk(connection: socket.socket) -> None:
+        with context.wrap_socket(connection, server_side=True) as tls:
+            read_head(tls)
+            tls.sendall(answer)
+            if tidy:
+                tls.unwrap()
+
+    with listening(talk) as port:
+        yield port
+
+
+def closed_port() -> int:
+    """A port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def silent_after(*pieces: bytes) -> Answerer:
+    """Send these, then say nothing until the client closes."""
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        for piece in pieces:
+            connection.sendall(piece)
+        connection.recv(1)
+
+    return answer
+
+
+def dripping(before: bytes, drop: bytes = b"1", every: float = 0.02) -> Answerer:
+    """Send the first part at once, then a drop every so often until the client closes."""
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(before)
+        while True:
+            connection.sendall(drop)
+            time.sleep(every)
+
+    return answer
+
+
+def endless(before: bytes, piece: bytes) -> Answerer:
+    """Send as fast as the client reads."""
+    return dripping(before, piece * 1000, 0)
+
+
+def reset_after(before: bytes) -> Answerer:
+    """Send the first part, then reset the connection."""
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(before)
+        linger = struct.pack("ii", 1, 0)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        connection.close()
+
+    return answer
+
+
+def drip_tls_records(connection: socket.socket, context: ssl.SSLContext) -> None:
+    """Shake hands, then send the bytes of TLS records one by one."""
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(received, sent, server_side=True)
+    shaken = False
+    while not shaken:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+            shaken = True
+        if not shaken:
+            connection.sendall(sent.read())
+            received.write(connection.recv(65536))
+    tls.write(ok(EXPOSITION * 100))
+    for byte in sent.read():
+        connection.sendall(bytes([byte]))
+        time.sleep(0.02)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+HUNDRED = HEAD + b"Content-Length: 100\r\n\r\n"
+ENDLESS = HEAD + b"\r\n"
+GZIP = "Content-Encoding: gzip"
+GZIPPED = gzip.compress(EXPOSITION)
+NO_ANSWER = "the target closed the connection"
+NO_END = "the target closed before the end of its body"
+TOO_MUCH = "more than 65536 bytes"
+LATE = "timed out after 0.2 s"
+#: What a target does, and the status, reason and words that follow.
+HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
+    "says nothing": (silent_after(), 504, "timeout", LATE),
+    "drips its status line": (dripping(b"HTTP/1.1 200 "), 504, "timeout", LATE),
+    "drips its headers": (dripping(HEAD, b"x"), 504, "timeout", LATE),
+    "drips whole headers": (dripping(HEAD, b"X: y\r\n"), 504, "timeout", LATE),
+    "drips interim answers": (
+        dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        504,
+        "timeout",
+        LATE,
+    ),
+    "drips its body": (dripping(HUNDRED), 504, "timeout", LATE),
+    "drips a body without length": (dripping(ENDLESS, b"a 1\n"), 504, "timeout", LATE),
+    "drips a chunk": (dripping(CHUNKED + b"64\r\n"), 504, "timeout", LATE),
+    "drips the size of a chunk": (dripping(CHUNKED, b"0"), 504, "timeout", LATE),
+    "drips whole chunks": (dripping(CHUNKED, b"4\r\na 1\n\r\n"), 504, "timeout", LATE),
+    "drips trailers": (dripping(CHUNKED + b"0\r\n", b"X: y\r\n"), 504, "timeout", LATE),
+    "stops in its body": (silent_after(HUNDRED, b"a 1\n"), 504, "timeout", LATE),
+    "announces more than fits in memory": (
+        silent_after(HEAD + b"Content-Length: 9999999999999999\r\n\r\n"),
+        504,
+        "timeout",
+        LATE,
+    ),
+    "closes without an answer": (b"", 502, "unreachable", NO_ANSWER),
+    "resets the connection": (reset_after(b""), 502, "unreachable", NO_ANSWER),
+    "cuts its body short": (
+        HUNDRED + b"a 1\n",
+        502,
+        "truncated",
+        "the target closed after 4 bytes of its body",
+    ),
+    "cuts a chunk short": (CHUNKED + b"64\r\na 1\n", 502, "truncated", NO_END),
+    "cuts its body short between chunks": (
+        CHUNKED + b"4\r\na 1\n\r\n",
+        502,
+        "truncated",
+        NO_END,
+    ),
+    "has a size of a chunk that is no number": (
+        CHUNKED + b"zz\r\na 1\n",
+        502,
+        "truncated",
+        NO_END,
+    ),
+    "never ends its headers": (
+        endless(HEAD, b"X: y\r\n"),
+        502,
+        "protocol",
+        "not HTTP: got more than 100 headers",
+    ),
+    "has an oversized header": (
+        HEAD + b"X: " + b"y" * 70_000 + b"\r\n\r\n",
+        502,
+        "protocol",
+        "not HTTP: got more than 65536 bytes when reading header line",
+    ),
+    "answers with a 103": (
+        b"HTTP/1.1 103 Early Hints\r\n\r\n" + ok(EXPOSITION),
+        502,
+        "protocol",
+        "not HTTP: an answer with status 103",
+    ),
+    "does not speak HTTP": (
+        b"SSH-2.0-OpenSSH\r\n",
+        502,
+        "protocol",
+        "not HTTP: SSH-2.0-OpenSSH",
+    ),
+    "never ends its body": (endless(ENDLESS, b"a 1\n"), 502, "too_large", TOO_MUCH),
+    "never ends its chunks": (endless(CHUNKED, b"4\r\na 1\n\r\n"), 502, "too_large", TOO_MUCH),
+    "sends a gzip bomb": (
+        ok(gzip.compress(EXPOSITION * 10_000), GZIP),
+        502,
+        "too_large",
+        TOO_MUCH,
+    ),
+    "sends half a gzip": (
+        ok(GZIPPED[:-9], GZIP),
+        500,
+        "malformed",
+        "broken gzip: cut short",
+    ),
+    "sends a gzip and something else": (
+        ok(GZIPPED + b"x" * 20, GZIP),
+        500,
+        "malformed",
+        "broken gzip: Error -3 while decompressing data: incorrect header check",
+    ),
+    "sends no gzip where it says so": (
+        ok(EXPOSITION, GZIP),
+        500,
+        "malformed",
+        "broken gzip: Error -3 while decompressing data: incorrect header check",
+    ),
+    "sends an empty gzip": (ok(b"", GZIP), 500, "malformed", "broken gzip: cut short"),
+    "sends deflate": (
+        ok(zlib.compress(EXPOSITION), "Content-Encoding: deflate"),
+        500,
+        "malformed",
+        'cannot verify the encoding "deflate"',
+    ),
+    "sends HTML": (
+        ok(b"a 1\n<p>\n", content_type="text/html"),
+        500,
+        "malformed",
+        'line 2, column 1: expected a metric name, found "<p>"',
+    ),
+    "sends a value that is none": (
+        ok(b'a 1\nb{c="d"} x\n'),
+        500,
+        "malformed",
+        'line 2, column 10: expected a value, found "x"',
+    ),
+}
+
+
+#: By reason: what is not to meet its deadline may take its time on a busy machine.
+TABLE_TIMEOUTS = {"timeout": "200ms"}
+
+
+@pytest.fixture(scope="module")
+def failing_targets() -> Iterator[tuple[Running, list[Future[Timed]]]]:
+    """An expexp with a module for each of HTTP_FAILURES, all being scraped at once."""
+    limits = dataclasses.replace(FAST, body_bytes=65536)
+    with contextlib.ExitStack() as stack:
+        modules = {}
+        for number, (answer, _, reason, _) in enumerate(HTTP_FAILURES.values()):
+            port = stack.enter_context(target(answer))
+            modules[f"m{number}"] = http_module(port) | {
+                "timeout": TABLE_TIMEOUTS.get(reason, "5s")
+            }
+        served = stack.enter_context(running(modules, limits=limits))
+        pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
+        yield served, [pool.submit(timed_scrape, served, name) for name in modules]
+
+
+class Timed(NamedTuple):
+    """An answer, and how many seconds it took."""
+
+    answer: Answer
+    seconds: float
+
+
+def timed_scrape(served: Running, module: str) -> Timed:
+    started = time.monotonic()
+    answer = served.scrape(module)
+    return Timed(answer, time.monotonic() - started)
+
+
+@pytest.mark.parametrize("what", HTTP_FAILURES)
+def test_a_target_that(what: str, failing_targets: tuple[Running, list[Future[Timed]]]) -> None:
+    number = list(HTTP_FAILURES).index(what)
+    served, scrapes, module = *failing_targets, f"m{number}"
+    _, status, reason, message = HTTP_FAILURES[what]
+    answer, seconds = scrapes[number].result()
+    least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
+    assert least <= seconds <= most
+    assert (answer.status, answer.text) == (status, f"module {module}: {message}\n")
+    assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert served.failures(module) == {reason: 1}
+    assert counters(served, module) == {ERRORS} | HTTP_COUNTERS.get(reason, set())
+
+
+def test_a_target_that_is_not_there_is_unreachable() -> None:
+    with running({"m": http_module(closed_port())}) as served, taking(*QUICK_SOCKET):
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (502, "module m: connection refused\n")
+        assert served.failures("m") == {"unreachable": 1}
+
+
+def test_a_reset_within_the_body_is_no_complete_body() -> None:
+    with (
+        target(reset_after(HUNDRED + b"a 1\n")) as port,
+        running({"m": http_module(port)}) as served,
+    ):
+        assert served.scrape("m").status == 502
+        assert set(served.failures("m")) <= {"truncated", "unreachable"}
+
+
+Resolve = Callable[..., list[tuple[Any, ...]]]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Resolve]:
+    """Names, and functions that look them up; any other name is looked up as usual."""
+    usual, made_up = socket.getaddrinfo, cast("dict[str, Resolve]", {})
+
+    def look_up(host: str, *rest: Any, **named: Any) -> Any:
+        numeric = named.get("flags", 0) & socket.AI_NUMERICHOST
+        return (usual if numeric else made_up.get(host, usual))(host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return made_up
+
+
+def test_a_name_that_does_not_resolve_is_unreachable(names: dict[str, Resolve]) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    names["gone.example"] = fail
+    module = http_module(9100, address="gone.example")
+    with running({"m": module}) as served, taking(*QUICK_SOCKET):
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (502, "module m: name or service not known\n")
+        assert served.failures("m") == {"unreachable": 1}
+
+
+def test_a_resolver_that_hangs_meets_the_deadline(names: dict[str, Resolve]) -> None:
+    over = threading.Event()
+    names["slow.example"] = lambda *_, **__: cast("list[Any]", over.wait(20) and [])
+    slow = http_module(9100, address="slow.example") | {"timeout": "200ms"}
+    limits = dataclasses.replace(FAST, resolver_threads=1)
+    with (
+        target(ok(EXPOSITION)) as port,
+        running({"slow": slow, "local": http_module(port)}, limits=limits) as served,
+    ):
+        try:
+            with taking(*AT_DEADLINE), ThreadPoolExecutor() as pool:
+                answers = list(pool.map(served.scrape, ["slow", "slow", "local"]))
+        finally:
+            over.set()
+        assert [answer.status for answer in answers] == [504, 504, 200]
+        assert {answer.text for answer in answers[:2]} == {f"module slow: {LATE}\n"}
+        assert served.failures("slow") == {"timeout": 2}
+
+
+def test_several_addresses_share_the_deadline(names: dict[str, Resolve]) -> None:
+    with target(ok(EXPOSITION)) as port, full_listener() as full:
+        entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        two = [(*entry, ("127.0.0.1", full)), (*entry, ("127.0.0.1", port))]
+        names["two.example"] = lambda *_, **__: two
+        module = http_module(port, address="two.example") | {"timeout": "400ms"}
+        with running({"m": module}) as served, taking(0.2, 0.38):
+            assert served.scrape("m").body == EXPOSITION
+
+
+@contextlib.contextmanager
+def full_listener() -> Iterator[int]:
+    """The port of a listener that takes no more connections: to connect waits for ever."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            client = stack.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+
+
+def test_connecting_meets_the_deadline() -> None:
+    with (
+        full_listener() as port,
+        running({"m": http_module(port, address="127.0.0.1") | {"timeout": "200ms"}}) as served,
+        taking(*AT_DEADLINE),
+    ):
+        assert served.scrape("m").text == f"module m: {LATE}\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "header", "words"),
+    [
+        pytest.param([], "0.6", "0.1", id="less half a second"),
+        pytest.param([], "0.2", "0.1", id="half of it if it is too small for that"),
+        pytest.param(["-timeout-offset", "100ms"], "0.2", "0.1", id="less what the flag says"),
+        pytest.param([], "9", "0.12", id="unless the module's timeout is smaller"),
+        pytest.param([], "nan", "0.12", id="unless it makes no sense"),
+    ],
+)
+def test_the_deadline_is_that_of_the_client(flags: list[str], header: str, words: str) -> None:
+    with (
+        target(silent_after()) as port,
+        running({"m": http_module(port) | {"timeout": "120ms"}}, *flags) as served,
+        taking(float(words), float(words) + 0.2),
+    ):
+        answer = served.scrape("m", {"X-Prometheus-Scrape-Timeout-Seconds": header})
+        assert (answer.status, answer.text) == (504, f"module m: timed out after {words} s\n")
+
+
+# --- http: bodies
+
+
+GOOD_BODIES = {
+    "text": ok(EXPOSITION),
+    "text without length": ENDLESS + EXPOSITION,
+    "chunks": CHUNKED + b"24\r\n" + EXPOSITION + b"\r\n0\r\nX-Trailer: y\r\n\r\n",
+    "HTTP/1.0": ENDLESS.replace(b"1.1", b"1.0") + EXPOSITION,
+    "an interim 100": b"HTTP/1.1 100 Continue\r\n\r\n" + ok(EXPOSITION),
+    "text that a writer of text would have changed": ok(
+        b'# comment\n\n\ta{ b = "c", }  1e3 \t7\n# TYPE h histogram\nh 1\nh_bucket{le="1"} 1.50\n'
+    ),
+    "text without a last line end": ok(b"a 1\nb 2"),
+    "nothing": ok(b""),
+    "OpenMetrics": ok(
+        b'# TYPE a unknown\na 1 # {b="c"} 1\n# EOF\n',
+        content_type="application/openmetrics-text; version=1.0.0; charset=utf-8",
+    ),
+    "gzip": ok(GZIPPED, GZIP),
+    "gzip of several members": ok(gzip.compress(b"a 1\n") + gzip.compress(b"b 2\n"), GZIP),
+    "gzip of more than one piece": ok(gzip.compress(EXPOSITION * 50_000), GZIP),
+}
+
+
+@pytest.fixture(scope="module")
+def good_bodies() -> Iterator[Running]:
+    """An expexp with a module for each of GOOD_BODIES, and one that is not verified."""
+    with contextlib.ExitStack() as stack:
+        ports = {name: stack.enter_context(target(answer)) for name, answer in GOOD_BODIES.items()}
+        modules = {name: http_module(port) for name, port in ports.items()}
+        modules |= {f"{name}, raw": http_module(p, verify=False) for name, p in ports.items()}
+        yield stack.enter_context(running(modules))
+
+
+@pytest.mark.parametrize("name", GOOD_BODIES)
+def test_served_bytes_are_those_of_the_target(name: str, good_bodies: Running) -> None:
+    answer = good_bodies.scrape(urllib.parse.quote(name))
+    sent = GOOD_BODIES[name].rpartition(b"\r\n\r\n")[2] if name != "chunks" else EXPOSITION
+    assert (answer.status, answer.body) == (200, sent)
+    assert good_bodies.failures(name) == {}
+    expected_encoding = "gzip" if name.startswith("gzip") else None
+    assert answer.headers["Content-Encoding"] == expected_encoding
+    assert answer.headers["Content-Length"] == str(len(sent))
+
+
+@pytest.mark.parametrize(
+    ("given", "served"),
+    [
+        pytest.param("", expexp.TEXT_CONTENT_TYPE, id="blank"),
+        pytest.param("text/html", expexp.TEXT_CONTENT_TYPE, id="one that Prometheus 3 refuses"),
+        pytest.param("text/plain", "text/plain", id="plain text"),
+        pytest.param("Text/Plain;version=0.0.4", "Text/Plain;version=0.0.4", id="in any case"),
+    ],
+)
+def test_a_text_is_served_with_a_content_type_that_prometheus_takes(
+    given: str, served: str
+) -> None:
+    with target(ok(EXPOSITION, content_type=given)) as port, running({"m": http_module(port)}) as e:
+        answer = e.scrape("m")
+        assert (answer.status, answer.headers.get_all("Content-Type")) == (200, [served])
+
+
+@pytest.mark.parametrize(
+    "status", ["204 No Content", "302 Found", "401 No", "404 Not Found", "599 X"]
+)
+def test_a_status_other_than_200_goes_on_with_its_body(status: str) -> None:
+    body = b"" if status.startswith("204") else b"<not an exposition>"
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nLocation: /x\r\nWWW-Authenticate: y"
+    )
+    sent = head.encode() + b"\r\n\r\n" + body
+    with target(sent) as port, running({"m": http_module(port)}) as served:
+        answer = served.scrape("m")
+        assert (answer.status, answer.body) == (int(status[:3]), body)
+        assert (answer.headers["Location"], answer.headers["WWW-Authenticate"]) == ("/x", "y")
+        assert served.failures("m") == {"status": 1}
+        assert counters(served, "m") == {ERRORS}
+
+
+def test_a_broken_body_is_shown_to_the_operator_alone(log: list[str]) -> None:
+    with target(ok(b"a 1\nsecret word\n")) as port, running({"m": http_module(port)}) as served:
+        text = served.scrape("m").text
+    assert "secret" not in text
+    assert text == 'module m: line 2, column 8: expected a value, found "word"\n'
+    where = 'line 2, column 8: expected a value, found "word"'
+    assert log == [f'module m: malformed: {where}: the line is "secret word"']
+
+
+@pytest.fixture
+def log() -> Iterator[list[str]]:
+    """The messages that are logged as warnings or worse, and the traces below them."""
+    messages: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            trace = record.exc_info and record.exc_info[0]
+            messages.append(record.getMessage() + (f" ({trace.__name__})" if trace else ""))
+
+    handler, level = Keeper(), expexp.LOGGER.level
+    expexp.LOGGER.addHandler(handler)
+    expexp.LOGGER.setLevel(logging.WARNING)
+    yield messages
+    expexp.LOGGER.removeHandler(handler)
+    expexp.LOGGER.setLevel(level)
+
+
+def test_bodies_in_memory_have_a_budget_and_give_it_back() -> None:
+    go_on, held = threading.Event(), threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(HEAD + b"Content-Length: 800\r\n\r\n" + b"a 1\n" * 150)
+        held.set()
+        go_on.wait(5)
+        connection.sendall(b"a 1\n" * 50)
+
+    limits = dataclasses.replace(FAST, held_bytes=1000)
+    with (
+        target(answer) as port,
+        target(ok(b"a 1\n" * 200)) as other,
+        running({"m": http_module(port), "n": http_module(other)}, limits=limits) as served,
+        ThreadPoolExecutor() as pool,
+    ):
+        first = pool.submit(served.scrape, "m")
+        assert held.wait(5)
+        wait_until(lambda: served.scrape("n").status == 503)
+        second = served.scrape("n")
+        go_on.set()
+        assert first.result().status == 200
+        wait_until(lambda: served.scrape("n").status == 200)
+    assert second.text == "module n: too many bodies in memory, try again later\n"
+
+
+@pytest.mark.parametrize("end", ["in time", "broken", "too late"])
+def test_a_body_gives_its_part_of_the_budget_back(end: str) -> None:
+    answers = {"in time": ok(b"a 1\n" * 200), "broken": ok(b"a !\n" * 200)}
+    answer = answers.get(end, silent_after(HUNDRED.replace(b"100", b"900"), b"a 1\n" * 200))
+    limits = dataclasses.replace(FAST, held_bytes=1000)
+    with (
+        target(answer) as port,
+        running({"m": http_module(port) | {"timeout": "50ms"}}, limits=limits) as served,
+    ):
+        statuses = {served.scrape("m").status for _ in range(3)}
+    assert len(statuses) == 1
+    assert 503 not in statuses
+
+
+# --- http: requests to targets
+
+
+class Echo:
+    """A target that keeps the heads of the requests it gets."""
+
+    def __init__(self) -> None:
+        self.heads: list[bytes] = []
+        self.served: Running
+
+    def answer(self, connection: socket.socket, head: bytes) -> None:
+        self.heads.append(head)
+        connection.sendall(ok(EXPOSITION))
+
+    def line(self, path: str) -> str:
+        """The request line that the target gets when a client asks for this path."""
+        assert self.served.get(path).status == 200
+        return self.heads[-1].split(b"\r\n")[0].decode()
+
+    def headers(self, module: str, *lines: str) -> dict[str, str]:
+        """The headers that the target gets from a client with these headers."""
+        head = "\r\n".join([f"GET /proxy?module={module} HTTP/1.0", *lines, "", ""])
+        assert exchange(self.served.port, head.encode()).startswith(b"HTTP/1.1 200 OK\r\n")
+        pairs = [line.split(": ", 1) for line in self.heads[-1].decode().split("\r\n")[1:-2]]
+        assert len({name.lower() for name, _ in pairs}) == len(pairs)
+        return {name.lower(): value for name, value in pairs}
+
+
+def exchange(port: int, *sent: bytes) -> bytes:
+    """All that the server at this port says to these bytes, until it closes."""
+    with connect(port) as client:
+        for part in sent:
+            client.sendall(part)
+        return read_all(client)
+
+
+def connect(port: int) -> socket.socket:
+    """A client's socket."""
+    return socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def read_all(client: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.fixture(scope="module")
+def echo() -> Iterator[Echo]:
+    """An expexp with modules that all have the same target."""
+    echo = Echo()
+    with target(echo.answer) as port:
+        modules = {
+            "plain": http_module(port),
+            "path": http_module(port, path="/probe?x=1&module=own"),
+            "basic": http_module(port, basic_auth_username="u", basic_auth_password="p"),
+            "set": http_module(port, headers={"hOST": "other:1", "x-one": "ours", "X-Two": "2"}),
+            "unverified": http_module(port, verify=False),
+        }
+        with running(modules) as echo.served:
+            yield echo
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        pytest.param("module=plain", "/metrics", id="nothing"),
+        pytest.param("module=plain&b=2&a=1&b=1", "/metrics?b=2&a=1&b=1", id="its order"),
+        pytest.param("b=2&module=plain&a=1", "/metrics?b=2&a=1", id="without the module"),
+        pytest.param(
+            "module=plain&module=m&module=n", "/metrics?module=m&module=n", id="later ones"
+        ),
+        pytest.param("module=path&a=1", "/probe?a=1&x=1&module=own", id="then the path's own"),
+        pytest.param("module=path", "/probe?x=1&module=own", id="the path's own alone"),
+        pytest.param("module=plain&params=a=b=c", "/metrics?a=b%3Dc", id="params as parameters"),
+        pytest.param("module=plain&args=a=b&args=c", "/metrics?args=a%3Db&args=c", id="args as is"),
+        pytest.param("module=plain&a=x;y=1", "/metrics?a=x%3By%3D1", id="semicolons"),
+        pytest.param("module=plain&a=%zz&b=%", "/metrics?a=%25zz&b=%25", id="broken escapes"),
+        pytest.param("module=plain&a=%ff%00%0A", "/metrics?a=%FF%00%0A", id="any bytes"),
+        pytest.param("module=plain&a=1+2%202", "/metrics?a=1+2+2", id="blanks"),
+        pytest.param("module=plain&a&b=&=c", "/metrics?a=&b=&=c", id="no names, no values"),
+        pytest.param("module=plain&target=http://[::1]:9/?a%26b%23", None, id="a target's URL"),
+    ],
+)
+def test_a_query_goes_on_with(query: str, expected: str | None, echo: Echo) -> None:
+    expected = expected or "/metrics?target=http%3A%2F%2F%5B%3A%3A1%5D%3A9%2F%3Fa%26b%23"
+    assert echo.line(f"/proxy?{query}") == f"GET {expected} HTTP/1.1"
+
+
+def test_bytes_of_a_query_that_are_not_escaped_go_on(echo: Echo) -> None:
+    exchange(echo.served.port, b"GET /proxy?module=plain&a=\xc3\xbc\xff HTTP/1.0\r\n\r\n")
+    assert echo.heads[-1].startswith(b"GET /metrics?a=%C3%BC%FF HTTP/1.1\r\n")
+
+
+def test_headers_of_the_client_go_on_without_hop_by_hop_ones(echo: Echo) -> None:
+    sent = [
+        "Host: client's",
+        "User-Agent: P/1",
+        "Accept: a/b;q=1",
+        "accept: c/d",
+        "Cookie: a=1",
+        "Cookie: b=2",
+        "Connection: keep-alive, X-Named",
+        "Connection: X-Other",
+        "x-named: 1",
+        "X-Other: 2",
+        "Keep-Alive: 5",
+        "TE: x",
+        "Trailer: y",
+        "Upgrade: z",
+        "Proxy-Authorization: secret",
+        "Proxy-Connection: keep-alive",
+        "Transfer-Encoding: identity",
+        "Authorization: Basic abc",
+        "X-Forwarded-For: 10.1.1.1",
+        "X-Forwarded-For: 10.2.2.2",
+        "X-Empty:",
+        "Expect: 100-continue",
+    ]
+    headers = echo.headers("plain", *sent)
+    assert float(headers.pop("x-prometheus-scrape-timeout-seconds")) > 9
+    assert headers.pop("host").startswith("localhost:")
+    assert headers == {
+        "user-agent": "P/1",
+        "accept": "a/b;q=1, c/d",
+        "cookie": "a=1; b=2",
+        "authorization": "Basic abc",
+        "x-forwarded-for": "10.1.1.1, 10.2.2.2, 127.0.0.1",
+        "x-empty": "",
+        "accept-encoding": "identity",
+        "connection": "close",
+    }
+
+
+@pytest.mark.parametrize(
+    ("module", "sent", "asked"),
+    [
+        pytest.param("plain", [], "identity", id="identity if the client says nothing"),
+        pytest.param(
+            "plain", ["Accept-Encoding: br, gzip;q=0.5"], "gzip", id="gzip if it takes that"
+        ),
+        pytest.param(
+            "plain", ["Accept-Encoding: gzip;q=0"], "identity", id="identity if it refuses"
+        ),
+        pytest.param("plain", ["Accept-Encoding: zstd"], "identity", id="nothing we cannot verify"),
+        pytest.param(
+            "unverified", ["Accept-Encoding: zstd"], "zstd", id="the client's, unverified"
+        ),
+    ],
+)
+def test_the_target_is_asked_for(module: str, sent: list[str], asked: str, echo: Echo) -> None:
+    assert echo.headers(module, *sent)["accept-encoding"] == asked
+
+
+def test_headers_of_the_module_replace_those_of_the_client_in_any_case(echo: Echo) -> None:
+    headers = echo.headers("set", "Host: theirs", "X-ONE: theirs", "x-one: again")
+    assert (headers["host"], headers["x-one"], headers["x-two"]) == ("other:1", "ours", "2")
+
+
+def test_basic_auth_replaces_the_credentials_of_the_client(echo: Echo) -> None:
+    assert echo.headers("basic", "Authorization: Bearer x")["authorization"] == "Basic dTpw"
+
+
+def test_our_own_bearer_token_is_not_forwarded() -> None:
+    echo = Echo()
+    with (
+        target(echo.answer) as port,
+        running({"m": http_module(port)}, "-web.bearer.token", "tok") as served,
+    ):
+        answer = served.scrape("m", {"Authorization": "Bearer tok"})
+        assert (answer.status, answer.body) == (200, EXPOSITION)
+    assert b"tok" not in echo.heads[0]
+    assert b"authorization" not in echo.heads[0].lower()
+
+
+def test_the_target_is_told_what_remains_of_the_timeout(echo: Echo) -> None:
+    headers = echo.headers("plain", "X-Prometheus-Scrape-Timeout-Seconds: 2.5")
+    assert 1.8 < float(headers["x-prometheus-scrape-timeout-seconds"]) <= 2
+
+
+def test_headers_of_the_target_go_on_without_hop_by_hop_ones() -> None:
+    sent = ok(
+        EXPOSITION,
+        "X-One: 1",
+        "X-One: 2",
+        "Connection: close, X-Named",
+        "X-Named: 1",
+        "Keep-Alive: 5",
+        "Date: then",
+        "Server: theirs",
+        "Set-Cookie: a",
+        "Proxy-Authenticate: x",
+        "X-Folded: a\r\n b",
+    )
+    with target(sent) as port, running({"m": http_module(port)}) as served:
+        headers = served.scrape("m").headers
+    assert sorted(pair for pair in headers.items() if pair[0] != "Connection") == [
+        ("Content-Length", str(len(EXPOSITION))),
+        ("Content-Type", expexp.TEXT_CONTENT_TYPE),
+        ("Date", "then"),
+        ("Server", "theirs"),
+        ("Set-Cookie", "a"),
+        ("X-Folded", "a b"),
+        ("X-One", "1"),
+        ("X-One", "2"),
+    ]
+
+
+def test_proxies_of_the_environment_are_ignored(
+    monkeypatch: pytest.MonkeyPatch, echo: Echo
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("no_proxy", "")
+    assert echo.line("/proxy?module=plain") == "GET /metrics HTTP/1.1"
+
+
+def test_a_target_has_an_ipv6_address() -> None:
+    heads: list[bytes] = []
+
+    def talk(connection: socket.socket) -> None:
+        heads.append(read_head(connection))
+        connection.sendall(ok(EXPOSITION))
+
+    with listening(talk, "::1") as port, running({"m": http_module(port, address="::1")}) as served:
+        assert served.scrape("m").body == EXPOSITION
+    assert b"Host: [::1]:%d\r\n" % port in heads[0]
+
+
+# --- http: TLS towards targets
+
+
+class Certificates(NamedTuple):
+    """A certificate authority, and files that it has made."""
+
+    ca: trustme.CA
+    ca_file: str
+    client_file: str
+    key_file: str
+
+    def server(self, *names: str, days: int = 1) -> ssl.SSLContext:
+        """A server's context with a certificate for these names."""
+        after = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.ca.issue_cert(*names, not_after=after).configure_cert(context)
+        return context
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    folder, ca = tmp_path_factory.mktemp("certificates"), trustme.CA()
+    files = [str(folder / name) for name in ("ca.pem", "client.pem", "key.pem")]
+    client = ca.issue_cert("client@example.org")
+    ca.cert_pem.write_to_path(files[0])
+    client.cert_chain_pems[0].write_to_path(files[1])
+    client.private_key_pem.write_to_path(files[2])
+    return Certificates(ca, *files)
+
+
+def https_module(port: int, **settings: object) -> dict[str, object]:
+    return http_module(port, scheme="https", **settings) | {"timeout": "2s"}
+
+
+@pytest.mark.parametrize("key", ["tls_ca_cert_file", "tls_root_ca_file"])
+def test_the_certificate_of_a_target_is_verified_with(key: str, certificates: Certificates) -> None:
+    with (
+        tls_target(certificates.server("localhost"), ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **{key: certificates.ca_file})}) as served,
+    ):
+        answer = served.scrape("m")
+        assert (answer.status, answer.body) == (200, EXPOSITION)
+
+
+UNKNOWN_CA = "unable to get local issuer certificate"
+
+
+@pytest.mark.parametrize(
+    ("names", "days", "settings", "message"),
+    [
+        pytest.param(["localhost"], 1, {}, UNKNOWN_CA, id="from an authority that is not trusted"),
+        pytest.param(
+            ["localhost"], -1, {"tls_ca_cert_file": "CA"}, "certificate has expired", id="expired"
+        ),
+        pytest.param(
+            ["localhost"],
+            1,
+            {"tls_ca_cert_file": "CA", "server_name": "db.example"},
+            "hostname mismatch, certificate is not valid for 'db.example'.",
+            id="for another name",
+        ),
+        pytest.param(
+            ["localhost"],
+            1,
+            {"tls_ca_cert_file": "CA", "address": "127.0.0.1"},
+            "ip address mismatch, certificate is not valid for '127.0.0.1'.",
+            id="for no address",
+        ),
+    ],
+)
+def test_a_certificate_is_refused_that_is(
+    names: list[str], days: int, settings: dict[str, str], message: str, certificates: Certificates
+) -> None:
+    settings = {k: certificates.ca_file if v == "CA" else v for k, v in settings.items()}
+    with (
+        tls_target(certificates.server(*names, days=days), ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **settings)}) as served,
+        taking(*QUICK_SOCKET),
+    ):
+        answer = served.scrape("m")
+        expected = f"module m: TLS: {message}\n"
+        assert (answer.status, answer.text) == (502, expected)
+        assert served.failures("m") == {"unreachable": 1}
+
+
+def test_server_name_is_asked_for_and_verified_instead_of_the_address(
+    certificates: Certificates,
+) -> None:
+    asked: list[str | None] = []
+    context = certificates.server("db.example")
+    context.sni_callback = lambda _socket, name, _context: asked.append(name)
+    settings = {"tls_ca_cert_file": certificates.ca_file, "server_name": "db.example"}
+    with (
+        tls_target(context, ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **settings)}) as served,
+    ):
+        assert served.scrape("m").body == EXPOSITION
+    assert asked == ["db.example"]
+
+
+def test_insecure_skip_verify_takes_any_certificate(certificates: Certificates) -> None:
+    with (
+        tls_target(certificates.server("other.example", days=-1), ok(EXPOSITION)) as port,
+        running({"m": https_module(port, tls_insecure_skip_verify=True)}) as served,
+    ):
+        assert served.scrape("m").body == EXPOSITION
+
+
+def test_a_client_certificate_is_presented(certificates: Certificates) -> None:
+    context = certificates.server("localhost")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = (
+        ssl.TLSVersion.TLSv1_2
+    )  # in 1.3 a client learns of it after its request
+    certificates.ca.configure_trust(context)
+    ours = {"tls_cert_file": certificates.client_file, "tls_key_file": certificates.key_file}
+    trust = {"tls_ca_cert_file": certificates.ca_file}
+    with (
+        tls_target(context, ok(EXPOSITION)) as port,
+        running(
+            {"with": https_module(port, **trust, **ours), "without": https_module(port, **trust)}
+        ) as served,
+    ):
+        assert served.scrape("with").body == EXPOSITION
+        answer = served.scrape("without")
+    assert answer.status == 502
+    assert re.fullmatch(r"module without: TLS: .* alert handshake failure\n", answer.text)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_tls_that_ends_without_goodbye_is_cut_short(
+    verify: bool, certificates: Certificates
+) -> None:
+    trust = {"tls_ca_cert_file": certificates.ca_file, "verify": verify}
+    with (
+        tls_target(certificates.server("localhost"), ENDLESS + b"a 1\n", tidy=False) as port,
+        running({"m": https_module(port, **trust)}) as served,
+    ):
+        if verify:
+            answer = served.scrape("m")
+            assert (answer.status, answer.text) == (502, f"module m: {NO_END}\n")
+        else:
+            with pytest.raises((ConnectionError, http.client.IncompleteRead)):
+                served.scrape("m")
+        wait_until(lambda: served.failures("m") == {"truncated" if verify else "aborted": 1})
+
+
+def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
+    with (
+        listening(
+            lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        ) as port,
+        running({"m": https_module(port)}) as served,
+    ):
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (502, "module m: TLS: wrong version number\n")
+        assert served.failures("m") == {"unreachable": 1}
+
+
+@pytest.mark.parametrize("where", ["handshake", "records"])
+def test_a_target_that_drips_its_tls(where: str, certificates: Certificates) -> None:
+    context = certificates.server("localhost")
+
+    def talk(connection: socket.socket) -> None:
+        if where == "handshake":
+            dripping(b"\x16\x03\x03\x40\x00\x02\x00\x3f\xfc\x03\x03", b"x")(connection, b"")
+        drip_tls_records(connection, context)
+
+    with listening(talk) as port:
+        module = https_module(port, tls_ca_cert_file=certificates.ca_file) | {"timeout": "200ms"}
+        with running({"m": module}) as served, taking(*AT_DEADLINE):
+            answer = served.scrape("m")
+            assert (answer.status, answer.text) == (504, f"module m: {LATE}\n")
+            assert served.failures("m") == {"timeout": 1}
+
+
+# --- http: unverified
+
+
+def test_an_unverified_body_is_passed_on_as_it_comes() -> None:
+    go_on = threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(ENDLESS + b"first")
+        go_on.wait(5)
+        connection.sendall(b" second")
+
+    with target(answer) as port, running({"m": http_module(port, verify=False)}) as served:
+        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+        with contextlib.closing(client):
+            client.request("GET", "/proxy?module=m")
+            response = client.getresponse()
+            assert response.read1(100) == b"first"
+            go_on.set()
+            assert response.read() == b" second"
+        assert served.failures("m") == {}
+
+
+@pytest.mark.parametrize("name", ["text", "chunks", "HTTP/1.0", "gzip"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_unverified_body_arrives_whole(name: str, version: str, good_bodies: Running) -> None:
+    request = f"GET /proxy?module={name},+raw HTTP/{version}\r\nConnection: close\r\n\r\n"
+    head, _, body = exchange(good_bodies.port, request.encode()).partition(b"\r\n\r\n")
+    sent = GZIPPED if name == "gzip" else EXPOSITION
+    chunked = b"Transfer-Encoding: chunked" in head
+    assert chunked == (version == "1.1" and name in ("chunks", "HTTP/1.0"))
+    assert (b"Content-Length: %d\r\n" % len(sent) in head) == (name in ("text", "gzip"))
+    assert body == (b"%x\r\n%b\r\n0\r\n\r\n" % (len(sent), sent) if chunked else sent)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(HUNDRED + b"a 1\n", id="cut short"),
+        pytest.param(CHUNKED + b"64\r\na 1\n", id="cut within a chunk"),
+        pytest.param(reset_after(HUNDRED + b"a 1\n"), id="reset"),
+        pytest.param(silent_after(HUNDRED, b"a 1\n"), id="too late"),
+        pytest.param(endless(ENDLESS, b"a 1\n"), id="too large"),
+    ],
+)
+def test_an_unverified_body_is_reset_when_it_is(answer: bytes | Answerer, version: str) -> None:
+    limits = dataclasses.replace(FAST, body_bytes=65536)
+    with (
+        target(answer) as port,
+        running(
+            {"m": http_module(port, verify=False) | {"timeout": "100ms"}}, limits=limits
+        ) as served,
+        taking(0, 1),
+    ):
+        with pytest.raises(ConnectionResetError):
+            exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        assert counters(served, "m") == {ERRORS}
+
+
+# --- exec
+
+
+def is_gone(process_id: int) -> bool:
+    """Whether a process has ended, reaped or not: in a container nobody may reap orphans."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def command(name: str, *arguments: str, **settings: object) -> dict[str, object]:
+    """An unverified module of a command without a shell."""
+    section = {"command": name, "args": list(arguments), **settings}
+    return {"method": "exec", "verify": False, "exec": section}
+
+
+#: What a command does, and the status, reason and words that follow.
+EXEC_FAILURES = {
+    "exits with 3": ("echo a 1; exit 3", 500, "command", "the command exited with status 3"),
+    "is killed": ("echo a 1; kill -KILL $$", 500, "command", "the command was killed by SIGKILL"),
+    "is killed by a nameless signal": (
+        "kill -40 $$", 500, "command", "the command was killed by signal 40",
+    ),
+    "hangs": ("exec sleep 30", 504, "timeout", LATE),
+    "ignores TERM": ("trap '' TERM; echo a 1; exec sleep 30", 504, "timeout", LATE),
+    "closes its output and hangs": ("exec sleep 30 >&- 2>&-", 504, "timeout", LATE),
+    "drips": ("while echo a 1; do sleep .02; done", 504, "timeout", LATE),
+    "floods stdout": ("exec yes 'a 1'", 502, "too_large", TOO_MUCH),
+    "floods stderr": ("exec yes >&2", 504, "timeout", LATE),
+    "prints no exposition": (
+        "echo a 1; echo b x", 500, "malformed", 'line 2, column 3: expected a value, found "x"',
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def failing_commands(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Running, Path, list[Future[Timed]]]]:
+    """An expexp with a module for each of EXEC_FAILURES, all being scraped at once; each command
+    leaves its process id in a folder."""
+    limits, folder = dataclasses.replace(FAST, body_bytes=65536), tmp_path_factory.mktemp("exec")
+    modules = {
+        f"m{number}": exec_module(f"echo $$ >{folder}/m{number}; {script}")
+        | {"timeout": TABLE_TIMEOUTS.get(reason, "5s")}
+        for number, (script, _, reason, _) in enumerate(EXEC_FAILURES.values())
+    }
+    with running(modules, limits=limits) as served, ThreadPoolExecutor(len(modules)) as pool:
+        yield served, folder, [pool.submit(timed_scrape, served, name) for name in modules]
+
+
+@pytest.mark.parametrize("what", EXEC_FAILURES)
+def test_a_command_that(
+    what: str, failing_commands: tuple[Running, Path, list[Future[Timed]]]
+) -> None:
+    served, folder, scrapes = failing_commands
+    number = list(EXEC_FAILURES).index(what)
+    module, (_, status, reason, message) = f"m{number}", EXEC_FAILURES[what]
+    answer, seconds = scrapes[number].result()
+    least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
+    assert least <= seconds <= most
+    assert (answer.status, answer.text) == (status, f"module {module}: {message}\n")
+    assert served.failures(module) == {reason: 1}
+    assert counters(served, module) == {ERRORS} | EXEC_COUNTERS.get(reason, set())
+    wait_until(lambda: is_gone(int((folder / module).read_text())), 2)
+
+
+EXEC_COUNTERS = {
+    "timeout": {TIMEOUTS_SOCKET, COMMAND_FAILS},
+    "command": {COMMAND_FAILS},
+    "malformed": {MALFORMED},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/script", "no such file or directory"),
+        ("no-such-command", "no such file or directory"),
+        ("/dev/null", "permission denied"),
+    ],
+)
+def test_a_command_that_cannot_start_fails(name: str, message: str) -> None:
+    with running({"m": command(name)}) as served, taking(*QUICK_SOCKET):
+        answer = served.scrape("m")
+        expected = f"module m: cannot start the command: {message}\n"
+        assert (answer.status, answer.text) == (500, expected)
+        assert served.failures("m") == {"command": 1}
+        assert counters(served, "m") == {ERRORS, COMMAND_FAILS}
+        assert served.metric('expexp_command_starts_total{module="m"}') == 1
+
+
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Running]:
+    """An expexp with commands that succeed."""
+    modules = {
+        "raw": command("printf", "%s", "\\"),
+        "arguments": command("printf", "<%s>", "own"),
+        "environment": command("env", env={"A": "b=c d", "LANG": "xx"}),
+        "cleared": command("env", env={"A": "b"}, clear_env=True),
+        "stdin": exec_module("cat; echo a 1"),
+        "odd": exec_module(f"printf '{ODD}'"),
+        "openmetrics": exec_module("printf 'a 1\\n# EOF\\n'"),
+        "grandchild": exec_module("sleep 30 & echo a $!"),
+        "stubborn": exec_module("(trap '' TERM; sleep 30) & echo a $!"),
+        "last words": exec_module("yes oops | head -c 100000 >&2; echo the end >&2; exit 1"),
+        "much": command("head", "-c", "3000000", "/dev/zero"),
+    }
+    with running(modules) as served:
+        yield served
+
+
+ODD = '# free comment\\n\\nb 2\\na{c="d",} 1e3\\n# TYPE h histogram\\nh 1\\nh_bucket{le="1"} 1.5\\n'
+
+
+@pytest.mark.parametrize(
+    ("module", "body"),
+    [
+        pytest.param("odd", ODD.replace("\\n", "\n").encode(), id="byte for byte"),
+        pytest.param("raw", b"\\", id="unverified, whatever it is"),
+        pytest.param("much", bytes(3_000_000), id="however long"),
+        pytest.param("stdin", b"a 1\n", id="with nothing to read on stdin"),
+    ],
+)
+def test_what_a_command_prints_is_served(module: str, body: bytes, commands: Running) -> None:
+    answer = commands.scrape(module)
+    assert (answer.status, answer.body) == (200, body)
+    assert answer.headers["Content-Type"] == expexp.TEXT_CONTENT_TYPE
+    assert commands.failures(module) == {}
+
+
+def test_openmetrics_of_a_command_is_served_as_that(commands: Running) -> None:
+    answer = commands.scrape("openmetrics")
+    assert (answer.status, answer.body) == (200, b"a 1\n# EOF\n")
+    assert answer.headers["Content-Type"] == expexp.OPENMETRICS_CONTENT_TYPE
+
+
+@pytest.mark.parametrize("module", ["grandchild", "stubborn"])
+def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(module: str, commands: Running) -> None:
+    with taking(*QUICK_SOCKET):
+        answer = commands.scrape(module)
+    assert answer.status == 200
+    process_id = int(answer.text.split()[1])
+    wait_until(lambda: is_gone(process_id), 2)
+
+
+def test_the_last_words_of_a_command_are_logged(commands: Running, log: list[str]) -> None:
+    answer = commands.scrape("last%20words")
+    assert answer.text == "module last words: the command exited with status 1\n"
+    begin = "module last words: command: the command exited with status 1: "
+    assert log[0].startswith(begin)
+    assert log[0].endswith("oops\\noops\\nthe end")
+    said = log[0][len(begin) :].replace("\\n", "\n")
+    assert 4000 < len(said) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("query", "arguments"),
+    [
+        pytest.param("", b"<own>", id="nothing"),
+        pytest.param("args=b&args=a", b"<own><b><a>", id="args in their order"),
+        pytest.param("args=b&params=a=1&args=c", b"<own><b><--a=1><c>", id="params among them"),
+        pytest.param("params=a=", b"<own><--a=>", id="an empty value"),
+        pytest.param("args=", b"<own><>", id="an empty argument"),
+        pytest.param("x=y&args=a&module=m&b", b"<own><a>", id="nothing else"),
+        pytest.param("args=%ff%fe&params=a=%c3", b"<own><\xff\xfe><--a=\xc3>", id="any bytes"),
+        pytest.param("args=a%20b;$(c)%0A%27", b"<own><a b;$(c)\n'>", id="no shell"),
+    ],
+)
+def test_a_command_gets_from_the_query(query: str, arguments: bytes, commands: Running) -> None:
+    answer = commands.get(f"/proxy?module=arguments&{query}")
+    assert (answer.status, answer.body) == (200, arguments)
+
+
+def environment(commands: Running, module: str) -> dict[str, str]:
+    """The environment that a command of `commands` sees."""
+    return dict(line.split("=", 1) for line in commands.scrape(module).text.splitlines())
+
+
+def test_the_environment_of_a_module_is_added(
+    commands: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INHERITED", "yes")
+    found = environment(commands, "environment")
+    assert found["PATH"] == os.environ["PATH"]
+    assert (found["INHERITED"], found["A"], found["LANG"]) == ("yes", "b=c d", "xx")
+    assert 9 < float(found["EXPEXP_TIMEOUT_SECONDS"]) <= 10
+
+
+def test_a_cleared_environment_has_nothing_else(
+    commands: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INHERITED", "yes")
+    assert set(environment(commands, "cleared")) == {"A", "EXPEXP_TIMEOUT_SECONDS"}
+
+
+def test_a_command_does_not_get_what_the_service_manager_gave_to_us(
+    commands: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = [
+        "NOTIFY_SOCKET",
+        "LISTEN_FDS",
+        "LISTEN_PID",
+        "LISTEN_FDNAMES",
+        "WATCHDOG_USEC",
+        "WATCHDOG_PID",
+    ]
+    for name in [*ours, "LISTENER"]:
+        monkeypatch.setenv(name, "1")
+    found = environment(commands, "environment")
+    assert not set(ours) & set(found)
+    assert found["LISTENER"] == "1"
+
+
+def open_things() -> tuple[int, int]:
+    """How many descriptors and threads this process has; zombies count as well."""
+    zombies = 0
+    with contextlib.suppress(ChildProcessError):
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        zombies = bool(os.waitid(os.P_ALL, 0, flags))
+    return len(os.listdir("/proc/self/fd")) + zombies, threading.active_count()
+
+
+def test_thirty_commands_leave_nothing_behind() -> None:
+    modules = {
+        "good": exec_module("echo a 1"),
+        "bad": exec_module("sleep 30 & exit 1"),
+        "late": exec_module("sleep 30") | {"timeout": "50ms"},
+        "none": command("/nowhere"),
+    }
+    with running(modules) as served:
+        before = open_things()
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(served.scrape, ["good", "bad", "late"] * 10 + ["none"]))
+        assert [answer.status for answer in answers] == [200, 500, 504] * 10 + [500]
+        wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
+
+
+# --- file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files and FIFOs for the modules of `files`."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("fifo", "lonely"):
+        os.mkfifo(folder / name)
+    (folder / "broken").write_bytes(b"a 1\nb x\n")
+    (folder / "large").write_bytes(b"a 1\n" * 100_000)
+    (folder / "secret").write_bytes(EXPOSITION)
+    (folder / "secret").chmod(0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> Iterator[Running]:
+    """An expexp with modules of files; `raw` is that of `text`, unverified."""
+    names = ["text", "fifo", "lonely", "broken", "large", "secret", "missing", "."]
+    modules = {name: file_module(folder / name) | {"timeout": "200ms"} for name in names}
+    modules["raw"] = file_module(folder / "text") | {"verify": False}
+    modules["device"] = file_module("/dev/null")
+    with running(modules, limits=dataclasses.replace(FAST, body_bytes=300_000)) as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    ("module", "status", "reason", "message"),
+    [
+        ("missing", 500, "file", "cannot read {}/missing: no such file or directory"),
+        (".", 500, "file", "{} is neither a regular file nor a FIFO"),
+        ("device", 500, "file", "/dev/null is neither a regular file nor a FIFO"),
+        ("broken", 500, "malformed", 'line 2, column 3: expected a value, found "x"'),
+        ("large", 502, "too_large", "more than 300000 bytes"),
+        pytest.param(
+            "secret", 500, "file", "cannot read {}/secret: permission denied",
+            marks=pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_is(
+    module: str, status: int, reason: str, message: str, files: Running, folder: Path
+) -> None:
+    with taking(*QUICK_SOCKET):
+        answer = files.scrape(module)
+    assert (answer.status, answer.text) == (status, f"module {module}: {message.format(folder)}\n")
+    assert files.failures(module) == {reason: 1}
+    special = {"file": {FILE_FAILS}, "malformed": {MALFORMED}}
+    assert counters(files, module) == {ERRORS} | special.get(reason, set())
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "served"),
+    [
+        pytest.param("text", "a 1\n", "a 1\n{added}", id="at its end"),
+        pytest.param("text", "", "{added}", id="to nothing"),
+        pytest.param("text", "a 1", "a 1\n{added}", id="after a missing line end"),
+        pytest.param("raw", "a !", "a !\n{added}", id="to what is not verified"),
+        pytest.param("text", "a 1\n# EOF\n", "a 1\n{added}# EOF\n", id="before the last line"),
+        pytest.param("text", "# EOF\n", "{added}# EOF\n", id="to empty OpenMetrics"),
+        pytest.param("text", "a 1\n# EOF", "a 1\n{added}# EOF\n", id="before a bare last line"),
+        pytest.param(
+            "text", "expexp_file_mtime_timestamp 1\n", "expexp_file_mtime_timestamp 1\n",
+            id="not twice",
+        ),
+        pytest.param(
+            "text", "# TYPE expexp_file_mtime_timestamp gauge\n",
+            "# TYPE expexp_file_mtime_timestamp gauge\n", id="not after its own metadata",
+        ),
+        pytest.param(
+            "text", "expexp_file_mtime_timestamp_x 1\n",
+            "expexp_file_mtime_timestamp_x 1\n{added}", id="beside a similar name",
+        ),
+    ],
+)  # fmt: skip
+def test_the_time_of_a_file_is_added(
+    module: str, text: str, served: str, files: Running, folder: Path
+) -> None:
+    path, name = folder / "text", "expexp_file_mtime_timestamp"
+    path.write_text(text)
+    os.utime(path, (0, 1_700_000_000.5))
+    added = (
+        f"# HELP {name} Time of modification of parsed file.\n# TYPE {name} gauge\n"
+        f'{name}{{module="{module}",path="{path}"}} 1700000000.5\n'
+    )
+    answer = files.scrape(module)
+    assert (answer.status, answer.text) == (200, served.replace("{added}", added))
+    openmetrics = text.rstrip().endswith("# EOF")
+    expected = expexp.OPENMETRICS_CONTENT_TYPE if openmetrics else expexp.TEXT_CONTENT_TYPE
+    assert answer.headers["Content-Type"] == expected
+
+
+@contextlib.contextmanager
+def writing(path: Path, *pieces: bytes) -> Iterator[None]:
+    """A writer of a FIFO, which pauses before each piece but the first."""
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as fifo:
+            for position, piece in enumerate(pieces):
+                time.sleep(0.05 if position else 0)
+                fifo.write(piece)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    yield
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param((EXPOSITION,), id="at once"),
+        pytest.param((b"a", b" ", b"1\n"), id="with pauses"),
+        pytest.param((b"a 1\n" * 70_000,), id="more than a pipe holds"),
+        pytest.param((), id="nothing"),
+    ],
+)
+def test_what_is_written_to_a_fifo_is_served(
+    pieces: tuple[bytes, ...], files: Running, folder: Path
+) -> None:
+    with writing(folder / "fifo", *pieces):
+        answer = files.scrape("fifo")
+    assert (answer.status, answer.body) == (200, b"".join(pieces))
+    assert answer.headers["Content-Type"] == expexp.TEXT_CONTENT_TYPE
+
+
+def test_two_readers_of_a_fifo_do_not_share_a_body(files: Running, folder: Path) -> None:
+    body = b"a 1\n" * 50_000
+    with ThreadPoolExecutor() as pool, writing(folder / "fifo", *[body[:100_000]] * 2):
+        answers = sorted(pool.map(files.scrape, ["fifo"] * 2))
+    assert [answer.status for answer in answers] == [200, 504]
+    assert answers[0].body == body
+    assert files.failures("fifo") == {"timeout": 1}
+
+
+def test_a_fifo_that_nobody_writes_to_meets_the_deadline(files: Running) -> None:
+    before = open_things()
+    with taking(*AT_DEADLINE), ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(files.scrape, ["lonely"] * 20))
+    assert {answer.status for answer in answers} == {504}
+    assert {answer.text for answer in answers} == {f"module lonely: {LATE}\n"}
+    assert files.failures("lonely") == {"timeout": 20}
+    wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
+
+
+# ==================================================================================================
+# 12  Application
+# ==================================================================================================
+class Reply(NamedTuple):
+    """What the application answered, its cleanup done; headers by their names in lower case."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+def application(
+    modules: Mapping[str, object], *flags: str, default: str = "", limits: expexp.Limits = FAST
+) -> expexp.Application:
+    """An application without a listener."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "c.json")
+        path.write_text(json.dumps({"modules": modules, "defaultModule": default}))
+        arguments = ["-config", str(path), "-web.listen-address", "", *flags]
+        return expexp.Program(expexp.parse_flags(arguments), limits).application
+
+
+def ask(
+    app: expexp.Application,
+    target_of_request: str,
+    headers: Mapping[str, str] | None = None,
+    method: str = "GET",
+    client: str = "127.0.0.1",
+) -> Reply:
+    """One request, without a socket."""
+    request = expexp.Request(method, target_of_request, list((headers or {}).items()), client)
+    response = app.handle(request)
+    with response.cleanup:
+        body = response.body if isinstance(response.body, bytes) else b"".join(response.body)
+    return Reply(int(response.status), {n.lower(): v for n, v in response.headers}, body)
+
+
+def metric(app: expexp.Application, series: str) -> float:
+    return samples(ask(app, "/metrics").text)[series]
+
+
+def recording(heads: list[bytes]) -> Callable[[socket.socket, bytes], None]:
+    """A target that answers "up 1" and keeps the heads of its requests."""
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        heads.append(head)
+        connection.sendall(ok(b"up 1\n"))
+
+    return answer
+
+
+def request_line(head: bytes) -> str:
+    return head.split(b"\r\n")[0].decode()
+
+
+PRINT_ARGUMENTS = 'for a in "$@"; do echo "argument{value=\\"$a\\"} 1"; done'
+
+
+def arguments_of(reply: Reply) -> list[str]:
+    """What a command that runs PRINT_ARGUMENTS was given."""
+    return re.findall(r'argument\{value="(.*)"\} 1', reply.text)
+
+
+# --- routes
+
+ROUTES = {
+    "the index": ("/", 200, "text/html; charset=utf-8"),
+    "the index with a query": ("/?x=1", 200, "text/html; charset=utf-8"),
+    "our own metrics": ("/metrics", 200, "text/plain; version=0.0.4; charset=utf-8"),
+    "our health": ("/-/healthy", 200, "text/plain; charset=utf-8"),
+    "whether we are ready": ("/-/ready", 200, "text/plain; charset=utf-8"),
+    "an unknown path (bug 9)": ("/foo", 404, "text/plain; charset=utf-8"),
+    "a path with a slash too many": ("/proxy/", 404, "text/plain; charset=utf-8"),
+    "a path below /proxy": ("/proxy/x", 404, "text/plain; charset=utf-8"),
+    "two slashes": ("//proxy?module=e", 404, "text/plain; charset=utf-8"),
+    "a path with dots": ("/x/../proxy?module=e", 404, "text/plain; charset=utf-8"),
+    "a path in capitals": ("/PROXY?module=e", 404, "text/plain; charset=utf-8"),
+    "an asterisk": ("*", 404, "text/plain; charset=utf-8"),
+    "a module": ("/proxy?module=e", 200, "text/plain; version=0.0.4; charset=utf-8"),
+}
+
+
+@pytest.mark.parametrize(("path", "status", "content_type"), ROUTES.values(), ids=ROUTES)
+def test_routes(path: str, status: int, content_type: str) -> None:
+    reply = ask(application({"e": exec_module("echo up 1")}), path)
+    assert (reply.status, reply.headers["content-type"]) == (status, content_type)
+
+
+def test_healthy_and_ready_answer_one_line() -> None:
+    app = application({})
+    assert ask(app, "/-/healthy").text == "expexp is healthy.\n"
+    assert ask(app, "/-/ready").text == "expexp is ready.\n"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "get", "X"])
+@pytest.mark.parametrize("path", ["/", "/proxy?module=e", "/metrics", "/-/healthy"])
+def test_other_methods_are_not_allowed(method: str, path: str) -> None:
+    reply = ask(application({"e": exec_module("echo up 1")}), path, method=method)
+    assert (reply.status, reply.headers["allow"]) == (405, "GET, HEAD")
+
+
+def test_head_is_answered_like_get() -> None:
+    app = application({"e": exec_module("echo up 1")})
+    assert ask(app, "/proxy?module=e", method="HEAD").status == 200
+    assert ask(app, "/nope", method="HEAD").status == 404
+
+
+# --- the index
+
+INDEX_MODULES = {
+    "h": {
+        "method": "http",
+        "timeout": "2.5s",
+        "verify": False,
+        "http": {"port": 9100, "address": "::1", "path": "/m?token=s3ntinel"},
+    },
+    "e": exec_module("echo s3ntinel"),
+    "f": file_module("/no/file"),
+}
+
+
+def test_the_index_as_json_is_keyed_by_module_bug_6() -> None:
+    reply = ask(application(INDEX_MODULES), "/", {"Accept": "application/json"})
+    assert reply.headers["content-type"] == "application/json"
+    assert json.loads(reply.body) == {
+        "e": {"method": "exec", "timeout": None, "target": "sh", "verify": True},
+        "f": {"method": "file", "timeout": None, "target": "/no/file", "verify": True},
+        "h": {"method": "http", "timeout": 2.5, "target": "http://[::1]:9100/m", "verify": False},
+    }
+
+
+INDEX_FORMS = {
+    "json among others": ("application/json, */*", "application/json"),
+    "json behind others": ("text/html, application/json;q=0.9", "application/json"),
+    "json in capitals": ("Application/JSON", "application/json"),
+    "json refused": ("application/json;q=0, */*", "text/html; charset=utf-8"),
+    "a browser": ("text/html,application/xhtml+xml,*/*;q=0.8", "text/html; charset=utf-8"),
+    "anything": ("*/*", "text/html; charset=utf-8"),
+}
+
+
+@pytest.mark.parametrize(("accept", "content_type"), INDEX_FORMS.values(), ids=INDEX_FORMS)
+def test_the_index_is_html_unless_json_is_accepted(accept: str, content_type: str) -> None:
+    assert ask(application({}), "/", {"accept": accept}).headers["content-type"] == content_type
+
+
+def links(page: str, base: str) -> list[str]:
+    """The links of a page, as a browser at that address follows them."""
+    return [
+        urllib.parse.urljoin(base, html.unescape(link)) for link in re.findall('href="(.*?)"', page)
+    ]
+
+
+ODD_NAMES = ["plain", "<b>&\"'", "a b", "\u00fc", "a/b?c#d", "100%", "x=1&y=2", "new\nline"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_odd_names_are_escaped_in_the_index_and_their_links_work(name: str) -> None:
+    app = application({name: exec_module("echo up 1")})
+    page = ask(app, "/").text
+    assert f">{html.escape(name)}</a>" in page
+    (link, _) = links(page, "http://host:9999/")
+    assert link.startswith("http://host:9999/proxy?module=")
+    assert ask(app, link[len("http://host:9999") :]).text == "up 1\n"
+
+
+@pytest.mark.parametrize("path", ["/proxy", "/x", "/a/b", "/a:b", "/a&b"])
+def test_links_are_relative_and_right_under_a_changed_proxy_path_bug_9(path: str) -> None:
+    app = application(
+        {"e": exec_module("echo up 1")}, f"-web.proxy-path={path}", "-web.telemetry-path=/t/m"
+    )
+    page = ask(app, "/").text
+    assert links(page, "http://h/behind/") == [
+        f"http://h/behind{path}?module=e",
+        "http://h/behind/t/m",
+    ]
+    assert ask(app, f"{path}?module=e").status == 200
+    assert ask(app, "/t/m").status == 200
+    assert ask(app, "/metrics").status == 404
+
+
+def test_modules_are_listed_in_order() -> None:
+    page = ask(application({name: exec_module("") for name in ("b", "a", "C")}), "/").text
+    assert re.findall(r">(\w)</a>", page) == ["C", "a", "b"]
+
+
+# --- our own page
+
+
+def everything() -> dict[str, object]:
+    """A module of each method."""
+    return {"h": http_module(1), "e": exec_module("exit 3"), "f": file_module("/no/file")}
+
+
+def test_our_own_page_passes_our_own_verification_and_prometheus_clients() -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    app = application({**everything(), 'a"\\\n\u00fc': exec_module("")})
+    for name in ("h", "e", "f", "nope"):
+        ask(app, f"/proxy?module={name}")
+    page = ask(app, "/metrics")
+    count = expexp.verify_exposition(page.body, page.headers["content-type"])
+    families = list(parser.text_string_to_metric_families(page.text))
+    assert count == sum(len(family.samples) for family in families) > 50
+
+
+ORIGINAL_METRICS = {
+    "expexp_proxy_duration_seconds": ("summary", {"module"}),
+    "expexp_proxy_errors_total": ("counter", {"module"}),
+    "expexp_proxy_timeout_errors_total": ("counter", {"module"}),
+    "expexp_malformed_content_errors_total": ("counter", {"module"}),
+    "expexp_command_starts_total": ("counter", {"module"}),
+    "expexp_command_fails_total": ("counter", {"module"}),
+    "expexp_file_fails_total": ("counter", {"module"}),
+    "build_info": ("gauge", {"version", "revision", "branch", "goversion"}),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL_METRICS)
+def test_the_originals_metrics_keep_their_names_types_and_labels_bug_4(name: str) -> None:
+    kind, labels = ORIGINAL_METRICS[name]
+    text = ask(application(everything()), "/metrics").text
+    assert f"\n# TYPE {name} {kind}\n" in f"\n{text}"
+    (line, *_) = re.findall(rf"(?m)^{name}(?:_sum)?\{{(.*)\}} ", text)
+    assert set(re.findall(r'(\w+)="', line)) == labels
+
+
+def test_every_module_has_the_originals_counters_at_zero_from_the_start_bug_5() -> None:
+    found = samples(ask(application(everything()), "/metrics").text)
+    names = [name for name in ORIGINAL_METRICS if name.endswith("_total")]
+    names += ["expexp_proxy_duration_seconds_sum", "expexp_proxy_duration_seconds_count"]
+    for name in names:
+        assert [found[f'{name}{{module="{module}"}}'] for module in "efh"] == [0, 0, 0]
+
+
+def test_every_declared_metric_is_on_the_page_from_the_start() -> None:
+    text = ask(application(everything()), "/metrics").text
+    for declared in expexp.SELF_METRICS:
+        if declared.name != "expexp_http_requests_total":
+            assert re.search(rf"(?m)^{declared.name}(?:_sum)?(?:\{{.*\}})? ", text), declared.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "process_cpu_seconds_total",
+        "process_open_fds",
+        "process_max_fds",
+        "process_resident_memory_bytes",
+        "process_virtual_memory_bytes",
+        "process_threads",
+        "expexp_http_requests_in_flight",
+    ],
+)
+def test_our_process_is_measured(name: str) -> None:
+    assert metric(application({}), name) > 0
+
+
+def test_our_process_started_before_now_but_not_long_ago() -> None:
+    assert 0 <= time.time() - metric(application({}), "process_start_time_seconds") < 3600
+
+
+def test_our_page_is_compressed_where_the_client_asks_for_it() -> None:
+    app = application({})
+    reply = ask(app, "/metrics", {"Accept-Encoding": "deflate, gzip"})
+    assert (reply.headers["content-encoding"], reply.headers["vary"]) == ("gzip", "Accept-Encoding")
+    assert expexp.verify_exposition(gzip.decompress(reply.body), reply.headers["content-type"]) > 10
+    assert "content-encoding" not in ask(app, "/metrics", {"Accept-Encoding": "gzip;q=0"}).headers
+
+
+def test_requests_are_counted_by_a_closed_set_of_paths() -> None:
+    app = application({})
+    for path in ("/", "/?a", "/foo", "/bar", "/proxy", "/proxy?module=x"):
+        ask(app, path)
+    found = samples(ask(app, "/metrics").text)
+    assert {
+        name: value
+        for name, value in found.items()
+        if name.startswith("expexp_http_requests_total")
+    } == {
+        'expexp_http_requests_total{path="/",code="200"}': 2,
+        'expexp_http_requests_total{path="other",code="404"}': 2,
+        'expexp_http_requests_total{path="/proxy",code="400"}': 1,
+        'expexp_http_requests_total{path="/proxy",code="404"}': 1,
+    }
+
+
+def test_a_request_is_in_flight_until_its_response_was_written() -> None:
+    app = application({})
+    response = app.handle(expexp.Request("GET", "/", [], "127.0.0.1"))
+    assert metric(app, "expexp_http_requests_in_flight") == 2
+    response.cleanup.close()
+    assert metric(app, "expexp_http_requests_in_flight") == 1
+
+
+def test_every_dispatched_request_is_timed_and_no_other() -> None:
+    app = application(everything())
+    for query in ("module=e", "module=e&params=nonsense", "module=nope", ""):
+        ask(app, f"/proxy?{query}")
+    text = ask(app, "/metrics").text
+    assert samples(text)['expexp_proxy_duration_seconds_count{module="e"}'] == 2
+    assert 'expexp_proxy_duration_seconds_count{module="unknown"}' not in text
+
+
+FAILING = {
+    "a command that fails": (
+        exec_module("echo up 1; exit 3"),
+        500,
+        "command",
+        {"expexp_command_fails_total", "expexp_command_starts_total"},
+        "the command exited with status 3",
+    ),
+    "a command that is not there": (
+        {"method": "exec", "exec": {"command": "/no/such"}},
+        500,
+        "command",
+        {"expexp_command_fails_total", "expexp_command_starts_total"},
+        "cannot start the command: no such file or directory",
+    ),
+    "a command that prints nonsense": (
+        exec_module("echo up"),
+        500,
+        "malformed",
+        {"expexp_malformed_content_errors_total", "expexp_command_starts_total"},
+        "line 1, column 3: expected a value, found the end of the line",
+    ),
+    "a command that takes too long": (
+        {**exec_module("sleep 5"), "timeout": "50ms"},
+        504,
+        "timeout",
+        {
+            "expexp_proxy_timeout_errors_total",
+            "expexp_command_fails_total",
+            "expexp_command_starts_total",
+        },
+        "timed out after 0.05 s",
+    ),
+    "a file that is not there": (
+        file_module("/no/file"),
+        500,
+        "file",
+        {"expexp_file_fails_total"},
+        "cannot read /no/file: no such file or directory",
+    ),
+    "a file that is a folder": (
+        file_module("/"),
+        500,
+        "file",
+        {"expexp_file_fails_total"},
+        "/ is neither a regular file nor a FIFO",
+    ),
+    "a file of nonsense": (
+        file_module("/etc/passwd"),
+        500,
+        "malformed",
+        {"expexp_malformed_content_errors_total"},
+        'line 1, column 5: expected a value, found ":"',
+    ),
+    "a port that nobody listens on": (
+        http_module(1, address="127.0.0.1"),
+        502,
+        "unreachable",
+        set(),
+        "connection refused",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "status", "reason", "counters", "message"), FAILING.values(), ids=FAILING
+)
+def test_a_failure_is_answered_counted_and_explained_in_one_line_bug_5(
+    module: dict[str, object], status: int, reason: str, counters: set[str], message: str
+) -> None:
+    app = application({"m": module})
+    reply = ask(app, "/proxy?module=m")
+    if reason != "malformed" or "file" not in module:  # what exactly is wrong there is the host's
+        assert reply.text == f"module m: {message}\n"
+    assert (reply.status, reply.text.count("\n")) == (status, 1)
+    text = ask(app, "/metrics").text
+    raised = {
+        name for name in re.findall(r'(\w+)\{module="m"\} 1\n', text) if name.endswith("_total")
+    }
+    assert raised == counters | {"expexp_proxy_errors_total"}
+    assert f'expexp_proxy_failures_total{{module="m",reason="{reason}"}} 1\n' in text
+
+
+@pytest.mark.parametrize("address", ["a..b", "x" * 64 + ".example"])
+def test_a_name_that_cannot_be_resolved_is_unreachable(address: str) -> None:
+    app = application({"m": http_module(9100, address=address)})
+    assert ask(app, "/proxy?module=m").status == 502
+    assert metric(app, 'expexp_proxy_failures_total{module="m",reason="unreachable"}') == 1
+
+
+@pytest.mark.parametrize("seconds", ["1e7", "1e15", "1e300"])
+@pytest.mark.parametrize("name", ["h", "e", "fifo"])
+def test_a_scrape_timeout_of_ages_breaks_nothing(tmp_path: Path, name: str, seconds: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    writer = os.open(tmp_path / "fifo", os.O_RDWR)
+    with target(ok(b"up 1\n")) as port, os.fdopen(writer, "wb", buffering=0) as pipe:
+        modules = {
+            "h": http_module(port),
+            "e": exec_module("sleep 0.02; echo up 1"),
+            "fifo": file_module(tmp_path / "fifo"),
+        }
+        app = application(modules)
+
+        def write() -> None:
+            pipe.write(b"up 1\n")
+            pipe.close()
+
+        threading.Timer(0.05, write).start()
+        reply = ask(app, f"/proxy?module={name}", {"X-Prometheus-Scrape-Timeout-Seconds": seconds})
+        wait_until(lambda: pipe.closed)
+    assert (reply.status, reply.text) == (200, "up 1\n")
+
+
+def test_a_failure_of_a_module_with_a_line_break_in_its_name_is_one_line() -> None:
+    reply = ask(application({"a\nb": exec_module("exit 1")}), "/proxy?module=a%0Ab")
+    assert reply.text == "module a\\nb: the command exited with status 1\n"
+
+
+def test_an_unexpected_error_is_a_500_and_one_record_never_an_exception(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = application(everything())
+    monkeypatch.setattr(expexp.SelfMetrics, "render", lambda _: 1 // 0)
+    reply = ask(app, "/metrics")
+    assert (reply.status, reply.text) == (500, "Internal Server Error: see the log\n")
+    assert [
+        record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR
+    ] == ["unexpected error in answering /metrics"]
+
+
+# --- which module
+
+
+def test_the_default_module_answers_where_none_is_named_bug_1() -> None:
+    heads: list[bytes] = []
+    with target(recording(heads)) as port:
+        app = application({"h": http_module(port), "x": http_module(1)}, default="h")
+        for query in ("", "?", "?module=", "?x=1", "?Module=x"):
+            assert ask(app, f"/proxy{query}").text == "up 1\n"
+    assert [request_line(head).split()[1] for head in heads] == [
+        "/metrics",
+        "/metrics",
+        "/metrics",
+        "/metrics?x=1",
+        "/metrics?Module=x",
+    ]
+
+
+def test_a_default_modules_own_parameter_named_module_is_kept_bug_1b() -> None:
+    heads: list[bytes] = []
+    with target(recording(heads)) as port:
+        app = application({"h": http_module(port, path="/m?module=zzz&a=1")}, default="h")
+        ask(app, "/proxy")
+        ask(app, "/proxy?module=h&module=x&b=2")
+    assert [request_line(head) for head in heads] == [
+        "GET /m?module=zzz&a=1 HTTP/1.1",
+        "GET /m?module=x&b=2&module=zzz&a=1 HTTP/1.1",
+    ]
+
+
+NO_MODULE = {
+    "no parameter (bug 18)": ("/proxy", 400, "the parameter module is missing\n"),
+    "an empty parameter (bug 18)": ("/proxy?module=", 400, "the parameter module is missing\n"),
+    "an unknown name": ("/proxy?module=nope", 404, 'unknown module "nope"\n'),
+    "an unknown name twice": ("/proxy?module=nope&module=e", 404, 'unknown module "nope"\n'),
+    "a semicolon (bug 1)": ("/proxy?module=e;y=1", 404, 'unknown module "e;y=1"\n'),
+    "a line break": ("/proxy?module=e%0a", 404, 'unknown module "e\\n"\n'),
+    "bytes that are not UTF-8": ("/proxy?module=%ff", 404, 'unknown module "\ufffd"\n'),
+    "a very long name": (
+        "/proxy?module=" + "x" * 5000,
+        404,
+        'unknown module "' + "x" * 80 + '..."\n',
+    ),
+    "markup": ("/proxy?module=<script>", 404, 'unknown module "<script>"\n'),
+}
+
+
+@pytest.mark.parametrize(("path", "status", "text"), NO_MODULE.values(), ids=NO_MODULE)
+def test_a_request_without_a_module_of_ours_gets_one_line(
+    path: str, status: int, text: str
+) -> None:
+    reply = ask(application({"e": exec_module("echo up 1")}), path)
+    assert (reply.status, reply.text) == (status, text)
+    assert reply.headers["content-type"] == "text/plain; charset=utf-8"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+
+
+def test_unknown_modules_are_counted_under_one_name() -> None:
+    app = application({})
+    for name in ("a", "b", "c"):
+        ask(app, f"/proxy?module={name}")
+    found = samples(ask(app, "/metrics").text)
+    assert found['expexp_proxy_errors_total{module="unknown"}'] == 3
+    assert found['expexp_proxy_failures_total{module="unknown",reason="unknown_module"}'] == 3
+    assert not [name for name in found if 'module="a"' in name]
+
+
+# --- what a client may add
+
+
+def test_a_command_gets_arguments_in_the_order_of_the_query() -> None:
+    module = {
+        "method": "exec",
+        "exec": {"command": "sh", "args": ["-c", PRINT_ARGUMENTS, "sh", "own"]},
+    }
+    query = "module=m&params=b=1&args=two&other=x&params=a.b-c_d==&args=&args=--a+b"
+    assert arguments_of(ask(application({"m": module}), f"/proxy?{query}")) == [
+        "own",
+        "--b=1",
+        "two",
+        "--a.b-c_d==",
+        "",
+        "--a b",
+    ]
+
+
+def test_bytes_that_are_not_utf_8_reach_a_command_unchanged() -> None:
+    app = application(
+        {"m": exec_module('printf "%s" "$1" | od -An -tx1 | sed "s/ \\(..\\)/x\\1/g;s/$/ 1/"')}
+    )
+    assert ask(app, "/proxy?module=m&args=%ff%c3").text == "xffxc3 1\n"
+
+
+def test_an_http_target_gets_params_as_parameters_and_args_as_they_are() -> None:
+    heads: list[bytes] = []
+    with target(recording(heads)) as port:
+        app = application({"h": http_module(port, path="/p?own=1")})
+        ask(app, "/proxy?x=%ff&module=h&params=name=a%26b&args=y&z=+")
+    assert request_line(heads[0]) == "GET /p?x=%FF&name=a%26b&args=y&z=+&own=1 HTTP/1.1"
+
+
+ACCEPTED: dict[str, tuple[dict[str, object], str, bool]] = {
+    "anything by default (as in the original)": ({}, "args=x&params=a=1", True),
+    "no argument where there is to be none (bug 19)": ({"accept_args": False}, "args=x", False),
+    "params where only args are refused": ({"accept_args": False}, "params=a=1", True),
+    "no param where there is to be none": ({"accept_params": False}, "params=a=1", False),
+    "args where only params are refused": ({"accept_params": False}, "args=x", True),
+    "nothing added where nothing is accepted": (
+        {"accept_args": False, "accept_params": False},
+        "x=1",
+        True,
+    ),
+    "an argument that matches a glob": (
+        {"accept_args": ["--name=*", "-v"]},
+        "args=--name=x&args=-v",
+        True,
+    ),
+    "an argument that matches only in part": ({"accept_args": ["-v"]}, "args=-vv", False),
+    "an argument that goes on in another line": ({"accept_args": ["a?c"]}, "args=a%0ac%0a", False),
+    "a glob over a line break": ({"accept_args": ["a*c"]}, "args=a%0ac", True),
+    "an argument in capitals": ({"accept_args": ["-v"]}, "args=-V", False),
+    "one argument of two": ({"accept_args": ["-v"]}, "args=-v&args=x", False),
+    "an argument that is not UTF-8 and any": ({"accept_args": ["*"]}, "args=%ff", True),
+    "a class of characters": ({"accept_args": ["[0-9]"]}, "args=5", True),
+    "a digit of another script": ({"accept_args": ["[0-9]"]}, "args=%d9%a3", False),
+    "an empty list": ({"accept_args": []}, "args=x", False),
+    "a name on the list": ({"accept_params": ["target"]}, "params=target=http://x", True),
+    "a name not on the list": ({"accept_params": ["target"]}, "params=targets=x", False),
+    "a name is no glob": ({"accept_params": ["*"]}, "params=target=x", False),
+}
+
+
+@pytest.mark.parametrize(("settings", "query", "accepted"), ACCEPTED.values(), ids=ACCEPTED)
+def test_what_a_client_may_add_is_the_modules_to_say(
+    settings: dict[str, object], query: str, accepted: bool
+) -> None:
+    app = application({"m": {**exec_module("echo up 1"), **settings}})
+    assert ask(app, f"/proxy?module=m&{query}").status == (200 if accepted else 400)
+    assert metric(app, 'expexp_proxy_failures_total{module="m",reason="bad_arguments"}') == (
+        not accepted
+    )
+    assert metric(app, 'expexp_command_starts_total{module="m"}') == accepted
+
+
+def no_param(value: str) -> str:
+    return f'module m: params "{value}": not of the form "name=value"'
+
+
+BAD_ARGUMENTS = {
+    "an argument too many": ("&args=x" * 33, "module m: more than 32 args and params"),
+    "arguments and params too many": (
+        "&args=x" * 16 + "&params=a=1" * 17,
+        "module m: more than 32 args and params",
+    ),
+    "an argument too long": (
+        "&args=" + "x" * 257,
+        'module m: args "' + "x" * 80 + '...": longer than 256 bytes',
+    ),
+    "an argument too long in bytes": (
+        "&args=" + "%c3%bc" * 129,
+        'module m: args "' + "\u00fc" * 80 + '...": longer than 256 bytes',
+    ),
+    "a NUL in an argument": ("&args=a%00b", r'module m: args "a\x00b": a NUL in it'),
+    "a NUL in a param": ("&params=a=%00", r'module m: params "a=\x00": a NUL in it'),
+    "a param without a value": ("&params=a", no_param("a")),
+    "a param without a name": ("&params==1", no_param("=1")),
+    "a param that would be another flag": ("&params=-a=1", no_param("-a=1")),
+    "a param that begins with a digit": ("&params=1a=1", no_param("1a=1")),
+    "a param with a blank in its name": ("&params=a+b=1", no_param("a b=1")),
+    "a param with a line break in its name": ("&params=a%0a=1", no_param(r"a\n=1")),
+    "a param beyond ASCII": ("&params=%c3%bc=1", no_param("\u00fc=1")),
+}
+
+
+@pytest.mark.parametrize(("query", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_bad_arguments_are_refused_in_one_line(query: str, message: str) -> None:
+    reply = ask(application({"m": exec_module("echo up 1")}), f"/proxy?module=m{query}")
+    assert (reply.status, reply.text) == (400, f"{message}\n")
+
+
+def test_as_many_and_as_long_arguments_as_the_limits_say_are_accepted() -> None:
+    query = "&args=" + "x" * 256 + "&params=a=1" * 31
+    reply = ask(application({"m": exec_module(PRINT_ARGUMENTS)}), f"/proxy?module=m{query}")
+    assert (reply.status, len(arguments_of(reply))) == (200, 32)
+
+
+def test_params_of_an_http_module_are_checked_as_well() -> None:
+    app = application({"m": {**http_module(1), "accept_params": ["target"]}})
+    assert ask(app, "/proxy?module=m&params=x").status == 400
+    assert ask(app, "/proxy?module=m&params=module=x").status == 400
+
+
+def test_env_adds_to_the_environment_of_a_command_bug_19() -> None:
+    script = '[ -n "$PATH" ] && [ "$HOME" = "$EXPECTED" ] && echo "up $THING"'
+    app = application(
+        {"m": exec_module(script, env={"THING": "1", "EXPECTED": os.environ.get("HOME", "")})}
+    )
+    assert ask(app, "/proxy?module=m").text == "up 1\n"
+
+
+# --- access
+
+ALL_PATHS = ["/", "/metrics", "/proxy?module=e", "/-/healthy", "/-/ready", "/foo"]
+
+
+@pytest.mark.parametrize("path", ALL_PATHS)
+def test_networks_come_before_the_token_and_both_before_every_route(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = application(
+        {"e": exec_module("echo up 1")}, "-allow.net=10.0.0.0/8", "-web.bearer.token=t"
+    )
+    with caplog.at_level(logging.INFO, "expexp"):
+        assert ask(app, path, client="192.0.2.1").text == "Forbidden\n"
+        assert ask(app, path, client="10.0.0.1").status == 401
+        assert ask(app, path, {"Authorization": "Bearer t"}, client="10.0.0.1").status in (200, 404)
+    lines = [message for message in caplog.messages if "took" in message]
+    assert [line.partition(" (took")[0] for line in lines][:2] == [
+        f'192.0.2.1 - GET "{path}" 403 Forbidden',
+        f'10.0.0.1 - GET "{path}" 401 Unauthorized',
+    ]
+
+
+BEARERS = {
+    "the token": ("Bearer s3ntinel", 200, ""),
+    "a scheme in small letters (bug 22)": ("bearer s3ntinel", 200, ""),
+    "a scheme in capitals (bug 22)": ("BEARER s3ntinel", 200, ""),
+    "several blanks": ("Bearer   s3ntinel", 200, ""),
+    "a blank behind": ("Bearer s3ntinel ", 200, ""),
+    "no header": (None, 401, "Authorization header is missing\n"),
+    "an empty header": ("", 401, "Authorization header is missing\n"),
+    "another scheme": ("Basic s3ntinel", 401, "Authorization header not of Bearer type\n"),
+    "a scheme run together with it": (
+        "Bearers3ntinel",
+        401,
+        "Authorization header not of Bearer type\n",
+    ),
+    "no token": ("Bearer", 401, "Invalid Bearer Token\n"),
+    "another token": ("Bearer other", 401, "Invalid Bearer Token\n"),
+    "the token in capitals": ("Bearer S3NTINEL", 401, "Invalid Bearer Token\n"),
+    "a part of the token": ("Bearer s3ntine", 401, "Invalid Bearer Token\n"),
+    "more than the token": ("Bearer s3ntinel x", 401, "Invalid Bearer Token\n"),
+    "a token beyond ASCII": ("Bearer \xff\xfe", 401, "Invalid Bearer Token\n"),
+}
+
+
+@pytest.mark.parametrize(("header", "status", "text"), BEARERS.values(), ids=BEARERS)
+def test_the_bearer_token(header: str | None, status: int, text: str) -> None:
+    app = application({}, "-web.bearer.token=s3ntinel")
+    reply = ask(app, "/-/healthy", {} if header is None else {"authorization": header})
+    assert reply.status == status
+    if status == 401:
+        assert (reply.text, reply.headers["www-authenticate"]) == (text, 'Bearer realm="expexp"')
+
+
+def test_the_token_is_compared_in_constant_time_bug_22(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[object] = []
+    compare = hmac.compare_digest
+
+    def record(given: bytes, wanted: bytes) -> bool:
+        compared.append((given, wanted))
+        return compare(given, wanted)
+
+    monkeypatch.setattr(hmac, "compare_digest", record)
+    ask(application({}, "-web.bearer.token=right"), "/", {"Authorization": "Bearer wrong"})
+    assert compared == [(b"wrong", b"right")]
+
+
+def test_a_token_beyond_ascii_is_compared_by_its_bytes() -> None:
+    app = application({}, "-web.bearer.token=t\u00f6ken")
+    sent = "Bearer t\u00f6ken".encode().decode("latin-1")  # as http.server hands it on
+    assert ask(app, "/", {"Authorization": sent}).status == 200
+
+
+def test_the_token_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(" t\n\n")
+    app = application({}, f"-web.bearer.token-file={tmp_path / 'token'}")
+    assert ask(app, "/", {"Authorization": "Bearer t"}).status == 200
+    assert ask(app, "/", {"Authorization": "Bearer x"}).status == 401
+
+
+CLIENTS = {
+    "an address of a network": ("10.1.2.3", True),
+    "the last of its addresses": ("10.255.255.255", True),
+    "an address beside it": ("11.0.0.0", False),
+    "IPv4 mapped to IPv6": ("::ffff:10.1.2.3", True),
+    "another one mapped to IPv6": ("::ffff:11.0.0.0", False),
+    "link-local with a zone (bug 15)": ("fe80::1%eth0", True),
+    "another one with a zone (bug 15)": ("fec0::1%eth0", False),
+    "a single address": ("192.0.2.7", True),
+    "one beside the single address": ("192.0.2.8", False),
+    "IPv6": ("2001:db8::1", False),
+}
+
+
+@pytest.mark.parametrize(("client", "allowed"), CLIENTS.values(), ids=CLIENTS)
+def test_networks_of_clients(client: str, allowed: bool) -> None:
+    app = application(
+        {}, "-allow.net=10.0.0.0/8", "-allow.net=fe80::/10", "-allow.net=192.0.2.7/32"
+    )
+    assert ask(app, "/-/healthy", client=client).status == (200 if allowed else 403)
+
+
+OPEN = ["-web.listen-address=:0"]
+WARNED = {
+    "an open port": ({}, OPEN, True),
+    "the loopback": ({}, ["-web.listen-address=127.0.0.1:0"], False),
+    "networks": ({}, [*OPEN, "-allow.net=10.0.0.0/8"], False),
+    "a token": ({}, [*OPEN, "-web.bearer.token=t"], False),
+    "nothing to add": ({"accept_args": False, "accept_params": False}, OPEN, False),
+    "params alone": ({"accept_args": False}, OPEN, True),
+}
+
+
+@pytest.mark.parametrize(("settings", "flags", "warned"), WARNED.values(), ids=WARNED)
+def test_there_is_a_warning_where_anyone_may_add_arguments(
+    settings: dict[str, object],
+    flags: list[str],
+    warned: bool,
+    here: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (here / "c.json").write_text(json.dumps({"modules": {"m": {**exec_module(""), **settings}}}))
+    program = expexp.Program(expexp.parse_flags(["-config=c.json", *flags]), FAST)
+    for server in program.servers:
+        server.server_close()
+    warning = (
+        "anyone who reaches this port can add arguments to the commands of m: set accept_args and "
+        "accept_params, -allow.net or -web.bearer.token"
+    )
+    assert caplog.messages == ([warning] if warned else [])
+
+
+# --- logs
+
+FAILURE_NEWS = {
+    "a module that is well is no news": [(0, "", False), (1, "", False)],
+    "the first failure is news, the next is not": [
+        (0, "timeout", True),
+        (1, "timeout", False),
+        (299, "timeout", False),
+    ],
+    "another reason is news": [(0, "timeout", True), (1, "command", True), (2, "timeout", True)],
+    "there is a reminder every five minutes": [
+        (0, "timeout", True),
+        (300, "timeout", True),
+        (599, "timeout", False),
+        (600, "timeout", True),
+    ],
+    "a recovery is news once": [(0, "timeout", True), (1, "", True), (2, "", False)],
+    "a failure after a recovery is news": [
+        (0, "timeout", True),
+        (1, "", True),
+        (2, "timeout", True),
+    ],
+    "another reason puts the reminder off": [
+        (0, "timeout", True),
+        (200, "command", True),
+        (300, "command", False),
+        (500, "command", True),
+    ],
+}
+
+
+@pytest.mark.parametrize("steps", FAILURE_NEWS.values(), ids=FAILURE_NEWS)
+def test_failures_are_logged_when_they_are_news(steps: list[tuple[float, str, bool]]) -> None:
+    now = 0.0
+    log = expexp.FailureLog(300, lambda: now)
+    for at, reason, expected in steps:
+        now = at
+        assert log.is_news("m", reason) is expected, at
+        assert log.is_news("another", "") is False
+
+
+def test_failures_and_recoveries_are_one_warning_each_bug_20(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "metrics"
+    app = application({"m": file_module(file)})
+    for body in (None, None, "up", "up", "up 1\n", "up 1\n"):
+        if body is not None:
+            file.write_text(body)
+        ask(app, "/proxy?module=m")
+    assert [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "expexp"
+    ] == [
+        ("WARNING", f"module m: no file {expexp.excerpt(str(file))}"),
+        ("WARNING", f"module m: file: cannot read {file}: no such file or directory"),
+        (
+            "WARNING",
+            (
+                "module m: malformed: line 1, column 3: expected a value, found the end of the "
+                'body: the line is "up"'
+            ),
+        ),
+        ("WARNING", "module m: recovered"),
+    ]
+
+
+def test_the_last_words_of_a_failing_command_are_logged_but_not_sent(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reply = ask(
+        application({"m": exec_module("printf 'why\\033[31m\\nnot' >&2; exit 2")}),
+        "/proxy?module=m",
+    )
+    assert reply.text == "module m: the command exited with status 2\n"
+    assert caplog.messages == [
+        r"module m: command: the command exited with status 2: why\x1b[31m\nnot"
+    ]
+
+
+def test_an_aborted_answer_is_not_logged_as_a_success_bug_25(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    cut_short = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nup 1\n"
+    caplog.set_level(logging.INFO, "expexp")
+    with target(cut_short) as port, running({"m": http_module(port, verify=False)}) as client:
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            client.scrape("m")
+        wait_until(lambda: [message for message in caplog.messages if "took" in message])
+        assert client.failures("m") == {"aborted": 1}
+    (line, *_) = [message for message in caplog.messages if "took" in message]
+    assert line.startswith('127.0.0.1 - GET "/proxy?module=m" 200 OK, aborted (took ')
+
+
+def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "expexp"):
+        ask(application({}), "/\x1b[31m\r\n" + "x" * 9000, method="G\nT")
+    (line,) = [message for message in caplog.messages if "took" in message]
+    assert line.isprintable()
+    assert line.startswith(r'127.0.0.1 - G\nT "/\x1b[31m\r\nxxx')
+    assert len(line) < 2200
+
+
+# ==================================================================================================
+# 13  HTTP server
+# ==================================================================================================
+# Sockets as clients use them, and as they should not.
+
+HEALTHY = b"expexp is healthy.\n"
+CLOSE = b"Connection: close\r\n\r\n"
+
+
+def statuses(answer: bytes) -> list[int]:
+    """The statuses of the responses in what a server said."""
+    return [int(status) for status in re.findall(rb"(?m)^HTTP/1\.1 ([0-9]{3}) ", answer)]
+
+
+def fast_limits(**changed: float) -> expexp.Limits:
+    return dataclasses.replace(FAST, **changed)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    """An expexp with usual limits."""
+    with running({"m": exec_module("echo a 1")}) as served:
+        yield served
+
+
+def test_one_connection_serves_many_requests(server: Running) -> None:
+    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
+    with contextlib.closing(client):
+        for method in ("GET", "HEAD", "GET"):
+            client.request(method, "/-/healthy")
+            sock, response = client.sock, client.getresponse()
+            assert (response.status, response.headers["Connection"]) in [
+                (200, None),
+                (200, "keep-alive"),
+            ]
+            assert response.read() == (HEALTHY if method == "GET" else b"")
+            assert client.sock is sock
+        client.request("GET", "/nowhere")
+        assert client.getresponse().read() == b"404 page not found\n"
+        assert client.sock is sock
+
+
+def test_pipelined_requests_are_answered_in_their_order(server: Running) -> None:
+    one, two = b"GET /-/healthy HTTP/1.1\r\n\r\n", b"GET /nowhere HTTP/1.1\r\n\r\n"
+    answer = exchange(server.port, one + two + one[:-2] + CLOSE)
+    assert statuses(answer) == [200, 404, 200]
+    assert answer.count(HEALTHY) == 2
+
+
+def test_a_request_may_arrive_in_pieces(server: Running) -> None:
+    pieces = [
+        b"\r\nGE",
+        b"T /-/healthy HTT",
+        b"P/1.1\r\nA: b",
+        b"\r\n c\r\nConnec",
+        b"tion: close\r\n\r",
+        b"\n",
+    ]
+    assert exchange(server.port, *pieces).endswith(HEALTHY)
+
+
+@pytest.mark.parametrize(
+    ("version", "header", "kept"),
+    [
+        ("1.0", "", False),
+        ("1.0", "Connection: keep-alive\r\n", True),
+        ("1.0", "Connection: Keep-Alive, x\r\n", True),
+        ("1.0", "Connection: keep-alive, close\r\n", False),
+        ("1.1", "", True),
+        ("1.1", "Connection: x, Close\r\n", False),
+        ("1.1", "Connection: x\r\nConnection: close\r\n", False),
+    ],
+)
+def test_a_connection_is_kept_if_the_client_wants_it(
+    version: str, header: str, kept: bool, server: Running
+) -> None:
+    request = f"GET /-/healthy HTTP/{version}\r\n{header}\r\n".encode()
+    answer = exchange(server.port, request + b"GET /-/ready HTTP/1.0\r\n\r\n")
+    assert len(statuses(answer)) == 1 + kept
+    first = answer.split(b"\r\n\r\n")[0].lower()
+    assert (b"\r\nconnection: close" in first) is not kept
+    assert version == "1.1" or (b"\r\nconnection: keep-alive" in first) is kept
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
+def test_head_is_get_without_the_body(path: str, server: Running) -> None:
+    get, head = server.get(path), server.get(path, method="HEAD")
+    assert (head.status, head.body) == (get.status, b"")
+    assert get.headers["Content-Length"] == str(len(get.body))
+    names = [name for name in get.headers if name not in ("Date", "Content-Length")]
+    assert [get.headers[name] for name in names] == [head.headers[name] for name in names]
+    assert head.headers["Content-Length"] == get.headers["Content-Length"] or path == "/metrics"
+
+
+BIG = b"x" * 9000
+#: What is sent, and the status and words of the answer; the connection is then closed.
+REFUSED = {
+    "HTTP/0.9": (b"GET /\r\n", 400, "malformed request line"),
+    "HTTP/0.9 with more": (b"GET /\r\nA: b\r\n\r\n", 400, "malformed request line"),
+    "no words": (b"x\r\n\r\n", 400, "malformed request line"),
+    "a blank too many": (b"GET  / HTTP/1.1\r\n\r\n", 400, "malformed request line"),
+    "a blank in the path": (b"GET /a b HTTP/1.1\r\n\r\n", 400, "malformed request line"),
+    "no method": (b" / HTTP/1.1\r\n\r\n", 400, "malformed request line"),
+    "a version that is none": (b"GET / HTTP/x\r\n\r\n", 400, "malformed request line"),
+    "another protocol": (b"GET / RTSP/1.0\r\n\r\n", 400, "malformed request line"),
+    "TLS": (b"\x16\x03\x01\x00\x05\x01\x00\n", 400, "malformed request line"),
+    "HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505, "expected HTTP/1.0 or HTTP/1.1"),
+    "HTTP/1.12": (b"GET / HTTP/1.12\r\n\r\n", 505, "expected HTTP/1.0 or HTTP/1.1"),
+    "HTTP/0.1": (b"GET / HTTP/0.1\r\n\r\n", 505, "expected HTTP/1.0 or HTTP/1.1"),
+    "a request line that is too long": (
+        b"GET /" + BIG + b" HTTP/1.1\r\n\r\n",
+        414,
+        "the request line is too long",
+    ),
+    "a request line without end": (BIG * 5, 414, "the request line is too long"),
+    "headers that are too large": (
+        b"GET / HTTP/1.1\r\n" + (b"A: " + BIG + b"\r\n") * 4,
+        431,
+        "the headers are too large",
+    ),
+    "a header without end": (
+        b"GET / HTTP/1.1\r\nA: " + BIG * 4,
+        431,
+        "the headers are too large",
+    ),
+    "too many headers": (
+        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n",
+        431,
+        "too many headers",
+    ),
+    "a header without colon": (
+        b"GET / HTTP/1.1\r\nA: b\r\nno colon\r\n\r\n",
+        400,
+        "malformed headers",
+    ),
+    "a header without name": (b"GET / HTTP/1.1\r\n: b\r\n\r\n", 400, "malformed headers"),
+    "a blank before the colon": (b"GET / HTTP/1.1\r\nA : b\r\n\r\n", 400, "malformed headers"),
+    "a first header that goes on": (b"GET / HTTP/1.1\r\n A: b\r\n\r\n", 400, "malformed headers"),
+    "a line end within a header": (
+        b"GET / HTTP/1.0\r\nA: b\rX: c\r\n\r\n",
+        400,
+        "malformed headers",
+    ),
+    "a NUL within a header": (b"GET / HTTP/1.0\r\nA: b\0\r\n\r\n", 400, "malformed headers"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_request_is_refused_with_a_status_that_has(what: str, server: Running) -> None:
+    sent, status, words = REFUSED[what]
+    with taking(0, 1.5):
+        answer = exchange(server.port, sent)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert statuses(head) == [status]
+    assert body == f"{words}\n".encode()
+    assert b"\r\nConnection: close" in head
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        pytest.param("http://example.org/-/healthy", 200, id="absolute"),
+        pytest.param("HTTP://[::1]:9999/-/healthy?a=b", 200, id="absolute with a port and a query"),
+        pytest.param("http://example.org", 200, id="absolute without a path"),
+        pytest.param("/-/healthy?a=http://example.org/", 200, id="with a URL in the query"),
+        pytest.param("/proxy?module=m", 200, id="a path"),
+        pytest.param("//proxy?module=m", 404, id="with a double slash"),
+        pytest.param("/proxy/?module=m", 404, id="with a slash at its end"),
+        pytest.param("/./proxy?module=m", 404, id="with a dot"),
+        pytest.param("/proxy/../metrics", 404, id="with two dots"),
+        pytest.param("/%70roxy?module=m", 404, id="escaped"),
+        pytest.param("proxy?module=m", 404, id="without a slash"),
+        pytest.param("*", 404, id="an asterisk"),
+    ],
+)
+def test_a_request_target_is(target: str, status: int, server: Running) -> None:
+    answer = exchange(server.port, f"GET {target} HTTP/1.0\r\n\r\n".encode())
+    assert statuses(answer) == [status]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "CONNECT", "get"])
+def test_other_methods_are_not_allowed_on_socket(method: str, server: Running) -> None:
+    answer = server.get("/-/healthy", method=method)
+    assert (answer.status, answer.body) == (405, b"405 method not allowed\n")
+    assert answer.headers["Allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        pytest.param(b"Content-Length: 5\r\n", id="a length"),
+        pytest.param(b"Transfer-Encoding: chunked\r\n", id="chunks"),
+        pytest.param(b"Content-Length: 5\r\nExpect: 100-continue\r\n", id="an expectation"),
+        pytest.param(b"Content-Length: 0\r\nContent-Length: 5\r\n", id="two lengths"),
+    ],
+)
+def test_a_request_with_a_body_is_answered_and_closed_that_has(
+    header: bytes, server: Running
+) -> None:
+    request = b"GET /-/healthy HTTP/1.1\r\n" + header + b"\r\n"
+    answer = exchange(server.port, request + b"GET /-/ready HTTP/1.1\r\n\r\n")
+    assert statuses(answer) == [200]
+    assert b"\r\nConnection: close\r\n" in answer
+    assert answer.endswith(HEALTHY)
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("POST", 405)])
+def test_a_client_gets_the_whole_answer_although_its_body_is_not_wanted(
+    method: str, status: int, server: Running
+) -> None:
+    head = f"{method} /-/healthy HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n".encode()
+    answer = exchange(server.port, head, bytes(1_000_000))
+    assert statuses(answer) == [status]
+
+
+@pytest.mark.parametrize(
+    ("sent", "drop"),
+    [
+        pytest.param(b"", b"", id="nothing"),
+        pytest.param(b"GET /", b"x", id="its request line a byte at a time"),
+        pytest.param(b"GET / HTTP/1.1\r\nA: ", b"x", id="a header a byte at a time"),
+        pytest.param(b"GET / HTTP/1.1\r\n", b"A: b\r\n", id="whole headers for ever"),
+    ],
+)
+def test_a_client_is_cut_that_sends(sent: bytes, drop: bytes) -> None:
+    with running({}, limits=fast_limits(header_seconds=0.1)) as served:
+        with connect(served.port) as client, taking(0.09, 0.8):
+            client.sendall(sent)
+            answer = drip_until_closed(client, drop)
+        assert statuses(answer) == ([408] if sent else [])
+        assert served.get("/-/healthy").status == 200
+
+
+def drip_until_closed(client: socket.socket, drop: bytes) -> bytes:
+    """Send a drop until something comes; what that is."""
+    while not select.select([client], [], [], 0.02)[0]:
+        client.sendall(drop)
+    return client.recv(1000)
+
+
+def test_an_idle_connection_is_closed() -> None:
+    with (
+        running({}, limits=fast_limits(idle_seconds=0.1)) as served,
+        connect(served.port) as client,
+    ):
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        with taking(0.09, 0.8):
+            assert read_all(client).endswith(HEALTHY)
+
+
+def test_a_client_that_does_not_read_is_cut_and_its_slot_freed(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(b"a 1\n" * 2_000_000)
+    limits = fast_limits(connections=1, write_stall_seconds=0.2)
+    with (
+        running(
+            {"m": file_module(tmp_path / "large") | {"verify": False}}, limits=limits
+        ) as served,
+        connect(served.port) as client,
+    ):
+        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+        client.recv(1)
+        with taking(0, 1):
+            wait_until(lambda: is_served(served.port))
+        with pytest.raises(ConnectionResetError):
+            read_all(client)
+
+
+def is_served(port: int) -> bool:
+    """Whether a new connection gets an answer."""
+    with contextlib.suppress(ConnectionError):
+        return exchange(port, b"GET /-/healthy HTTP/1.0\r\n\r\n").endswith(HEALTHY)
+    return False
+
+
+def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
+    body = b"a 1\n" * 1_500_000
+    (tmp_path / "large").write_bytes(body)
+    module = file_module(tmp_path / "large") | {"verify": False}
+    with running({"m": module}, limits=fast_limits(write_stall_seconds=0.2)) as served:
+        with connect(served.port) as client:
+            client.sendall(b"GET /proxy?module=m HTTP/1.0\r\n\r\n")
+            pieces = []
+            for _ in range(4):  # longer than a stall may take, in all
+                time.sleep(0.06)
+                pieces.append(client.recv(1_000_000, socket.MSG_WAITALL))
+            pieces.append(read_all(client))
+        assert b"".join(pieces).partition(b"\r\n\r\n")[2].startswith(body)
+
+
+HANG_UPS = {
+    "before it asks": b"",
+    "in its request line": b"GET /",
+    "in its headers": b"GET / HTTP/1.1\r\nA: b\r\n",
+    "before it is answered": b"GET /proxy?module=large HTTP/1.1\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", HANG_UPS.values(), ids=HANG_UPS.keys())
+@pytest.mark.parametrize("with_reset", [False, True], ids=["close", "reset"])
+def test_a_client_that_hangs_up_costs_one_line_at_debug(
+    sent: bytes, with_reset: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "large").write_bytes(b"a 1\n" * 500_000)
+    records: list[logging.LogRecord] = []
+    with (
+        running({"large": file_module(tmp_path / "large") | {"verify": False}}) as served,
+        socket_recording(records),
+    ):
+        with connect(served.port) as client:
+            client.sendall(sent)
+            if with_reset:
+                linger = struct.pack("ii", 1, 0)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+    lines = [record for record in records if record.levelno != logging.INFO]
+    assert len(lines) <= 1
+    assert all(record.levelno == logging.DEBUG for record in lines)
+    assert all("127.0.0.1: " in record.getMessage() for record in lines)
+    assert capfd.readouterr().err == ""
+
+
+@contextlib.contextmanager
+def socket_recording(records: list[logging.LogRecord]) -> Iterator[None]:
+    """Keep all log records of expexp in a list, and let nothing else have them."""
+    handler, logger = logging.Handler(), expexp.LOGGER
+    setattr(handler, "emit", records.append)  # noqa: B010 - mypy would not have it otherwise
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    yield
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = propagate
+
+
+def test_an_idle_connection_makes_room_for_a_new_one() -> None:
+    with running({}, limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(connect(served.port)) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+            assert read_until(client, HEALTHY)
+        newest = stack.enter_context(connect(served.port))
+        assert clients[0].recv(1) == b""
+        for client in (newest, *clients[1:]):
+            client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+            assert read_until(client, HEALTHY)
+        assert served.metric("expexp_rejected_connections_total") == 0
+
+
+def read_until(client: socket.socket, end: bytes) -> bytes:
+    """What comes, up to and with these bytes."""
+    content = b""
+    while not content.endswith(end):
+        piece = client.recv(65536)
+        assert piece, "closed"
+        content += piece
+    return content
+
+
+def test_without_a_free_slot_a_connection_is_closed_and_counted() -> None:
+    go_on, asked = threading.Event(), threading.Semaphore(0)
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        asked.release()
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    with (
+        target(answer) as port,
+        running({"m": http_module(port)}, limits=fast_limits(connections=3)) as served,
+        ThreadPoolExecutor() as pool,
+    ):
+        scrapes = [pool.submit(served.scrape, "m") for _ in range(3)]
+        assert all(asked.acquire(timeout=5) for _ in scrapes)
+        with connect(served.port) as client:
+            assert client.recv(1) == b""
+        go_on.set()
+        assert [scrape.result().status for scrape in scrapes] == [200] * 3
+        wait_until(lambda: is_served(served.port))
+        assert served.metric("expexp_rejected_connections_total") >= 1
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+
+
+def test_a_small_response_is_sent_at_once(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    usual = socket.socket.send
+
+    def send(self: socket.socket, content: Any, *flags: int) -> int:
+        sizes.append(len(content))
+        return usual(self, content, *flags)
+
+    monkeypatch.setattr(socket.socket, "send", send)
+    answer = exchange(server.port, b"GET /proxy?module=m HTTP/1.0\r\n\r\n")
+    assert sizes == [len(answer)]
+    assert answer.endswith(b"\r\n\r\na 1\n")
+
+
+def test_clients_are_not_looked_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_up: list[str] = []
+    for name in ("getfqdn", "gethostbyaddr", "getnameinfo", "gethostbyname"):
+        monkeypatch.setattr(socket, name, lambda *_, name=name: looked_up.append(name))
+    records: list[logging.LogRecord] = []
+    with socket_recording(records):
+        assert server.get("/-/healthy").status == 200
+        wait_until(lambda: records)
+    assert looked_up == []
+    expected = r'127\.0\.0\.1 - GET "/-/healthy" 200 OK \(took [0-9.]+ms\)'
+    assert re.fullmatch(expected, records[0].getMessage())
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no dual stack here")
+@pytest.mark.parametrize(
+    ("listen", "url", "hosts"),
+    [
+        (":0", r"http://\[::\]:\d+", ["127.0.0.1", "::1"]),
+        ("[::1]:0", r"http://\[::1\]:\d+", ["::1"]),
+        ("127.0.0.1:0", r"http://127\.0\.0\.1:\d+", ["127.0.0.1"]),
+        ("localhost:0", r"http://(127\.0\.0\.1|\[::1\]):\d+", []),
+    ],
+)
+def test_the_addresses_served_are(listen: str, url: str, hosts: list[str]) -> None:
+    with running({}, "-web.listen-address", listen) as served:
+        assert re.fullmatch(url, served.program.servers[0].url)
+        for host in hosts:
+            with socket.create_connection((host, served.port), timeout=5) as client:
+                client.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
+                assert read_all(client).endswith(HEALTHY)
+        for host in {"127.0.0.1", "::1"} - set(hosts or ["127.0.0.1", "::1"]):
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((host, served.port), timeout=5)
+
+
+def test_a_client_over_ipv6_is_named_without_its_mapping() -> None:
+    echo = Echo()
+    with (
+        target(echo.answer) as port,
+        running({"m": http_module(port)}, "-web.listen-address", ":0") as served,
+    ):
+        assert served.scrape("m").status == 200
+    assert b"\r\nX-Forwarded-For: 127.0.0.1\r\n" in echo.heads[0]
+
+
+def test_our_metrics_are_compressed_where_the_client_asks(server: Running) -> None:
+    plain = server.get("/metrics", {"Accept-Encoding": "gzip;q=0, identity"})
+    packed = server.get("/metrics", {"Accept-Encoding": "deflate, GZIP;q=0.5"})
+    assert plain.headers["Content-Encoding"] is None
+    assert packed.headers["Content-Encoding"] == "gzip"
+    assert packed.headers["Vary"] == plain.headers["Vary"] == "Accept-Encoding"
+    assert plain.text.startswith("# HELP build_info ")
+    assert gzip.decompress(packed.body).startswith(b"# HELP build_info ")
+
+
+def test_a_response_says_when_it_was_made(server: Running) -> None:
+    date = server.get("/-/healthy").headers["Date"]
+    made = email.utils.parsedate_to_datetime(date)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    assert date.endswith(" GMT")
+    assert abs((now - made).total_seconds()) < 5
+
+
+def test_an_unexpected_error_is_an_answer_and_one_trace(
+    server: Running, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    monkeypatch.setattr(expexp, "verify_exposition", lambda *_, **__: 1 / 0)
+    answer = server.scrape("m")
+    assert (answer.status, answer.text) == (500, "Internal Server Error: see the log\n")
+    assert log == ["unexpected error in answering /proxy?module=m (ZeroDivisionError)"]
+    monkeypatch.undo()
+    assert server.scrape("m").status == 200
+    wait_until(lambda: server.metric("expexp_http_requests_in_flight") == 1)
+
+
+def test_fifty_clients_at_once_all_get_their_answer() -> None:
+    def answer(connection: socket.socket, head: bytes) -> None:
+        connection.sendall(ok(b'a{q="%b"} 1\n' % head.split()[1]))
+
+    with target(answer) as port, running({"m": http_module(port)}) as served:
+        with ThreadPoolExecutor(50) as pool:
+            answers = list(pool.map(lambda n: served.scrape(f"m&n={n}"), range(50)))
+        expected = [f'a{{q="/metrics?n={n}"}} 1\n' for n in range(50)]
+        assert [answer.text for answer in answers] == expected
+        assert served.metric('expexp_http_requests_total{path="/proxy",code="200"}') == 50
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+
+
+# ==================================================================================================
+# 14  Command line
+# ==================================================================================================
+@pytest.fixture
+def main_in_process(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
+    """main() as a function of flags to exit code and stderr; the logger is put back afterwards."""
+    logger = logging.getLogger("expexp")
+    before = logger.handlers[:], logger.level, logger.propagate, logging.raiseExceptions
+
+    def call(*flags: str) -> tuple[int, str]:
+        code = expexp.main(flags)
+        return code, capsys.readouterr().err
+
+    yield call
+    logger.handlers[:], logger.level, logger.propagate, logging.raiseExceptions = before
+
+
+STARTS = {
+    "help": (["-h"], 0, "Usage of expexp:"),
+    "the version": (["-version"], 0, f"expexp {expexp.__version__} (Python "),
+    "an unknown flag": (["-nope"], 2, "flag provided but not defined: -nope\nUsage of expexp:\n"),
+    "a Windows service": (
+        ["-winsvc", "start"],
+        2,
+        'invalid value "start" for flag -winsvc: not supported\nUsage of expexp:\n',
+    ),
+    "a stray argument": (["-config", "", "x"], 2, 'unexpected argument "x"\nUsage of expexp:\n'),
+}
+
+
+@pytest.mark.parametrize(("flags", "code", "beginning"), STARTS.values(), ids=STARTS)
+def test_main_without_serving(
+    main_in_process: Callable[..., tuple[int, str]], flags: list[str], code: int, beginning: str
+) -> None:
+    found, text = main_in_process(*flags)
+    assert (found, text[: len(beginning)]) == (code, beginning)
+
+
+def test_bad_flags_end_a_real_process_with_2_and_nothing_on_stdout() -> None:
+    ended = run("-nope")
+    assert (ended.returncode, ended.stdout) == (2, "")
+
+
+TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+
+def test_nothing_to_listen_on_is_a_warning_and_exit_0() -> None:
+    ended = run("-web.listen-address", "")
+    assert ended.returncode == 0
+    message = 'level=warning msg="No web addresses to listen on, nothing to do!"'
+    assert re.fullmatch(rf'time="{TIME}" {message}\n', ended.stderr)
+
+
+EQUAL = "flags -web.proxy-path and -web.telemetry-path can not be set to the same value"
+REFUSED_STARTS = {
+    "a bad configuration": (
+        ["-config", "bad.yaml"],
+        'bad.yaml:1:1: module: unknown key; did you mean "modules"?',
+    ),
+    "equal paths": (["-web.proxy-path=/x", "-web.telemetry-path=x/"], EQUAL),
+    "the root for modules (bug 10)": (
+        ["-web.proxy-path=/"],
+        "flag -web.proxy-path can not be set to /: that path is taken",
+    ),
+    "an empty path (bug 10)": (
+        ["-web.telemetry-path="],
+        "flag -web.telemetry-path can not be set to /: that path is taken",
+    ),
+    "a path that is taken": (
+        ["-web.proxy-path=/-/ready"],
+        "flag -web.proxy-path can not be set to /-/ready: that path is taken",
+    ),
+    "a token and a file with one (bug 22)": (
+        ["-web.bearer.token=s3ntinel", "-web.bearer.token-file=empty"],
+        "-web.bearer.token and -web.bearer.token-file are mutually exclusive",
+    ),
+    "an empty file for a token": (
+        ["-web.bearer.token-file=empty"],
+        "empty: token file should not be empty",
+    ),
+    "an address that is not ours": (
+        ["-web.listen-address=192.0.2.1:9"],
+        "cannot listen on 192.0.2.1:9: cannot assign requested address",
+    ),
+    "a host that is none": (
+        ["-web.listen-address=" + "x" * 64 + ":9"],
+        "cannot listen on " + "x" * 64 + ":9: ",
+    ),
+    "a file name with control characters": (
+        ["-config=a\x1b\nb"],
+        r"a\x1b\nb: cannot be read: no such file or directory",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "line"), REFUSED_STARTS.values(), ids=REFUSED_STARTS)
+def test_a_start_that_is_refused_is_exit_1_and_one_line(
+    main_in_process: Callable[..., tuple[int, str]], here: Path, flags: list[str], line: str
+) -> None:
+    (here / "bad.yaml").write_text("module: {}\n")
+    (here / "empty").write_text(" \n")
+    code, text = main_in_process("-config=", "-web.listen-address=127.0.0.1:0", *flags)
+    assert (code, text.count("\n")) == (1, 1)
+    assert text.startswith(line)
+
+
+def test_a_port_in_use_is_exit_1_and_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        ended = run("-config", "", "-web.listen-address", address)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        f"cannot listen on {address}: address already in use\n",
+    )
+
+
+@pytest.mark.parametrize("level", ["warning", "fatal"])
+def test_why_it_does_not_start_is_said_in_json_where_the_log_is_bug_20(
+    main_in_process: Callable[..., tuple[int, str]], level: str
+) -> None:
+    code, text = main_in_process("-log.json", "-log.level", level, "-config", "/no/\x1b\nb")
+    record = json.loads(text)
+    assert record["msg"].endswith("no such file or directory")
+    assert (code, record["level"], set(record)) == (1, "fatal", {"level", "msg", "time"})
+
+
+# expexp as users start it: signals, the shutdown, odd surroundings.
+
+LOCAL = "127.0.0.1:0"
+
+
+def started(process: subprocess.Popen[str]) -> int:
+    """The port of an expexp with -log.level=info, when it serves."""
+    lines = []
+    for line in cast("IO[str]", process.stderr):
+        lines.append(line)
+        found = re.search(r'msg="listening on http://127\.0\.0\.1:(\d+)"', line)
+        if found:
+            return int(found[1])
+    raise AssertionError("".join(lines))
+
+
+@contextlib.contextmanager
+def program(
+    folder: Path, modules: Mapping[str, object], *around: str, source: Path = SOURCE
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """expexp as a process of its own, and its port; `around` is a line of shell that becomes it."""
+    (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
+    flags = ["-web.listen-address", LOCAL, "-log.level", "info"]
+    command = [*around, sys.executable, str(source), *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
+    try:
+        yield process, started(process)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_scrape_finish_then_ends_with_0(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    go_on, asked = threading.Event(), threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        asked.set()
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    with target(answer) as slow, program(tmp_path, {"m": http_module(slow)}) as (process, port):
+        with ThreadPoolExecutor() as pool, connect(port) as idle:
+            scrape = pool.submit(fetch, port, "/proxy?module=m")
+            assert asked.wait(5)
+            process.send_signal(number)
+            assert idle.recv(1) == b""
+            with pytest.raises(ConnectionRefusedError):
+                connect(port)
+            go_on.set()
+            assert (scrape.result().status, scrape.result().body) == (200, EXPOSITION)
+        with taking(0, 2):
+            assert process.wait(5) == 0
+        assert "Traceback" not in cast("IO[str]", process.stderr).read()
+
+
+def test_the_end_of_the_program_is_that_of_its_commands(tmp_path: Path) -> None:
+    modules = {"m": exec_module("(trap '' TERM; exec sleep 30) & echo a $!")}
+    with program(tmp_path, modules) as (process, port):
+        answer = fetch(port, "/proxy?module=m")
+        process.terminate()
+        assert process.wait(5) == 0
+    assert is_gone(int(answer.text.split()[1]))
+
+
+def test_commands_that_run_when_the_drain_is_over_are_ended(tmp_path: Path) -> None:
+    script = f"trap '' TERM; echo $$ >{tmp_path}/own; sleep 30 & echo $! >{tmp_path}/child; wait"
+    with ThreadPoolExecutor() as pool:
+        with running({"m": exec_module(script)}, limits=fast_limits(drain_seconds=0.1)) as served:
+            scrape = pool.submit(served.scrape, "m")
+            wait_until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
+        assert scrape.result().text == "module m: the command was killed by SIGKILL\n"
+    for name in ("own", "child"):
+        process_id = int((tmp_path / name).read_text())
+        wait_until(lambda process_id=process_id: is_gone(process_id), 2)  # type: ignore[misc]
+
+
+def test_a_port_in_use_is_one_line_and_status_1() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        ended = run("-config", "", "-web.listen-address", address)
+    assert ended.returncode == 1
+    lines = [line for line in ended.stderr.splitlines() if "no modules" not in line]
+    assert lines == [f"cannot listen on {address}: address already in use"]
+
+
+def test_the_file_alone_is_enough(tmp_path: Path) -> None:
+    copied = Path(shutil.copy(SOURCE, tmp_path))
+    modules = {"m": file_module("expexp.yaml") | {"verify": False}}
+    with program(tmp_path, modules, source=copied) as (process, port):
+        assert fetch(port, "/proxy?module=m").text.startswith('{"modules": ')
+        process.terminate()
+        assert process.wait(5) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"expexp.py", "expexp.yaml"}
+
+
+def shell(line: str) -> list[str]:
+    """The start of a command line that a shell prepares."""
+    return ["sh", "-c", f'{line}; exec "$@"', "sh"]
+
+
+def test_a_closed_stderr_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "expexp.yaml").write_text(
+        json.dumps(
+            {"modules": {"good": exec_module("echo a 1; echo b >&2"), "bad": exec_module("x")}}
+        )
+    )
+    port = closed_port()
+    flags = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "debug"]
+    process = subprocess.Popen(
+        [*shell("exec 2>&-"), sys.executable, str(SOURCE), *flags], cwd=tmp_path
+    )
+    try:
+        wait_until(lambda: is_served(port))
+        for _ in range(3):
+            assert fetch(port, "/proxy?module=bad").status == 500
+            assert fetch(port, "/proxy?module=good").body == b"a 1\n"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def cpu_seconds(process_id: int) -> float:
+    """The processor time that a process has taken."""
+    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.fixture(scope="module")
+def few_descriptors(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """An expexp that may have 40 descriptors."""
+    modules = {"m": exec_module("echo a 1")}
+    with program(tmp_path_factory.mktemp("few"), modules, *shell("ulimit -n 40")) as started:
+        yield started
+
+
+def test_without_file_descriptors_it_waits_and_recovers(
+    few_descriptors: tuple[subprocess.Popen[str], int],
+) -> None:
+    process, port = few_descriptors
+    with contextlib.ExitStack() as stack:
+        for _ in range(45):
+            stack.enter_context(connect(port)).sendall(b"GET / HTTP/1.1\r\n")
+        waiting = stack.enter_context(connect(port))
+        waiting.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
+        waiting.settimeout(0.2)
+        before = cpu_seconds(process.pid)
+        with pytest.raises(socket.timeout):
+            waiting.recv(1)
+        assert cpu_seconds(process.pid) - before <= 0.08
+    wait_until(lambda: is_served(port))
+    assert fetch(port, "/proxy?module=m").body == b"a 1\n"
+
+
+def test_without_file_descriptors_idle_connections_make_room(
+    few_descriptors: tuple[subprocess.Popen[str], int],
+) -> None:
+    _, port = few_descriptors
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(port)) for _ in range(36)]
+        assert is_served(port)
+        assert idle[0].recv(1) == b""
+
+
+@pytest.fixture(scope="module")
+def odd_parent(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """An expexp whose parent ignores its children and has set limits of descriptors."""
+    modules = {
+        "good": exec_module("echo a 1"),
+        "bad": exec_module("exit 3"),
+        "limit": exec_module("sleep .01; echo a $(ulimit -Sn)"),
+    }
+    around = shell("trap '' CHLD; ulimit -Sn 200; ulimit -Hn 3000")
+    with program(tmp_path_factory.mktemp("odd"), modules, *around) as started:
+        yield started
+
+
+def test_a_hang_up_signal_does_not_end_it(odd_parent: tuple[subprocess.Popen[str], int]) -> None:
+    process, port = odd_parent
+    process.send_signal(signal.SIGHUP)
+    assert fetch(port, "/proxy?module=good").body == b"a 1\n"
+    assert process.poll() is None
+
+
+def test_a_parent_that_ignores_its_children_changes_nothing(
+    odd_parent: tuple[subprocess.Popen[str], int],
+) -> None:
+    _, port = odd_parent
+    assert fetch(port, "/proxy?module=good").body == b"a 1\n"
+    bad = fetch(port, "/proxy?module=bad")
+    assert bad.text == "module bad: the command exited with status 3\n"
+
+
+def test_commands_get_their_own_limit_of_descriptors_back(
+    odd_parent: tuple[subprocess.Popen[str], int],
+) -> None:
+    _, port = odd_parent
+    assert fetch(port, "/proxy?module=limit").text == "a 200\n"
+    assert b"process_max_fds 3000\n" in fetch(port, "/metrics").body
+
+
+# ==================================================================================================
+# S  Secrets
+# ==================================================================================================
+# One word stands for every secret of a configuration; it must not be in anything that comes out.
+
+SECRET = "s3ntinel"
+
+
+def secret_modules(port: int, garbage: int) -> dict[str, object]:
+    """Modules with a secret wherever there may be one; most of them fail."""
+    secrets: dict[str, object] = {
+        "path": f"/metrics?token={SECRET}",
+        "headers": {"X-Api-Key": SECRET, "Cookie": SECRET},
+        "basic_auth_username": "user",
+        "basic_auth_password": SECRET,
+    }
+    return {
+        "fine": http_module(port, **secrets),
+        "unverified": http_module(port, verify=False, **secrets),
+        "refused": http_module(1, **secrets),
+        "unresolved": http_module(1, address="a..b", **secrets),
+        "garbage": http_module(garbage, **secrets),
+        "tls": {**http_module(port, scheme="https", **secrets), "timeout": "50ms"},
+        "exec": exec_module("echo up 1", env={"TOKEN": SECRET}),
+        "failing": exec_module("head -c 5000 /dev/zero >&2; exit 3", env={"TOKEN": SECRET}),
+        "missing": {
+            "method": "exec",
+            "exec": {"command": "/no/such", "args": [SECRET], "env": {"TOKEN": SECRET}},
+        },
+        "slow": {**exec_module("sleep 5", env={"TOKEN": SECRET}), "timeout": "50ms"},
+        "odd \x9b31m\u202e": file_module("/no/\x1b\n" + "x" * 20000),
+    }
+
+
+class Journal(NamedTuple):
+    """All that came out of an expexp with secrets: what clients got, and the lines of its log."""
+
+    answers: list[str]
+    statuses: dict[str, int]
+    log: list[str]
+
+
+def keep_journal(folder: Path, *flags: str) -> Journal:
+    """Run expexp as users do, ask it for everything, and stop it."""
+    answers: list[str] = []
+    statuses: dict[str, int] = {}
+    authorized = {"Authorization": f"Bearer {SECRET}"}
+    with target(ok(b"up 1\n")) as port, target(b"\x1b[31m nonsense\r\n\r\n") as garbage:
+        modules = secret_modules(port, garbage)
+        (folder / "c.json").write_text(json.dumps({"modules": modules}))
+        options = ["-config=c.json", "-web.listen-address=127.0.0.1:0", "-log.level=trace"]
+        with process(*options, f"-web.bearer.token={SECRET}", *flags, folder=folder) as started:
+            assert started.stderr
+            log: list[str] = []
+            while not (found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", "".join(log))):
+                line = started.stderr.readline()
+                assert line, f"ended before it listened: {log}"
+                log.append(line)
+            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
+            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
+            requests = [(path, authorized) for path in paths]
+            requests += [("/", {**authorized, "Accept": "application/json"}), ("/", {})]
+            requests += [("/", {"Authorization": "Bearer other"}), ("/metrics", authorized)]
+            for path, headers in requests:
+                answer = fetch(int(found[1]), path, headers)
+                answers.append(f"{answer.headers}\n{answer.text}")
+                statuses.setdefault(path, answer.status)
+            started.send_signal(signal.SIGTERM)
+            rest = started.stderr.read()
+            assert started.wait(20) == 0
+    return Journal(answers, statuses, ("".join(log) + rest).splitlines())
+
+
+@pytest.fixture(scope="module")
+def journals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Journal]:
+    folders = [tmp_path_factory.mktemp("journal") for _ in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        text = pool.submit(keep_journal, folders[0])
+        as_json = pool.submit(keep_journal, folders[1], "-log.json")
+        return {"text": text.result(), "json": as_json.result()}
+
+
+FORMS = pytest.mark.parametrize("form", ["text", "json"])
+
+
+@FORMS
+def test_no_secret_comes_out_of_pages_answers_and_logs_bug_6(
+    journals: dict[str, Journal], form: str
+) -> None:
+    journal = journals[form]
+    assert not [line for line in journal.answers + journal.log if SECRET in line]
+
+
+@FORMS
+def test_and_the_journal_has_all_that_could_have_shown_one(
+    journals: dict[str, Journal], form: str
+) -> None:
+    journal = journals[form]
+    found = {
+        path.partition("module=")[2]: status
+        for path, status in journal.statuses.items()
+        if "module=" in path
+    }
+    assert found == {
+        "nope": 404,
+        "fine": 200,
+        "unverified": 200,
+        "refused": 502,
+        "unresolved": 502,
+        "garbage": 502,
+        "tls": 504,
+        "exec": 200,
+        "failing": 500,
+        "missing": 500,
+        "slow": 504,
+        "odd%20%C2%9B31m%E2%80%AE": 500,
+    }
+    log = "\n".join(journal.log)
+    for name in ("refused", "unresolved", "garbage", "tls", "failing", "missing", "slow"):
+        assert f"module {name}: " in log
+    assert log.count("(took ") == len(journal.answers)
+
+
+@FORMS
+def test_every_line_of_the_log_is_printable_and_bounded(
+    journals: dict[str, Journal], form: str
+) -> None:
+    assert all(line.isprintable() and len(line) < 20000 for line in journals[form].log)
+    assert max(map(len, journals[form].log)) > 5000  # there was something to bound
+
+
+def test_a_line_of_the_log_is_time_level_and_message(journals: dict[str, Journal]) -> None:
+    line = rf'time="{TIME}" level=(info|warning|error|debug) msg="(?:[^"\\]|\\.)*"'
+    assert [text for text in journals["text"].log if not re.fullmatch(line, text)] == []
+
+
+def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Journal]) -> None:
+    for text in journals["json"].log:
+        record = json.loads(text)
+        assert set(record) == {"level", "msg", "time"}
+        assert re.fullmatch(TIME, record["time"])
+        assert record["level"] in ("debug", "info", "warning", "error")
+
+
+@pytest.mark.usefixtures("here")
+def test_no_repr_shows_a_secret() -> None:
+    config = load(json.dumps({"modules": secret_modules(1, 2)}), "c.json")
+    options = expexp.parse_flags([f"-web.bearer.token={SECRET}"])
+    for module in config.modules.values():
+        if not isinstance(module.target, expexp.ExecTarget) or not module.target.args:
+            assert SECRET not in f"{module!r} {module} {module.target!r}"
+    assert SECRET not in f"{options!r} {options}"
+
+
+NEAR_SECRETS = {
+    "a path with a token and a broken escape": of_http(
+        "port: 1", f"path: '/m?token={SECRET}&x=%zz'"
+    ),
+    "a password that begins with an asterisk": of_http(
+        "port: 1", "basic_auth_username: u", f"basic_auth_password: *{SECRET}"
+    ),
+    "a password that begins with a mark of a tag": of_http(
+        "port: 1", "basic_auth_username: u", f"basic_auth_password: !{SECRET}!x"
+    ),
+    "a password with a colon": of_http(
+        "port: 1", "basic_auth_username: u", f"basic_auth_password: {SECRET}: x"
+    ),
+    "a password without a user name": of_http("port: 1", f"basic_auth_password: {SECRET}"),
+    "a password that is a list": of_http(
+        "port: 1", "basic_auth_username: u", f"basic_auth_password: [{SECRET}]"
+    ),
+    "a password that is a mapping": of_http(
+        "port: 1", "basic_auth_username: u", f"basic_auth_password: {{{SECRET}: x}}"
+    ),
+    "a password with a NUL": of_http(
+        "port: 1", "basic_auth_username: u", f'basic_auth_password: "{SECRET}\\0"'
+    ),
+    "a header of two lines": of_http("port: 1", f'headers: {{X: "{SECRET}\\n"}}'),
+    "headers that are a text": of_http("port: 1", f'headers: "X: {SECRET}"'),
+    "variables that are a text": of_exec(f"env: TOKEN={SECRET}"),
+    "variables that are a list": of_exec(f"env: [TOKEN={SECRET}]"),
+    "a variable with its value in its name": of_exec(f'env: {{"TOKEN={SECRET}": }}'),
+    "a variable twice": of_exec(f"env: {{A: {SECRET}, A: {SECRET}}}"),
+    "an unknown key": of_http("port: 1", f"bearer_token: {SECRET}"),
+    "a default module that is not there": "defaultModule: x\n" + of_exec(f"env: {{A: {SECRET}}}"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("text", NEAR_SECRETS.values(), ids=NEAR_SECRETS)
+def test_no_problem_of_a_configuration_shows_a_secret(text: str) -> None:
+    messages = problems_of(text)
+    assert messages
+    assert not [message for message in messages if SECRET in message]
+
+
+# ==================================================================================================
+# P  Real peers
+# ==================================================================================================
+HERE = Path(__file__).resolve().parent
+EXPEXP = HERE / "expexp.py"
+
+T = TypeVar("T")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+@dataclass(frozen=True)
+class PeerAnswer:
+    """What a server said."""
+
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    @property
+    def content_type(self) -> str:
+        """Its Content-Type, or nothing."""
+        return self.headers.get("Content-Type", "")
+
+
+def get(url: str, headers: dict[str, str] | None = None) -> PeerAnswer:
+    """GET without redirects, proxies or decompression."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+    try:
+        path = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        connection.request("GET", path, headers=headers or {})
+        response = connection.getresponse()
+        return PeerAnswer(response.status, response.msg, response.read())
+    finally:
+        connection.close()
+
+
+def eventually(attempt: Callable[[], T | None], waiting_for: str, seconds: float = 30) -> T:
+    """The first result that is not None; the attempt may also raise while it is too early."""
+    deadline = time.monotonic() + seconds
+    trouble: Exception | None = None
+    while time.monotonic() < deadline:
+        try:
+            result = attempt()
+        except (AssertionError, OSError, http.client.HTTPException) as error:
+            trouble = error
+        else:
+            if result is not None:
+                return result
+            trouble = None
+        time.sleep(0.05)
+    pytest.fail(f"waited {seconds} seconds for {waiting_for}: {trouble or 'no result'}")
+
+
+@dataclass(frozen=True)
+class PeerRunning:
+    """A server that a test started as its own process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    def log(self) -> str:
+        """What it wrote so far, stdout and stderr together."""
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def peer_running(
+    command: list[str], url: str, ready_path: str, folder: Path
+) -> Iterator[PeerRunning]:
+    """Start it in a folder of its own, wait until it answers, end it with TERM and then KILL."""
+    log_path = folder / f"{Path(command[0]).name}-{urllib.parse.urlsplit(url).port}.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
+        )
+    server = PeerRunning(url, process, log_path)
+
+    def is_ready() -> bool | None:
+        if process.poll() is not None:
+            pytest.fail(f"{command[0]} ended with {process.returncode}: {server.log()}")
+        return get(url + ready_path).status == 200 or None
+
+    try:
+        eventually(is_ready, f"{command[0]} to be ready")
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def running_expexp(folder: Path, *flags: str, port: int = 0) -> Iterator[PeerRunning]:
+    """The real command on 127.0.0.1, this port or a free one, with its logs at debug."""
+    address = f"127.0.0.1:{port or free_port()}"
+    command = [sys.executable, str(SOURCE), "-web.listen-address", address, "-log.level", "debug"]
+    with peer_running([*command, *flags], f"http://{address}", "/-/ready", folder) as server:
+        yield server
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a little exporter answers on any path; `held` delays it until the test is over."""
+
+    body: bytes
+    content_type: str = "text/plain; version=0.0.4; charset=utf-8"
+    held: bool = False
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        """Send the whole answer, compressed where the client asks for it."""
+        if self.held:
+            self.over.wait(60)
+        body = self.body
+        handler.send_response(200)
+        if "gzip" in handler.headers.get("Accept-Encoding", ""):
+            body = gzip.compress(body, mtime=0)
+            handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Content-Type", self.content_type)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+
+@contextmanager
+def serving(target: Target, port: int = 0) -> Iterator[str]:
+    """An exporter on 127.0.0.1; gives its address, which ends in /metrics."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            try:
+                target.answer(self)
+            except ConnectionError:
+                self.close_connection = True
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/metrics"
+    finally:
+        target.over.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+# expexp as a black box between real programs: Debian's prometheus and prometheus-node-exporter.
+# Where one of them is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
+
+#: The two examples of the original's README, word for word, where EXPEXP_ORIGINAL_README (the
+#: folder that has them as files) is not set.
+ORIGINAL_README_PEER = {
+    "expexp.yaml": """\
+modules:
+  node:
+    method: http
+    http:
+       port: 9100
+
+  mtail:
+    method: http
+    http:
+       port: 3903
+
+  cadvisor:
+    verify: false
+    method: http
+    http:
+       port: 4194
+
+  somescript:
+    method: exec
+    timeout: 1s
+    exec:
+      command: /tmp/myscript.sh
+      args:
+        - "myarg1"
+        - "myarg2"
+      env:
+        THING: "1"
+        THING2: "2"
+""",
+    "prometheus-jobs.yaml": """\
+scrape_configs:
+  - job_name: 'expexp_metrics'
+    scrape_interval: 1s
+    static_configs:
+      - targets: ['host:9999']
+  - job_name: 'cadvisor'
+    scrape_interval: 5s
+    metrics_path: /proxy
+    params:
+      module:
+        - cadvisor
+    static_configs:
+      - targets: ['host:9999']
+  - job_name: 'mtail'
+    scrape_interval: 5s
+    metrics_path: /proxy
+    params:
+      module:
+        - mtail
+    static_configs:
+      - targets: ['host:9999']
+  - job_name: 'somescript'
+    scrape_interval: 5s
+    metrics_path: /proxy
+    params:
+      module:
+        - somescript
+    static_configs:
+      - targets: ['host:9999']
+""",
+}
+ORIGINAL_SCRIPT = Path("/tmp/myscript.sh")
+ORIGINAL_SCRIPT_TEXT = """\
+#!/bin/sh
+echo '# TYPE myscript_calls counter'
+echo "myscript_calls{arguments=\\"$*\\"} 1"
+echo "myscript_thing{number=\\"1\\"} $THING"
+echo "myscript_thing{number=\\"2\\"} $THING2"
+"""
+
+NODE_BODY = b"# TYPE node_load1 gauge\nnode_load1 0.5\nnode_boot_time_seconds 1.6e+09\n"
+MTAIL_BODY = b'mtail_lines_total{file="a"} 1\nmtail_lines_total{file="b"} 2\nmtail_up 1\n'
+CADVISOR_BODY = b"".join(b'container_cpu_seconds{id="/%d"} %d\n' % (n, n) for n in range(1, 8))
+COUNTED_BODY = b"# TYPE a gauge\n" + b"".join(b'a{n="%d"} %d\n' % (n, n) for n in range(25))
+BROKEN_BODY = b"a 1\nthis is no exposition\n"
+
+FURTHER_MODULES = """\
+modules:
+  http:
+    method: http
+    http: {{address: 127.0.0.1, port: {http_port}, path: /metrics}}
+  exec:
+    method: exec
+    exec: {{command: cat, args: ["{body_path}"]}}
+  file:
+    method: file
+    file: {{path: "{body_path}"}}
+  self:
+    method: http
+    http: {{address: 127.0.0.1, port: {own_port}, path: /metrics}}
+  broken:
+    method: http
+    http: {{address: 127.0.0.1, port: {broken_port}, path: /metrics}}
+  slow:
+    method: http
+    http: {{address: 127.0.0.1, port: {slow_port}, path: /metrics}}
+"""
+FURTHER_MODULE_NAMES = ("http", "exec", "file", "self", "broken", "slow")
+
+
+@contextmanager
+def peer(reason: str) -> Iterator[None]:
+    """Skip the test if the body finds that something is missing; in CI fail instead."""
+    try:
+        yield
+    except OSError as error:
+        message = f"peer: {reason}: {error}"
+        if os.environ.get("EXPEXP_CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def peer_program(name: str) -> str:
+    """The path of a peer that is installed, or the end of this test."""
+    with peer(f"{name} is needed, which Debian has as a package"):
+        path = shutil.which(name)
+        if path is None:
+            raise FileNotFoundError("it is not installed")
+    return path
+
+
+def original_readme(name: str) -> str:
+    """One example of the original's README, word for word."""
+    folder = os.environ.get("EXPEXP_ORIGINAL_README")
+    return (
+        (Path(folder) / name).read_text(encoding="utf-8") if folder else ORIGINAL_README_PEER[name]
+    )
+
+
+def families(body: bytes) -> set[str]:
+    """The TYPE lines of an exposition."""
+    return set(re.findall(r"(?m)^# TYPE \S+ \S+$", body.decode()))
+
+
+def count_samples(body: bytes) -> int:
+    """The samples of an exposition: lines that are not blank and not comments."""
+    return sum(bool(line.strip()) and not line.startswith(b"#") for line in body.splitlines())
+
+
+@contextmanager
+def peer_http_module(folder: Path, port: int) -> Iterator[str]:
+    """An expexp with one http module for this port; gives the address that scrapes it."""
+    config = folder / "one.json"
+    module = {"method": "http", "http": {"address": "127.0.0.1", "port": port}}
+    config.write_text(json.dumps({"modules": {"one": module}}), encoding="utf-8")
+    with running_expexp(folder, "-config", str(config)) as expexp:
+        yield f"{expexp.url}/proxy?module=one"
+
+
+@pytest.fixture(scope="module")
+def node_exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerRunning]:
+    """A live node_exporter."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [peer_program("prometheus-node-exporter"), f"--web.listen-address={address}"]
+    folder = tmp_path_factory.mktemp("node_exporter")
+    with peer_running(command, f"http://{address}", "/metrics", folder) as server:
+        yield server
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_a_recorded_node_exporter_body_passes_byte_for_byte(
+    node_exporter: PeerRunning, tmp_path: Path, encoding: str
+) -> None:
+    recorded = get(f"{node_exporter.url}/metrics")
+    assert count_samples(recorded.body) > 100, "this is no real body of node_exporter"
+    headers = {"Accept-Encoding": encoding}
+    target = Target(recorded.body, recorded.content_type)
+    with (
+        serving(target) as url,
+        peer_http_module(tmp_path, urllib.parse.urlsplit(url).port or 0) as via,
+    ):
+        direct, through = get(url, headers), get(via, headers)
+    assert through.status == 200, through.body
+    assert through.body == direct.body
+    assert through.content_type == direct.content_type == recorded.content_type
+    assert through.headers.get("Content-Encoding", "identity") == encoding
+
+
+PROMETHEUS_ACCEPT = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("accept", ["*/*", PROMETHEUS_ACCEPT], ids=["any type", "as Prometheus"])
+def test_a_live_node_exporter_has_the_same_families_through_expexp(
+    node_exporter: PeerRunning, tmp_path: Path, accept: str
+) -> None:
+    headers = {"Accept": accept}
+    direct = f"{node_exporter.url}/metrics"
+    with peer_http_module(tmp_path, urllib.parse.urlsplit(node_exporter.url).port or 0) as via:
+
+        def same_families() -> PeerAnswer | None:
+            before, through, after = (get(url, headers) for url in (direct, via, direct))
+            assert through.status == 200, through.body
+            if families(before.body) != families(after.body):
+                return None
+            assert families(through.body) == families(before.body)
+            assert through.content_type == before.content_type
+            return through
+
+        through = eventually(same_families, "two direct scrapes with the same families", 20)
+    assert len(families(through.body)) > 50
+
+
+@dataclass(frozen=True)
+class ScrapedWorld:
+    """A Prometheus that scrapes expexp and, in jobs called direct_..., the targets behind it."""
+
+    prometheus: PeerRunning
+    original: PeerRunning
+    further: PeerRunning
+
+    def query(self, metric: str) -> dict[str, float]:
+        """The latest value of this metric by job."""
+        query = urllib.parse.urlencode({"query": metric})
+        answer = get(f"{self.prometheus.url}/api/v1/query?{query}")
+        assert answer.status == 200, answer.body
+        results = json.loads(answer.body)["data"]["result"]
+        return {result["metric"]["job"]: float(result["value"][1]) for result in results}
+
+    def last_errors(self) -> dict[str, str]:
+        """What Prometheus says of each job's last scrape."""
+        targets = json.loads(get(f"{self.prometheus.url}/api/v1/targets").body)
+        active = targets["data"]["activeTargets"]
+        return {target["labels"]["job"]: target["lastError"] for target in active}
+
+    def value(self, metric: str, job: str) -> float:
+        """The latest value of this metric in one job."""
+        return self.query(metric)[job]
+
+    def explain(self) -> str:
+        """What a failing assertion should show."""
+        return f"{self.last_errors()}\n{self.original.log()[-2000:]}\n{self.further.log()[-2000:]}"
+
+
+def scrape_job(name: str, address: str, module: str = "") -> str:
+    """A job of one target, in the form and indentation of the original's."""
+    path = f"/proxy\n    params:\n      module:\n        - {module}" if module else "/metrics"
+    return (
+        f"  - job_name: '{name}'\n    scrape_interval: 1s\n    scrape_timeout: 1s\n"
+        f"    metrics_path: {path}\n    static_configs:\n      - targets: ['{address}']\n"
+    )
+
+
+@contextmanager
+def original_script() -> Iterator[None]:
+    """The script that the original's example runs: made if it is not there, then removed."""
+    try:
+        descriptor = os.open(ORIGINAL_SCRIPT, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755)
+    except FileExistsError:
+        yield
+        return
+    try:
+        with os.fdopen(descriptor, "w") as script:
+            script.write(ORIGINAL_SCRIPT_TEXT)
+        yield
+    finally:
+        ORIGINAL_SCRIPT.unlink()
+
+
+def run_original_script() -> bytes:
+    """A direct scrape of the module somescript: the command as the example has it."""
+    environment = {**os.environ, "THING": "1", "THING2": "2"}
+    command = [str(ORIGINAL_SCRIPT), "myarg1", "myarg2"]
+    return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
+
+
+def start_original(stack: ExitStack, folder: Path) -> tuple[PeerRunning, str]:
+    """The original's example with its exporters played; with the jobs that scrape it."""
+    with peer("the ports and the script of the original's example are needed"):
+        for port, body in ((9100, NODE_BODY), (3903, MTAIL_BODY), (4194, CADVISOR_BODY)):
+            stack.enter_context(serving(Target(body), port))
+        stack.enter_context(original_script())
+    config = folder / "original.yaml"
+    config.write_text(original_readme("expexp.yaml"), encoding="utf-8")
+    expexp = stack.enter_context(running_expexp(folder, "-config", str(config)))
+    address = urllib.parse.urlsplit(expexp.url).netloc
+    jobs = original_readme("prometheus-jobs.yaml").rstrip("\n") + "\n"
+    assert jobs.count("host:9999") == 4
+    jobs = jobs.replace("host:9999", address) + scrape_job("node", address, "node")
+    for name, port in (("node", 9100), ("mtail", 3903), ("cadvisor", 4194)):
+        jobs += scrape_job(f"direct_{name}", f"127.0.0.1:{port}")
+    return expexp, jobs
+
+
+def start_further(stack: ExitStack, folder: Path) -> tuple[PeerRunning, str]:
+    """An expexp with a module of each further kind; with the jobs that scrape it."""
+    targets = {
+        "http": Target(COUNTED_BODY),
+        "broken": Target(BROKEN_BODY),
+        "slow": Target(COUNTED_BODY, held=True),
+    }
+    urls = {name: stack.enter_context(serving(target)) for name, target in targets.items()}
+    ports = {f"{name}_port": urllib.parse.urlsplit(url).port for name, url in urls.items()}
+    body_path = folder / "body.prom"
+    body_path.write_bytes(COUNTED_BODY)
+    own_port = free_port()
+    config = folder / "further.yaml"
+    config.write_text(
+        FURTHER_MODULES.format(body_path=body_path, own_port=own_port, **ports), encoding="utf-8"
+    )
+    expexp = stack.enter_context(running_expexp(folder, "-config", str(config), port=own_port))
+    own = urllib.parse.urlsplit(expexp.url).netloc
+    jobs = "".join(scrape_job(name, own, name) for name in FURTHER_MODULE_NAMES)
+    for name, url in urls.items():
+        jobs += scrape_job(f"direct_{name}", urllib.parse.urlsplit(url).netloc)
+    return expexp, jobs + scrape_job("direct_self", own)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedWorld]:
+    """All of it, after each job was scraped at least once."""
+    program = peer_program("prometheus")
+    folder = tmp_path_factory.mktemp("prometheus")
+    with ExitStack() as stack:
+        original, original_jobs = start_original(stack, folder)
+        further, further_jobs = start_further(stack, folder)
+        config = folder / "prometheus.yaml"
+        config.write_text(original_jobs + further_jobs, encoding="utf-8")
+        address = f"127.0.0.1:{free_port()}"
+        command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
+        command += [f"--web.listen-address={address}"]
+        server = peer_running(command, f"http://{address}", "/-/ready", folder)
+        prometheus = stack.enter_context(server)
+        found = ScrapedWorld(prometheus, original, further)
+        jobs = set(re.findall(r"job_name: '(\w+)'", config.read_text(encoding="utf-8")))
+
+        def all_scraped() -> bool | None:
+            missing = jobs - set(found.query("scrape_samples_scraped"))
+            assert not missing, f"not scraped yet: {sorted(missing)}"
+            return True
+
+        eventually(all_scraped, "Prometheus to scrape every job", 45)
+        yield found
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("job", ["expexp_metrics", "cadvisor", "mtail", "somescript", "node"])
+def test_prometheus_finds_the_jobs_of_the_original_up(world: ScrapedWorld, job: str) -> None:
+    assert world.value("up", job) == 1, world.explain()
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("module", ["node", "mtail", "cadvisor", "http", "broken", "slow"])
+def test_up_means_through_expexp_what_it_means_directly(world: ScrapedWorld, module: str) -> None:
+    assert world.value("up", module) == world.value("up", f"direct_{module}"), world.explain()
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("module", ["node", "mtail", "cadvisor", "http", "slow"])
+def test_as_many_samples_arrive_through_expexp_as_directly(
+    world: ScrapedWorld, module: str
+) -> None:  # not of `broken`: directly, Prometheus also counts those before the malformed line
+    direct = world.value("scrape_samples_scraped", f"direct_{module}")
+    assert world.value("scrape_samples_scraped", module) == direct, world.explain()
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("module", "body", "added"),
+    [
+        ("node", NODE_BODY, 0),
+        ("mtail", MTAIL_BODY, 0),
+        ("cadvisor", CADVISOR_BODY, 0),
+        ("http", COUNTED_BODY, 0),
+        ("exec", COUNTED_BODY, 0),
+        pytest.param("file", COUNTED_BODY, 1, id="file-and its time of modification"),
+    ],
+)
+def test_prometheus_scrapes_every_sample_through_expexp(
+    world: ScrapedWorld, module: str, body: bytes, added: int
+) -> None:
+    assert world.value("up", module) == 1, world.explain()
+    assert world.value("scrape_samples_scraped", module) == count_samples(body) + added
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_scrapes_every_sample_of_the_original_script(world: ScrapedWorld) -> None:
+    body = run_original_script()
+    assert get(f"{world.original.url}/proxy?module=somescript").body == body
+    assert world.value("scrape_samples_scraped", "somescript") == count_samples(body)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("job", ["self", "direct_self", "expexp_metrics"])
+def test_prometheus_scrapes_every_sample_of_expexp_itself(world: ScrapedWorld, job: str) -> None:
+    assert world.value("up", job) == 1, world.explain()
+    server = world.original if job == "expexp_metrics" else world.further
+
+    def same_number() -> bool | None:
+        now = count_samples(get(f"{server.url}/metrics").body)
+        scraped = world.value("scrape_samples_scraped", job)
+        assert scraped == now > 0, f"{scraped} samples were scraped, there are {now}"
+        return True
+
+    eventually(same_number, "a scrape of as many samples as there are now", 10)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("module", "status"), [("broken", "500 Internal Server Error"), ("slow", "504 Gateway Timeout")]
+)
+def test_prometheus_is_told_why_a_module_is_down(
+    world: ScrapedWorld, module: str, status: str
+) -> None:
+    assert world.value("up", module) == 0
+    assert world.value("scrape_samples_scraped", module) == 0
+    assert world.last_errors()[module] == f"server returned HTTP status {status}"
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_the_time_of_modification_arrives_in_prometheus(world: ScrapedWorld) -> None:
+    mtime = (world.further.log_path.parent / "body.prom").stat().st_mtime
+    assert world.value("expexp_file_mtime_timestamp", "file") == pytest.approx(mtime)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
