@@ -455,13 +455,15 @@ def is_io(meaning: str) -> bool:
 def is_pure_line(source: Source, line: int) -> bool:
     """Whether this line is in a pure section, and in no loader of the configuration."""
     section = source.section_at(line)
+    if not PURE_TITLE.search(section.name):
+        return False
     loaders = (
         node for node in source.functions() if node.name.lstrip("_").startswith(LOADER_PREFIX)
     )
     may_load = "configuration" in section.name.lower() and any(
         line in lines_of(node) for node in loaders
     )
-    return bool(PURE_TITLE.search(section.name)) and not may_load
+    return not may_load
 
 
 def gate_no_open_questions(source: Source) -> list[str]:
@@ -1634,7 +1636,7 @@ TEXT_INVALID = [
         b"up -" + b"9" * 400 + b"\n",
         1,
         4,
-        'expected a value within the range of float64, found "-999999999999999999999999999999999999999999999999999999999999999999999999999999..."',
+        'expected a value within the range of float64, found "-9999999999999999999999999999999999999999999999999999999999999999999999999999999..."',
     ),
     ("a value in quotes", b'up "1"\n', 1, 4, 'expected a value, found ""1""'),
     ("a comma after the value", b"up 1,\n", 1, 4, 'expected a value, found "1,"'),
@@ -1672,7 +1674,7 @@ TEXT_INVALID = [
         b"up 1 " + b"9" * 100 + b"\n",
         1,
         6,
-        'expected a timestamp within the range of int64, found "9999999999999999999999999999999999999999999999999999999999999999999999999999999..."',
+        'expected a timestamp within the range of int64, found "99999999999999999999999999999999999999999999999999999999999999999999999999999999..."',
     ),
     (
         "something after the timestamp",
