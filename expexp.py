@@ -27,15 +27,17 @@ Contents:
   3  Small values
   4  Exposition: grammar
   5  Exposition: reading lines
-  6  Exposition: verdict
-  7  Self-metrics
-  8  Flags
-  9  Configuration
- 10  Loading
- 11  Scraping targets
- 12  Application
- 13  HTTP server
- 14  Command line
+  6  Exposition: judging families
+  7  Exposition: protobuf
+  8  Exposition: verdict
+  9  Self-metrics
+ 10  Flags
+ 11  Configuration
+ 12  Loading
+ 13  Scraping targets
+ 14  Application
+ 15  HTTP server
+ 16  Command line
 
 Specifications: the text format 0.0.4 and Prometheus's own parser of it
 (prometheus.io/docs/instrumenting/exposition_formats), HTTP/1.1 (RFC 9110 and 9112).
@@ -260,12 +262,23 @@ class ScrapeError(ExpexpError):
 
 
 class ExpositionError(ExpexpError):
-    """A body is no exposition. `line` and `column` are 1-based; `message` says what is wrong."""
+    """A body is no exposition. `line` and `column` are 1-based; 0 in protobuf, with `offset`."""
 
-    def __init__(self, message: str, line: int = 0, column: int = 0) -> None:
+    def __init__(self, message: str, line: int = 0, column: int = 0, offset: int = 0) -> None:
         """Keep the position and the message."""
-        super().__init__(f"line {line}, column {column}: {message}")
-        self.line, self.column, self.message = line, column, message
+        super().__init__(
+            f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
+        )
+        self.line, self.column, self.offset, self.message = line, column, offset, message
+
+
+class Finding(NamedTuple):
+    """One thing wrong with an exposition; `strict` if Prometheus would ingest it all the same."""
+
+    line: int
+    column: int
+    message: str
+    strict: bool = False
 
 
 # ==================================================================================================
@@ -423,7 +436,8 @@ DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)
 INFINITY: Final = rb"[+-]?[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
 NOT_A_NUMBER: Final = rb"[nN][aA][nN]"
 NUMBER: Final = compile_production(rb"(%b)|%b|%b" % (DECIMAL, INFINITY, NOT_A_NUMBER))
-MAX_TIMESTAMP: Final = b"9223372036854775807"  # int64, milliseconds
+DIGITS: Final = re.compile(rb"()[0-9]+")
+MAX_INT64: Final = 2**63 - 1
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
@@ -431,13 +445,14 @@ ESCAPED: Final = {b"\\": b"\\", b'"': b'"', b"n": b"\n"}
 
 # Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
+NOTHING: Final = re.compile(rb"(?!)")
+BLANKS: Final = compile_run(rb"[ \t]{1,256}")
+EXEMPLAR_RUN: Final = compile_run(rb"[^\0\n]{1,256}")
+WORD: Final = compile_run(rb"[A-Z\0]{1,256}")
+NULS: Final = compile_run(rb"\0{1,256}")
 METRIC_RUN: Final = compile_run(METRIC_BYTE + rb"{1,256}")
 LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
-TEXT_VALUE_RUN: Final = compile_run(rb'[^"\\]{1,256}|\\\0*[^\n\0]')
-TEXT_TOKEN_RUN: Final = compile_run(rb"[^{ \t\n\0]{1,256}")
-NUL_RUN: Final = compile_run(rb"\0{1,256}")
-BLANK_RUN: Final = compile_run(rb"[ \t]{1,256}")
 
 # Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
 CANONICAL_BYTE: Final = rb"[\0-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash or newline
@@ -457,38 +472,71 @@ def compose_labels(depth: int = 0) -> bytes:
     return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
 
 
-def compose_run(metadata: bytes, timestamp: bytes) -> re.Pattern[bytes]:
+SECONDS: Final = rb"-?[0-9]{1,18}+(?:\.[0-9]{1,18}+|)(?:e\+?[0-9]{1,2}|)"
+EXEMPLAR_VALUE: Final = CANONICAL_VALUE.replace(rb"[\0-", rb"[\x01-")
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, EXEMPLAR_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
+
+TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
+NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
+OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
+
+
+def compose_run(
+    types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
+) -> re.Pattern[bytes]:
     """Return a run of canonical lines, at most 500: a match holds the interpreter lock."""
-    labels = rb"(?:\{%b\}|)" % compose_labels()
-    sample = METRIC_NAME + labels + b" " + CANONICAL_NUMBER + rb"(?: %b|)" % timestamp
+    value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
+    sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
+    metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    lines = rb"(?:(?:%b|# (?:%b))\n){1,500}%b" % (sample, metadata, possessive)
+    lines = rb"(?:(?:%b|# (?:%b%b))\n){1,500}%b" % (sample, metadata, unit, possessive)
     return compile_production(lines)
-
-
-def compose_metadata(types: tuple[bytes, ...]) -> bytes:
-    """Return a canonical HELP or TYPE line, without its `# `."""
-    help_line = rb"HELP %b [^\n]*+" % METRIC_NAME
-    return help_line + rb"|TYPE %b (?:%b)" % (METRIC_NAME, b"|".join(types))
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What distinguishes the two line formats; the readers know no other difference."""
+    """What distinguishes the line formats and their levels; readers know no other difference."""
 
-    types: tuple[bytes, ...]
+    types: tuple[bytes, ...]  #: the first one is that of a family without a type
     token: re.Pattern[bytes]
     label_value: re.Pattern[bytes]
     fast: re.Pattern[bytes]
+    blanks: re.Pattern[bytes] = BLANKS  #: what may stand anywhere between two tokens
+    separator: re.Pattern[bytes] = BLANKS  #: what stands before a value, a timestamp, a keyword
+    timestamp: re.Pattern[bytes] = DIGITS
+    after_name: re.Pattern[bytes] = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    help_text: re.Pattern[bytes] = re.compile(b"")  #: what a HELP text begins with
+    openmetrics: bool = False
+    lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
-TEXT_TYPES: Final = (b"counter", b"gauge", b"histogram", b"summary", b"untyped")
 TEXT: Final = Dialect(
     types=TEXT_TYPES,
-    token=TEXT_TOKEN_RUN,
-    label_value=TEXT_VALUE_RUN,
-    fast=compose_run(compose_metadata(TEXT_TYPES), rb"[0-9]{1,18}+"),
+    token=compile_run(rb"[^{ \t\n\0]{1,256}"),
+    label_value=compile_run(rb'[^"\\]{1,256}|\\\0*[^\n\0]'),
+    fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
 )
+OPENMETRICS: Final = Dialect(
+    types=OPENMETRICS_TYPES,
+    blanks=NOTHING,
+    separator=re.compile(b" "),
+    token=compile_run(rb"[^ \n\0]{1,256}"),
+    label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0*[^\n\0]'),
+    timestamp=compile_production(b"(%b)" % DECIMAL),
+    after_name=re.compile(b" "),
+    fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
+    openmetrics=True,
+)
+STRICT_TEXT: Final = dataclasses.replace(
+    TEXT,
+    label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
+    after_name=re.compile(rb"[ \t\n]|\Z"),
+    help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
+    lenient=TEXT,
+)
+STRICT_OPENMETRICS: Final = dataclasses.replace(OPENMETRICS, lenient=OPENMETRICS)
 
 # ==================================================================================================
 # 5  Exposition: reading lines
@@ -510,12 +558,15 @@ def no_tick() -> None:
     """Return nothing: the body may take as long as it takes."""
 
 
+Tick = Callable[[], None]
+
+
 class Source(NamedTuple):
     """A body to read. NamedTuples here, since most of them are made for every line."""
 
     body: bytes
     dialect: Dialect
-    tick: Callable[[], None]
+    tick: Tick
 
 
 class Label(NamedTuple):
@@ -534,10 +585,11 @@ class Sample(NamedTuple):
     labels: list[Label]
     value: bytes
     timestamp: bytes
+    exemplar: list[Label] | None
 
 
 class Metadata(NamedTuple):
-    """One HELP or TYPE line."""
+    """One HELP, TYPE or UNIT line."""
 
     pos: int
     keyword: bytes
@@ -568,25 +620,11 @@ def find_line_end(body: bytes, pos: int) -> int:
 
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
-    start = source.body.rfind(b"\n", 0, pos) + 1
-    until = source.body[start:pos] + (source.body[pos : pos + 1] or b"\n")
-    if is_utf8(source.body[start : find_line_end(source.body, pos)]):
+    body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
+    until = body[start:pos] + (body[pos : pos + 1] or b"\n")
+    if is_utf8(body[start : find_line_end(body, pos)]):
         until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, source.body.count(b"\n", 0, pos) + 1, len(until))
-
-
-def describe(source: Source, pos: int) -> str:
-    """Return what stands at `pos`, in words or in quotes."""
-    found = FOUND.match(source.body, pos)
-    if found:
-        return f'"{excerpt(found[0])}"'
-    names = {b"": "the end of the body", b"\n": "the end of the line"}
-    return names.get(peek(source, pos), "a blank")
-
-
-def expected(source: Source, pos: int, what: str) -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until))
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -594,36 +632,54 @@ def peek(source: Source, pos: int) -> bytes:
     return source.body[pos : pos + 1]
 
 
+def describe(source: Source, pos: int) -> str:
+    """Return what stands at `pos`, in words or in quotes."""
+    found = FOUND.match(source.body, pos)
+    names = {b"": "the end of the body", b"\n": "the end of the line", b"\t": "a tab"}
+    return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
+
+
+def expected(source: Source, pos: int, what: str) -> ExpositionError:
+    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
+    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+
+
 def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
     """Return the end of the longest repetition of `run` from `pos` on."""
-    while True:
-        found = run.match(source.body, pos)
-        end = found.end() if found else pos
-        if end - pos < RUN_STEP:  # what compile_run matches is shorter only where the run ends
-            return end
+    found = run.match(source.body, pos)
+    while found and found.end() - pos >= RUN_STEP:  # shorter only where the run ends
         source.tick()
-        pos = end
+        pos = found.end()
+        found = run.match(source.body, pos)
+    return found.end() if found else pos
 
 
 def skip_blanks(source: Source, pos: int) -> int:
-    """Return the position of the next byte that is no blank."""
-    return scan(source, pos, BLANK_RUN) if peek(source, pos) in (b" ", b"\t") else pos
+    """Return the position of the next byte that is no blank, where blanks are free."""
+    return scan(source, pos, source.dialect.blanks) if peek(source, pos) in b" \t" else pos
 
 
 def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
+    if peek(source, end) == b"\\":
+        raise expected(source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
-        what = "expected a second quote to close this one"
-        raise refuse(source, pos, f"{what}, found {describe(source, end)}")
+        found = describe(source, end)
+        raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
     return end + 1, source.body[pos + 1 : end]
+
+
+def unescape(text: bytes) -> bytes:
+    """Return `text` as Prometheus understands it."""
+    return ESCAPE.sub(lambda found: ESCAPED[found[1]], text)
 
 
 def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
-        return end, ESCAPE.sub(lambda found: ESCAPED[found[1]], name)
+        return end, unescape(name)
     end = scan(source, pos, run)
     if end == pos or peek(source, pos).isdigit():
         raise expected(source, pos, what)
@@ -640,29 +696,39 @@ def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     end, value = read_quoted(source, pos, source.dialect.label_value)
     if not is_utf8(value):
         raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
-    return skip_blanks(source, scan(source, end, NUL_RUN)), value
+    return skip_blanks(source, scan(source, end, NULS)), value
 
 
-def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes, list[Label]]:
+def read_labels(
+    source: Source, pos: int, name: bytes | None
+) -> tuple[int, bytes | None, list[Label]]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
-    start, labels = pos, []
+    labels: list[Label] = []
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
-        place, quoted = pos, peek(source, pos) == b'"'
+        start, quoted = pos, peek(source, pos) == b'"'
         pos, label = read_name(source, pos, LABEL_RUN, 'a label name or "}"')
         pos = skip_blanks(source, pos)
         if quoted and name is None and peek(source, pos) in (b",", b"}"):
             name = label
         else:
             pos, value = read_label_value(source, pos)
-            labels.append(Label(place, label, value))
-        if peek(source, pos) == b",":
-            pos = skip_blanks(source, pos + 1)
-    if name is None:
-        raise refuse(source, start, "expected a metric name, before the braces or quoted in them")
-    require_names(source, [Label(start, name, b""), *labels])
+            labels.append(Label(start, label, value))
+        pos = read_comma(source, pos)
     return pos + 1, name, labels
+
+
+def read_comma(source: Source, pos: int) -> int:
+    """Return where the next pair or the closing brace is."""
+    openmetrics, strict = source.dialect.openmetrics, source.dialect.lenient
+    if peek(source, pos) == b",":
+        pos = skip_blanks(source, pos + 1)
+        if peek(source, pos) == b"}" and openmetrics and strict:
+            raise expected(source, pos, "a label name")
+    elif peek(source, pos) != b"}" and (openmetrics or strict):
+        raise expected(source, pos, '"," or "}"')
+    return pos
 
 
 def require_names(source: Source, labels: list[Label]) -> None:
@@ -671,96 +737,145 @@ def require_names(source: Source, labels: list[Label]) -> None:
     The first is the metric's own, of which Prometheus makes the label `__name__`.
     """
     seen = {b"__name__"}
-    for number, label in enumerate(labels):
-        if not label.name or not is_utf8(label.name):
-            found = f'"{excerpt(label.name)}"'
-            raise refuse(source, label.pos, f"expected a name in UTF-8, found {found}")
-        if number and label.name in seen:
-            raise refuse(source, label.pos, f'found the label "{excerpt(label.name)}" twice')
-        if label.value:
-            seen.add(label.name)
+    for number, (pos, name, value) in enumerate(labels):
+        if not name or not is_utf8(name):
+            raise refuse(source, pos, f'expected a name in UTF-8, found "{excerpt(name)}"')
+        if number and name in seen:
+            raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
+        seen |= {name} if value else set()
 
 
-def read_number(source: Source, pos: int, what: str) -> tuple[int, bytes]:
-    """Return a float as it was written; one that float64 cannot hold is refused."""
-    end = scan(source, pos, source.dialect.token)
-    number = NUMBER.fullmatch(source.body, pos, end)
+def read_number(
+    source: Source, pos: int, what: str, form: re.Pattern[bytes] = NUMBER
+) -> tuple[int, bytes]:
+    """Return a number as it was written, and what separates it from what is before it."""
+    start = scan(source, pos, source.dialect.separator)
+    end = scan(source, start, source.dialect.token)
+    number = form.fullmatch(source.body, start, end)
+    if start == pos and source.dialect.openmetrics:
+        raise expected(source, pos, "a blank")
     if not number:
-        raise expected(source, pos, what)
+        raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
-        raise expected(source, pos, f"{what} within the range of float64")
+        raise expected(source, start, "a number within the range of float64")
     return end, number[0]
 
 
 def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
-    """Return a timestamp: milliseconds, digits only, within int64."""
-    end = scan(source, pos, source.dialect.token)
-    digits = source.body[pos:end]
-    significant = digits.lstrip(b"0")
-    if not digits.isdigit():
-        raise expected(source, pos, "a timestamp (digits only) or the end of the line")
-    if (len(significant), significant) > (len(MAX_TIMESTAMP), MAX_TIMESTAMP):
-        raise expected(source, pos, "a timestamp within the range of int64")
-    return end, digits
+    """Return a timestamp, if there is one: int64 milliseconds in digits, or float seconds."""
+    dialect, start = source.dialect, scan(source, pos, source.dialect.separator)
+    exemplar = start == pos or source.body.startswith(b"# {", start)
+    if peek(source, start) in b"\n" or (exemplar and dialect.openmetrics):
+        return pos, b""
+    what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
+    end, number = read_number(source, pos, what, dialect.timestamp)
+    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") > MAX_INT64:
+        raise expected(source, start, "a timestamp within the range of int64")
+    return end, number
+
+
+def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
+    """Return the labels of an exemplar, if there is one."""
+    if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
+        return pos, None
+    end, _, labels = read_labels(source, pos + 3, b"")
+    if scan(source, pos, EXEMPLAR_RUN) < end:
+        raise refuse(source, pos + 1, "expected no NUL and no newline in an exemplar")
+    end, _ = read_number(source, end, "an exemplar's value")
+    return read_timestamp(source, end)[0], labels
+
+
+def read_line_end(source: Source, pos: int) -> int:
+    """Return the start of the next line. Only lenient text may end without a newline."""
+    pos = skip_blanks(source, pos)
+    needed = source.dialect.openmetrics or source.dialect.lenient
+    if peek(source, pos) != b"\n" and (needed or pos < len(source.body)):
+        raise expected(source, pos, "a newline")
+    return pos + 1
 
 
 def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
-    start, name, timestamp = pos, None, b""
-    labels: list[Label] = []
+    start, name, labels = pos, None, list[Label]()
     if peek(source, pos) not in (b"{", b'"'):
         pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
         pos = skip_blanks(source, pos)
     if peek(source, pos) == b"{":
         pos, name, labels = read_labels(source, pos, name)
-    elif name is None:
-        raise expected(source, pos, "a metric name (a quoted one belongs in braces)")
-    pos, value = read_number(source, skip_blanks(source, pos), "a value")
-    pos = skip_blanks(source, pos)
-    if peek(source, pos) not in (b"\n", b""):
-        pos, timestamp = read_timestamp(source, pos)
-        pos = skip_blanks(source, pos)
-    if peek(source, pos) not in (b"\n", b""):
-        raise expected(source, pos, "the end of the line")
-    return pos + 1, Sample(start, name, labels, value, timestamp)
+    if name is None:
+        raise expected(source, start, "a metric name, before the braces or quoted in them")
+    require_names(source, [Label(start, name, b""), *labels])
+    pos, value = read_number(source, pos, "a value")
+    pos, timestamp = read_timestamp(source, pos)
+    pos, exemplar = read_exemplar(source, pos)
+    return read_line_end(source, pos), Sample(start, name, labels, value, timestamp, exemplar)
 
 
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
-    """Return the line that the `#` at `pos` starts: HELP, TYPE or a comment."""
-    body, end = source.body, find_line_end(source.body, pos)
-    word = skip_blanks(source, pos + 1)
-    name = skip_blanks(source, word + 4)
-    if word > pos + 1 and name > word + 4 and body[word : word + 4] in (b"HELP", b"TYPE"):
-        return read_metadata(source, word, name)
+    """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
+    body, dialect = source.body, source.dialect
+    word = scan(source, pos + 1, dialect.separator)
+    after = scan(source, word, WORD)
+    name = scan(source, after, dialect.separator)
+    keyword = body[word:after] if dialect.lenient else body[word:after].replace(b"\0", b"")
+    known = (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]
+    if word > pos + 1 and name > after and keyword in known:
+        return read_metadata(source, Metadata(pos, keyword, b"", b""), name)
+    if dialect.openmetrics:
+        if word == pos + 1 or keyword != b"EOF":
+            found = excerpt(body[pos : find_line_end(body, pos)])
+            raise refuse(source, pos, f'expected HELP, TYPE, UNIT or "# EOF", found "{found}"')
+        if body[after : after + 2] not in (b"", b"\n"):
+            raise refuse(source, after, 'expected nothing after "# EOF"')
+        return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
+    end = find_line_end(body, pos)
     lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
     if lost >= 0:
         raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
-    return end + 1, None
+    return read_line_end(source, end), None
 
 
-def read_metadata(source: Source, word: int, pos: int) -> tuple[int, Metadata]:
-    """Return a HELP or TYPE line, from its name on. Any one byte but NUL ends the name."""
-    keyword = source.body[word : word + 4]
-    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
+def read_metadata(source: Source, metadata: Metadata, pos: int) -> tuple[int, Metadata]:
+    """Return a HELP, TYPE or UNIT line, of which the name begins at `pos`."""
+    what = f"a metric name after {metadata.keyword.decode()}"
+    pos, name = read_name(source, pos, METRIC_RUN, what)
     end = find_line_end(source.body, pos)
-    text = source.body[pos + 1 : end]
-    if peek(source, pos) == b"\0":
+    if not source.dialect.after_name.match(source.body, pos):
         raise expected(source, pos, "a blank")
+    metadata = metadata._replace(name=name, text=source.body[pos + 1 : end])
+    require_text(source, min(pos + 1, end), metadata)
+    return read_line_end(source, end), metadata
+
+
+def require_text(source: Source, pos: int, metadata: Metadata) -> None:
+    """Return nothing; raise where the text at `pos` is none for its keyword."""
+    _, keyword, name, text = metadata
+    what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
-        types = b", ".join(source.dialect.types).decode()
-        raise refuse(source, min(pos + 1, end), f'expected one of {types}, found "{excerpt(text)}"')
-    if not is_utf8(text):
-        raise refuse(source, pos + 1, f'expected a text in UTF-8, found "{excerpt(text)}"')
-    return end + 1, Metadata(word, keyword, name, text)
+        what = "one of " + b", ".join(source.dialect.types).decode()
+    elif keyword == b"UNIT" and text and not name.endswith(b"_" + text):
+        what = "a unit that the metric's name ends in"
+    elif keyword == b"HELP" and not source.dialect.help_text.match(text):
+        what = r"no escapes but \\ and \n"
+    if what:
+        raise refuse(source, pos, f'expected {what}, found "{excerpt(text)}"')
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line at `pos`, None for one that says nothing, and the start of the next."""
     pos = skip_blanks(source, pos)
-    if peek(source, pos) in (b"\n", b""):
+    if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
         return pos + 1, None
+    if pos == len(source.body):
+        raise expected(source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
+
+
+def find_end(source: Source) -> int:
+    """Return where reading ends: beyond the body where it must have `# EOF`."""
+    needed = source.dialect.openmetrics and (source.body or source.dialect.lenient)
+    return len(source.body) + bool(needed)
 
 
 def count_samples(body: bytes, start: int, end: int) -> int:
@@ -769,14 +884,12 @@ def count_samples(body: bytes, start: int, end: int) -> int:
     return body.count(b"\n", start, end) - comments
 
 
-def read_window(
-    source: Source, pos: int, end: int, fast: re.Pattern[bytes] | None
-) -> tuple[int, int]:
+def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
     """Return where the lines that start before `end` end, and how many samples they have."""
     samples = 0
     while pos < end:
         source.tick()
-        run = fast.match(source.body, pos, end) if fast else None
+        run = fast.match(source.body, pos, end)
         if run:
             samples += count_samples(source.body, pos, run.end())
             pos = run.end()
@@ -786,9 +899,7 @@ def read_window(
     return pos, samples
 
 
-def read_exposition(
-    body: bytes, dialect: Dialect, tick: Callable[[], None] = no_tick, fast: bool = True
-) -> int:
+def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
     """Return how many samples the whole body has.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
@@ -796,63 +907,616 @@ def read_exposition(
     """
     source = Source(body, dialect, tick)
     pos = samples = 0
-    while pos < len(body):
+    while pos < find_end(source):
         end = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or min(pos + WINDOW_BYTES, len(body))
-        run = dialect.fast if fast and is_utf8(body[pos:end]) else None
-        pos, found = read_window(source, pos, end, run)
+        run = dialect.fast if fast and is_utf8(body[pos:end]) else NOTHING
+        pos, found = read_window(source, pos, max(end, pos + 1), run)
         samples += found
     return samples
 
 
 # ==================================================================================================
-# 6  Exposition: verdict
+# 6  Exposition: judging families
+# ==================================================================================================
+# The strict level: what the formats themselves demand, beyond what Prometheus ingests. Rules of a
+# line are a stricter dialect for the same reader; rules of a family are the `check_*` functions,
+# one a rule, each with examples that pass and that do not, which the tests run. A check gets a
+# family of well-formed lines and yields complaints: where, and what is wrong.
+
+Complaints = Iterator[tuple[int, str]]
+
+
+SUFFIXES: Final[dict[tuple[bool, bytes], tuple[bytes, ...]]] = {
+    (False, b"histogram"): (b"_bucket", b"_count", b"_sum"),
+    (False, b"summary"): (b"", b"_count", b"_sum"),
+    (True, b"counter"): (b"_total", b"_created"),
+    (True, b"histogram"): (b"_bucket", b"_count", b"_sum", b"_created"),
+    (True, b"gaugehistogram"): (b"_bucket", b"_gcount", b"_gsum"),
+    (True, b"summary"): (b"", b"_count", b"_sum", b"_created"),
+    (True, b"info"): (b"_info",),
+}
+
+
+class Row(NamedTuple):
+    """A sample as its family sees it."""
+
+    pos: int
+    kind: bytes  #: the family's type, and what the sample's name adds to the family's
+    value: float
+    timestamp: bytes
+    exemplar: list[Label] | None
+    labels: frozenset[tuple[bytes, bytes]]  #: those with a value, without the special one
+    special: bytes  #: the name of the label that tells the samples of one metric apart, if any
+    bound: bytes  #: its value
+    number: float  #: and that as a number, NaN where it is none
+
+
+class Family:
+    """A run of lines about one name."""
+
+    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
+        """Begin with the first line."""
+        self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
+        self.metadata: list[Metadata] = []
+        self.rows: list[Row] = []
+        self.set_type(dialect.types[0])
+        self.add(first)
+
+    def set_type(self, name: bytes) -> None:
+        """Take a type, and with it the names that samples may have."""
+        self.type = name
+        suffixes = SUFFIXES.get((self.openmetrics, name), (b"",))
+        self.names = {self.name + suffix for suffix in suffixes}
+
+    def takes(self, line: Sample | Metadata) -> bool:
+        """Return whether this family goes on with `line`."""
+        return line.name in ({self.name} if isinstance(line, Metadata) else self.names)
+
+    def add(self, line: Sample | Metadata) -> None:
+        """Take one more line."""
+        if isinstance(line, Sample):
+            self.rows.append(self.make_row(line))
+            return
+        self.metadata.append(line)
+        if line.keyword == b"TYPE":
+            self.set_type(line.text)
+
+    def make_row(self, sample: Sample) -> Row:
+        """Return what the rules ask of a sample. A label without a value is none."""
+        pos, name, pairs, value, timestamp, exemplar = sample
+        kind = self.type + name[len(self.name) :]
+        special = {b"summary": b"quantile", b"stateset": self.name}.get(kind, b"")
+        special = b"le" if kind.endswith(b"histogram_bucket") else special
+        labels = {label.name: unescape(label.value) for label in pairs if label.value}
+        bound = labels.pop(special, b"")
+        number = float(bound) if NUMBER.fullmatch(bound) else math.nan
+        rest = frozenset(labels.items())
+        return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
+
+    def metrics(self) -> Iterable[list[Row]]:
+        """Return the rows of each metric, in OpenMetrics of each of its points in time."""
+        metrics: dict[tuple[object, bytes], list[Row]] = {}
+        for row in self.rows:
+            point = row.timestamp if self.openmetrics else b""
+            metrics.setdefault((row.labels, point), []).append(row)
+        return metrics.values()
+
+
+def check_metadata(family: Family) -> Complaints:
+    r"""Yield what is repeated, or comes after the first sample.
+
+    Good: `# HELP a x\n# TYPE a gauge\na 1\n`
+    Bad: `# TYPE a gauge\n# TYPE a gauge\n`
+    Bad: `a 1\n# TYPE a gauge\n`
+    """
+    seen: set[bytes] = set()
+    for pos, keyword, name, _ in family.metadata:
+        what = f'{keyword.decode()} of "{excerpt(name)}"'
+        if keyword in seen:
+            yield pos, f"found a second {what}"
+        elif family.rows and pos > family.rows[0].pos:
+            yield pos, f"expected the {what} before its samples"
+        seen.add(keyword)
+
+
+def check_unit(family: Family) -> Complaints:
+    r"""Yield a unit where the type has none.
+
+    Good: `# TYPE a_s gauge\n# UNIT a_s s\n# EOF`
+    Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
+    """
+    for pos, keyword, _, text in family.metadata:
+        if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
+            yield pos, f"expected no unit for the type {family.type.decode()}"
+
+
+def check_special_labels(family: Family) -> Complaints:
+    r"""Yield a bucket, quantile or state whose label is missing or no such thing.
+
+    Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
+    Bad: `# TYPE a summary\na{quantile="2"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="x"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
+    Bad: `# TYPE a stateset\na 1\n# EOF`
+    """
+    for row in family.rows:
+        if row.special == b"quantile" and not 0 <= row.number <= 1:
+            yield row.pos, 'expected a label "quantile", a number from 0 to 1'
+        elif row.special == b"le" and math.isnan(row.number):
+            yield row.pos, 'expected a label "le", a number or +Inf'
+        elif row.number == math.inf and row.bound != b"+Inf" and family.openmetrics:
+            yield row.pos, 'expected le="+Inf" in this form'
+        elif row.special and not row.bound:
+            yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
+
+
+WHOLE: Final = b"histogram_bucket histogram_count gaugehistogram_bucket gaugehistogram_gcount"
+COUNTS: Final = (*WHOLE.split(), b"summary_count")
+TOTALS: Final = (b"counter_total", b"histogram_sum", b"summary_sum", *COUNTS)
+CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
+
+
+def check_values(family: Family) -> Complaints:
+    r"""Yield values that OpenMetrics does not allow for the type.
+
+    Good: `# TYPE a counter\na_total 1.5\n# EOF`
+    Bad: `# TYPE a counter\na_total NaN\n# EOF`
+    Bad: `# TYPE a summary\na_count 1.5\n# EOF`
+    Bad: `# TYPE a info\na_info 2\n# EOF`
+    """
+    for row in family.rows if family.openmetrics else ():
+        if row.kind in COUNTS and not row.value.is_integer():
+            yield row.pos, "expected a whole number"
+        elif (row.kind in TOTALS and not row.value >= 0) or (
+            row.kind == b"summary" and row.value < 0
+        ):
+            yield row.pos, "expected a number that is not negative"
+        elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
+            yield row.pos, "expected a sum that is a number"
+        elif row.value not in CONSTANTS.get(row.kind, (row.value,)):
+            yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
+
+
+EXEMPLIFIED: Final = (b"counter_total", b"histogram_bucket")
+MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
+
+
+def check_exemplars(family: Family) -> Complaints:
+    r"""Yield exemplars that are too long, or on other samples than totals and buckets.
+
+    Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
+    Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
+    """
+    for row in family.rows:
+        pairs = row.exemplar or ()
+        if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
+            yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
+        if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
+            yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
+
+
+def check_series(family: Family) -> Complaints:
+    r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
+
+    Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
+    Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
+    """
+    for rows in family.metrics():
+        seen = set()
+        for row in rows:
+            if (row.kind, row.bound) in seen:
+                yield row.pos, "found the same series twice"
+            seen.add((row.kind, row.bound))
+
+
+def check_order(family: Family) -> Complaints:
+    r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
+
+    Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
+    Bad: `# TYPE a gauge\na 1 2\na 2 1\n# EOF`
+    Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
+    Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
+    """
+    seen: set[object] = set()
+    before: Row | None = None
+    for row in family.rows if family.openmetrics else ():
+        if before is None or row.labels != before.labels:
+            if row.labels in seen:
+                yield row.pos, "expected the samples of one metric in one place"
+            seen.add(row.labels)
+        elif bool(row.timestamp) != bool(before.timestamp):
+            yield row.pos, "expected a timestamp at every sample of a metric, or at none"
+        elif float(row.timestamp or 0) < float(before.timestamp or 0):
+            yield row.pos, "expected no earlier timestamp than that of the sample before"
+        before = row
+
+
+def check_bounds(family: Family) -> Complaints:
+    r"""Yield buckets and quantiles that are not in ascending order.
+
+    Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
+    Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
+    """
+    for rows in family.metrics():
+        bounded = [row for row in rows if row.special]
+        for before, row in zip(bounded, bounded[1:]):
+            free = family.openmetrics and family.type == b"summary"
+            if row.number < before.number and not free:
+                yield row.pos, "expected buckets and quantiles in ascending order"
+
+
+def check_histograms(family: Family) -> Complaints:
+    r"""Yield the first thing that is wrong with each histogram.
+
+    Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
+    Bad: `# TYPE a histogram\na_bucket{le="1"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
+    """
+    for rows in family.metrics() if family.type.endswith(b"histogram") else ():
+        values = [0.0, *(row.value for row in rows if row.special)]
+        counts = [row.value for row in rows if row.kind.endswith(b"count")]
+        if math.inf not in [row.number for row in rows]:
+            yield rows[-1].pos, 'expected a bucket with le="+Inf"'
+        elif values != sorted(values):
+            yield rows[-1].pos, "expected no bucket with less in it than the one before"
+        elif counts[:1] not in ([], values[-1:]):
+            yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
+
+
+def check_sums(family: Family) -> Complaints:
+    r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
+
+    Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
+    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
+    Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
+    """
+    if not family.openmetrics or not family.type.endswith(b"histogram"):
+        return
+    for rows in family.metrics():
+        sums = [row for row in rows if row.kind.endswith(b"sum")]
+        negative = any(row.number < 0 for row in rows)
+        if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
+            yield rows[-1].pos, "expected sum and count together, or neither"
+        elif sums and negative and family.type == b"histogram":
+            yield sums[0].pos, "expected no sum, since there is a negative bucket"
+        elif sums and not negative and sums[0].value < 0:
+            yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
+
+
+FAMILY_CHECKS: Final = (
+    *(check_metadata, check_unit, check_special_labels, check_values, check_exemplars),
+    *(check_series, check_order, check_bounds, check_histograms, check_sums),
+)
+
+
+class Report:
+    """What was found in one exposition: up to `limit` findings, families and samples."""
+
+    def __init__(self, limit: int = 1) -> None:
+        """Begin with nothing."""
+        self.limit, self.samples, self.families = limit, 0, 0
+        self.findings: list[Finding] = []
+
+    def add(self, error: ExpositionError, strict: bool = True) -> None:
+        """Keep a finding; raise it where it is the last that is wanted."""
+        self.findings.append(Finding(error.line, error.column, error.message, strict))
+        if len(self.findings) >= self.limit:
+            raise error
+
+
+def read_strictly(source: Source, pos: int, report: Report) -> tuple[int, Line]:
+    """Return the line at `pos` and report what is wrong with it; None where it cannot be read."""
+    try:
+        return read_line(source, pos)
+    except ExpositionError as error:
+        stricter = error
+    try:
+        end, line = read_line(source._replace(dialect=source.dialect.lenient or TEXT), pos)
+    except ExpositionError as error:
+        report.add(error, strict=not source.body)
+        return find_line_end(source.body, pos) + 1, None
+    report.add(stricter)
+    return end, line
+
+
+def read_families(source: Source, report: Report) -> Iterator[Family]:
+    """Yield the families of the body. One with a line that cannot be read is left out."""
+    family, pos = None, 0
+    while pos < find_end(source):
+        source.tick()
+        known = len(report.findings)
+        pos, line = read_strictly(source, pos, report)
+        if line is None:
+            family = family if len(report.findings) == known else None
+        elif family and family.takes(line):
+            family.add(line)
+        else:
+            if family:
+                yield family
+            family = Family(line, source.dialect)
+        report.samples += isinstance(line, Sample)
+    if family:
+        yield family
+
+
+def judge_families(source: Source, report: Report) -> None:
+    """Return nothing; report what is wrong with the families, each one and all together."""
+    taken: set[bytes] = set()
+    for family in read_families(source, report):
+        report.families += 1
+        complaints: list[tuple[int, str]] = []
+        for check in FAMILY_CHECKS:
+            source.tick()
+            complaints += check(family)
+        names = family.names | {family.name}
+        for name in sorted(taken & names)[:1]:
+            what = f'found "{excerpt(name)}", which is a name of another family above'
+            complaints.append((family.pos, what))
+        for pos, message in sorted(complaints):
+            report.add(refuse(source, pos, message))
+        taken |= names
+
+
+# ==================================================================================================
+# 7  Exposition: protobuf
+# ==================================================================================================
+# A run of `io.prometheus.client.MetricFamily` messages, each after its length. The table says which
+# fields there are; what is not in it is skipped. Wire types and lengths must fit, names and texts
+# must be UTF-8, label names unique, as in Prometheus's decoder. Messages say byte offset and field.
+# Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
+
+PROTOBUF: Final = """
+    MetricFamily 1 name text, 2 help text, 3 type varint, 4 metric text, 5 unit text
+    Metric 1 label text, 2 gauge Gauge, 3 counter Counter, 4 summary Summary
+    Metric 5 untyped Gauge, 6 timestamp_ms varint, 7 histogram Histogram
+    LabelPair 1 name text, 2 value text
+    Gauge 1 value double
+    Counter 1 value double, 2 exemplar Exemplar, 3 created Timestamp
+    Summary 1 count varint, 2 sum double, 3 quantile Quantile, 4 created Timestamp
+    Quantile 1 quantile double, 2 value double
+    Histogram 1 count varint, 2 sum double, 3 bucket Bucket, 4 count_float double
+    Histogram 5 schema varint, 6 zero_threshold double, 7 zero_count varint
+    Histogram 8 zero_count_float double, 9 negative_span Span, 10 negative_delta varints
+    Histogram 11 negative_count doubles, 12 positive_span Span, 13 positive_delta varints
+    Histogram 14 positive_count doubles, 15 created Timestamp, 16 exemplar Exemplar
+    Bucket 1 count varint, 2 bound double, 3 exemplar Exemplar, 4 count_float double
+    Span 1 offset varint, 2 length varint
+    Exemplar 1 label LabelPair, 2 value double, 3 timestamp Timestamp
+    Timestamp 1 seconds varint, 2 nanos varint
+"""
+FIELDS: Final = {
+    (line.split()[0], int(number)): (name, kind)
+    for line in PROTOBUF.strip().splitlines()
+    for number, name, kind in map(str.split, line.split(maxsplit=1)[1].split(","))
+}
+MESSAGES: Final = {message for message, _ in FIELDS}
+#: Wire types: 0 is a varint, 1 has 8 bytes, 2 a length and as many bytes, 5 has 4 bytes.
+WIRE_TYPES: Final = {"varint": (0,), "double": (1,), "varints": (0, 2), "doubles": (1, 2)}
+LENGTH_DELIMITED: Final = 2
+SUMMARY, HISTOGRAM, GAUGE_HISTOGRAM = 2, 4, 5  # no type has a higher number
+PLUS_INFINITY: Final = b"\xf0\x7f"  # as a double, without the zeros before it
+MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
+
+
+class Field(NamedTuple):
+    """One known field: its path, where its content begins and ends."""
+
+    path: str
+    start: int
+    end: int
+
+
+def garbled(field: Field, message: str) -> ExpositionError:
+    """Return the error to raise for a field."""
+    return ExpositionError(f"{field.path}: {message}", offset=field.start)
+
+
+def read_varint(body: bytes, field: Field) -> tuple[int, int]:
+    """Return the number at the start of a field: seven bits a byte, what exceeds 64 dropped."""
+    value = 0
+    for count, byte in enumerate(body[field.start : min(field.start + 10, field.end)]):
+        value |= (byte & 0x7F) << 7 * count
+        if byte == byte & 0x7F:
+            return field.start + count + 1, value & 0xFFFF_FFFF_FFFF_FFFF
+    raise garbled(field, "expected a number that ends")
+
+
+def read_content(body: bytes, field: Field, wire: int) -> Field:
+    """Return the field cut to its content. Groups, which are obsolete, are refused."""
+    path, start, end = field
+    length = {1: 8, 5: 4}.get(wire, 0)
+    if wire == 0:
+        length = read_varint(body, field)[0] - start
+    elif wire == LENGTH_DELIMITED:
+        start, length = read_varint(body, field)
+    elif not length:
+        raise garbled(field, f"expected a wire type, found {wire}")
+    if start + length > end:
+        raise garbled(field, f"expected {length} bytes, found {end - start}")
+    return Field(path, start, start + length)
+
+
+def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
+    """Yield the known fields of a message, and after each the fields in it."""
+    pos = message.start
+    while pos < message.end:
+        source.tick()
+        pos, tag = read_varint(source.body, message._replace(start=pos))
+        number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
+        name, content = FIELDS.get((kind, number), ("", ""))
+        field = Field(f"{message.path}.{name or number}", pos, message.end)
+        if not 0 < number < 1 << 31 or (
+            name and wire not in WIRE_TYPES.get(content, (LENGTH_DELIMITED,))
+        ):
+            raise garbled(field, f"expected no field {number} with the wire type {wire}")
+        field = read_content(source.body, field, wire)
+        if name:
+            yield field
+        if content in MESSAGES:
+            yield from read_fields(source, field, content)
+        elif content.endswith("s") and wire == LENGTH_DELIMITED:
+            require_packed(source.body, field, content)
+        pos = field.end
+
+
+def require_packed(body: bytes, field: Field, content: str) -> None:
+    """Return nothing; raise where a list of numbers does not end with one of them."""
+    if content == "doubles" and (field.end - field.start) % 8:
+        raise garbled(field, "expected a multiple of 8 bytes")
+    while content == "varints" and field.start < field.end:
+        field = field._replace(start=read_varint(body, field)[0])
+
+
+def require_labels(source: Source, labels: list[Field], special: bytes) -> None:
+    """Return nothing; raise for labels that are not UTF-8, or without a name of their own."""
+    seen = {b"__name__", special}
+    for label in labels:
+        texts = read_texts(source, label, "LabelPair")
+        name, value = texts.get("name", b""), texts.get("value", b"")
+        if not name or (name in seen and value) or not is_utf8(name + b"\n" + value):
+            found = f'"{excerpt(name)}"="{excerpt(value)}"'
+            raise garbled(label, f"expected UTF-8 and a name of its own, found {found}")
+        seen |= {name} if value else set()
+
+
+def read_texts(source: Source, message: Field, kind: str) -> dict[str, bytes]:
+    """Return the content of the fields of a message, the last one of each name."""
+    fields = read_fields(source, message, kind)
+    return {field.path.rpartition(".")[2]: source.body[field.start : field.end] for field in fields}
+
+
+def read_metric(source: Source, metric: Field, number: int) -> tuple[int, bool]:
+    """Return how many samples a metric has, and whether it is a native histogram too."""
+    fields = list(read_fields(source, metric, "Metric"))
+    paths = [field.path.rpartition(".metric.")[2] for field in fields]
+    content = {path: source.body[a:b].strip(b"\0\x80") for path, (_, a, b) in zip(paths, fields)}
+    labels = [field for field, path in zip(fields, paths) if path == "label"]
+    quantiles, buckets = paths.count("summary.quantile"), paths.count("histogram.bucket")
+    if number == SUMMARY:
+        require_labels(source, labels, b"quantile" if quantiles else b"__name__")
+        return 2 + quantiles, False
+    if number not in (HISTOGRAM, GAUGE_HISTOGRAM):
+        require_labels(source, labels, b"__name__")
+        return 1, False
+    zeros = content.get("histogram.zero_threshold"), content.get("histogram.zero_count")
+    native = any(path.endswith("_span") for path in paths) or any(zeros)
+    require_labels(source, labels, b"__name__" if native else b"le")
+    return 2 + buckets + (content.get("histogram.bucket.bound") != PLUS_INFINITY), native
+
+
+def read_family(source: Source, family: Field) -> int:
+    """Return how many samples Prometheus makes of a family. Without metrics, it asks no more."""
+    fields = read_fields(source, family, "MetricFamily")
+    metrics = [field for field in fields if field.path.endswith(".metric")]
+    texts = read_texts(source, family, "MetricFamily")
+    name, help_text = texts.get("name", b""), texts.get("help", b"")
+    if metrics and (not name or not is_utf8(name + b"\n" + help_text)):
+        raise garbled(family, f'expected name and help in UTF-8, found "{excerpt(name)}"')
+    kind = texts.get("type", b"\0")
+    number = read_varint(kind, Field("type", 0, len(kind)))[1] & 0xFFFF_FFFF
+    if metrics and number > GAUGE_HISTOGRAM:
+        raise garbled(family, f"expected a type up to {GAUGE_HISTOGRAM}, found {number}")
+    samples, as_native, before = 0, True, False
+    for metric in metrics:
+        found, native = read_metric(source, metric, number)
+        # Prometheus's parser looks at the metric before where it has just read a classic one.
+        as_native, before = (native if as_native else before), native
+        samples += 1 if as_native else found
+    return samples
+
+
+def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
+    """Return how many samples and families the whole body has."""
+    source, rest = Source(body, TEXT, tick), Field("metric_family", 0, len(body))
+    samples = families = 0
+    while rest.start < rest.end:
+        family = read_content(body, rest, LENGTH_DELIMITED)
+        if family.start - rest.start > MAX_LENGTH_BYTES:
+            raise garbled(rest, "expected a length of at most 5 bytes")
+        samples, families = samples + read_family(source, family), families + 1
+        rest = rest._replace(start=family.end)
+    return samples, families
+
+
+# ==================================================================================================
+# 8  Exposition: verdict
 # ==================================================================================================
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
 PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
-PROTOBUF_PARAMETERS: Final = {"proto": "io.prometheus.client.metricfamily", "encoding": "delimited"}
+PROTOBUF_MESSAGE: Final = "io.prometheus.client.MetricFamily"
 MEDIA_PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
 MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
+
+
+def is_openmetrics_body(body: bytes) -> bool:
+    """Return whether the last line is `# EOF`, with or without its newline."""
+    return bool(re.search(rb"(?:\A|\n)# EOF\n?\Z", body[-7:]))
 
 
 def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
     """Return the media type in lower case, and its parameters, whatever `content_type` is."""
     content_type = content_type[:MAX_CONTENT_TYPE]
-    parameters = {
-        name.lower(): re.sub(r"\\(.)", r"\1", value[1:-1])
-        if value[:1] == value[-1:] == '"'
-        else value.strip()
-        for name, value in MEDIA_PARAMETER.findall(content_type)
-    }
+    parameters = {}
+    for name, value in MEDIA_PARAMETER.findall(content_type):
+        quoted = value[:1] == value[-1:] == '"'
+        parameters[name.lower()] = re.sub(r"\\(.)", r"\1", value[1:-1]) if quoted else value.strip()
     return content_type.partition(";")[0].strip().lower(), parameters
 
 
-def is_openmetrics_body(body: bytes) -> bool:
-    """Return whether the last line is `# EOF`, with or without its newline."""
-    tail = body[-7:]
-    return tail in (b"# EOF\n", b"# EOF") or tail.endswith(b"\n# EOF") or tail == b"\n# EOF\n"
+def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
+    """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
+    media_type, parameters = parse_media_type(content_type)
+    wanted = (PROTOBUF_TYPE, PROTOBUF_MESSAGE, "delimited")
+    if (media_type, parameters.get("proto"), parameters.get("encoding")) == wanted:
+        return None
+    if media_type == OPENMETRICS_TYPE:
+        return STRICT_OPENMETRICS if strict else OPENMETRICS
+    return STRICT_TEXT if strict else TEXT
 
 
 def verify_exposition(
-    body: bytes,
-    content_type: str,
-    strict: bool = False,  # noqa: ARG001 - strict rules come with the next part
-    tick: Callable[[], None] = no_tick,
+    body: bytes, content_type: str, strict: bool = False, tick: Tick = no_tick
 ) -> int:
     """Return the number of samples in `body`, which Prometheus would ingest.
 
-    Raises ExpositionError where it would not, and whatever `tick` raises. OpenMetrics and protobuf
-    are not read yet (0 samples), nor is anything judged strictly.
+    Raises ExpositionError where it would not, and whatever `tick` raises. Strict also refuses what
+    breaks the rules of the format itself.
+
+    Where we differ from Prometheus: a NUL byte that its text parser takes for the end of the body
+    is refused, since what follows would be lost in silence. Unknown groups in protobuf are refused;
+    they are obsolete, and no client writes them.
+    Where strict differs from expfmt: blanks at the end of a line pass, as the text format says.
+    Where strict differs from prometheus_client: quoted names without metadata pass, and so do
+    escaped quotes and braces in exemplars, and integer after float timestamps: it has bugs there.
+    A label without a value is no label, so that a series which has one may be there already; and a
+    series that is there twice, without an own timestamp, is refused.
+    Names that the formats reserve (`__x`) pass: Prometheus ingests them, and exporters have them.
     """
-    media_type, _ = parse_media_type(content_type)
-    if media_type in (OPENMETRICS_TYPE, PROTOBUF_TYPE):
-        return 0
-    return read_exposition(body, TEXT, tick)
+    report = Report()
+    if strict:
+        examine_exposition(body, content_type, report, tick)
+        return report.samples
+    dialect = choose_dialect(content_type, strict=False)
+    return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
+
+
+def examine_exposition(
+    body: bytes, content_type: str, report: Report, tick: Tick = no_tick
+) -> None:
+    """Return nothing; fill `report`. Raises ExpositionError where it is full; protobuf at once."""
+    dialect = choose_dialect(content_type, strict=True)
+    if dialect:
+        judge_families(Source(body, dialect, tick), report)
+    else:
+        report.samples, report.families = read_protobuf(body, tick)
 
 
 # ==================================================================================================
-# 7  Self-metrics
+# 9  Self-metrics
 # ==================================================================================================
 # What expexp says about itself: the original's names and labels, and new ones that begin with
 # expexp_. Each is declared once, in SELF_METRICS; a name that is not there is a KeyError. No IO.
@@ -971,7 +1635,7 @@ class SelfMetrics:
 
 
 # ==================================================================================================
-# 8  Flags
+# 10  Flags
 # ==================================================================================================
 # The original's flags and ours, each declared once, as a field of Options. The rules are those of
 # Go: `-name value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them.
@@ -1130,7 +1794,7 @@ def render_usage() -> str:
 
 
 # ==================================================================================================
-# 9  Configuration
+# 11  Configuration
 # ==================================================================================================
 # A document (YAML or JSON) becomes a tree of nodes with places, the tree frozen dataclasses. A key
 # is declared once, as a field of its dataclass: how it is read, its default, what it means.
@@ -1607,7 +2271,7 @@ class DocumentReader:
 
 
 # ==================================================================================================
-# 10  Loading
+# 12  Loading
 # ==================================================================================================
 # The files that expexp reads when it starts: configuration, certificates, token. IO. What is wrong
 # with any of them is a ConfigError.
@@ -1793,7 +2457,7 @@ def load_token(options: Options, limits: Limits) -> Secret | None:
 
 
 # ==================================================================================================
-# 11  Scraping targets
+# 13  Scraping targets
 # ==================================================================================================
 # One function a method, `scrape_http`, `scrape_exec`, `scrape_file`, in the table SCRAPERS: each
 # takes a Job and returns a Scrape or raises ScrapeError. Every wait ends at the job's deadline.
@@ -2443,7 +3107,7 @@ def usable_content_type(headers: Headers) -> Headers:
 
 
 # ==================================================================================================
-# 12  Application
+# 14  Application
 # ==================================================================================================
 # A Request becomes a Response: who may ask, which route, which module, and every error an answer.
 # No sockets here. `handle` never raises: the one place that catches Exception is in it.
@@ -2815,7 +3479,7 @@ def collect_process(metrics: SelfMetrics) -> None:
 
 
 # ==================================================================================================
-# 13  HTTP server
+# 15  HTTP server
 # ==================================================================================================
 # Sockets in, Requests out, Responses back. A thread a connection, and no more connections than
 # there are slots. No client that does not send, does not read or hangs up decides anything here:
@@ -3110,7 +3774,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ==================================================================================================
-# 14  Command line
+# 16  Command line
 # ==================================================================================================
 # Puts the parts together, waits for a signal, and takes them apart. Exit codes: 0, 1 and 2 as the
 # top of this file says. Nothing runs at import.
@@ -3144,7 +3808,6 @@ def set_up_logging(options: Options, limits: Limits) -> None:
     handler.setFormatter(LogFormatter(options.log_json, limits.log_line_characters))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options.log_level)
-    LOGGER.propagate = False
     logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
