@@ -1210,8 +1210,8 @@ def parse_yaml(text: str) -> Node:
     except yaml.reader.ReaderError as error:  # has no mark
         message, place = f"not YAML: {error.reason}", place_after(text[: error.position])
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        mark: Any = error.problem_mark
+        place = mark.line + 1, mark.column + 1
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
         if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
@@ -1243,14 +1243,6 @@ def parse_json(text: str) -> Node:
         return build_json(json.loads(text, object_pairs_hook=build_object, **hooks))
     except json.JSONDecodeError as error:
         raise NodeError(f"not JSON: {error.msg}", (error.lineno, error.colno)) from None
-
-
-def parse_document(text: str, filename: str) -> Node:
-    """The tree of a text, JSON if the file is named so, else YAML; raises NodeError."""
-    try:
-        return parse_json(text) if filename.endswith(".json") else parse_yaml(text)
-    except RecursionError:
-        raise NodeError("nested too deeply") from None
 
 
 # --- readers: what a key wants of its node; they raise NodeError
@@ -1329,6 +1321,7 @@ PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
 A_PATH: Final = "the path of a URL, with two hexadecimal digits after each %"
+LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
@@ -1340,13 +1333,11 @@ read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "numbe
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
-read_environment: Final = mapping_of(
-    scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True), read_secret
-)
-read_headers: Final = mapping_of(
-    scalar("the name of a header to send", SENT_HEADER, str.title),
-    scalar("one line of Latin-1 text", r"[\t\x20-\x7e\x80-\xff]*", Secret, secret=True),
-)
+read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
+read_environment: Final = mapping_of(read_variable, read_secret)
+read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
+read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
+read_headers: Final = mapping_of(read_header, read_header_value)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
@@ -1422,7 +1413,6 @@ class FileTarget:
     shown = property(operator.attrgetter("path"), doc="The path.")
 
 
-Target = Union[HttpTarget, ExecTarget, FileTarget]
 TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
 
 
@@ -1455,12 +1445,10 @@ class Config:
     default_module: str
 
 
-Keys = Mapping[str, Mapping[str, Any]]
-Nodes = Mapping[str, Node]
 Values = dict[str, Any]
 
 
-def declared_keys(section: Any) -> Keys:
+def declared_keys(section: Any) -> Mapping[str, Mapping[str, Any]]:
     """The keys of a section's dataclass, with what `key` said of them."""
     return {f.name: f.metadata for f in dataclasses.fields(section) if "read" in f.metadata}
 
@@ -1502,6 +1490,8 @@ class DocumentReader:
             yield
         except NodeError as error:
             self.problem(path, str(error), error.place)
+        except RecursionError:  # of a parser
+            self.problem(path, "nested too deeply")
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             self.problem(path, f"{what}: {words_of(error)}")
 
@@ -1525,7 +1515,7 @@ class DocumentReader:
                 found[name], self.places[where] = value, value.place
         return found
 
-    def values(self, declared: Keys, nodes: Nodes, path: str) -> Values:
+    def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: Values = {}
         for name, metadata in declared.items():
@@ -1537,7 +1527,7 @@ class DocumentReader:
                 self.problem(where, f"required: {metadata['documentation']}")
         return values
 
-    def config(self, node: Node) -> tuple[Nodes, str]:
+    def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
         """The nodes of a whole file's modules, and the name of the default one."""
         known = ("modules", "defaultModule", "global")
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
@@ -1559,7 +1549,7 @@ class DocumentReader:
             return None
         return Module(**values, name=name, target=TARGETS[values["method"]](**target))
 
-    def target(self, nodes: Nodes, values: Values, path: str) -> Values:
+    def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
         """Values of the section of the module's method; shared ones join the module's values."""
         method = values["method"]
         where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
@@ -1622,7 +1612,8 @@ class ConfigLoader:
                 for name, node in nodes.items():
                     self._add(reader, name, node)
         for folder in folders:
-            self._load_folder(folder, skip_missing)
+            with DocumentReader(folder, self._problems).noting("", "failed reading directory"):
+                self._load_folder(folder, skip_missing)
         if default and default not in self._origins:
             message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
             reader.problem("defaultModule", message)
@@ -1631,18 +1622,16 @@ class ConfigLoader:
         return Config(dict(sorted(self._modules.items())), default)
 
     def _document(self, filename: str) -> Node:
-        """The tree of a file; raises OSError and NodeError."""
-        return parse_document(load_text(filename, self._limits.config_bytes), filename)
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(load_text(filename, self._limits.config_bytes))
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
-        """Add a module for each document in a folder, in sorted order."""
+        """Add a module for each document in a folder, in sorted order; raises OSError."""
         if skip_missing and not os.path.exists(folder):
             self.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
-        names: list[str] = []
-        with DocumentReader(folder, self._problems).noting("", "failed reading directory"):
-            names = sorted(os.listdir(folder))
-        for name in names:
+        for name in sorted(os.listdir(folder)):
             filename = os.path.join(folder, name)
             found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
             if not found or os.path.isdir(filename):
@@ -1666,7 +1655,7 @@ class ConfigLoader:
         """The module with what it needs of this host; what is not there yet is a warning."""
         target = module.target
         if isinstance(target, HttpTarget):
-            context = load_client_context(target, reader, f"modules.{module.name}.http")
+            context = load_context(target, reader, f"modules.{module.name}.http")
             target = dataclasses.replace(target, tls_context=context)
         if isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
@@ -1680,9 +1669,7 @@ class ConfigLoader:
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
 
 
-def load_client_context(
-    target: HttpTarget, reader: DocumentReader, path: str
-) -> ssl.SSLContext | None:
+def load_context(target: HttpTarget, reader: DocumentReader, path: str) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
     names = ("tls_ca_cert_file", "tls_root_ca_file")
     authorities = [name for name in names if getattr(target, name)]
