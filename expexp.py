@@ -66,6 +66,7 @@ import ipaddress
 import json
 import logging
 import math
+import operator
 import os
 import platform
 import queue
@@ -1806,147 +1807,119 @@ MISSING_PYYAML: Final = (
     "Fedora) or PyYAML (pip), or write the configuration as a .json file"
 )
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
+SCALARS: Final = ("string", "number", "boolean", "nothing")
+Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 
 
 class NodeError(ExpexpError):
-    """A node is not what it should be; the section that reads it adds the path."""
+    """A node is not what it should be; who reads the document adds its file and the path."""
 
-    def __init__(self, message: str, node: Node) -> None:
-        """Keep the node for its place."""
+    def __init__(self, message: str, place: Place = (0, 0)) -> None:
+        """Keep the place."""
         super().__init__(message)
-        self.node = node
+        self.place = place
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A value of a document and where it stands; `kind` is what people call it in messages."""
 
-    kind: str  # mapping, list, string, number, boolean, nothing
-    line: int = dataclasses.field(default=0, compare=False)
-    column: int = dataclasses.field(default=0, compare=False)
+    kind: str  # one of SCALARS, mapping, list
     text: str = ""  # the source text of a scalar
+    place: Place = (0, 0)
     items: tuple[Node, ...] = ()
     entries: tuple[tuple[Node, Node], ...] = ()
 
-    def show(self) -> str:
-        """What was found, for a message."""
-        shown = {"string": f'"{excerpt(self.text)}"', "nothing": "nothing"}
-        return shown.get(self.kind) or f"the {self.kind} {excerpt(self.text)}".strip()
+
+NOTHING: Final = Node("nothing")
 
 
 def mismatch(what: str, node: Node) -> NodeError:
     """The error for a node that is something else than what was expected."""
-    return NodeError(f"expected {what}, found {node.show()}", node)
+    shown = {"string": f'"{excerpt(node.text)}"', "nothing": "nothing"}
+    found = shown.get(node.kind) or f"the {node.kind} {excerpt(node.text)}".strip()
+    return NodeError(f"expected {what}, found {found}", node.place)
 
 
-def read_yaml(raw: Any, done: dict[int, Node | None]) -> Node:
-    """The node of PyYAML's node. An alias is read once, so that no bomb of aliases can grow."""
-    line, column = raw.start_mark.line + 1, raw.start_mark.column + 1
-    if id(raw) in done:
-        node = done[id(raw)]
-        if node is None:
-            raise NodeError("an alias that contains itself", Node("nothing", line, column))
-        return node
-    done[id(raw)] = None
-    if raw.id == "mapping":
-        pairs = [
-            (key.tag, read_yaml(key, done), read_yaml(value, done)) for key, value in raw.value
-        ]
-        node = Node("mapping", line, column, entries=merged(pairs))
-    elif raw.id == "sequence":
-        items = tuple(read_yaml(item, done) for item in raw.value)
-        node = Node("list", line, column, items=items)
-    else:
-        kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
-        node = Node(kind, line, column, raw.value)
-    done[id(raw)] = node
-    return node
+def place_after(before: str) -> Place:
+    """Where the text stands that follows this one."""
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
-def merged(pairs: Sequence[tuple[str, Node, Node]]) -> tuple[tuple[Node, Node], ...]:
-    """A mapping's own entries, then those that its merge keys (`<<`) add."""
-    own = [(key, value) for tag, key, value in pairs if not tag.endswith(":merge")]
-    for source in (value for tag, _, value in pairs if tag.endswith(":merge")):
+def build_yaml(loader: Any, raw: Any) -> Node:
+    """The node of PyYAML's; its loader builds each once, so that no bomb of aliases can grow."""
+    place = raw.start_mark.line + 1, raw.start_mark.column + 1
+    build = functools.partial(loader.construct_object, deep=True)
+    if raw.id == "scalar":
+        return Node(YAML_KINDS.get(raw.tag.rpartition(":")[2], "string"), raw.value, place)
+    if raw.id == "sequence":
+        return Node("list", "", place, items=tuple(map(build, raw.value)))
+    pairs = [(key.tag.endswith(":merge"), build(key), build(value)) for key, value in raw.value]
+    entries = [(key, value) for merge, key, value in pairs if not merge]
+    for source in (value for merge, _, value in pairs if merge):  # `<<`: own entries win
         for mapping in source.items or (source,):
             if mapping.kind != "mapping":
                 raise mismatch("a mapping to merge", mapping)
-            names = {key.text for key, _ in own}
-            own += (entry for entry in mapping.entries if entry[0].text not in names)
-    return tuple(own)
+            names = {key.text for key, _ in entries}
+            entries += (entry for entry in mapping.entries if entry[0].text not in names)
+    return Node("mapping", "", place, entries=tuple(entries))
 
 
-def parse_yaml(text: str, filename: str) -> Node:
-    """The first document of a YAML text; raises ConfigError."""
-    line, column = 0, 0
+def parse_yaml(text: str) -> Node:
+    """The first document of a YAML text; raises NodeError."""
     if yaml is None:
-        raise ConfigError(Problem(filename, 0, 0, "", MISSING_PYYAML))
+        raise NodeError(MISSING_PYYAML)
+    loader = type("NodeLoader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
-        raw = next(yaml.compose_all(text, Loader=yaml.SafeLoader), None)
-        return read_yaml(raw, {}) if raw else Node("nothing", 1, 1)
+        return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
+    except yaml.reader.ReaderError as error:  # has no mark
+        message, place = f"not YAML: {error.reason}", place_after(text[: error.position])
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line + 1, mark.column + 1) if mark else (0, 0)
+        mark: Any = error.problem_mark
+        place = mark.line + 1, mark.column + 1
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
-    except yaml.reader.ReaderError as error:  # has no mark
-        before = text[: error.position]
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        message = f"not YAML: {error.reason}"
-    except NodeError as error:
-        line, column, message = error.node.line, error.node.column, str(error)
-    except RecursionError:
-        message = "nested too deeply"
-    raise ConfigError(Problem(filename, line, column, "", message))
+        if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
+            message = "an alias that contains itself"
+    raise NodeError(message, place)
 
 
-class JsonNumber(str):
-    """The source text of a number in JSON."""
-
-    __slots__ = ()
-
-
-def read_json(value: Any) -> Node:
-    """The node of a value as `parse_json` has it; objects are tuples of pairs."""
-    if isinstance(value, tuple):
-        return Node("mapping", entries=tuple((read_json(k), read_json(v)) for k, v in value))
+def build_json(value: Any) -> Node:
+    """The node of a value in JSON, which has no place; numbers and objects are nodes already."""
     if isinstance(value, list):
-        return Node("list", items=tuple(map(read_json, value)))
-    if value is None or isinstance(value, bool):
-        return Node("nothing") if value is None else Node("boolean", text=str(value).lower())
-    return Node("number" if isinstance(value, JsonNumber) else "string", text=value)
+        return Node("list", items=tuple(map(build_json, value)))
+    if isinstance(value, str):
+        return Node("string", value)
+    if isinstance(value, bool):
+        return Node("boolean", str(value).lower())
+    return value or NOTHING
 
 
-def parse_json(text: str, filename: str) -> Node:
-    """The tree of a JSON text; its nodes have no places; raises ConfigError."""
-    numbers: Any = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), JsonNumber)
+def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
+    """The node of an object in JSON."""
+    return Node("mapping", entries=tuple((Node("string", k), build_json(v)) for k, v in pairs))
+
+
+def parse_json(text: str) -> Node:
+    """The tree of a JSON text; its nodes have no places; raises NodeError."""
+    numbers = ("parse_int", "parse_float", "parse_constant")
+    hooks: Any = dict.fromkeys(numbers, functools.partial(Node, "number"))
     try:
-        return read_json(json.loads(text, object_pairs_hook=tuple, **numbers))
+        return build_json(json.loads(text, object_pairs_hook=build_object, **hooks))
     except json.JSONDecodeError as error:
-        problem = Problem(filename, error.lineno, error.colno, "", f"not JSON: {error.msg}")
-    except RecursionError:
-        problem = Problem(filename, 0, 0, "", "nested too deeply")
-    raise ConfigError(problem)
-
-
-def parse_document(text: str, filename: str) -> Node:
-    """The tree of a text, JSON if the file is named so, else YAML; raises ConfigError."""
-    return (parse_json if filename.endswith(".json") else parse_yaml)(text, filename)
+        raise NodeError(f"not JSON: {error.msg}", (error.lineno, error.colno)) from None
 
 
 # --- readers: what a key wants of its node; they raise NodeError
 
-SCALARS: Final = ("string", "number", "boolean", "nothing")
+Read = Callable[[Node], Any]
+Convert = Callable[[str], Any]
 A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
-A_HOST: Final = "a host name or an IP address, without a port"
+A_NAME: Final = f"(?=.){A_TEXT}"
 
 
 def scalar(
-    what: str,
-    pattern: str = A_TEXT,
-    convert: Callable[[str], Any] = str,
-    kinds: Sequence[str] = SCALARS,
-    secret: bool = False,
-) -> Callable[[Node], Any]:
+    what: str, pattern: str = A_TEXT, convert: Convert = str, kind: str = "", secret: bool = False
+) -> Read:
     """A reader of a scalar: its source text matches the pattern, `convert` makes the value of it.
 
     Where `convert` raises a ValueError the text is not what was expected, either. No message shows
@@ -1956,29 +1929,36 @@ def scalar(
     def read(node: Node) -> Any:
         """The value."""
         with contextlib.suppress(ValueError):
-            if node.kind in kinds and re.fullmatch(pattern, node.text, re.DOTALL):
+            if node.kind in ((kind,) if kind else SCALARS) and re.fullmatch(
+                pattern, node.text, re.DOTALL
+            ):
                 return convert(node.text)
-        raise NodeError(f"expected {what}", node) if secret else mismatch(what, node)
+        raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
 
     return read
 
 
-def mapping_of(read_name: Callable[[Node], Any], what: str, pattern: str) -> Callable[[Node], Any]:
+def mapping_of(read_name: Read, read_value: Read) -> Read:
     """A reader of a mapping of names to secrets, which its messages do not show."""
 
     def read(node: Node) -> Mapping[str, Secret]:
         """The names and secrets."""
         if node.kind != "mapping":
-            raise mismatch("a mapping", Node(node.kind, node.line, node.column))
-        names = [read_name(name) for name, _ in node.entries]
-        for position, (name, value) in enumerate(node.entries):
-            if names[position] in names[:position]:
-                raise NodeError(f'"{excerpt(name.text)}" is given twice', name)
-            if value.kind not in SCALARS or not re.fullmatch(pattern, value.text, re.DOTALL):
-                raise NodeError(f"expected {what}", value)
-        return dict(zip(names, (Secret(value.text) for _, value in node.entries)))
+            raise mismatch("a mapping", Node(node.kind, "", node.place))
+        found: dict[str, Secret] = {}
+        for name_node, value in node.entries:
+            name = read_name(name_node)
+            if name in found:
+                raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
+            found[name] = read_value(value)
+        return found
 
     return read
+
+
+def to_boolean(text: str) -> bool:
+    """Which of YAML's words for booleans it is."""
+    return text.lower() in ("true", "yes", "on")
 
 
 def to_port(text: str) -> int:
@@ -2001,68 +1981,53 @@ def to_path(text: str) -> str:
     return path if path.startswith("/") else "/" + path
 
 
+PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
+HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
+URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
+A_PATH: Final = "the path of a URL, with two hexadecimal digits after each %"
+LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
+SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_something: Final = scalar("text that is not empty", f"(?=.){A_TEXT}")
+read_something: Final = scalar("text that is not empty", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_scheme: Final = scalar("http or https", "https?")
-read_boolean: Final = scalar(
-    "true or false", convert=lambda text: text.lower() in ("true", "yes", "on"), kinds=("boolean",)
-)
-read_port: Final = scalar(
-    f"a port from 1 to {LAST_PORT}",
-    r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?",
-    to_port,
-    ("number",),
-)
+read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
+read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
-read_address: Final = scalar(
-    A_HOST, r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+", to_address
-)
-read_path: Final = scalar(
-    "the path of a URL, with two hexadecimal digits after each %",
-    r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*",
-    to_path,
-    secret=True,  # there may be a token in its query
-)
-read_environment: Final = mapping_of(
-    scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True),
-    "text without a NUL",
-    A_TEXT,
-)
-SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
-read_headers: Final = mapping_of(
-    scalar("the name of a header to send", SENT_HEADER, str.title),
-    "one line of Latin-1 text",
-    r"[\t\x20-\x7e\x80-\xff]*",
-)
+read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
+read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
+read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
+read_environment: Final = mapping_of(read_variable, read_secret)
+read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
+read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
+read_headers: Final = mapping_of(read_header, read_header_value)
 
 
-def read_list(node: Node) -> tuple[str, ...]:
+def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     """Texts; entries that are nothing are dropped, as the original does."""
     if node.kind != "list":
-        raise mismatch("a list", node)
+        raise mismatch(what, node)
     return tuple(read_text(item) for item in node.items if item.kind != "nothing")
 
 
-def read_accepted(node: Node) -> bool | tuple[str, ...]:
+def read_accepted(node: Node) -> Any:
     """What a client may add: all, nothing, or what is listed."""
-    if node.kind not in ("list", "boolean"):
-        raise mismatch("true, false or a list", node)
-    return read_list(node) if node.kind == "list" else cast(bool, read_boolean(node))
+    is_list = node.kind != "boolean"
+    return read_list(node, "true, false or a list") if is_list else read_boolean(node)
 
 
 # --- sections: dataclasses whose fields declare the keys
 
 REQUIRED: Final = "required"
+NO_SECRET: Final = Secret("")
 
 
-def key(read: Callable[[Node], Any], default: Any, documentation: str) -> Any:
+def key(read: Read, default: Any, documentation: str) -> Any:
     """A field that is a key of the configuration; one that is REQUIRED has no default."""
     metadata = {"read": read, "default": default, "documentation": documentation}
-    if default is REQUIRED:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
+    return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2075,9 +2040,7 @@ class HttpTarget:
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
     basic_auth_username: str = key(read_text, "", "user name to send")
-    basic_auth_password: Secret = key(  # noqa: RUF009 - frozen
-        read_secret, Secret(""), "password to send"
-    )
+    basic_auth_password: Secret = key(read_secret, NO_SECRET, "its password")  # noqa: RUF009 - frozen
     tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
     tls_cert_file: str = key(read_text, "", "client certificate to present")
     tls_key_file: str = key(read_text, "", "its key")
@@ -2102,10 +2065,7 @@ class ExecTarget:
     env: Mapping[str, Secret] = key(read_environment, {}, "added to the command's environment")
     clear_env: bool = key(read_boolean, False, "give the command nothing but `env`")
 
-    @property
-    def shown(self) -> str:
-        """The command."""
-        return self.command
+    shown = property(operator.attrgetter("command"), doc="The command.")
 
 
 @dataclass(frozen=True)
@@ -2114,13 +2074,9 @@ class FileTarget:
 
     path: str = key(read_something, REQUIRED, "regular file or FIFO to read")
 
-    @property
-    def shown(self) -> str:
-        """The path."""
-        return self.path
+    shown = property(operator.attrgetter("path"), doc="The path.")
 
 
-Target = Union[HttpTarget, ExecTarget, FileTarget]
 TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
 
 
@@ -2137,18 +2093,12 @@ class Module:
     target: Any = None
 
 
-#: Keys of a module that may stand in the section of its method as well; and whose they are.
-SHARED_KEYS: Final = {
-    "verify": ALL_METHODS,
-    "accept_args": ("exec",),
-    "accept_params": ("http", "exec"),
-}
-PAIRED_KEYS: Final = {
-    "tls_cert_file": "tls_key_file",
-    "tls_key_file": "tls_cert_file",
-    "basic_auth_username": "basic_auth_password",
-    "basic_auth_password": "basic_auth_username",
-}
+#: Keys of a module that may stand in its method's section as well; and the methods without them.
+SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
+PAIRED_KEYS: Final = (
+    ("tls_cert_file", "tls_key_file"),
+    ("basic_auth_username", "basic_auth_password"),
+)
 
 
 @dataclass(frozen=True)
@@ -2159,10 +2109,10 @@ class Config:
     default_module: str
 
 
-Keys = Mapping[str, Mapping[str, Any]]
+Values = dict[str, Any]
 
 
-def declared_keys(section: Any) -> Keys:
+def declared_keys(section: Any) -> Mapping[str, Mapping[str, Any]]:
     """The keys of a section's dataclass, with what `key` said of them."""
     return {f.name: f.metadata for f in dataclasses.fields(section) if "read" in f.metadata}
 
@@ -2173,101 +2123,117 @@ def suggest(message: str, name: str, known: Iterable[str]) -> str:
     return message + (f'; did you mean "{near[0]}"?' if near else "")
 
 
+def words_of(error: BaseException) -> str:
+    """What an error of the system or of TLS says, without numbers and names of C."""
+    found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
+    text = next((text for text in found if isinstance(text, str)), "")
+    plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
+    return plain or str(error).strip() or type(error).__name__
+
+
 class DocumentReader:
-    """Reads the tree of one document; collects problems, and remembers where every key stands."""
+    """Reads the tree of one document; notes problems, and remembers where every key stands."""
 
-    def __init__(self, filename: str) -> None:
-        """Begin with no problems."""
-        self.filename = filename
-        self.problems: list[Problem] = []
-        self.places: dict[str, Node] = {}
+    def __init__(self, filename: str, problems: list[Problem]) -> None:
+        """Begin; the problems of all documents come together in one list."""
+        self.filename, self.problems = filename, problems
+        self.places: dict[str, Place] = {"": (0, 0)}
 
-    def problem(self, path: str, message: str, node: Node | None = None) -> None:
-        """Note a problem, by default where the path stands."""
-        place = node or self.places.get(path) or Node("nothing")
-        self.problems.append(Problem(self.filename, place.line, place.column, path, message))
+    def problem(self, path: str, message: str, place: Place | None = None) -> None:
+        """Note a problem, by default where the path or the nearest thing around it stands."""
+        around = path
+        while place is None:
+            place = self.places.get(around)
+            around = around.rpartition(".")[0]
+        self.problems.append(Problem(self.filename, *place, path, message))
+
+    @contextlib.contextmanager
+    def noting(self, path: str, what: str = "cannot be read") -> Iterator[None]:
+        """Note what goes wrong inside; `what` says what an error of the system or of TLS means."""
+        try:
+            yield
+        except NodeError as error:
+            self.problem(path, str(error), error.place)
+        except RecursionError:  # of a parser
+            self.problem(path, "nested too deeply")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            self.problem(path, f"{what}: {words_of(error)}")
 
     def entries(self, node: Node, path: str, known: Iterable[str] = ()) -> dict[str, Node]:
         """Keys and values of a mapping; duplicates and, if some are known, others are problems."""
         found: dict[str, Node] = {}
         if node.kind != "mapping":
-            self.problem(path, str(mismatch("a mapping", node)), node)
+            self.problem(path, str(mismatch("a mapping", node)), node.place)
         for name_node, value in node.entries:
             name = name_node.text
             where = f"{path}.{name}".lstrip(".")
-            if not re.fullmatch(f"(?=.){A_TEXT}", name, re.DOTALL):
-                self.problem(path, str(mismatch("a name", name_node)), name_node)
+            if not re.fullmatch(A_NAME, name, re.DOTALL):
+                self.problem(path, str(mismatch("a name", name_node)), name_node.place)
             elif name in found:
-                first = found[name].line
+                first = found[name].place[0]
                 again = f"; first on line {first}" if first else ""
-                self.problem(where, f"given twice{again}", name_node)
+                self.problem(where, f"given twice{again}", name_node.place)
             elif known and name not in known:
-                self.problem(where, suggest("unknown key", name, known), name_node)
+                self.problem(where, suggest("unknown key", name, known), name_node.place)
             else:
-                found[name] = self.places[where] = value
+                found[name], self.places[where] = value, value.place
         return found
 
-    def values(self, declared: Keys, nodes: Mapping[str, Node], path: str) -> dict[str, Any]:
+    def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
-        values: dict[str, Any] = {}
+        values: Values = {}
         for name, metadata in declared.items():
-            node = nodes.get(name, Node("nothing"))
+            node, where = nodes.get(name, NOTHING), f"{path}.{name}".lstrip(".")
             if node.kind != "nothing":
-                try:
+                with self.noting(where):
                     values[name] = metadata["read"](node)
-                except NodeError as error:
-                    self.problem(f"{path}.{name}".lstrip("."), str(error), error.node)
             elif metadata["default"] is REQUIRED:
-                where = self.places.get(f"{path}.{name}") or self.places.get(path)
-                self.problem(f"{path}.{name}", f"required: {metadata['documentation']}", where)
+                self.problem(where, f"required: {metadata['documentation']}")
         return values
 
-    def config(self, node: Node) -> tuple[dict[str, Module | None], str]:
-        """The modules of a whole file (None for one with problems) and the default's name."""
-        if node.kind == "nothing":
-            return {}, ""
-        nodes = self.entries(node, "", ("modules", "defaultModule", "global"))
-        listed = nodes.get("modules", Node("nothing"))
-        found = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        modules = {name: self.module(name, each, f"modules.{name}") for name, each in found.items()}
+    def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
+        """The nodes of a whole file's modules, and the name of the default one."""
+        known = ("modules", "defaultModule", "global")
+        nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
+        listed = nodes.get("modules", NOTHING)
+        modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
         default = {"defaultModule": {"read": read_text, "default": ""}}
         return modules, self.values(default, nodes, "").get("defaultModule", "")
 
-    def module(self, name: str, node: Node, path: str) -> Module | None:
+    def module(self, name: str, node: Node) -> Module | None:
         """One module; None if there are problems with it."""
-        before = len(self.problems)
-        self.places.setdefault(path, node)
+        path, before = f"modules.{name}", len(self.problems)
+        self.places.setdefault(path, node.place)
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
         if node.kind != "mapping":
             return None
-        method = nodes.get("method", Node("nothing")).text
         values = self.values(declared_keys(Module), nodes, path)
-        section = self.section(nodes, values, method, path) if method in TARGETS else {}
+        target = self.target(nodes, values, path) if "method" in values else {}
         if len(self.problems) > before:
             return None
-        return Module(**values, name=name, target=TARGETS[method](**section))
+        return Module(**values, name=name, target=TARGETS[values["method"]](**target))
 
-    def section(
-        self, nodes: Mapping[str, Node], values: dict[str, Any], method: str, path: str
-    ) -> dict[str, Any]:
-        """Values of a method's section; those of keys that it shares join the module's values."""
+    def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
+        """Values of the section of the module's method; shared ones join the module's values."""
+        method = values["method"]
         where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
-        self.places.setdefault(where, self.places[path])
         own = self.entries(nodes.get(method, Node("mapping")), where, (*declared, *SHARED_KEYS))
         for other in set(TARGETS) & set(nodes) - {method}:
             self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
-        for name, methods in SHARED_KEYS.items():
-            place = f"{where}.{name}" if name in own else f"{path}.{name}"
-            if (name in own or name in nodes) and method not in methods:
-                self.problem(place, f'no setting of the method "{method}"')
-            shared = self.values({name: declared_keys(Module)[name]}, own, where)
-            if name in shared and values.setdefault(name, shared[name]) != shared[name]:
-                self.problem(place, f"differs from {path}.{name}")
-        section = self.values(declared, own, where)
-        for name, other in PAIRED_KEYS.items():
-            if name in section and other not in section:
-                self.problem(f"{where}.{name}", f"needs {other} beside it")
-        return section
+        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
+        for name, value in self.values(shared, own, where).items():
+            if values.setdefault(name, value) != value:
+                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
+        for name, refusing in SHARED_KEYS.items():
+            if method in refusing and (name in own or name in nodes):
+                place = where if name in own else path
+                self.problem(f"{place}.{name}", f'no setting of the method "{method}"')
+        target = self.values(declared, own, where)
+        for pair in PAIRED_KEYS:
+            for name, other in (pair, pair[::-1]):
+                if name in target and other not in target:
+                    self.problem(f"{where}.{name}", f"needs {other} beside it")
+        return target
 
 
 # ==================================================================================================
@@ -2278,32 +2244,16 @@ class DocumentReader:
 
 
 def load_text(filename: str, most_bytes: int) -> str:
-    """The text of a file; raises ConfigError when it is not there, too large or not UTF-8."""
-    line, column = 0, 0
+    """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+    with open(filename, "rb") as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise NodeError(f"larger than {most_bytes} bytes")
     try:
-        with open(filename, "rb") as file:
-            content = file.read(most_bytes + 1)
-        if len(content) <= most_bytes:
-            return content.decode("utf-8-sig")
-        message = f"larger than {most_bytes} bytes"
-    except OSError as error:
-        message = f"cannot be read: {words_of(error)}"
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        before = error.object[: error.start]
-        line, column = before.count(b"\n") + 1, len(before) - before.rfind(b"\n")
-        message = "not UTF-8"
-    raise ConfigError(Problem(filename, line, column, "", message))
-
-
-def words_of(error: BaseException) -> str:
-    """What an error of the system or of TLS says, without numbers and names of C."""
-    found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
-    text = next((text for text in found if isinstance(text, str)), "")
-    plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
-    return plain or str(error).strip() or type(error).__name__
-
-
-DOCUMENT_NAME: Final = re.compile(r"(.+)\.(?:yml|yaml|json)")
+        before = error.object[: error.start].decode("latin-1")  # the column counts bytes
+        raise NodeError("not UTF-8", place_after(before)) from None
 
 
 class ConfigLoader:
@@ -2319,67 +2269,49 @@ class ConfigLoader:
 
     def load(self, filename: str, folders: Sequence[str], skip_missing: bool) -> Config:
         """The whole configuration, with TLS contexts; raises ConfigError with all problems."""
-        default = ""
-        with self._reading(filename) as reader:
-            if filename:
-                modules, default = reader.config(self._document(filename))
-                for name, module in modules.items():
-                    self._add(name, module, reader)
+        reader, default = DocumentReader(filename, self._problems), ""
+        if filename:
+            with reader.noting(""):
+                nodes, default = reader.config(self._document(filename))
+                for name, node in nodes.items():
+                    self._add(reader, name, node)
         for folder in folders:
-            with self._reading(folder):
+            with DocumentReader(folder, self._problems).noting("", "failed reading directory"):
                 self._load_folder(folder, skip_missing)
         if default and default not in self._origins:
             message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
             reader.problem("defaultModule", message)
-            self._problems += reader.problems[-1:]
         if self._problems:
             raise ConfigError(*self._problems)
         return Config(dict(sorted(self._modules.items())), default)
 
-    @contextlib.contextmanager
-    def _reading(self, filename: str) -> Iterator[DocumentReader]:
-        """A reader for a file; its problems and those of a ConfigError are collected."""
-        reader = DocumentReader(filename)
-        try:
-            yield reader
-        except ConfigError as error:
-            self._problems += error.problems
-        self._problems += reader.problems
-
     def _document(self, filename: str) -> Node:
-        """The tree of a file; raises ConfigError."""
-        return parse_document(load_text(filename, self._limits.config_bytes), filename)
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(load_text(filename, self._limits.config_bytes))
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
-        """Add a module for each document in a folder, in sorted order; raises ConfigError."""
+        """Add a module for each document in a folder, in sorted order; raises OSError."""
         if skip_missing and not os.path.exists(folder):
             self.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
-        try:
-            names = sorted(os.listdir(folder))
-        except OSError as error:
-            message = f"failed reading directory: {words_of(error)}"
-            raise ConfigError(Problem(folder, 0, 0, "", message)) from None
-        for name in names:
+        for name in sorted(os.listdir(folder)):
             filename = os.path.join(folder, name)
-            found = DOCUMENT_NAME.fullmatch(name)
+            found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
             if not found or os.path.isdir(filename):
                 self.warnings.append(f"skipping non-yaml file {filename}")
                 continue
-            with self._reading(filename) as reader:
-                document = self._document(filename)
-                self._add(
-                    found[1], reader.module(found[1], document, f"modules.{found[1]}"), reader
-                )
+            reader = DocumentReader(filename, self._problems)
+            with reader.noting(""):
+                self._add(reader, found[1], self._document(filename))
 
-    def _add(self, name: str, module: Module | None, reader: DocumentReader) -> None:
+    def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
-        path = f"modules.{name}"
-        line = reader.places[path].line
-        here = f"{reader.filename}:{line}" if line else reader.filename
+        module = reader.module(name, node)
+        here = f"{reader.filename}:{node.place[0]}" if node.place[0] else reader.filename
         first = self._origins.setdefault(name, here)
         if first != here:
-            reader.problem(path, f"module {name} is already defined in {first}")
+            reader.problem(f"modules.{name}", f"module {name} is already defined in {first}")
         elif module:
             self._modules[name] = self._check_host(module, reader)
 
@@ -2387,28 +2319,24 @@ class ConfigLoader:
         """The module with what it needs of this host; what is not there yet is a warning."""
         target = module.target
         if isinstance(target, HttpTarget):
-            context = load_client_context(target, reader, f"modules.{module.name}.http")
+            context = load_context(target, reader, f"modules.{module.name}.http")
             target = dataclasses.replace(target, tls_context=context)
-            return dataclasses.replace(module, target=target)
         if isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
             if not shutil.which(target.command, path=path.reveal() or None):
                 self.warnings.append(f"module {module.name}: no command {excerpt(target.command)}")
         if isinstance(target, FileTarget) and not os.path.exists(target.path):
             self.warnings.append(f"module {module.name}: no file {excerpt(target.path)}")
-        return module
+        return dataclasses.replace(module, target=target)
 
 
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
 
 
-def load_client_context(
-    target: HttpTarget, reader: DocumentReader, path: str
-) -> ssl.SSLContext | None:
+def load_context(target: HttpTarget, reader: DocumentReader, path: str) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
-    authorities = [
-        name for name in ("tls_ca_cert_file", "tls_root_ca_file") if getattr(target, name)
-    ]
+    names = ("tls_ca_cert_file", "tls_root_ca_file")
+    authorities = [name for name in names if getattr(target, name)]
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -2417,12 +2345,14 @@ def load_client_context(
     if not target.tls_ca_cert_file:
         context.load_default_certs()
     for name in authorities:
-        with noted(reader, f"{path}.{name}", f"certificates in {getattr(target, name)}"):
-            context.load_verify_locations(getattr(target, name))
+        file = getattr(target, name)
+        with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
+            context.load_verify_locations(file)
     if target.tls_cert_file:
-        files = (target.tls_cert_file, target.tls_key_file)
-        with noted(reader, f"{path}.tls_cert_file", "certificate {} with key {}".format(*files)):
-            context.load_cert_chain(*files, password=no_password)
+        certificate, private = target.tls_cert_file, target.tls_key_file
+        what = f"cannot use certificate {certificate} with key {private}"
+        with reader.noting(f"{path}.tls_cert_file", what):
+            context.load_cert_chain(certificate, private, password=no_password)
     if target.tls_insecure_skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2433,27 +2363,21 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-@contextlib.contextmanager
-def noted(reader: DocumentReader, path: str, what: str) -> Iterator[None]:
-    """Note a file that cannot be used as a problem."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        reader.problem(path, f"cannot use {what}: {words_of(error)}")
-
-
 def load_token(options: Options, limits: Limits) -> Secret | None:
     """The bearer token that clients must send, None if none; raises ConfigError."""
-    filename = options.bearer_token_file
-    if not filename:
-        return options.bearer_token if options.bearer_token.reveal() else None
-    if options.bearer_token.reveal():
+    token, filename = options.bearer_token.reveal(), options.bearer_token_file
+    if token and filename:
         message = "-web.bearer.token and -web.bearer.token-file are mutually exclusive"
         raise ConfigError(Problem("", 0, 0, "", message))
-    text = load_text(filename, limits.config_bytes).strip()
-    if not text:
-        raise ConfigError(Problem(filename, 0, 0, "", "token file should not be empty"))
-    return Secret(text)
+    reader = DocumentReader(filename, [])
+    if filename:
+        with reader.noting(""):
+            token = load_text(filename, limits.config_bytes).strip()
+            if not token:
+                raise NodeError("token file should not be empty")
+    if reader.problems:
+        raise ConfigError(*reader.problems)
+    return Secret(token) if token else None
 
 
 # ==================================================================================================
