@@ -1830,7 +1830,7 @@ class Node(NamedTuple):
     entries: tuple[tuple[Node, Node], ...] = ()
 
 
-NOTHING: Final = Node("nothing")
+ABSENT: Final = Node("nothing")
 
 
 def mismatch(what: str, node: Node) -> NodeError:
@@ -1850,7 +1850,8 @@ def build_yaml(loader: Any, raw: Any) -> Node:
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
     build = functools.partial(loader.construct_object, deep=True)
     if raw.id == "scalar":
-        return Node(YAML_KINDS.get(raw.tag.rpartition(":")[2], "string"), raw.value, place)
+        kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
+        return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` is no text
     if raw.id == "sequence":
         return Node("list", "", place, items=tuple(map(build, raw.value)))
     pairs = [(key.tag.endswith(":merge"), build(key), build(value)) for key, value in raw.value]
@@ -1891,7 +1892,7 @@ def build_json(value: Any) -> Node:
         return Node("string", value)
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
-    return value or NOTHING
+    return value or ABSENT
 
 
 def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
@@ -2183,7 +2184,7 @@ class DocumentReader:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: Values = {}
         for name, metadata in declared.items():
-            node, where = nodes.get(name, NOTHING), f"{path}.{name}".lstrip(".")
+            node, where = nodes.get(name, ABSENT), f"{path}.{name}".lstrip(".")
             if node.kind != "nothing":
                 with self.noting(where):
                     values[name] = metadata["read"](node)
@@ -2195,7 +2196,7 @@ class DocumentReader:
         """The nodes of a whole file's modules, and the name of the default one."""
         known = ("modules", "defaultModule", "global")
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
-        listed = nodes.get("modules", NOTHING)
+        listed = nodes.get("modules", ABSENT)
         modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
         default = {"defaultModule": {"read": read_text, "default": ""}}
         return modules, self.values(default, nodes, "").get("defaultModule", "")
