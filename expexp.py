@@ -184,12 +184,11 @@ class Reason(NamedTuple):
     status: int  # of the answer; 0: the target's, or none any more
     methods: tuple[str, ...]  # of the modules that can fail this way; none: there is no module
     counters: tuple[str, ...]  # of the original, expexp_..._total, to be raised as well
-    documentation: str
 
 
 REASONS: Final = {
-    name: Reason(name, int(status), names_of(methods), names_of(counters), documentation)
-    for name, status, methods, counters, documentation in rows("""
+    name: Reason(name, int(status), names_of(methods), names_of(counters))
+    for name, status, methods, counters, _when in rows("""
 bad_arguments   400  http exec       -                         no module; args or params refused
 unknown_module  404  -               -                         counted under module="unknown"
 malformed       500  http exec file  malformed_content_errors  not verified, gzip broken
@@ -333,8 +332,7 @@ DURATION_PART: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12}
 
 def parse_duration(text: str) -> float:
     """Seconds of a duration as Go writes it, such as `1m30s` or `0`; ValueError otherwise."""
-    micro = re.compile("[\u00b5\u03bc]s")  # with the micro sign, with a Greek mu
-    plain = micro.sub("us", text.removeprefix("+"))
+    plain = re.sub("[\u00b5\u03bc]s", "us", text.removeprefix("+"))  # micro sign or Greek mu
     parts = DURATION_PART.findall(plain)
     if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
         raise ValueError(f'expected a duration such as "5s" or "1m30s", found "{excerpt(text)}"')
@@ -361,10 +359,8 @@ Pairs = Sequence[tuple[bytes, bytes]]
 
 def parse_query(query: str) -> Pairs:
     """Names and values of a query in their order, as bytes; http.server hands it on as latin-1."""
-    parts = query.replace("+", " ").encode("latin-1", "replace").split(b"&")
-    pairs = (part.partition(b"=") for part in parts if part)
-    unquote = urllib.parse.unquote_to_bytes
-    return [(unquote(name), unquote(value)) for name, _, value in pairs]
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="latin-1")
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
 def render_query(pairs: Pairs) -> str:
@@ -1563,11 +1559,6 @@ process_threads                        gauge    -  Threads.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
 
 
-def render_number(value: float) -> str:
-    """The number as the text format writes it; whole ones without a point."""
-    return str(int(value)) if float(value).is_integer() else repr(value)
-
-
 def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
     """`{name="value",...}`, escaped, or nothing."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
@@ -1581,26 +1572,25 @@ class SelfMetrics:
     def __init__(self) -> None:
         """Know every declared family; those without labels start at zero."""
         self._lock = threading.Lock()
-        # A child is [value, count]; the count is a summary's.
-        self._families: dict[str, dict[tuple[str, ...], list[float]]] = {
-            declared.name: {} if declared.labels else {(): [0, 0]} for declared in SELF_METRICS
+        # A series, by its labels: its value, and the count that only a summary has.
+        self._families: dict[str, dict[tuple[str, ...], tuple[float, int]]] = {
+            declared.name: {} if declared.labels else {(): (0, 0)} for declared in SELF_METRICS
         }
-
-    def increment(self, name: str, *labels: str, by: float = 1) -> None:
-        """Add to a counter or gauge; adding 0 makes the series appear."""
-        with self._lock:
-            self._families[name].setdefault(labels, [0, 0])[0] += by
 
     def set(self, name: str, *labels: str, to: float) -> None:
         """Set a gauge, or a counter that is kept elsewhere."""
         with self._lock:
-            self._families[name][labels] = [to, 0]
+            self._families[name][labels] = to, 0
+
+    def increment(self, name: str, *labels: str, by: float = 1) -> None:
+        """Add to a counter or gauge; adding 0 makes the series appear."""
+        self.observe(name, *labels, seconds=by, count=0)
 
     def observe(self, name: str, *labels: str, seconds: float, count: int = 1) -> None:
         """Count one event in a summary, and its length."""
         with self._lock:
-            child = self._families[name].setdefault(labels, [0, 0])
-            child[:] = child[0] + seconds, child[1] + count
+            total, events = self._families[name].get(labels, (0, 0))
+            self._families[name][labels] = total + seconds, events + count
 
     def create_module(self, module: str, method: str) -> None:
         """Create all series of a module at zero: only the reasons that its method can have."""
@@ -1626,12 +1616,11 @@ class SelfMetrics:
         lines: list[str] = []
         for name, kind, labels, documentation in sorted(SELF_METRICS):
             lines += f"# HELP {name} {documentation}", f"# TYPE {name} {kind}"
-            for values, (value, count) in families[name]:
-                series, number = render_labels(labels, values), render_number(value)
-                if kind == "summary":
-                    lines += f"{name}_sum{series} {number}", f"{name}_count{series} {count}"
-                else:
-                    lines.append(f"{name}{series} {number}")
+            suffixes = ("_sum", "_count") if kind == "summary" else ("",)
+            for values, numbers in families[name]:
+                for suffix, number in zip(suffixes, numbers):
+                    shown = repr(number).removesuffix(".0")
+                    lines.append(f"{name}{suffix}{render_labels(labels, values)} {shown}")
         return "\n".join(lines) + "\n"
 
 
@@ -1643,15 +1632,9 @@ class SelfMetrics:
 # Pure: a list of texts in, Options out.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-#: The original's levels, with those of Python's logging.
-LOG_LEVELS: Final = {
-    **dict.fromkeys(("panic", "fatal"), logging.CRITICAL),
-    "error": logging.ERROR,
-    **dict.fromkeys(("warning", "warn"), logging.WARNING),
-    "info": logging.INFO,
-    "debug": logging.DEBUG,
-    "trace": logging.DEBUG - 5,
-}
+LEVEL_NAMES: Final = ("panic", "fatal", "error", "warning", "warn", "info", "debug", "trace")
+#: The original's levels, as the numbers that Python's logging has for them.
+LOG_LEVELS: Final = dict(zip(LEVEL_NAMES, (50, 50, 40, 30, 30, 20, 10, 5)))
 BOOLEANS: Final = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 
 
@@ -1659,16 +1642,11 @@ class FlagError(ExpexpError):
     """The flags cannot be used; for whoever typed them."""
 
 
-def choice(what: str, values: Mapping[str, Any]) -> Callable[[str], Any]:
-    """A parser of one of some words, in any case."""
-
-    def parse(text: str) -> Any:
-        """The word's value; ValueError."""
-        if text.lower() not in values:
-            raise ValueError(f"expected {what}")
-        return values[text.lower()]
-
-    return parse
+def parse_word(what: str, words: Mapping[str, Any], text: str) -> Any:
+    """The value of one of some words, in any case; ValueError."""
+    if text.lower() not in words:
+        raise ValueError(f"expected {what}")
+    return words[text.lower()]
 
 
 def parse_network(text: str) -> Network:
@@ -1689,7 +1667,7 @@ def parse_offset(text: str) -> float:
     return parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
 
 
-def parse_url_path(text: str) -> str:
+def parse_path(text: str) -> str:
     """An absolute path without `.`, `..` and doubled slashes."""
     return "/" + os.path.normpath("/" + text).lstrip("/")
 
@@ -1699,18 +1677,15 @@ def no_value(_text: str) -> str:
     raise ValueError("not supported")
 
 
-parse_boolean: Final = choice("true or false", BOOLEANS)
-parse_level: Final = choice(f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
+parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
+parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
 
 
-def flag(
-    name: str, parse: Callable[[str], Any], typed: Any, documentation: str, other: str = ""
-) -> Any:
+def flag(names: str, parse: Callable[[str], Any], typed: Any, documentation: str) -> Any:
     """A field that is a flag; `typed` is its default as a user types it, () makes it repeatable."""
-    names = tuple(filter(None, (name, other)))
-    metadata = {"names": names, "parse": parse, "typed": typed, "documentation": documentation}
-    default = typed if parse is no_value or typed == () else parse(typed)
-    return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    metadata = {"names": names.split(), "parse": parse, "typed": typed, "doc": documentation}
+    default = typed if typed == () else parse(typed)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -1724,30 +1699,26 @@ class Options:
         "config.dirs", str, (), "Folder of files with one module each; may be repeated."
     )
     config_file: str = flag(
-        "config.file", str, "expexp.yaml", 'File with the modules; "" for none.', "config"
+        "config.file config", str, "expexp.yaml", 'File with the modules; "" for none.'
     )
     config_skip_dirs: bool = flag(
         "config.skip-dirs", parse_boolean, "false", "Skip a -config.dirs that does not exist."
     )
-    help: bool = flag("help", parse_boolean, "false", "Show the flags and exit.", "h")
+    help: bool = flag("help h", parse_boolean, "false", "Show the flags and exit.")
     log_json: bool = flag("log.json", parse_boolean, "false", "Write the log as JSON.")
     log_level: int = flag("log.level", parse_level, "warning", f"One of {', '.join(LOG_LEVELS)}.")
     timeout_offset: float = flag(
         "timeout-offset", parse_offset, "0.5", "Seconds taken off Prometheus's scrape timeout."
     )
     version: bool = flag("version", parse_boolean, "false", "Show the version and exit.")
-    bearer_token: Secret = flag(  # noqa: RUF009 - frozen
-        "web.bearer.token", Secret, "", "Token that clients must send."
-    )
+    bearer_token: Secret = flag("web.bearer.token", Secret, "", "Token that clients must send.")  # noqa: RUF009 - frozen
     bearer_token_file: str = flag("web.bearer.token-file", str, "", "File with that token.")
     listen_address: tuple[str, int] | None = flag(
         "web.listen-address", parse_listen, ":9999", 'Address to listen on; "" for none.'
     )
-    proxy_path: str = flag("web.proxy-path", parse_url_path, "/proxy", "Path of the modules.")
-    telemetry_path: str = flag(
-        "web.telemetry-path", parse_url_path, "/metrics", "Path of our own metrics."
-    )
-    winsvc: str = flag("winsvc", no_value, "", "Not supported: there is no Windows service.")
+    proxy_path: str = flag("web.proxy-path", parse_path, "/proxy", "Path of the modules.")
+    telemetry_path: str = flag("web.telemetry-path", parse_path, "/metrics", "Path of our metrics.")
+    winsvc: tuple[()] = flag("winsvc", no_value, (), "Not supported: there is no Windows service.")
 
 
 def declared_flags() -> dict[str, dataclasses.Field[Any]]:
@@ -1757,24 +1728,22 @@ def declared_flags() -> dict[str, dataclasses.Field[Any]]:
 
 def parse_flags(arguments: Sequence[str]) -> Options:
     """The options of a command line; raises FlagError with what is wrong."""
-    flags, rest = declared_flags(), list(arguments)
+    flags, rest = declared_flags(), iter(arguments)
     values: dict[str, Any] = {}
-    while rest:
-        argument = rest.pop(0)
+    for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
             raise FlagError(f'unexpected argument "{excerpt(argument)}"')
         name, text = found.groups()
         if name not in flags:
             raise FlagError(f"flag provided but not defined: -{excerpt(name)}")
-        field = flags[name]
-        if text is None and field.metadata["parse"] is parse_boolean:
-            text = "true"
-        if text is None and not rest:
+        field, parse = flags[name], flags[name].metadata["parse"]
+        if text is None:
+            text = "true" if parse is parse_boolean else next(rest, None)
+        if text is None:
             raise FlagError(f"flag needs an argument: -{name}")
-        text = rest.pop(0) if text is None else text
         try:
-            value = field.metadata["parse"](text)
+            value = parse(text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
         if field.metadata["typed"] == ():
@@ -1790,7 +1759,7 @@ def render_usage() -> str:
         names, typed = field.metadata["names"], field.metadata["typed"]
         shown = f" (default {typed})" if typed not in ("", (), "false") else ""
         lines.append("  " + ", ".join(f"-{name}" for name in names))
-        lines.append(f"        {field.metadata['documentation']}{shown}")
+        lines.append(f"        {field.metadata['doc']}{shown}")
     return "\n".join(lines) + "\n"
 
 
@@ -3715,14 +3684,14 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        message = record.getMessage()
-        if record.exc_info:
-            message += "\n" + self.formatException(record.exc_info)
+        message = super().format(record)
         message = message[: self._most] + ("..." if len(message) > self._most else "")
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         level = record.levelname.lower()
         if self._as_json:
             return json.dumps({"level": level, "msg": message, "time": created})
+        if record.levelno == logging.CRITICAL:  # why expexp does not start: for whoever started it
+            return message
         quoted = json.dumps(message, ensure_ascii=not message.isprintable())
         return f'time="{created}" level={level} msg={quoted}'
 
@@ -3737,16 +3706,6 @@ def set_up_logging(options: Options, limits: Limits) -> None:
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
-def complain(options: Options, *problems: object) -> int:
-    """Say why expexp does not start, a line each, as JSON if the log is; the exit code 1."""
-    for problem in problems:
-        if options.log_json:
-            LOGGER.critical("%s", problem)
-        else:
-            sys.stderr.write(f"{problem}\n")
-    return 1
-
-
 def raise_descriptor_limit(most: int) -> int:
     """Raise the soft limit of file descriptors; the former one, 0 if it was not raised. IO."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3755,13 +3714,6 @@ def raise_descriptor_limit(most: int) -> int:
         return 0
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     return soft
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listener on this host is reached from this host alone."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
-    return host == "localhost"
 
 
 def set_constant_metrics(metrics: SelfMetrics) -> None:
@@ -3776,7 +3728,7 @@ class Program:
     """All parts of a running expexp."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load and check everything, and bind; raises ConfigError or OSError."""
+        """Load and check everything, and bind; raises ConfigError."""
         self._limits, metrics, loader = limits, SelfMetrics(), ConfigLoader(limits)
         set_constant_metrics(metrics)
         config = loader.load(options.config_file, options.config_dirs, options.config_skip_dirs)
@@ -3786,14 +3738,34 @@ class Program:
         tools = Tools(limits, budget, resolver, self.commands, metrics)
         self.application = Application(config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
-        listeners = filter(None, (options.listen_address,))
-        self.servers = [
-            Server(address, self.application, self.connections, limits) for address in listeners
-        ]
-        for warning in (*loader.warnings, *warn_of_access(config, options, access)):
+        parts = self.application, self.connections, limits
+        host, port = options.listen_address or ("", 0)
+        try:
+            self.servers = [Server((host, port), *parts)] if options.listen_address else []
+        except (OSError, UnicodeError) as error:
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            message = f"cannot listen on {where}: {words_of(error)}"
+            raise ConfigError(Problem("", 0, 0, "", message)) from None
+        for warning in loader.warnings:
             LOGGER.warning("%s", warning)
+        self._tell_access(config, options, access)
         if not config.modules:
             LOGGER.error("no modules loaded from any config file")
+
+    def _tell_access(self, config: Config, options: Options, access: Access) -> None:
+        """Log what an operator should know from the start of who may ask for what."""
+        for network in options.allow_net:
+            LOGGER.info("Allowing connections only from %s", network)
+        commands = [module for module in config.modules.values() if module.method == "exec"]
+        names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
+        bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
+        safe = access.token or options.allow_net or all(host.is_loopback for host in bound)
+        if names and not safe:
+            LOGGER.warning(
+                "anyone who reaches this port can add arguments to the commands of %s: "
+                "set accept_args and accept_params, -allow.net or -web.bearer.token",
+                excerpt(names, 200),
+            )
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
@@ -3820,24 +3792,6 @@ class Program:
         self.commands.end_all()
 
 
-def warn_of_access(config: Config, options: Options, access: Access) -> Iterator[str]:
-    """What an operator should know from the start of who may ask for what."""
-    for network in options.allow_net:
-        LOGGER.info("Allowing connections only from %s", network)
-    names = [
-        name
-        for name, module in config.modules.items()
-        if module.method == "exec" and (module.accept_args or module.accept_params)
-    ]
-    host = options.listen_address[0] if options.listen_address else "localhost"
-    if names and not (is_loopback(host) or access.token or options.allow_net):
-        shown = excerpt(", ".join(names), 200)
-        yield (
-            f"anyone who reaches this port can add arguments to the commands of {shown}: "
-            "set accept_args and accept_params, -allow.net or -web.bearer.token"
-        )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run expexp with these arguments, or the command line's; returns the exit code."""
     limits = Limits()
@@ -3857,11 +3811,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         program = Program(options, limits)
     except ConfigError as error:
-        return complain(options, *error.problems)
-    except (OSError, UnicodeError) as error:
-        host, port = options.listen_address
-        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        return complain(options, f"cannot listen on {where}: {words_of(error)}")
+        for problem in error.problems:
+            LOGGER.critical("%s", problem)
+        return 1
     program.run()
     return 0
 
