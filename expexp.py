@@ -2481,12 +2481,10 @@ class Response:
     aborted: bool = False  # failed after the status was sent
 
 
-def own_response(
-    status: int, text: str, *headers: tuple[str, str], content_type: str = PLAIN_CONTENT_TYPE
-) -> Response:
-    """A page of ours: one line of plain text, unless another type is given."""
-    fixed = (("Content-Type", content_type), ("X-Content-Type-Options", "nosniff"))
-    return Response(status, [*fixed, *headers], f"{text}\n".encode("utf-8", "replace"))
+def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
+    """A page of ours: one line of plain text, unless `more` headers give it another type."""
+    fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
+    return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
 
 
 class FailureLog:
@@ -2720,10 +2718,10 @@ class Application:
         modules, vary = self._config.modules, ("Vary", "Accept")
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
-            return own_response(200, text, vary, content_type="application/json")
+            return own_response(200, text, vary, ("Content-Type", "application/json"))
         text = render_index(modules, self._options.proxy_path, self._options.telemetry_path)
         policy = ("Content-Security-Policy", "default-src 'none'")
-        return own_response(200, text, vary, policy, content_type="text/html; charset=utf-8")
+        return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
 
 def outline(module: Module) -> dict[str, Any]:
@@ -2758,9 +2756,9 @@ def collect_process(metrics: SelfMetrics) -> None:
         with open("/proc/self/stat", "rb") as file:
             # The name of the program may contain blanks and brackets; proc(5) counts from 1.
             fields = file.read().rpartition(b")")[2].split()
-        boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        started = boot + int(fields[19]) / os.sysconf("SC_CLK_TCK")
-        metrics.set("process_start_time_seconds", to=round(started, 2))
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+        metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
         metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
         metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
         metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 1)
@@ -2773,8 +2771,9 @@ def collect_process(metrics: SelfMetrics) -> None:
 # there are slots. No client that does not send, does not read or hangs up decides anything here:
 # reads have a deadline, writes must make progress, and both cost one line at debug.
 
-REQUEST_LINE: Final = re.compile(rb"(\S+) (\S+) HTTP/([0-9.]+)\r?\n")
-ABSOLUTE_FORM: Final = re.compile(r"\Ahttps?://[^/?#]*", re.IGNORECASE)
+# Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
+URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
+REQUEST_LINE: Final = re.compile(rb"(\S+) (?=\S)%b(\S*) HTTP/([0-9.]+)\r?\n" % URL_START)
 CONTROL: Final = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")  # never in a header
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -2816,12 +2815,11 @@ class Connections:
         """Have the oldest idle connection end; its thread wakes from reading. False if none is."""
         with self._lock:
             connection = next(filter(self._open.get, self._open), None)
-            if not connection:
-                return False
-            self.remove(connection)
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            return True
+            if connection:
+                self.remove(connection)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            return connection is not None
 
     def drain(self, seconds: float) -> bool:
         """Wait until all connections have ended, the idle ones at once; False if some have not."""
@@ -2844,28 +2842,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits = self.server.limits
-        self._wait_seconds = self._limits.header_seconds
+        self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         reader = DeadlineReader(self.rfile.detach(), self.connection, self._remaining)
         self.rfile = io.BufferedReader(reader)
 
     def _remaining(self) -> float:
-        """Seconds that the next read may take; raises TimeoutError when none remain."""
-        seconds = self._until - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError("the client took too long")
-        return seconds
+        """Seconds that the next read may take; raises ScrapeError when none remain."""
+        return self._deadline.remaining()
 
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
+        self.close_connection, connections = True, self.server.connections
         request, refusal = Request("-", "-", (), self._client), None
-        self.close_connection = True
-        if not self._await_request():
+        connections.mark(self.connection, idle=True)
+        arrived = self.rfile.peek(1)
+        connections.mark(self.connection, idle=False)
+        if not arrived:  # the client has closed instead
             return
+        self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
             request = self._read_request()
         except RequestError as error:
             refusal = error
-        except (TimeoutError, socket.timeout):
+        except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
@@ -2873,16 +2872,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._write(self.server.application.handle(request, refusal), request)
         if unread:
             self._discard()
-
-    def _await_request(self) -> bool:
-        """Wait for the first byte of a request; False if the client closes instead."""
-        self._until = time.monotonic() + self._wait_seconds
-        self.server.connections.mark(self.connection, idle=True)
-        arrived = self.rfile.peek(1)
-        self.server.connections.mark(self.connection, idle=False)
-        self._wait_seconds = self._limits.idle_seconds
-        self._until = time.monotonic() + self._limits.header_seconds
-        return bool(arrived)
+        self._deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
     def _read_request(self) -> Request:
         """The request; raises RequestError if it is none, OSError if it does not arrive."""
@@ -2898,8 +2888,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
             raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        target = ABSOLUTE_FORM.sub("", target, count=1) or "/"
-        request = Request(method, target, self._read_headers(), self._client)
+        request = Request(method, target or "/", self._read_headers(), self._client)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
         self.close_connection = "close" in tokens or (old and "keep-alive" not in tokens)
@@ -2931,8 +2920,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._send_response(response, request.method == "HEAD")
             except (OSError, ScrapeError) as error:
                 LOGGER.debug("%s: response not sent: %s", request.client, error)
-                response.aborted = True
-                self._reset()
+                response.aborted = self.close_connection = True
+                # With a reset the client sees an error: to HTTP/1.0 an end is a complete body.
+                with contextlib.suppress(OSError):
+                    linger = struct.pack("ii", 1, 0)
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.rfile.close()
+                self.connection.close()
 
     def _send_response(self, response: Response, is_head: bool) -> None:
         """Send head and body, in one write if they are small."""
@@ -2968,20 +2962,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(self._limits.write_stall_seconds)
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
 
-    def _reset(self) -> None:
-        """Close so that the client sees an error: to HTTP/1.0 a plain close is a complete body."""
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.rfile.close()
-        self.connection.close()
-
     def _discard(self) -> None:
         """Read away what the client still sends: closing now would reset what we answered."""
-        self._until = time.monotonic() + self._limits.unread_seconds
+        self._deadline = Deadline(self._limits.unread_seconds, time.monotonic)
         left = self._limits.unread_bytes
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ScrapeError):
             self.connection.shutdown(socket.SHUT_WR)
             while left > 0:
                 left -= len(self.rfile.read1(PIECE_BYTES)) or left
@@ -3000,8 +2985,6 @@ Address = tuple[str, int]
 class Server(http.server.ThreadingHTTPServer):
     """A listener; several may share connections and application."""
 
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 1024
 
     def __init__(
@@ -3049,7 +3032,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """One line at debug for a client that hangs up; the trace of anything else to the log."""
         error = sys.exc_info()[1]
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
         else:
             LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
