@@ -3039,15 +3039,10 @@ class Response:
     aborted: bool = False  # failed after the status was sent
 
 
-def text_response(status: int, text: str, *headers: tuple[str, str]) -> Response:
-    """A response of one line of plain text."""
-    fixed = (("Content-Type", PLAIN_CONTENT_TYPE), ("X-Content-Type-Options", "nosniff"))
-    return Response(status, [*fixed, *headers], f"{text}\n".encode("utf-8", "replace"))
-
-
-def status_phrase(status: int) -> str:
-    """The usual words for a status, "" for an unusual one."""
-    return http.HTTPStatus(status).phrase if status in set(http.HTTPStatus) else ""
+def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
+    """A page of ours: one line of plain text, unless `more` headers give it another type."""
+    fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
+    return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
 
 
 class FailureLog:
@@ -3064,10 +3059,10 @@ class FailureLog:
         now = self._clock()
         with self._lock:
             last, since = self._last.get(module, ("", now))
-            if reason == last and (not reason or now - since < self._reminder_seconds):
-                return False
-            self._last[module] = (reason, now)
-            return True
+            is_news = reason != last or (reason != "" and now - since >= self._reminder_seconds)
+            if is_news:
+                self._last[module] = (reason, now)
+            return is_news
 
 
 def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
@@ -3092,16 +3087,13 @@ def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
     if len(added) > limits.arguments:
         raise ScrapeError("bad_arguments", f"more than {limits.arguments} args and params")
     for kind, value in added:
-        wrong = ""
-        if len(value) > limits.argument_bytes:
-            wrong = f"longer than {limits.argument_bytes} bytes"
-        elif b"\0" in value:
-            wrong = "a NUL in it"
-        elif kind == b"params" and not PARAMETER.fullmatch(value):
-            wrong = 'not of the form "name=value"'
-        elif not is_accepted(module, kind, value):
-            wrong = "not accepted by this module"
-        if wrong:
+        faults = {
+            f"longer than {limits.argument_bytes} bytes": len(value) > limits.argument_bytes,
+            "a NUL in it": b"\0" in value,
+            'not of the form "name=value"': kind == b"params" and not PARAMETER.fullmatch(value),
+            "not accepted by this module": not is_accepted(module, kind, value),
+        }
+        for wrong in filter(faults.get, faults):
             raise ScrapeError("bad_arguments", f'{kind.decode()} "{excerpt(value)}": {wrong}')
 
 
@@ -3126,53 +3118,44 @@ class Access:
         """Raise RequestError with 403 or 401."""
         address = parse_client_address(request.client)
         if self._networks and not any(address in network for network in self._networks):
-            raise RequestError(http.HTTPStatus.FORBIDDEN, "Forbidden")
-        authorization = request.header("authorization")
-        scheme, _, given = authorization.partition(" ")
+            raise RequestError(403, "Forbidden")
         if not self.token:
             return
+        scheme, _, given = request.header("authorization").partition(" ")
         given_bytes, token = given.strip().encode("latin-1"), self.token.reveal().encode()
-        if scheme.lower() == "bearer" and hmac.compare_digest(given_bytes, token):
-            return
         wrong = "Invalid Bearer Token"
-        if scheme.lower() != "bearer":
-            missing = "Authorization header is missing"
-            wrong = "Authorization header not of Bearer type" if authorization else missing
-        challenge = ("WWW-Authenticate", 'Bearer realm="expexp"')
-        raise RequestError(http.HTTPStatus.UNAUTHORIZED, wrong, challenge)
+        if not scheme:
+            wrong = "Authorization header is missing"
+        elif scheme.lower() != "bearer":
+            wrong = "Authorization header not of Bearer type"
+        elif hmac.compare_digest(given_bytes, token):
+            return
+        raise RequestError(401, wrong, ("WWW-Authenticate", 'Bearer realm="expexp"'))
 
 
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(
-        self,
-        config: Config,
-        options: Options,
-        access: Access,
-        tools: Tools,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, config: Config, options: Options, access: Access, tools: Tools) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._options, self._access, self._tools, self._clock = options, access, tools, clock
+        self._options, self._access, self._tools = options, access, tools
         self._metrics = tools.metrics
-        self._failures = FailureLog(tools.limits.failure_reminder_seconds, clock)
+        self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
-            "/-/healthy": lambda _: text_response(http.HTTPStatus.OK, "expexp is healthy."),
-            "/-/ready": lambda _: text_response(http.HTTPStatus.OK, "expexp is ready."),
+            "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
+            "/-/ready": lambda _: own_response(200, "expexp is ready."),
         }
         self._add_route("-web.telemetry-path", options.telemetry_path, self._telemetry)
         self._add_route("-web.proxy-path", options.proxy_path, self._proxy)
         self.replace_config(config)
 
-    def _add_route(self, name: str, path: str, route: Callable[[Request], Response]) -> None:
+    def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
         if path in self._routes:
-            message = f"flag {name} can not be set to {path}: that path is taken"
-            if path == self._options.telemetry_path != "/" and name == "-web.proxy-path":
-                flags = "flags -web.proxy-path and -web.telemetry-path"
-                message = f"{flags} can not be set to the same value"
+            message = f"flag {flag} can not be set to {path}: that path is taken"
+            if self._routes[path] == self._telemetry:
+                message = f"flags {flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
         self._routes[path] = route
 
@@ -3180,21 +3163,19 @@ class Application:
         """Use another configuration for the requests that begin from now on."""
         for module in config.modules.values():
             self._metrics.create_module(module.name, module.method)
-            self._metrics.observe("expexp_proxy_duration_seconds", module.name, seconds=0, count=0)
         self._config = config
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
-        started = self._clock()
+        started = time.monotonic()
         self._metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
         except RequestError as error:
-            response = text_response(error.status, error.message, *error.headers)
+            response = own_response(error.status, error.message, *error.headers)
         except Exception:
             LOGGER.exception("unexpected error in answering %s", excerpt(request.target, 200))
-            status = http.HTTPStatus.INTERNAL_SERVER_ERROR
-            response = text_response(status, "Internal Server Error: see the log")
+            response = own_response(500, "Internal Server Error: see the log")
         response.cleanup.callback(self._finish, request, response, started)
         return response
 
@@ -3204,48 +3185,42 @@ class Application:
         path = request.path if request.path in self._routes else "other"
         self._metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
-        phrase = status_phrase(response.status) + (", aborted" if response.aborted else "")
-        milliseconds = (self._clock() - started) * 1000
-        LOGGER.info("%s %d %s (took %.2fms)", line, response.status, phrase, milliseconds)
+        phrase = http.client.responses.get(response.status, "")
+        ended = f"{phrase}, aborted" if response.aborted else phrase
+        milliseconds = (time.monotonic() - started) * 1000
+        LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, milliseconds)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
         self._access.check(request)
-        route = self._routes.get(request.path)
-        if not route:
-            raise RequestError(http.HTTPStatus.NOT_FOUND, "404 page not found")
+        if request.path not in self._routes:
+            raise RequestError(404, "404 page not found")
         if request.method not in ("GET", "HEAD"):
-            status = http.HTTPStatus.METHOD_NOT_ALLOWED
-            raise RequestError(status, "405 method not allowed", ("Allow", "GET, HEAD"))
-        return route(request)
+            raise RequestError(405, "405 method not allowed", ("Allow", "GET, HEAD"))
+        return self._routes[request.path](request)
 
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
-        config, module, started = self._config, None, self._clock()
+        module, pairs = None, parse_query(request.target.partition("?")[2])
         with contextlib.ExitStack() as cleanup:
             try:
-                pairs = parse_query(request.target.partition("?")[2])
-                module, pairs = choose_module(config, pairs)
-                cleanup.callback(self._observe, module.name, started)
+                module, pairs = choose_module(self._config, pairs)
+                cleanup.callback(self._observe, module.name, time.monotonic())
                 check_arguments(module, pairs, self._tools.limits)
                 result = scrape_target(self._job(request, module, pairs, cleanup))
-                response = self._scraped(module, result)
+                body = self._noted_body(module, result)
+                return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
                 self._note(module, error)
-                text = (
-                    f"module {excerpt(module.name)}: {error.message}" if module else error.message
-                )
-                return text_response(error.reason.status, text)
-            response.cleanup = cleanup.pop_all()
-            return response
+                who = f"module {excerpt(module.name)}: " if module else ""
+                return own_response(error.reason.status, who + error.message)
 
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
-        self._metrics.observe(
-            "expexp_proxy_duration_seconds", module, seconds=self._clock() - started
-        )
+        seconds = time.monotonic() - started
+        self._metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
 
     def _job(
         self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
@@ -3255,29 +3230,24 @@ class Application:
         seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
         consumed = "authorization" if self._access.token else ""
         headers = [pair for pair in request.headers if pair[0].lower() != consumed]
-        deadline = Deadline(seconds, self._clock)
+        deadline = Deadline(seconds, time.monotonic)
         return Job(module, pairs, headers, request.client, deadline, cleanup, self._tools)
 
-    def _scraped(self, module: Module, result: Scrape) -> Response:
-        """The response with what a target answered; the target's own failures are counted."""
+    def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
+        """The body that a target answered with; the target's own failures are counted."""
         if result.status != http.HTTPStatus.OK:
             message = f"the target answered with status {result.status}"
             self._note(module, ScrapeError("status", message))
         elif self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
-        response = Response(result.status, result.headers, result.body)
-        if not isinstance(result.body, bytes):
-            response.body = self._streamed(module, response, result.body)
-        return response
+        body = result.body
+        return body if isinstance(body, bytes) else self._streamed(module, body)
 
-    def _streamed(
-        self, module: Module, response: Response, pieces: Iterator[bytes]
-    ) -> Iterator[bytes]:
+    def _streamed(self, module: Module, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """The pieces; a failure after the status was sent counts as aborted."""
         try:
             yield from pieces
         except ScrapeError as error:
-            response.aborted = True
             self._note(module, ScrapeError("aborted", error.message))
             raise
 
@@ -3303,18 +3273,13 @@ class Application:
 
     def _index(self, request: Request) -> Response:
         """The modules, for people as HTML and for programs as JSON."""
-        modules, options = self._config.modules, self._options
+        modules, vary = self._config.modules, ("Vary", "Accept")
         if accepts(request.header("accept"), "application/json"):
-            body = json.dumps({name: outline(module) for name, module in modules.items()})
-            headers = [("Content-Type", "application/json")]
-        else:
-            body = render_index(modules, options.proxy_path, options.telemetry_path)
-            headers = [
-                ("Content-Type", "text/html; charset=utf-8"),
-                ("Content-Security-Policy", "default-src 'none'"),
-                ("X-Content-Type-Options", "nosniff"),
-            ]
-        return Response(http.HTTPStatus.OK, [*headers, ("Vary", "Accept")], body.encode())
+            text = json.dumps({name: outline(module) for name, module in modules.items()})
+            return own_response(200, text, vary, ("Content-Type", "application/json"))
+        text = render_index(modules, self._options.proxy_path, self._options.telemetry_path)
+        policy = ("Content-Security-Policy", "default-src 'none'")
+        return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
 
 def outline(module: Module) -> dict[str, Any]:
@@ -3325,51 +3290,36 @@ def outline(module: Module) -> dict[str, Any]:
 
 PAGE: Final = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>expexp</title></head>
-<body><h1>expexp</h1>
-<h2>Exporters:</h2>
-<ul>
-{items}
-</ul>
-<p><a href="{telemetry}">Metrics of expexp itself</a></p>
-</body></html>
-"""
-
-
-def relative(path: str) -> str:
-    """A path as seen from /; one with a colon must not begin like a URL with a scheme."""
-    return f"./{path[1:]}" if ":" in path else path[1:]
+<body><h1>expexp</h1><h2>Exporters:</h2>
+<ul>{items}</ul>
+<p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
 
 
 def render_index(modules: Mapping[str, Module], proxy_path: str, telemetry_path: str) -> str:
     """The page at /; its links are relative, so that they hold behind a reverse proxy."""
-    items = []
+    items = ""
     for name, module in modules.items():
-        query = urllib.parse.quote(name, safe="")
-        link = html.escape(f"{relative(proxy_path)}?module={query}")
+        link = html.escape(f".{proxy_path}?module={urllib.parse.quote(name, safe='')}")
         shown = html.escape(f"{module.method} {module.target.shown}")
-        items.append(f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>')
-    return PAGE.format(items="\n".join(items), telemetry=html.escape(relative(telemetry_path)))
+        items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
+    return PAGE.format(items=items, telemetry=html.escape(telemetry_path))
 
 
 def collect_process(metrics: SelfMetrics) -> None:
     """Set the metrics of this process; what a system does not tell stays 0. IO."""
-    times, tick = os.times(), os.sysconf("SC_CLK_TCK")
-    values: dict[str, float] = {
-        "process_cpu_seconds_total": times.user + times.system,
-        "process_max_fds": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "process_threads": threading.active_count(),
-    }
+    metrics.set("process_cpu_seconds_total", to=time.process_time())
+    metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    metrics.set("process_threads", to=threading.active_count())
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         with open("/proc/self/stat", "rb") as file:
             # The name of the program may contain blanks and brackets; proc(5) counts from 1.
             fields = file.read().rpartition(b")")[2].split()
-        boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-        values["process_start_time_seconds"] = round(boot + int(fields[19]) / tick, 2)
-        values["process_virtual_memory_bytes"] = int(fields[20])
-        values["process_resident_memory_bytes"] = int(fields[21]) * resource.getpagesize()
-        values["process_open_fds"] = len(os.listdir("/proc/self/fd")) - 1
-    for name, value in values.items():
-        metrics.set(name, to=value)
+        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
+        metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
+        metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
+        metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
+        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 1)
 
 
 # ==================================================================================================
@@ -3379,8 +3329,9 @@ def collect_process(metrics: SelfMetrics) -> None:
 # there are slots. No client that does not send, does not read or hangs up decides anything here:
 # reads have a deadline, writes must make progress, and both cost one line at debug.
 
-REQUEST_LINE: Final = re.compile(rb"(\S+) (\S+) HTTP/([0-9.]+)\r?\n")
-ABSOLUTE_FORM: Final = re.compile(r"\Ahttps?://[^/?#]*", re.IGNORECASE)
+# Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
+URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
+REQUEST_LINE: Final = re.compile(rb"(\S+) (?=\S)%b(\S*) HTTP/([0-9.]+)\r?\n" % URL_START)
 CONTROL: Final = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")  # never in a header
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3391,8 +3342,8 @@ class Connections:
     def __init__(self, most: int, metrics: SelfMetrics) -> None:
         """Begin with none."""
         self._most, self._metrics = most, metrics
-        self._open: set[socket.socket] = set()
-        self._idle: dict[socket.socket, None] = {}  # the one that has been idle longest is first
+        #: Whether each is idle; of the idle ones that which has been so for longest comes first.
+        self._open: dict[socket.socket, bool] = {}
         self._lock = threading.RLock()
         self.draining = False
 
@@ -3402,38 +3353,31 @@ class Connections:
             if len(self._open) >= self._most and not self.evict():
                 self._metrics.increment("expexp_rejected_connections_total")
                 return False
-            self._open.add(connection)
+            self._open[connection] = False
             self._metrics.set("expexp_open_connections", to=len(self._open))
             return True
 
     def remove(self, connection: socket.socket) -> None:
         """Free a connection's slot."""
         with self._lock:
-            self._open.discard(connection)
+            self._open.pop(connection, None)
             self._metrics.set("expexp_open_connections", to=len(self._open))
+
+    def mark(self, connection: socket.socket, *, idle: bool) -> None:
+        """Note whether a connection waits for a request, unless it has been evicted."""
+        with self._lock:
+            if self._open.pop(connection, None) is not None:
+                self._open[connection] = idle
 
     def evict(self) -> bool:
         """Have the oldest idle connection end; its thread wakes from reading. False if none is."""
         with self._lock:
-            connection = next(iter(self._idle), None)
-            if not connection:
-                return False
-            del self._idle[connection]
-            self.remove(connection)
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            return True
-
-    @contextlib.contextmanager
-    def idle(self, connection: socket.socket) -> Iterator[None]:
-        """A connection waits for a request."""
-        with self._lock:
-            self._idle[connection] = None
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._idle.pop(connection, None)
+            connection = next(filter(self._open.get, self._open), None)
+            if connection:
+                self.remove(connection)
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            return connection is not None
 
     def drain(self, seconds: float) -> bool:
         """Wait until all connections have ended, the idle ones at once; False if some have not."""
@@ -3448,6 +3392,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one connection, request after request."""
 
     server: Server
+    rfile: io.BufferedReader
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
@@ -3455,45 +3400,37 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits = self.server.limits
-        self._wait_seconds = self._limits.header_seconds
-        raw = cast(io.BufferedReader, self.rfile).detach()
-        self.rfile = io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining))
+        self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
+        reader = DeadlineReader(self.rfile.detach(), self.connection, self._remaining)
+        self.rfile = io.BufferedReader(reader)
 
     def _remaining(self) -> float:
-        """Seconds that the next read may take; raises TimeoutError when none remain."""
-        seconds = self._until - time.monotonic()
-        if seconds <= 0:
-            raise TimeoutError("the client took too long")
-        return seconds
+        """Seconds that the next read may take; raises ScrapeError when none remain."""
+        return self._deadline.remaining()
 
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
-        self.close_connection, has_body = True, False
+        self.close_connection, connections = True, self.server.connections
         request, refusal = Request("-", "-", (), self._client), None
-        if not self._await_request():
+        connections.mark(self.connection, idle=True)
+        arrived = self.rfile.peek(1)
+        connections.mark(self.connection, idle=False)
+        if not arrived:  # the client has closed instead
             return
+        self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
             request = self._read_request()
-            length = request.header("content-length").strip() or "0"
-            has_body = length != "0" or bool(request.header("transfer-encoding"))
         except RequestError as error:
             refusal = error
-        except (TimeoutError, socket.timeout):
-            status = http.HTTPStatus.REQUEST_TIMEOUT
-            refusal = RequestError(status, "the request did not arrive in time")
-        self.close_connection |= bool(refusal) or has_body
+        except (TimeoutError, socket.timeout, ScrapeError):
+            refusal = RequestError(408, "the request did not arrive in time")
+        length, coding = map(request.header, ("content-length", "transfer-encoding"))
+        unread = bool(refusal or length.strip(" 0") or coding)
+        self.close_connection |= unread
         self._write(self.server.application.handle(request, refusal), request)
-        if refusal or has_body:
+        if unread:
             self._discard()
-
-    def _await_request(self) -> bool:
-        """Wait for the first byte of a request; False if the client closes instead."""
-        self._until = time.monotonic() + self._wait_seconds
-        with self.server.connections.idle(self.connection):
-            arrived = bool(cast(io.BufferedReader, self.rfile).peek(1))
-        self._wait_seconds = self._limits.idle_seconds
-        self._until = time.monotonic() + self._limits.header_seconds
-        return arrived
+        self._deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
     def _read_request(self) -> Request:
         """The request; raises RequestError if it is none, OSError if it does not arrive."""
@@ -3502,16 +3439,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
             line = self.rfile.readline(most + 1)
         if len(line) > most:
-            raise RequestError(http.HTTPStatus.REQUEST_URI_TOO_LONG, "the request line is too long")
+            raise RequestError(414, "the request line is too long")
         found = REQUEST_LINE.fullmatch(line)
         if not found:  # a bare `GET /` is HTTP/0.9, in which no status could be said
-            raise RequestError(http.HTTPStatus.BAD_REQUEST, "malformed request line")
+            raise RequestError(400, "malformed request line")
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
-            status = http.HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-            raise RequestError(status, "expected HTTP/1.0 or HTTP/1.1")
-        target = ABSOLUTE_FORM.sub("", target, count=1) or "/"
-        request = Request(method, target, self._read_headers(), self._client)
+            raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
+        request = Request(method, target or "/", self._read_headers(), self._client)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
         self.close_connection = "close" in tokens or (old and "keep-alive" not in tokens)
@@ -3520,21 +3455,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _read_headers(self) -> Headers:
         """The headers; raises RequestError if they are too large or malformed."""
         block, line, most = b"", b"", self._limits.header_block_bytes
-        status = http.HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         while line not in (b"\r\n", b"\n"):
             line = self.rfile.readline(most + 1 - len(block))
             block += line
             if len(block) > most:
-                raise RequestError(status, "the headers are too large")
+                raise RequestError(431, "the headers are too large")
             if not line.endswith(b"\n"):
                 raise ConnectionResetError("closed in the middle of a request")
         try:
             message = http.client.parse_headers(io.BytesIO(block))
         except http.client.HTTPException:
-            raise RequestError(status, "too many headers") from None
+            raise RequestError(431, "too many headers") from None
         tokens = all(TOKEN.fullmatch(name) for name in message)
         if CONTROL.search(block) or message.defects or message.get_payload() or not tokens:
-            raise RequestError(http.HTTPStatus.BAD_REQUEST, "malformed headers")
+            raise RequestError(400, "malformed headers")
         return [(name, " ".join(value.split("\r\n"))) for name, value in message.items()]
 
     def _write(self, response: Response, request: Request) -> None:
@@ -3544,23 +3478,30 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self._send_response(response, request.method == "HEAD")
             except (OSError, ScrapeError) as error:
                 LOGGER.debug("%s: response not sent: %s", request.client, error)
-                response.aborted = True
-                self._reset()
+                response.aborted = self.close_connection = True
+                # With a reset the client sees an error: to HTTP/1.0 an end is a complete body.
+                with contextlib.suppress(OSError):
+                    linger = struct.pack("ii", 1, 0)
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.rfile.close()
+                self.connection.close()
 
     def _send_response(self, response: Response, is_head: bool) -> None:
         """Send head and body, in one write if they are small."""
         headers, body = list(response.headers), response.body
-        names = {name.lower() for name, _ in headers}
-        whole = isinstance(body, bytes)
-        chunked = not whole and "content-length" not in names and self.request_version == "1.1"
-        known_end = whole or chunked or "content-length" in names
-        self.close_connection |= not known_end or self.server.connections.draining
-        connection = "close" if self.close_connection else "keep-alive"
+        given = {name.lower() for name, _ in headers}
         bodiless = response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
-        added = {"Content-Length": str(len(cast(bytes, body)))} if whole and not bodiless else {}
-        added.update({"Transfer-Encoding": "chunked"} if chunked else {})
-        added.update({} if "date" in names else {"Date": self.date_time_string()})
-        head = render_head(response.status, [*headers, *added.items(), ("Connection", connection)])
+        chunked = False
+        if isinstance(body, bytes):
+            headers += [] if bodiless else [("Content-Length", str(len(body)))]
+        elif "content-length" not in given:
+            chunked = self.request_version == "1.1"
+            headers += [("Transfer-Encoding", "chunked")] if chunked else []
+            self.close_connection |= not chunked  # the only end of the body there is
+        self.close_connection |= self.server.connections.draining
+        headers += [] if "date" in given else [("Date", self.date_time_string())]
+        headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
+        head = render_head(response.status, headers)
         if is_head or bodiless:
             self._send(head)
         elif isinstance(body, bytes):
@@ -3579,45 +3520,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(self._limits.write_stall_seconds)
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
 
-    def _reset(self) -> None:
-        """Close so that the client sees an error: to HTTP/1.0 a plain close is a complete body."""
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.rfile.close()
-        self.connection.close()
-
     def _discard(self) -> None:
         """Read away what the client still sends: closing now would reset what we answered."""
-        self._until = time.monotonic() + self._limits.unread_seconds
+        self._deadline = Deadline(self._limits.unread_seconds, time.monotonic)
         left = self._limits.unread_bytes
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, ScrapeError):
             self.connection.shutdown(socket.SHUT_WR)
             while left > 0:
-                left -= len(cast(io.BufferedReader, self.rfile).read1(PIECE_BYTES)) or left
+                left -= len(self.rfile.read1(PIECE_BYTES)) or left
 
 
 def render_head(status: int, headers: Headers) -> bytes:
     """Status line and headers; line breaks in a target's folded header become blanks."""
-    lines = [f"HTTP/1.1 {int(status)} {status_phrase(status)}"]
+    lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, '')}"]
     lines += (f"{name}: {' '.join(value.split())}" for name, value in headers)
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+
+Address = tuple[str, int]
 
 
 class Server(http.server.ThreadingHTTPServer):
     """A listener; several may share connections and application."""
 
-    daemon_threads = True
-    block_on_close = False
     request_queue_size = 1024
 
     def __init__(
-        self,
-        address: tuple[str, int],
-        application: Application,
-        connections: Connections,
-        limits: Limits,
+        self, address: Address, application: Application, connections: Connections, limits: Limits
     ) -> None:
         """Bind and listen, for no host to all addresses of both families; raises OSError."""
         self.application, self.connections, self.limits = application, connections, limits
@@ -3625,7 +3554,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
-        super().__init__(cast("tuple[str, int]", bound), Handler)
+        super().__init__(cast(Address, bound), Handler)
 
     def server_bind(self) -> None:
         """Bind without the look-up of our own name that http.server would do."""
@@ -3636,7 +3565,7 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where this listener is, for the log."""
-        host, port = cast("tuple[str, int]", self.server_address[:2])
+        host, port = cast(Address, self.server_address[:2])
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -3661,7 +3590,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """One line at debug for a client that hangs up; the trace of anything else to the log."""
         error = sys.exc_info()[1]
-        if isinstance(error, OSError):
+        if isinstance(error, (OSError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
         else:
             LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
