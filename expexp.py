@@ -1842,10 +1842,10 @@ class Resolver:
         known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
         with contextlib.suppress(socket.gaierror):
             return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
-        acquire_in_time(self._slots, deadline)
+        if not self._slots.acquire(timeout=deadline.remaining()):
+            raise deadline.error()
         answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        thread = threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True)
-        thread.start()
+        threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
         try:
             return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
         except concurrent.futures.TimeoutError:
@@ -1859,12 +1859,6 @@ class Resolver:
             answer.set_exception(error)
         finally:
             self._slots.release()
-
-
-def acquire_in_time(lock: Any, deadline: Deadline) -> None:
-    """Acquire a lock or semaphore; raises ScrapeError when the deadline comes first."""
-    if not lock.acquire(timeout=deadline.remaining()):
-        raise deadline.error()
 
 
 class Commands:
@@ -1914,15 +1908,6 @@ class Commands:
         end = time.monotonic() + 2 * self._limits.term_to_kill_seconds
         while self._running and time.monotonic() < end:
             time.sleep(0.01)
-
-
-def exit_state(process: subprocess.Popen[bytes]) -> Any:
-    """How a command has exited, None while it runs; it is not reaped, so its id stays its own."""
-    try:
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:
-        # Reaped at the end of the program, after the KILL of `Commands.end_all`.
-        raise ScrapeError("command", "the command was killed by SIGKILL") from None
 
 
 @dataclass(frozen=True)
@@ -2134,17 +2119,17 @@ def check_head(response: Any) -> None:
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body of a response; raises ScrapeError when its end is not its announced end."""
     # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
-    left, count = response.length, 0
-    while left != 0:
+    length: Any = math.inf if response.length is None else response.length
+    count = 0
+    while count < length:
         with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
-            piece = response.read1(PIECE_BYTES if left is None else min(left, PIECE_BYTES))
+            piece = response.read1(min(PIECE_BYTES, length - count))
         if not piece:
             break
         count += len(piece)
-        left = None if left is None else left - len(piece)
         check_size(job, count)
         yield piece
-    if left:
+    if count < length < math.inf:
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
 
 
@@ -2166,36 +2151,43 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
     target = job.module.target
     inherited = {} if target.clear_env else os.environb
     environment = {k: v for k, v in inherited.items() if not OWN_ENVIRONMENT.fullmatch(k)}
-    environment[b"EXPEXP_TIMEOUT_SECONDS"] = b"%.3f" % job.deadline.remaining()
-    environment.update((os.fsencode(k), os.fsencode(v.reveal())) for k, v in target.env.items())
-    return environment
+    added = {os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()}
+    return {**environment, b"EXPEXP_TIMEOUT_SECONDS": b"%.3f" % job.deadline.remaining(), **added}
 
 
 def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
-    """What a command writes on stdout until it has exited; its last words go to `words`."""
+    """What a command writes on stdout until it has exited; its last words go to `words`.
+
+    Raises ScrapeError("command") in the end, unless the command has exited with 0.
+    """
     poll, stdout, stderr = select.poll(), process.stdout.fileno(), process.stderr.fileno()
     with exit_descriptor(process.pid) as exited:
         for source in filter(None, (stdout, stderr, exited)):
             poll.register(source, select.POLLIN)
         while True:
             # Asked before the pipes are: what was written before the exit is in them by then. A
-            # grandchild may hold them open for ever, so their end is not waited for.
-            over, wait = exit_state(process), job.deadline.remaining()
+            # grandchild may hold them open for ever, so their end is not waited for. The command
+            # is not reaped yet, so its id stays its own.
+            over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            wait = job.deadline.remaining()
             seconds = 0 if over else wait if exited else min(wait, 0.02)
             ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)} & {stdout, stderr}
             if over and not ready:
-                return
-            pieces = {pipe: read_ready(poll, pipe) for pipe in ready}
+                return check_exit(over.si_status, over.si_code != os.CLD_EXITED)
+            pieces = {pipe: os.read(pipe, PIECE_BYTES) for pipe in ready}
+            for ended in [pipe for pipe, piece in pieces.items() if not piece]:
+                poll.unregister(ended)
             words[:] = (words + pieces.get(stderr, b""))[-job.tools.limits.stderr_bytes :]
             yield pieces.get(stdout, b"")
 
 
-def read_ready(poll: select.poll, pipe: int) -> bytes:
-    """What is in a pipe that is ready; one that is at its end is not watched any more."""
-    piece = os.read(pipe, PIECE_BYTES)
-    if not piece:
-        poll.unregister(pipe)
-    return piece
+def check_exit(status: int, killed: bool) -> None:
+    """Raise ScrapeError("command") unless a command has exited with 0."""
+    names = {number.value: number.name for number in signal.Signals}
+    killer = names.get(status, f"signal {status}")
+    if killed or status:
+        how = f"was killed by {killer}" if killed else f"exited with status {status}"
+        raise ScrapeError("command", f"the command {how}")
 
 
 def exit_descriptor(process_id: int) -> Any:
@@ -2214,23 +2206,14 @@ def scrape_exec(job: Job) -> Scrape:
     try:
         with process.stdout, process.stderr:
             body = join_pieces(job, command_pieces(job, process, words))
-        check_exit(exit_state(process))
+    except ChildProcessError:  # reaped at the end of the program, by `Commands.end_all`
+        raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
         error.detail = excerpt(bytes(words).strip(), job.tools.limits.stderr_bytes)
         raise
     finally:
         job.tools.commands.end(process)
     return text_scrape(body)
-
-
-def check_exit(state: Any) -> None:
-    """Raise ScrapeError("command") unless a command has exited with 0."""
-    if state.si_code != os.CLD_EXITED:
-        name = signal.Signals(state.si_status).name if state.si_status < signal.SIGRTMIN else ""
-        killer = name or f"signal {state.si_status}"
-        raise ScrapeError("command", f"the command was killed by {killer}")
-    if state.si_status:
-        raise ScrapeError("command", f"the command exited with status {state.si_status}")
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -2243,29 +2226,23 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 
 def scrape_file(job: Job) -> Scrape:
-    """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
+    """What is in a file or comes out of a FIFO, read by one request at a time. IO; ScrapeError."""
     path = job.module.target.path
+    lock = job.tools.file_locks.setdefault(path, threading.Lock())
     try:
         mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
-        with open_alone(job, path) as file:
-            modified = os.fstat(file.fileno()).st_mtime if stat.S_ISREG(mode) else None
+        if not lock.acquire(timeout=job.deadline.remaining()):
+            raise job.deadline.error()
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(lock.release)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            file = cleanup.enter_context(io.FileIO(descriptor))
+            modified = os.fstat(descriptor).st_mtime if stat.S_ISREG(mode) else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except OSError as error:
         raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
-
-
-@contextlib.contextmanager
-def open_alone(job: Job, path: str) -> Iterator[io.FileIO]:
-    """A file that no other request reads meanwhile; a FIFO may have no writer yet."""
-    lock = job.tools.file_locks.setdefault(path, threading.Lock())
-    acquire_in_time(lock, job.deadline)
-    try:
-        with io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)) as file:
-            yield file
-    finally:
-        lock.release()
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -2324,20 +2301,20 @@ def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
     """The decoded body, of one gzip member or several; raises ScrapeError("malformed")."""
-    most, member = 4 * PIECE_BYTES, None
+    member: Any = None
     for start in range(0, len(body), PIECE_BYTES):  # in parts: what is left over is copied
-        part, full = body[start : start + PIECE_BYTES], False
-        while part or full:
+        part = body[start : start + PIECE_BYTES]
+        while part:
             member = member or zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
             try:
-                piece = member.decompress(part, most)
+                piece = member.decompress(part, 4 * PIECE_BYTES)
             except zlib.error as error:
                 raise ScrapeError("malformed", f"broken gzip: {error}") from None
             yield piece
-            part, full = member.unconsumed_tail, len(piece) == most
-            if member.eof:
-                part, full, member = member.unused_data, False, None
-    if member is not None or not body:
+            # Output that is still to come never uses up the input: the checksum follows it.
+            part = member.unused_data or member.unconsumed_tail
+            member = None if member.eof else member
+    if member or not body:
         raise ScrapeError("malformed", "broken gzip: cut short")
 
 
