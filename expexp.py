@@ -1985,10 +1985,10 @@ class DeadlineReader(io.RawIOBase):
 class TargetConnection(http.client.HTTPConnection):
     """A connection to a target whose every wait counts against the job's deadline."""
 
-    def __init__(self, host: str, job: Job, timeout: float) -> None:
-        """`host` is for the Host header alone: where to connect to is the module's to say."""
-        super().__init__(host, timeout=timeout)
-        self._job = job
+    def __init__(self, host: str, **named: Any) -> None:
+        """Keep the `job`: where to connect to is its module's to say, whatever `host` is."""
+        self._job: Job = named.pop("job")
+        super().__init__(host, **named)
 
     def connect(self) -> None:
         """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
@@ -2094,9 +2094,8 @@ def scrape_http(job: Job) -> Scrape:
     url, headers = request_url(job), request_headers(job)
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
     request.timeout = job.deadline.remaining()
-    handler: Any = urllib.request.AbstractHTTPHandler()  # knows no proxies, redirects, other URLs
-    with target_errors(job.deadline):
-        response = handler.do_open(TargetConnection, request, job=job)
+    with target_errors(job.deadline):  # the bare handler knows no proxies, redirects, file: or ftp:
+        response = urllib.request.AbstractHTTPHandler().do_open(TargetConnection, request, job=job)
     job.cleanup.callback(response.close)
     check_head(response)
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
@@ -2169,9 +2168,8 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
             # grandchild may hold them open for ever, so their end is not waited for. The command
             # is not reaped yet, so its id stays its own.
             over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            wait = job.deadline.remaining()
-            seconds = 0 if over else wait if exited else min(wait, 0.02)
-            ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)} & {stdout, stderr}
+            wait = 0 if over else min(job.deadline.remaining(), math.inf if exited else 0.02)
+            ready = {descriptor for descriptor, _ in poll.poll(wait * 1000)} & {stdout, stderr}
             if over and not ready:
                 return check_exit(over.si_status, over.si_code != os.CLD_EXITED)
             pieces = {pipe: os.read(pipe, PIECE_BYTES) for pipe in ready}
