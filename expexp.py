@@ -2161,7 +2161,7 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
     """
     poll, stdout, stderr = select.poll(), process.stdout.fileno(), process.stderr.fileno()
     with exit_descriptor(process.pid) as exited:
-        for source in filter(None, (stdout, stderr, exited)):
+        for source in filter(None, (process.stdout, process.stderr, exited)):
             poll.register(source, select.POLLIN)
         while True:
             # Asked before the pipes are: what was written before the exit is in them by then. A
