@@ -49,6 +49,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -73,7 +74,6 @@ import queue
 import re
 import resource
 import select
-import selectors
 import shutil
 import signal
 import socket
@@ -2394,39 +2394,29 @@ class Resolver:
         self._slots = threading.BoundedSemaphore(threads)
 
     def resolve(self, host: str, port: int, deadline: Deadline) -> Sequence[tuple[Any, ...]]:
-        """What getaddrinfo says; raises OSError, or ScrapeError when the deadline comes first."""
+        """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first."""
+        look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
         # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
         known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
         with contextlib.suppress(socket.gaierror):
-            return [entry for each in known for entry in look_up(each, port, socket.AI_NUMERICHOST)]
+            return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
         if not self._slots.acquire(timeout=deadline.remaining()):
             raise deadline.error()
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        threading.Thread(target=self._look_up, args=(host, port, answers), daemon=True).start()
+        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
         try:
-            answer = answers.get(timeout=deadline.remaining())
-        except queue.Empty:
+            return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
+        except concurrent.futures.TimeoutError:
             raise deadline.error() from None
-        if isinstance(answer, Exception):
-            raise answer
-        return cast("Sequence[tuple[Any, ...]]", answer)
 
-    def _look_up(self, host: str, port: int, answers: queue.SimpleQueue[Any]) -> None:
+    def _answer(self, answer: Any, look_up: Callable[[str], Any], host: str) -> None:
         """Resolve a name in a thread of its own."""
         try:
-            answers.put(look_up(host, port, 0))
-        except OSError as error:
-            answers.put(error)
+            answer.set_result(look_up(host))
+        except (OSError, UnicodeError) as error:
+            answer.set_exception(error)
         finally:
             self._slots.release()
-
-
-def look_up(host: str, port: int, flags: int) -> Sequence[tuple[Any, ...]]:
-    """What getaddrinfo says of a name for TCP; raises OSError."""
-    try:
-        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
-    except UnicodeError:
-        raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None
 
 
 class Commands:
@@ -2435,24 +2425,18 @@ class Commands:
     def __init__(self, limits: Limits, soft_descriptors: int) -> None:
         """`soft_descriptors` is the limit that commands get back, 0 if it was not raised."""
         self._limits, self._soft_descriptors = limits, soft_descriptors
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()  # each use of it is atomic
 
-    def start(self, arguments: Sequence[bytes], environment: Mapping[bytes, bytes]) -> Any:
+    def start(self, arguments: Sequence[bytes], env: Mapping[bytes, bytes]) -> Any:
         """A started process; raises ScrapeError("command") when it cannot be started."""
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
         try:
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
-                arguments,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
+                arguments, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
             raise ScrapeError("command", f"cannot start the command: {words_of(error)}") from None
-        with self._lock:
-            self._running.add(process)
+        self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
             limits = self._soft_descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -2461,50 +2445,27 @@ class Commands:
         return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """End a command's group, off the request's path; what it still writes is lost."""
-        for pipe in filter(None, (process.stdout, process.stderr)):
-            pipe.close()
-        self._terminate(process)
+        """TERM to a command's group and a little later KILL, off the request's path."""
+        threading.Thread(target=self._end, args=(process,), daemon=True).start()
 
-    def _terminate(self, process: subprocess.Popen[bytes]) -> None:
-        """TERM to the command's group now, and a little later KILL."""
-        signal_group(process, signal.SIGTERM)
-        timer = threading.Timer(self._limits.term_to_kill_seconds, self._finish, (process,))
-        timer.daemon = True
-        timer.start()
-
-    def _finish(self, process: subprocess.Popen[bytes]) -> None:
-        """KILL the group, then reap its leader: only now can the process id be used again."""
-        signal_group(process, signal.SIGKILL)
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """End the group, then reap its leader: only now can the process id be used again."""
+        grace = {signal.SIGTERM: self._limits.term_to_kill_seconds, signal.SIGKILL: 0.0}
+        for number, seconds in grace.items():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                if process.returncode is None:  # else reaped, and its id may be another's
+                    os.killpg(process.pid, number)
+            time.sleep(seconds)
         process.wait()
-        with self._lock:
-            self._running.discard(process)
+        self._running.discard(process)
 
     def end_all(self) -> None:
         """End the groups of all commands, at the end of the program."""
-        with self._lock:
-            running = list(self._running)
-        for process in running:
-            self._terminate(process)
+        for process in list(self._running):
+            self.end(process)
         end = time.monotonic() + 2 * self._limits.term_to_kill_seconds
         while self._running and time.monotonic() < end:
             time.sleep(0.01)
-
-
-def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to the group of a leader, unless it is reaped and its id may be another's."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        if process.returncode is None:
-            os.killpg(process.pid, number)
-
-
-def exit_state(process: subprocess.Popen[bytes]) -> Any:
-    """How a command has exited, None while it runs; it is not reaped, so its id stays its own."""
-    try:
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-    except ChildProcessError:
-        # Reaped at the end of the program, after the KILL of `Commands.end_all`.
-        raise ScrapeError("command", "the command was killed by SIGKILL") from None
 
 
 @dataclass(frozen=True)
@@ -2517,7 +2478,7 @@ class Tools:
     commands: Commands
     metrics: SelfMetrics
     #: One lock a path: of two readers of a FIFO each would get a part.
-    fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
+    file_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -2582,88 +2543,58 @@ class DeadlineReader(io.RawIOBase):
 class TargetConnection(http.client.HTTPConnection):
     """A connection to a target whose every wait counts against the job's deadline."""
 
-    def __init__(self, host: str, job: Job, timeout: float) -> None:
-        """`host` is for the Host header alone: where to connect to is the module's to say."""
-        super().__init__(host, timeout=timeout)
-        self._job = job
-        self.response_class = functools.partial(TargetResponse, remaining=job.deadline.remaining)  # type: ignore[assignment]
+    def __init__(self, host: str, **named: Any) -> None:
+        """Keep the `job`: where to connect to is its module's to say, whatever `host` is."""
+        self._job: Job = named.pop("job")
+        super().__init__(host, **named)
 
     def connect(self) -> None:
         """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
         target, deadline = self._job.module.target, self._job.deadline
         self.sock = connect_socket(self._job, target.address, target.port)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.settimeout(deadline.remaining())
         if target.scheme == "https":
-            name = target.server_name or target.address
             # A body cut short by an attacker is an error, not an end: no ragged ends.
-            self.sock = target.tls_context.wrap_socket(
-                self.sock, server_hostname=name, suppress_ragged_eofs=False
-            )
+            wrap = functools.partial(target.tls_context.wrap_socket, suppress_ragged_eofs=False)
+            self.sock = wrap(self.sock, server_hostname=target.server_name or target.address)
             self.sock.settimeout(deadline.remaining())
 
-
-class TargetResponse(http.client.HTTPResponse):
-    """A response that is read through a DeadlineReader."""
-
-    def __init__(
-        self, sock: socket.socket, *arguments: Any, remaining: Callable[[], float], **named: Any
-    ) -> None:
-        """Put the DeadlineReader between the socket and the buffer."""
-        super().__init__(sock, *arguments, **named)
-        self.reader = DeadlineReader(self.fp.detach(), sock, remaining)
-        self.fp = io.BufferedReader(self.reader, PIECE_BYTES)
-
-
-class TargetHandler(urllib.request.AbstractHTTPHandler):
-    """urllib's way of one request, over a TargetConnection."""
-
-    def __init__(self, job: Job) -> None:
-        """One handler a job."""
-        super().__init__()
-        self._connect: Any = functools.partial(TargetConnection, job=job)
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        """The response, its body not yet read."""
-        return self.do_open(self._connect, request)
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+    def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
+        """A response that is read through a DeadlineReader."""
+        response = http.client.HTTPResponse(sock, **named)
+        reader = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
+        response.fp = io.BufferedReader(reader, PIECE_BYTES)
+        return response
 
 
 def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses = job.tools.resolver.resolve(host, port, job.deadline)
-    first_error = OSError("no address")
+    addresses, errors = job.tools.resolver.resolve(host, port, job.deadline), []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
+        share = job.deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(job.deadline.remaining() / (len(addresses) - position))
+            connection.settimeout(share)
             connection.connect(address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
-            first_error = error if position == 0 else first_error
+            errors.append(error)
         else:
             return connection
-    raise first_error
+    raise errors[0]
 
 
+CUT_SHORT: Final = (http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 #: What urllib, http.client, ssl and sockets raise, most special first; the reason, and the words.
-TARGET_ERRORS: Final[Sequence[tuple[tuple[type[Exception], ...], str, str]]] = (
+TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
     ((socket.timeout, TimeoutError), "timeout", "timed out"),
-    (
-        (http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError),
-        "truncated",
-        "the target closed before the end of its body",
-    ),
-    (
-        (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError),
-        "unreachable",
-        "the target closed the connection",
-    ),
-    ((ssl.SSLError,), "unreachable", "TLS: {}"),
-    ((OSError,), "unreachable", "{}"),
-    ((Exception,), "protocol", "not HTTP: {}"),
+    (CUT_SHORT, "truncated", "the target closed before the end of its body"),
+    ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
+    (ssl.SSLError, "unreachable", "TLS: {}"),
+    (OSError, "unreachable", "{}"),
+    (UnicodeError, "unreachable", "not a host name"),
+    (Exception, "protocol", "not HTTP: {}"),
 )
 
 
@@ -2673,26 +2604,23 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
-        cause = (
-            getattr(error, "reason", None) if isinstance(error, urllib.error.URLError) else error
-        )
         deadline.check()
-        kind = cause if isinstance(cause, Exception) else error
-        if getattr(kind, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
-            kind = ssl.SSLEOFError()
-        reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(kind, kinds))
-        raise ScrapeError(reason, words.format(excerpt(words_of(kind), 200))) from None
+        cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
+        if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
+            cause = ssl.SSLEOFError()
+        reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
+        raise ScrapeError(reason, words.format(excerpt(words_of(cause), 200))) from None
 
 
 def request_headers(job: Job) -> dict[str, str]:
     """The headers for a target: the client's, with what expexp and the module set instead."""
     target, headers = job.module.target, cast("dict[str, str]", {})
-    forwarded = ("X-Forwarded-For", job.client)
-    for name, value in (*end_to_end(job.headers), forwarded):
+    for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
         title = name.title()
         together = "; " if title == "Cookie" else ", "
         headers[title] = together.join(filter(None, (headers.get(title), value)))
-    headers.pop("Host", None)
+    headers["Host"] = urllib.parse.urlsplit(target.shown).netloc
+    headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
@@ -2713,24 +2641,19 @@ def end_to_end(headers: Headers) -> Headers:
 
 def request_url(job: Job) -> str:
     """The URL for a target: the client's parameters, then the path's own."""
-    pairs = [
-        tuple(value.split(b"=", 1)) if name == b"params" else (name, value)
-        for name, value in job.pairs
-    ]
-    own = job.module.target.path.partition("?")[2]
-    query = "&".join(filter(None, (render_query(cast(Pairs, pairs)), own)))
-    return cast(str, job.module.target.shown) + (f"?{query}" if query else "")
+    target = job.module.target
+    pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
+    queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
+    return "?".join(filter(None, (target.shown, "&".join(filter(None, queries)))))
 
 
 def scrape_http(job: Job) -> Scrape:
     """The answer of an http target. IO; raises ScrapeError."""
-    opener = urllib.request.OpenerDirector()  # knows no proxies, redirects, file: or ftp:
-    opener.add_handler(TargetHandler(job))
-    opener.addheaders = [("User-Agent", f"expexp/{__version__}")]  # unless the client has one
     url, headers = request_url(job), request_headers(job)
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
-    with target_errors(job.deadline):
-        response = opener.open(request, timeout=job.deadline.remaining())
+    request.timeout = job.deadline.remaining()
+    with target_errors(job.deadline):  # the bare handler knows no proxies, redirects, file: or ftp:
+        response = urllib.request.AbstractHTTPHandler().do_open(TargetConnection, request, job=job)
     job.cleanup.callback(response.close)
     check_head(response)
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
@@ -2744,7 +2667,7 @@ def check_head(response: Any) -> None:
     """Raise ScrapeError for the head of a response that http.client lets pass."""
     if response.status < http.HTTPStatus.OK:
         raise ScrapeError("protocol", f"not HTTP: an answer with status {response.status}")
-    if response.reader.at_end:  # http.client takes an early end for that of the headers
+    if response.fp.raw.at_end:  # http.client takes an early end for that of the headers
         raise ScrapeError("truncated", "the target closed in the middle of its headers")
     if "Content-Length" in response.headers and response.length is None and not response.chunked:
         raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
@@ -2753,17 +2676,17 @@ def check_head(response: Any) -> None:
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body of a response; raises ScrapeError when its end is not its announced end."""
     # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
-    left, count = response.length, 0
-    while left != 0:
+    length: Any = math.inf if response.length is None else response.length
+    count = 0
+    while count < length:
         with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
-            piece = response.read1(PIECE_BYTES if left is None else min(left, PIECE_BYTES))
+            piece = response.read1(min(PIECE_BYTES, length - count))
         if not piece:
             break
         count += len(piece)
-        left = None if left is None else left - len(piece)
         check_size(job, count)
         yield piece
-    if left:
+    if count < length < math.inf:
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
 
 
@@ -2785,48 +2708,50 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
     target = job.module.target
     inherited = {} if target.clear_env else os.environb
     environment = {k: v for k, v in inherited.items() if not OWN_ENVIRONMENT.fullmatch(k)}
-    environment[b"EXPEXP_TIMEOUT_SECONDS"] = b"%.3f" % job.deadline.remaining()
-    environment.update((os.fsencode(k), os.fsencode(v.reveal())) for k, v in target.env.items())
-    return environment
-
-
-def read_ready(selector: selectors.BaseSelector, pipe: Any) -> bytes:
-    """What is in a pipe that is ready; one that is at its end is not watched any more."""
-    piece = os.read(pipe.fileno(), PIECE_BYTES)
-    if not piece:
-        selector.unregister(pipe)
-    return piece
+    added = {os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()}
+    return {**environment, b"EXPEXP_TIMEOUT_SECONDS": b"%.3f" % job.deadline.remaining(), **added}
 
 
 def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
-    """What a command writes on stdout until it has exited; its last words go to `words`."""
-    with selectors.DefaultSelector() as selector, exit_descriptor(process.pid) as exited:
+    """What a command writes on stdout until it has exited; its last words go to `words`.
+
+    Raises ScrapeError("command") in the end, unless the command has exited with 0.
+    """
+    poll, stdout, stderr = select.poll(), process.stdout.fileno(), process.stderr.fileno()
+    with exit_descriptor(process.pid) as exited:
         for source in filter(None, (process.stdout, process.stderr, exited)):
-            selector.register(source, selectors.EVENT_READ)
+            poll.register(source, select.POLLIN)
         while True:
             # Asked before the pipes are: what was written before the exit is in them by then. A
-            # grandchild may hold them open for ever, so their end is not waited for.
-            over, wait = exit_state(process), job.deadline.remaining()
-            events = selector.select(0 if over else wait if exited else min(wait, 0.02))
-            ready = [event.fileobj for event, _ in events if event.fileobj is not exited]
+            # grandchild may hold them open for ever, so their end is not waited for. The command
+            # is not reaped yet, so its id stays its own.
+            over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            wait = 0 if over else min(job.deadline.remaining(), math.inf if exited else 0.02)
+            ready = {descriptor for descriptor, _ in poll.poll(wait * 1000)} & {stdout, stderr}
             if over and not ready:
-                return
-            pieces = [(pipe, read_ready(selector, pipe)) for pipe in ready]
-            yield b"".join(piece for pipe, piece in pieces if pipe is process.stdout)
-            said = b"".join(piece for pipe, piece in pieces if pipe is process.stderr)
-            words[:] = (words + said)[-job.tools.limits.stderr_bytes :]
+                return check_exit(over.si_status, over.si_code != os.CLD_EXITED)
+            pieces = {pipe: os.read(pipe, PIECE_BYTES) for pipe in ready}
+            for ended in [pipe for pipe, piece in pieces.items() if not piece]:
+                poll.unregister(ended)
+            words[:] = (words + pieces.get(stderr, b""))[-job.tools.limits.stderr_bytes :]
+            yield pieces.get(stdout, b"")
 
 
-@contextlib.contextmanager
-def exit_descriptor(process_id: int) -> Iterator[Any]:
-    """A file that is ready to read when the process exits; None where the system has none."""
+def check_exit(status: int, killed: bool) -> None:
+    """Raise ScrapeError("command") unless a command has exited with 0."""
+    names = {number.value: number.name for number in signal.Signals}
+    killer = names.get(status, f"signal {status}")
+    if killed or status:
+        how = f"was killed by {killer}" if killed else f"exited with status {status}"
+        raise ScrapeError("command", f"the command {how}")
+
+
+def exit_descriptor(process_id: int) -> Any:
+    """A file that is ready to read when the process exits; a context of None if there is none."""
     try:
-        file = io.FileIO(os.pidfd_open(process_id))
+        return io.FileIO(os.pidfd_open(process_id))
     except (AttributeError, OSError):  # not Linux, or before 5.3
-        yield None
-    else:
-        with file:
-            yield file
+        return contextlib.nullcontext()
 
 
 def scrape_exec(job: Job) -> Scrape:
@@ -2835,79 +2760,56 @@ def scrape_exec(job: Job) -> Scrape:
     process = job.tools.commands.start(command_arguments(job), command_environment(job))
     words = bytearray()
     try:
-        body = join_pieces(job, command_pieces(job, process, words))
-        check_exit(exit_state(process))
+        with process.stdout, process.stderr:
+            body = join_pieces(job, command_pieces(job, process, words))
+    except ChildProcessError:  # reaped at the end of the program, by `Commands.end_all`
+        raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
         error.detail = excerpt(bytes(words).strip(), job.tools.limits.stderr_bytes)
         raise
     finally:
         job.tools.commands.end(process)
-    return Scrape(http.HTTPStatus.OK, text_headers(body), body)
+    return text_scrape(body)
 
 
-def check_exit(state: Any) -> None:
-    """Raise ScrapeError("command") unless a command has exited with 0."""
-    if state.si_code != os.CLD_EXITED:
-        name = signal.Signals(state.si_status).name if state.si_status < signal.SIGRTMIN else ""
-        killer = name or f"signal {state.si_status}"
-        raise ScrapeError("command", f"the command was killed by {killer}")
-    if state.si_status:
-        raise ScrapeError("command", f"the command exited with status {state.si_status}")
-
-
-def text_headers(body: bytes) -> Headers:
-    """The content type of a body that came without one."""
-    openmetrics = is_openmetrics_body(body)
-    return [("Content-Type", OPENMETRICS_CONTENT_TYPE if openmetrics else TEXT_CONTENT_TYPE)]
+def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
+    """The scrape of a body that came without a content type."""
+    content_type = OPENMETRICS_CONTENT_TYPE if is_openmetrics_body(body) else TEXT_CONTENT_TYPE
+    return Scrape(http.HTTPStatus.OK, [("Content-Type", content_type)], body, modified)
 
 
 # --- file
 
 
 def scrape_file(job: Job) -> Scrape:
-    """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path, modified = job.module.target.path, None
+    """What is in a file or comes out of a FIFO, read by one request at a time. IO; ScrapeError."""
+    path = job.module.target.path
+    lock = job.tools.file_locks.setdefault(path, threading.Lock())
     try:
         mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
-        if stat.S_ISFIFO(mode):
-            with open_fifo(job, path) as descriptor:
-                body = join_pieces(job, fifo_pieces(job, descriptor))
-        elif stat.S_ISREG(mode):
-            with open(path, "rb", buffering=0) as file:
-                modified = os.fstat(file.fileno()).st_mtime
-                body = join_pieces(job, iter(functools.partial(file.read, PIECE_BYTES), b""))
-        else:
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
+        if not lock.acquire(timeout=job.deadline.remaining()):
+            raise job.deadline.error()
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(lock.release)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            file = cleanup.enter_context(io.FileIO(descriptor))
+            modified = os.fstat(descriptor).st_mtime if stat.S_ISREG(mode) else None
+            return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except OSError as error:
         raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
-    return Scrape(http.HTTPStatus.OK, text_headers(body), body, modified)
 
 
-@contextlib.contextmanager
-def open_fifo(job: Job, path: str) -> Iterator[int]:
-    """A descriptor of a FIFO that no other request reads; waits for it until the deadline."""
-    lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
-    if not lock.acquire(timeout=job.deadline.remaining()):
-        raise job.deadline.error()
-    with contextlib.ExitStack() as cleanup:
-        cleanup.callback(lock.release)
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
-        descriptor = os.open(path, flags)
-        cleanup.callback(os.close, descriptor)
-        yield descriptor
-
-
-def fifo_pieces(job: Job, descriptor: int) -> Iterator[bytes]:
-    """What writers put into a FIFO until the last of them has closed it."""
-    poll, piece = select.poll(), b"-"
-    poll.register(descriptor, select.POLLIN)
-    while piece:
+def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
+    """What is in a file, or what writers put into a FIFO until the last of them has closed it."""
+    poll, piece = select.poll(), None
+    poll.register(file, select.POLLIN)
+    while piece != b"":
         # Without a writer poll reports nothing, but read returns as if at the end: poll first.
-        events = poll.poll(int(job.deadline.remaining() * 1000) + 1)
-        if events:
-            with contextlib.suppress(BlockingIOError):
-                piece = os.read(descriptor, PIECE_BYTES)
-                yield piece
+        if poll.poll(job.deadline.remaining() * 1000):
+            piece = file.read(PIECE_BYTES)  # None if another reader was faster
+            yield piece or b""
 
 
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
@@ -2928,76 +2830,64 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 
 # --- verification of what was scraped
 
-USABLE_MEDIA_TYPES: Final = frozenset(
-    ("text/plain", "application/openmetrics-text", "application/vnd.google.protobuf")
-)
+#: With which Prometheus 3 takes an exposition.
+USABLE_MEDIA_TYPES: Final = ("text/plain", OPENMETRICS_TYPE, PROTOBUF_TYPE)
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes) -> None:
-    """Raise ScrapeError("malformed") if the body is no exposition."""
-    names = {name.lower(): value for name, value in headers}
+def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
+    """The headers, with a usable content type; ScrapeError if the body is no exposition."""
+    names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
     encoding = names.get("content-encoding", "identity").strip().lower()
+    content_type = names.get("content-type", "")
     if encoding == "gzip":
         body = join_pieces(job, gunzip_pieces(body))
     elif encoding not in ("", "identity"):
         raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
     try:
-        content_type = names.get("content-type", "")
         verify_exposition(body, content_type, tick=job.deadline.check)
     except ExpositionError as error:
         line = (*body.split(b"\n", error.line), b"")[max(error.line - 1, 0)]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
+    if parse_media_type(content_type)[0] in USABLE_MEDIA_TYPES:
+        return headers
+    others = [pair for pair in headers if pair[0].lower() != "content-type"]
+    return [*others, ("Content-Type", TEXT_CONTENT_TYPE)]
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
     """The decoded body, of one gzip member or several; raises ScrapeError("malformed")."""
-    most, member = 4 * PIECE_BYTES, None
+    member: Any = None
     for start in range(0, len(body), PIECE_BYTES):  # in parts: what is left over is copied
-        part, full = body[start : start + PIECE_BYTES], False
-        while part or full:
+        part = body[start : start + PIECE_BYTES]
+        while part:
             member = member or zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
             try:
-                piece = member.decompress(part, most)
+                piece = member.decompress(part, 4 * PIECE_BYTES)
             except zlib.error as error:
                 raise ScrapeError("malformed", f"broken gzip: {error}") from None
             yield piece
-            part, full = member.unconsumed_tail, len(piece) == most
-            if member.eof:
-                part, full, member = member.unused_data, False, None
-    if member is not None or not body:
+            # Output that is still to come never uses up the input: the checksum follows it.
+            part = member.unused_data or member.unconsumed_tail
+            member = None if member.eof else member
+    if member or not body:
         raise ScrapeError("malformed", "broken gzip: cut short")
 
 
-SCRAPERS: Final[Mapping[str, Callable[[Job], Scrape]]] = {
-    "http": scrape_http,
-    "exec": scrape_exec,
-    "file": scrape_file,
-}
+SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
 
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    module = job.module
-    result = SCRAPERS[module.method](job)
-    if result.status != http.HTTPStatus.OK or not isinstance(result.body, bytes):
+    result = SCRAPERS[job.module.method](job)
+    headers, body = result.headers, result.body
+    if result.status != http.HTTPStatus.OK or not isinstance(body, bytes):
         return result
-    if module.verify:
-        verify_scrape(job, result.headers, result.body)
-        result = dataclasses.replace(result, headers=usable_content_type(result.headers))
-    if result.modified is None:
-        return result
-    body = with_mtime(cast(bytes, result.body), module, result.modified)
-    return dataclasses.replace(result, body=body)
-
-
-def usable_content_type(headers: Headers) -> Headers:
-    """The headers, with the text format's type if they have none that Prometheus 3 takes."""
-    given = [value for name, value in headers if name.lower() == "content-type"]
-    if given and parse_media_type(given[0])[0] in USABLE_MEDIA_TYPES:
-        return headers
-    others = [pair for pair in headers if pair[0].lower() != "content-type"]
-    return [*others, ("Content-Type", TEXT_CONTENT_TYPE)]
+    if job.module.verify:
+        headers = verify_scrape(job, headers, body)
+    if result.modified is not None:
+        body = with_mtime(body, job.module, result.modified)
+    return dataclasses.replace(result, headers=headers, body=body)
 
 
 # ==================================================================================================
