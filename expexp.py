@@ -154,6 +154,7 @@ class Limits:
     longest_scrape_seconds: float = limit(86400, "a scrape, whatever module and client say")
     term_to_kill_seconds: float = limit(0.5, "for a command's group to end; off the request's path")
     drain_seconds: float = limit(10, "to finish requests at shutdown: below systemd's own limit")
+    findings: int = limit(100, "listed by -verify")
     failure_reminder_seconds: float = limit(300, "between warnings of a module that keeps failing")
 
 
@@ -273,7 +274,10 @@ class ExpositionError(ExpexpError):
 
 
 class Finding(NamedTuple):
-    """One thing wrong with an exposition; `strict` if Prometheus would ingest it all the same."""
+    """One thing wrong with an exposition; `strict` if Prometheus would ingest it all the same.
+
+    In protobuf the line is 0, and the column the offset of a byte.
+    """
 
     line: int
     column: int
@@ -1198,7 +1202,8 @@ class Report:
 
     def add(self, error: ExpositionError, strict: bool = True) -> None:
         """Keep a finding; raise it where it is the last that is wanted."""
-        self.findings.append(Finding(error.line, error.column, error.message, strict))
+        place = error.line, error.column or error.offset
+        self.findings.append(Finding(*place, error.message, strict))
         if len(self.findings) >= self.limit:
             raise error
 
@@ -1504,12 +1509,15 @@ def verify_exposition(
 def examine_exposition(
     body: bytes, content_type: str, report: Report, tick: Tick = no_tick
 ) -> None:
-    """Return nothing; fill `report`. Raises ExpositionError where it is full; protobuf at once."""
+    """Return nothing; fill `report`. Raises ExpositionError where it is full."""
     dialect = choose_dialect(content_type, strict=True)
     if dialect:
         judge_families(Source(body, dialect, tick), report)
-    else:
+        return
+    try:
         report.samples, report.families = read_protobuf(body, tick)
+    except ExpositionError as error:  # protobuf cannot be read on
+        report.add(error, strict=False)
 
 
 # ==================================================================================================
@@ -1709,6 +1717,19 @@ class Options:
     log_level: int = flag("log.level", parse_level, "warning", f"One of {', '.join(LOG_LEVELS)}.")
     timeout_offset: float = flag(
         "timeout-offset", parse_offset, "0.5", "Seconds taken off Prometheus's scrape timeout."
+    )
+    verify: str = flag("verify", str, "", "Check the exposition in a file (- is stdin) and exit.")
+    verify_content_type: str = flag(
+        "verify.content-type",
+        str,
+        "",
+        "Its type; by default its last line decides.",
+    )
+    verify_strict: bool = flag(
+        "verify.strict",
+        parse_boolean,
+        "false",
+        "Exit with 1 for strict findings, too.",
     )
     version: bool = flag("version", parse_boolean, "false", "Show the version and exit.")
     bearer_token: Secret = flag("web.bearer.token", Secret, "", "Token that clients must send.")  # noqa: RUF009 - frozen
@@ -1962,6 +1983,8 @@ read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_scheme: Final = scalar("http or https", "https?")
+read_latin: Final = scalar("one line of Latin-1 text", LINE)
+read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
@@ -1979,6 +2002,11 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     if node.kind != "list":
         raise mismatch(what, node)
     return tuple(read_text(item) for item in node.items if item.kind != "nothing")
+
+
+def read_verify(node: Node) -> Any:
+    """True, False or "strict"."""
+    return read_boolean(node) if node.kind == "boolean" else read_strict(node)
 
 
 def read_accepted(node: Node) -> Any:
@@ -2016,6 +2044,7 @@ class HttpTarget:
     tls_key_file: str = key(read_text, "", "its key")
     tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
+    content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
     server_name: str = key(read_text, "", "name to ask for and to find in the certificate")
     tls_context: Any = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -2056,7 +2085,7 @@ class Module:
 
     method: str = key(read_method, REQUIRED, "`http`, `exec` or `file`")
     timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
-    verify: bool = key(read_boolean, True, "refuse what Prometheus would refuse")
+    verify: bool | str = key(read_verify, True, "`true`, `false` or `strict`")
     accept_args: bool | tuple[str, ...] = key(read_accepted, True, "clients' `args`, or globs")
     accept_params: bool | tuple[str, ...] = key(read_accepted, True, "clients' `params`, or names")
     name: str = ""
@@ -2478,7 +2507,7 @@ class Tools:
     commands: Commands
     metrics: SelfMetrics
     #: One lock a path: of two readers of a FIFO each would get a part.
-    file_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
+    fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -2657,10 +2686,18 @@ def scrape_http(job: Job) -> Scrape:
     job.cleanup.callback(response.close)
     check_head(response)
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
+    if job.module.target.content_type and response.status == http.HTTPStatus.OK:
+        passed = with_content_type(passed, job.module.target.content_type)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
     length = [("Content-Length", str(response.length))] if response.length is not None else []
     return Scrape(response.status, [*passed, *length], pieces)
+
+
+def with_content_type(headers: Headers, content_type: str) -> Headers:
+    """The headers with another content type."""
+    others = [pair for pair in headers if pair[0].lower() != "content-type"]
+    return [*others, ("Content-Type", content_type)]
 
 
 def check_head(response: Any) -> None:
@@ -2782,23 +2819,29 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 
 def scrape_file(job: Job) -> Scrape:
-    """What is in a file or comes out of a FIFO, read by one request at a time. IO; ScrapeError."""
+    """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
     path = job.module.target.path
-    lock = job.tools.file_locks.setdefault(path, threading.Lock())
     try:
         mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
-        if not lock.acquire(timeout=job.deadline.remaining()):
-            raise job.deadline.error()
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(lock.release)
+            if stat.S_ISFIFO(mode):
+                lock_fifo(job, path, cleanup)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file = cleanup.enter_context(io.FileIO(descriptor))
             modified = os.fstat(descriptor).st_mtime if stat.S_ISREG(mode) else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except OSError as error:
         raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
+
+
+def lock_fifo(job: Job, path: str, cleanup: contextlib.ExitStack) -> None:
+    """Have a FIFO for this request alone, until `cleanup`; ScrapeError at the deadline."""
+    lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+    if not lock.acquire(timeout=job.deadline.remaining()):
+        raise job.deadline.error()
+    cleanup.callback(lock.release)
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -2838,21 +2881,20 @@ def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
     """The headers, with a usable content type; ScrapeError if the body is no exposition."""
     names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
     encoding = names.get("content-encoding", "identity").strip().lower()
-    content_type = names.get("content-type", "")
+    content_type, strict = names.get("content-type", ""), job.module.verify == "strict"
     if encoding == "gzip":
         body = join_pieces(job, gunzip_pieces(body))
     elif encoding not in ("", "identity"):
         raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
     try:
-        verify_exposition(body, content_type, tick=job.deadline.check)
+        verify_exposition(body, content_type, strict, job.deadline.check)
     except ExpositionError as error:
         line = (*body.split(b"\n", error.line), b"")[max(error.line - 1, 0)]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
     if parse_media_type(content_type)[0] in USABLE_MEDIA_TYPES:
         return headers
-    others = [pair for pair in headers if pair[0].lower() != "content-type"]
-    return [*others, ("Content-Type", TEXT_CONTENT_TYPE)]
+    return with_content_type(headers, TEXT_CONTENT_TYPE)
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
@@ -3611,6 +3653,46 @@ class Program:
         self.commands.end_all()
 
 
+def verify_command(options: Options, limits: Limits) -> int:
+    """Check the exposition in a file and tell all findings; the exit code, 2 if unreadable. IO."""
+    name = "<stdin>" if options.verify == "-" else excerpt(options.verify, 200)
+    body, wrong = b"", ""
+    try:
+        with open(0 if options.verify == "-" else options.verify, "rb") as file:
+            body = file.read(limits.body_bytes + 1)
+    except OSError as error:
+        wrong = words_of(error)
+    if wrong or len(body) > limits.body_bytes:
+        wrong = wrong or f"more than {limits.body_bytes} bytes"
+        sys.stderr.write(f"{name}: cannot be read: {wrong}\n")
+        return 2
+    report, started = Report(limits.findings), time.monotonic()
+    content_type = options.verify_content_type or text_scrape(body).headers[0][1]
+    with contextlib.suppress(ExpositionError):  # more findings than are listed
+        examine_exposition(body, content_type, report)
+    for finding in sorted(report.findings):
+        sys.stdout.write(render_finding(name, body, finding))
+    counts = (
+        f"{report.families} families, {report.samples} samples, {len(report.findings)} findings"
+    )
+    sys.stdout.write(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
+    return int(any(options.verify_strict or not finding.strict for finding in report.findings))
+
+
+def render_finding(name: str, body: bytes, finding: Finding) -> str:
+    """`file:line:column: message`, and for text the line with a caret under the place."""
+    line, column, message, strict = finding
+    place = f"{name}:{line}:{column}" if line else f"{name}: byte {column}"
+    head = f"{place}: {'strict: ' if strict else ''}{message}\n"
+    if not line:
+        return head
+    raw = body.split(b"\n", line)[line - 1]
+    text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
+    start = max(0, column - 60)
+    before, rest = excerpt(text[start : column - 1], 200), excerpt(text[column - 1 :], 60)
+    return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run expexp with these arguments, or the command line's; returns the exit code."""
     limits = Limits()
@@ -3624,6 +3706,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(render_usage() if options.help else version)
         return 0
     set_up_logging(options, limits)
+    if options.verify:
+        return verify_command(options, limits)
     if not options.listen_address:
         LOGGER.warning("No web addresses to listen on, nothing to do!")
         return 0

@@ -3574,7 +3574,7 @@ PROBLEMS = {
     # booleans, lists, mappings
     "a quoted boolean": (
         of_http("port: 1", 'verify: "false"'),
-        ['c.yaml:6:15: modules.a.http.verify: expected true or false, found "false"'],
+        ['c.yaml:6:15: modules.a.http.verify: expected true, false or strict, found "false"'],
     ),
     "a number for a boolean": (
         of_exec("clear_env: 1"),
@@ -4005,7 +4005,7 @@ JSON_PROBLEMS = {
         [
             "c.json: modules.a.http.headers: expected a mapping, found the list",
             'c.json: modules.a.http.port: expected a port from 1 to 65535, found "9100"',
-            'c.json: modules.a.http.verify: expected true or false, found "false"',
+            'c.json: modules.a.http.verify: expected true, false or strict, found "false"',
             (
                 'c.json: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
                 "the number 5"
