@@ -9,7 +9,7 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix clean
+.PHONY: help run test check matrix bench clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -65,7 +65,7 @@ check: $(VENV)/.dev ## lint, format, types, and the gates of the file itself
 	@bin="$(VENV)/bin"
 	echo "ruff check" && $$bin/ruff check .
 	echo "ruff format --check" && $$bin/ruff format --check .
-	echo "mypy --strict" && $$bin/mypy --strict
+	echo "mypy --strict" && $$bin/mypy --strict && $$bin/mypy --strict bench/verify.py
 	echo "gates of expexp.py" && $$bin/python test_expexp.py
 
 # Prints "3.9 /path/of/python3.9" for a CPython that we support, and nothing for any other.
@@ -102,6 +102,9 @@ matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv)
 	echo
 	cat "$$work/summary"
 	exit $$failed
+
+bench: $(VENV)/.dev ## measure the verifier beside prometheus_client's parsers
+	@$(VENV)/bin/python bench/verify.py
 
 clean: ## remove virtual environments and caches
 	@rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
