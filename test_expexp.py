@@ -1496,7 +1496,7 @@ settings.register_profile("default", max_examples=60, deadline=None)
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, database=None)
 settings.register_profile(
     "fuzz",
-    max_examples=5_000,
+    max_examples=1_000,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
