@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+MINUTES ?= 30
 
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix bench clean
+.PHONY: help run test check matrix bench fuzz clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +106,20 @@ matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv)
 
 bench: $(VENV)/.dev ## measure the verifier beside prometheus_client's parsers
 	@$(VENV)/bin/python bench/verify.py
+
+fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis)
+	@rounds=$$(mktemp -d)
+	trap 'rm -rf "$$rounds"' EXIT
+	end=$$(($$(date +%s) + $(MINUTES) * 60))
+	failed=0
+	while [ $$failed = 0 ] && [ $$(date +%s) -lt $$end ]; do
+		HYPOTHESIS_PROFILE=fuzz $(VENV)/bin/python -m pytest -q -s --timeout=0 -m hypothesis \
+			$(ARGS) > "$$rounds/last" 2>&1 || failed=1
+		grep '^examples tried: ' "$$rounds/last" >> "$$rounds/tried" || failed=1
+	done
+	if [ $$failed = 1 ]; then cat "$$rounds/last"; fi
+	awk '{ sum += $$3 } END { print "examples tried: " sum + 0 }' "$$rounds/tried"
+	exit $$failed
 
 clean: ## remove virtual environments and caches
 	@rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
