@@ -139,6 +139,7 @@ class Limits:
     header_block_bytes: int = limit(32768, "all headers of a request")
     header_seconds: float = limit(10, "to send a request's line and headers: slow-loris")
     write_stall_seconds: float = limit(30, "a client that does not read must not keep a slot")
+    write_bytes_per_second: int = limit(65536, "nor one that reads a byte at a time")
     idle_seconds: float = limit(180, "an idle connection: longer than the usual scrape interval")
     unread_bytes: int = limit(262144, "a request's body, read away so that the answer arrives")
     unread_seconds: float = limit(2, "for reading it away")
@@ -263,7 +264,10 @@ class ScrapeError(ExpexpError):
 
 
 class ExpositionError(ExpexpError):
-    """A body is no exposition. `line` and `column` are 1-based; 0 in protobuf, with `offset`."""
+    """A body is no exposition. `line` and `column` are 1-based, 0 in protobuf; `message` says why.
+
+    `offset` is that of the line's first byte, in protobuf of the field's.
+    """
 
     def __init__(self, message: str, line: int = 0, column: int = 0, offset: int = 0) -> None:
         """Keep the position and the message."""
@@ -414,6 +418,10 @@ def compile_production(pattern: bytes) -> re.Pattern[bytes]:
     return re.compile(pattern)
 
 
+# What Prometheus would ingest, but only hostile targets write: it would cost many times its size.
+MAX_NAME_BYTES: Final = 65_536
+MAX_NUMBER_BYTES: Final = 4_096
+MAX_LABELS: Final = 10_000
 RUN_STEP: Final = 256
 
 
@@ -484,16 +492,23 @@ NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
 OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
 
 
+RUN_SAMPLES: Final = 200
+
+
 def compose_run(
     types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
 ) -> re.Pattern[bytes]:
-    """Return a run of canonical lines, at most 500: a match holds the interpreter lock."""
+    """Return a run of samples with the metadata before them, all canonical.
+
+    At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
+    another run can follow: so those of a whole run need no counting.
+    """
     value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
     sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    lines = rb"(?:(?:%b|# (?:%b%b))\n){1,500}%b" % (sample, metadata, unit, possessive)
-    return compile_production(lines)
+    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
+    return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
 @dataclass(frozen=True)
@@ -516,7 +531,7 @@ class Dialect:
 TEXT: Final = Dialect(
     types=TEXT_TYPES,
     token=compile_run(rb"[^{ \t\n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\]{1,256}|\\\0*[^\n\0]'),
+    label_value=compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]'),
     fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
 )
 OPENMETRICS: Final = Dialect(
@@ -524,7 +539,7 @@ OPENMETRICS: Final = Dialect(
     blanks=NOTHING,
     separator=re.compile(b" "),
     token=compile_run(rb"[^ \n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0*[^\n\0]'),
+    label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
     fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
@@ -625,7 +640,7 @@ def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     until = body[start:pos] + (body[pos : pos + 1] or b"\n")
     if is_utf8(body[start : find_line_end(body, pos)]):
         until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until))
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until), start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -680,6 +695,8 @@ def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tu
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
+        if len(name) > MAX_NAME_BYTES:
+            raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
         return end, unescape(name)
     end = scan(source, pos, run)
     if end == pos or peek(source, pos).isdigit():
@@ -716,6 +733,8 @@ def read_labels(
         else:
             pos, value = read_label_value(source, pos)
             labels.append(Label(start, label, value))
+        if len(labels) > MAX_LABELS:
+            raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
         pos = read_comma(source, pos)
     return pos + 1, name, labels
 
@@ -752,10 +771,10 @@ def read_number(
     """Return a number as it was written, and what separates it from what is before it."""
     start = scan(source, pos, source.dialect.separator)
     end = scan(source, start, source.dialect.token)
-    number = form.fullmatch(source.body, start, end)
+    number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
     if start == pos and source.dialect.openmetrics:
         raise expected(source, pos, "a blank")
-    if not number:
+    if not number or end - start > MAX_NUMBER_BYTES:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
         raise expected(source, start, "a number within the range of float64")
@@ -881,23 +900,24 @@ def find_end(source: Source) -> int:
 
 def count_samples(body: bytes, start: int, end: int) -> int:
     """Return how many canonical lines from `start` to `end` are samples: have no `#`."""
-    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start)
+    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start, end)
     return body.count(b"\n", start, end) - comments
 
 
 def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
     """Return where the lines that start before `end` end, and how many samples they have."""
-    samples = 0
+    samples, start = 0, pos  # of the run that is not counted yet
     while pos < end:
         source.tick()
         run = fast.match(source.body, pos, end)
         if run:
-            samples += count_samples(source.body, pos, run.end())
-            pos = run.end()
+            samples += RUN_SAMPLES if start < pos else 0
+            start, pos = pos, run.end()
         else:
-            pos, line = read_line(source, pos)
-            samples += isinstance(line, Sample)
-    return pos, samples
+            samples += count_samples(source.body, start, pos)
+            start, line = read_line(source, pos)
+            samples, pos = samples + isinstance(line, Sample), start
+    return pos, samples + count_samples(source.body, start, pos)
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
@@ -1202,7 +1222,7 @@ class Report:
 
     def add(self, error: ExpositionError, strict: bool = True) -> None:
         """Keep a finding; raise it where it is the last that is wanted."""
-        place = error.line, error.column or error.offset
+        place = error.line, error.column if error.line else error.offset
         self.findings.append(Finding(*place, error.message, strict))
         if len(self.findings) >= self.limit:
             raise error
@@ -1489,8 +1509,11 @@ def verify_exposition(
     breaks the rules of the format itself.
 
     Where we differ from Prometheus: a NUL byte that its text parser takes for the end of the body
-    is refused, since what follows would be lost in silence. Unknown groups in protobuf are refused;
-    they are obsolete, and no client writes them.
+    is refused, since what follows would be lost in silence. Quoted names of more than 64 KiB,
+    numbers of more than 4 KiB, series of more than 10,000 labels and escapes with more than 256 NUL
+    bytes in them are refused, since they would cost many times the body's memory or hold up all
+    other threads. Unknown groups in protobuf are refused; they are obsolete, and no client writes
+    them.
     Where strict differs from expfmt: blanks at the end of a line pass, as the text format says.
     Where strict differs from prometheus_client: quoted names without metadata pass, and so do
     escaped quotes and braces in exemplars, and integer after float timestamps: it has bugs there.
@@ -1825,8 +1848,9 @@ ABSENT: Final = Node("nothing")
 
 def mismatch(what: str, node: Node) -> NodeError:
     """The error for a node that is something else than what was expected."""
-    shown = {"string": f'"{excerpt(node.text)}"', "nothing": "nothing"}
-    found = shown.get(node.kind) or f"the {node.kind} {excerpt(node.text)}".strip()
+    text = excerpt(re.sub("//[^/@]*@", "//...@", node.text))  # no password of a URL
+    shown = {"string": f'"{text}"', "nothing": "nothing"}
+    found = shown.get(node.kind) or f"the {node.kind} {text}".strip()
     return NodeError(f"expected {what}, found {found}", node.place)
 
 
@@ -1988,7 +2012,9 @@ read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
-read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
+read_address: Final = scalar(
+    "a host name or an IP address, without a port", HOST, to_address, secret=True
+)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
 read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
 read_environment: Final = mapping_of(read_variable, read_secret)
@@ -2000,7 +2026,8 @@ read_headers: Final = mapping_of(read_header, read_header_value)
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     """Texts; entries that are nothing are dropped, as the original does."""
     if node.kind != "list":
-        raise mismatch(what, node)
+        # Arguments may be secret: what was found is not shown.
+        raise NodeError(f"expected {what}, found the {node.kind}", node.place)
     return tuple(read_text(item) for item in node.items if item.kind != "nothing")
 
 
@@ -2455,6 +2482,8 @@ class Commands:
         """`soft_descriptors` is the limit that commands get back, 0 if it was not raised."""
         self._limits, self._soft_descriptors = limits, soft_descriptors
         self._running: set[subprocess.Popen[bytes]] = set()  # each use of it is atomic
+        self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._reap, daemon=True).start()
 
     def start(self, arguments: Sequence[bytes], env: Mapping[bytes, bytes]) -> Any:
         """A started process; raises ScrapeError("command") when it cannot be started."""
@@ -2474,19 +2503,23 @@ class Commands:
         return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """TERM to a command's group and a little later KILL, off the request's path."""
-        threading.Thread(target=self._end, args=(process,), daemon=True).start()
+        """TERM to a command's group, and a little later KILL, off the request's path."""
+        signal_group(process, signal.SIGTERM)
+        self._ending.put((time.monotonic() + self._limits.term_to_kill_seconds, process))
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """End the group, then reap its leader: only now can the process id be used again."""
-        grace = {signal.SIGTERM: self._limits.term_to_kill_seconds, signal.SIGKILL: 0.0}
-        for number, seconds in grace.items():
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                if process.returncode is None:  # else reaped, and its id may be another's
-                    os.killpg(process.pid, number)
-            time.sleep(seconds)
-        process.wait()
-        self._running.discard(process)
+    def _reap(self) -> None:
+        """KILL groups when it is time, then reap their leaders; in a thread of its own.
+
+        Only when a leader is reaped can its process id be another's.
+        """
+        while True:
+            due, process = self._ending.get()
+            time.sleep(max(0, due - time.monotonic()))
+            signal_group(process, signal.SIGKILL)
+            if process.poll() is None:  # it dies soon, or hangs in the kernel: others go on
+                self._ending.put((time.monotonic() + 0.02, process))
+            else:
+                self._running.discard(process)
 
     def end_all(self) -> None:
         """End the groups of all commands, at the end of the program."""
@@ -2495,6 +2528,13 @@ class Commands:
         end = time.monotonic() + 2 * self._limits.term_to_kill_seconds
         while self._running and time.monotonic() < end:
             time.sleep(0.01)
+
+
+def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to the group of a leader that is not reaped yet."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if process.returncode is None:
+            os.killpg(process.pid, number)
 
 
 @dataclass(frozen=True)
@@ -2526,10 +2566,10 @@ class Job:
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
     body, budget = io.BytesIO(), job.tools.budget  # a BytesIO hands out what it holds uncopied
+    job.cleanup.callback(lambda: budget.take(-body.tell()))
     for piece in pieces:
         job.deadline.check()
         budget.take(len(piece))
-        job.cleanup.callback(budget.take, -len(piece))
         body.write(piece)
         check_size(job, body.tell())
     return body.getvalue()
@@ -2706,15 +2746,22 @@ def check_head(response: Any) -> None:
         raise ScrapeError("protocol", f"not HTTP: an answer with status {response.status}")
     if response.fp.raw.at_end:  # http.client takes an early end for that of the headers
         raise ScrapeError("truncated", "the target closed in the middle of its headers")
-    if "Content-Length" in response.headers and response.length is None and not response.chunked:
+    headers = response.headers
+    if headers.defects or headers.get_payload():  # what follows a malformed line is lost
+        raise ScrapeError("protocol", "not HTTP: malformed headers")
+    lengths = set(headers.get_all("Content-Length", []))
+    codings = headers.get_all("Transfer-Encoding", [])
+    if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
         raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
+    if codings and not (len(codings) == 1 and response.chunked):
+        raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
 
 
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
     """The body of a response; raises ScrapeError when its end is not its announced end."""
     # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
     length: Any = math.inf if response.length is None else response.length
-    count = 0
+    count, reader = 0, cast(Any, response.fp).raw
     while count < length:
         with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
             piece = response.read1(min(PIECE_BYTES, length - count))
@@ -2723,7 +2770,7 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
         count += len(piece)
         check_size(job, count)
         yield piece
-    if count < length < math.inf:
+    if count < length < math.inf or (response.chunked and reader.at_end):
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
 
 
@@ -2829,8 +2876,11 @@ def scrape_file(job: Job) -> Scrape:
             if stat.S_ISFIFO(mode):
                 lock_fifo(job, path, cleanup)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            file = cleanup.enter_context(io.FileIO(descriptor))
-            modified = os.fstat(descriptor).st_mtime if stat.S_ISREG(mode) else None
+            file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
+            if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
+                raise ScrapeError("file", f"{excerpt(path)} was replaced while it was opened")
+            check_size(job, found.st_size)
+            modified = found.st_mtime if stat.S_ISREG(mode) else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except OSError as error:
         raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
@@ -2889,7 +2939,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
     try:
         verify_exposition(body, content_type, strict, job.deadline.check)
     except ExpositionError as error:
-        line = (*body.split(b"\n", error.line), b"")[max(error.line - 1, 0)]
+        line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
     if parse_media_type(content_type)[0] in USABLE_MEDIA_TYPES:
@@ -3264,6 +3314,7 @@ def collect_process(metrics: SelfMetrics) -> None:
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
 URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rb"(\S+) (?=\S)%b(\S*) HTTP/([0-9.]+)\r?\n" % URL_START)
+CONTROLS: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]+[ \t]*")
 CONTROL: Final = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")  # never in a header
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3401,10 +3452,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         tokens = all(TOKEN.fullmatch(name) for name in message)
         if CONTROL.search(block) or message.defects or message.get_payload() or not tokens:
             raise RequestError(400, "malformed headers")
-        return [(name, " ".join(value.split("\r\n"))) for name, value in message.items()]
+        return [(name, re.sub(r"\r?\n[ \t]*", " ", value)) for name, value in message.items()]
 
     def _write(self, response: Response, request: Request) -> None:
         """Send a response; the connection is reset if that fails after a part of it was sent."""
+        self._due = time.monotonic() + self._limits.write_stall_seconds
         with response.cleanup:
             try:
                 self._send_response(response, request.method == "HEAD")
@@ -3446,10 +3498,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
-        """Send all of it; raises TimeoutError when there is no progress."""
+        """Send all of it; raises TimeoutError when there is no progress, or too little."""
         rest = memoryview(content)
+        self._due += len(rest) / self._limits.write_bytes_per_second
         while rest:
-            self.connection.settimeout(self._limits.write_stall_seconds)
+            left = max(self._due - time.monotonic(), 0.001)
+            self.connection.settimeout(min(left, self._limits.write_stall_seconds))
+            if time.monotonic() > self._due:
+                raise TimeoutError("the client reads too slowly")
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
 
     def _discard(self) -> None:
@@ -3465,7 +3521,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def render_head(status: int, headers: Headers) -> bytes:
     """Status line and headers; line breaks in a target's folded header become blanks."""
     lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, '')}"]
-    lines += (f"{name}: {' '.join(value.split())}" for name, value in headers)
+    lines += (f"{name}: {CONTROLS.sub(' ', value)}" for name, value in headers)
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
@@ -3524,6 +3580,8 @@ class Server(http.server.ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
+        elif isinstance(error, RuntimeError):  # no thread can be started
+            LOGGER.warning("%s: connection closed: %s", client_address[0], error)
         else:
             LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
 

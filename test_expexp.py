@@ -4107,7 +4107,7 @@ PROBLEMS = {
     ),
     "a text for a list": (
         of_exec("args: x"),
-        ['c.yaml:6:13: modules.a.exec.args: expected a list, found "x"'],
+        ['c.yaml:6:13: modules.a.exec.args: expected a list, found the string'],
     ),
     "a mapping for a list": (
         of_exec("args: {a: b}"),
@@ -4127,7 +4127,7 @@ PROBLEMS = {
     ),
     "a text for what clients may add": (
         of_exec("accept_args: some"),
-        ['c.yaml:6:20: modules.a.exec.accept_args: expected true, false or a list, found "some"'],
+        ['c.yaml:6:20: modules.a.exec.accept_args: expected true, false or a list, found the string'],
     ),
     "a header that cannot be sent": (
         of_http("port: 1", 'headers: {"a b": 1}'),
