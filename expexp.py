@@ -2012,9 +2012,7 @@ read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
-read_address: Final = scalar(
-    "a host name or an IP address, without a port", HOST, to_address, secret=True
-)
+read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
 read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
 read_environment: Final = mapping_of(read_variable, read_secret)

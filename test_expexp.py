@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import tokenize
+import tracemalloc
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -611,7 +612,8 @@ BAD_MODULES = [
     (
         "the budget of lines",
         "a = 1\n" * (BUDGET_CODE_LINES + 1),
-        f"line {BUDGET_CODE_LINES + 1}: {BUDGET_CODE_LINES + 1} lines of code, {BUDGET_CODE_LINES} at most",
+        f"line {BUDGET_CODE_LINES + 1}: {BUDGET_CODE_LINES + 1} lines of code, "
+        f"{BUDGET_CODE_LINES} at most",
     ),
     ("the budget of lines", "# a\n" * 4001, "line 4001: 4001 lines in all, 4000 at most"),
     ("the length of functions", with_body(*["a = 1"] * 49), "line 9: f has 51 lines, 50 at most"),
@@ -4107,7 +4109,7 @@ PROBLEMS = {
     ),
     "a text for a list": (
         of_exec("args: x"),
-        ['c.yaml:6:13: modules.a.exec.args: expected a list, found the string'],
+        ["c.yaml:6:13: modules.a.exec.args: expected a list, found the string"],
     ),
     "a mapping for a list": (
         of_exec("args: {a: b}"),
@@ -4127,7 +4129,10 @@ PROBLEMS = {
     ),
     "a text for what clients may add": (
         of_exec("accept_args: some"),
-        ['c.yaml:6:20: modules.a.exec.accept_args: expected true, false or a list, found the string'],
+        [
+            "c.yaml:6:20: modules.a.exec.accept_args: "
+            "expected true, false or a list, found the string"
+        ],
     ),
     "a header that cannot be sent": (
         of_http("port: 1", 'headers: {"a b": 1}'),
@@ -5056,6 +5061,60 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         502,
         "truncated",
         NO_END,
+    ),
+    "loses its length to a line that is no header": (
+        HEAD + b"this is no header\r\nContent-Length: 100\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: malformed headers",
+    ),
+    "has a blank before the colon of its length": (
+        HEAD + b"Content-Length : 100\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: malformed headers",
+    ),
+    "announces two lengths": (
+        HEAD + b"Content-Length: 4\r\nContent-Length: 8\r\n\r\na 1\nb 2\n",
+        502,
+        "protocol",
+        "not HTTP: an invalid Content-Length",
+    ),
+    "announces a length with a sign": (
+        HEAD + b"Content-Length: +4\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: an invalid Content-Length",
+    ),
+    "announces a length with an underscore": (
+        HEAD + b"Content-Length: 0_4\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: an invalid Content-Length",
+    ),
+    "codes its body twice": (
+        HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n4\r\na 1\n\r\n0\r\n\r\n",
+        502,
+        "protocol",
+        "not HTTP: an unknown Transfer-Encoding",
+    ),
+    "codes its body with gzip alone": (
+        HEAD + b"Transfer-Encoding: gzip\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: an unknown Transfer-Encoding",
+    ),
+    "names two codings of its body": (
+        HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
+        502,
+        "protocol",
+        "not HTTP: an unknown Transfer-Encoding",
+    ),
+    "is cut within a size that begins with zeros": (
+        CHUNKED + b"0004\r\na 1\n\r\n00",
+        502,
+        "truncated",
+        "the target closed after 4 bytes of its body",
     ),
     "has a size of a chunk that is no number": (
         CHUNKED + b"zz\r\na 1\n",
@@ -7164,6 +7223,108 @@ def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
     assert line.isprintable()
     assert line.startswith(r'127.0.0.1 - G\nT "/\x1b[31m\r\nxxx')
     assert len(line) < 2200
+
+
+def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
+    body = b"a 1\n" * 20_000
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    job, callbacks = scraping_job(), 0
+    with job.cleanup:
+        pieces = (bytes([byte]) for byte in body)
+        assert expexp.join_pieces(job, pieces) == body
+        callbacks = len(job.cleanup._exit_callbacks)  # type: ignore[attr-defined]
+    with target(CHUNKED + chunks) as port, running({"m": http_module(port)}) as server:
+        assert server.scrape("m").body == body
+    assert callbacks == 1
+
+
+def scraping_job() -> expexp.Job:
+    """A job for the functions that read pieces."""
+    limits, metrics = expexp.Limits(), expexp.SelfMetrics()
+    budget, resolver = expexp.Budget(limits.held_bytes), expexp.Resolver(1)
+    tools = expexp.Tools(limits, budget, resolver, expexp.Commands(limits, 0), metrics)
+    module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
+    deadline = expexp.Deadline(60, time.monotonic)
+    return expexp.Job(module, (), (), "::1", deadline, contextlib.ExitStack(), tools)
+
+
+HOSTILE_LINES = {
+    "a quoted name that is too long": (
+        b'{"' + b"\\\\" * 40_000 + b'"} 1\n',
+        "line 1, column 2: expected a name of at most 65536 bytes",
+    ),
+    "a number that is too long": (
+        b"a " + b"1" * 5_000 + b"\n",
+        f'line 1, column 3: expected a value, found "{"1" * 80}..."',
+    ),
+    "too many labels": (
+        b"a{" + b'b="",' * 10_001 + b"} 1\n",
+        "line 1, column 50003: expected at most 10000 labels",
+    ),
+}
+
+
+@pytest.mark.parametrize(("body", "message"), HOSTILE_LINES.values(), ids=HOSTILE_LINES)
+def test_what_only_hostile_targets_write_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(expexp.ExpositionError) as caught:
+        expexp.verify_exposition(body, "text/plain")
+    assert str(caught.value) == message
+
+
+def test_the_log_of_a_broken_line_costs_no_copy_of_the_lines_before_it() -> None:
+    body = b"a 1\n" * 200_000 + b"a b\n"
+    tracemalloc.start()
+    with pytest.raises(expexp.ScrapeError, match="line 200001, column 3") as caught:
+        expexp.verify_scrape(scraping_job(), [("Content-Type", "text/plain")], body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.detail == 'the line is "a b"'
+    assert peak < len(body)
+
+
+def test_a_file_that_becomes_a_fifo_while_it_is_opened_is_a_failure_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fifo = tmp_path / "metrics", tmp_path / "fifo"
+    path.write_bytes(b"a 1\n")
+    os.mkfifo(fifo)
+    original = os.open
+
+    def swap(name: Any, *rest: Any, **named: Any) -> int:
+        return original(fifo if name == str(path) else name, *rest, **named)
+
+    with running({"m": file_module(path)}) as server:
+        monkeypatch.setattr(os, "open", swap)
+        answer = server.scrape("m")
+    assert answer.text == f"module m: {path} was replaced while it was opened\n"
+    assert answer.status == 500
+
+
+def test_a_sparse_file_is_too_large_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics"
+    with path.open("wb") as file:
+        file.truncate(10 << 30)
+    with running({"m": file_module(path)}) as server, taking(0, 1):
+        assert server.scrape("m").text == "module m: more than 268435456 bytes\n"
+        assert server.failures("m") == {"too_large": 1}
+
+
+def test_a_client_that_reads_too_slowly_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics"
+    path.write_bytes(b"# " + b"x" * 20_000_000 + b"\n")
+    limits = dataclasses.replace(FAST, write_stall_seconds=0.2, write_bytes_per_second=1 << 30)
+    with running({"m": file_module(path)}, limits=limits) as server, taking(0, 3):
+        client = socket.create_connection(("127.0.0.1", server.port))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+        with client, pytest.raises(ConnectionResetError):
+            read_slowly(client)
+
+
+def read_slowly(client: socket.socket) -> None:
+    """Read until the end, with progress all the time, but little."""
+    while client.recv(1000):
+        time.sleep(0.05)
 
 
 # ==================================================================================================
