@@ -612,8 +612,10 @@ BAD_MODULES = [
     (
         "the budget of lines",
         "a = 1\n" * (BUDGET_CODE_LINES + 1),
-        f"line {BUDGET_CODE_LINES + 1}: {BUDGET_CODE_LINES + 1} lines of code, "
-        f"{BUDGET_CODE_LINES} at most",
+        (
+            f"line {BUDGET_CODE_LINES + 1}: {BUDGET_CODE_LINES + 1} lines of code, "
+            f"{BUDGET_CODE_LINES} at most"
+        ),
     ),
     ("the budget of lines", "# a\n" * 4001, "line 4001: 4001 lines in all, 4000 at most"),
     ("the length of functions", with_body(*["a = 1"] * 49), "line 9: f has 51 lines, 50 at most"),
@@ -4130,8 +4132,10 @@ PROBLEMS = {
     "a text for what clients may add": (
         of_exec("accept_args: some"),
         [
-            "c.yaml:6:20: modules.a.exec.accept_args: "
-            "expected true, false or a list, found the string"
+            (
+                "c.yaml:6:20: modules.a.exec.accept_args: "
+                "expected true, false or a list, found the string"
+            )
         ],
     ),
     "a header that cannot be sent": (
