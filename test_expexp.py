@@ -7672,14 +7672,17 @@ def socket_recording(records: list[logging.LogRecord]) -> Iterator[None]:
 def test_an_idle_connection_makes_room_for_a_new_one() -> None:
     with running({}, limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(served.port)) for _ in range(3)]
-        for client in clients:
+        states = served.program.connections._open
+        for number, client in enumerate(clients, 1):
             client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
             assert read_until(client, HEALTHY)
+            wait_until(lambda: list(states.values())[-number:] == [True] * number)  # noqa: B023 - at once
         newest = stack.enter_context(connect(served.port))
         assert clients[0].recv(1) == b""
         for client in (newest, *clients[1:]):
             client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
             assert read_until(client, HEALTHY)
+        wait_until(lambda: any(states.values()))
         assert served.metric("expexp_rejected_connections_total") == 0
 
 
