@@ -6355,6 +6355,281 @@ def test_a_fifo_that_nobody_writes_to_meets_the_deadline(files: Running) -> None
     wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
 
 
+# --- verification of what was scraped
+
+DELIMITED: Final = (
+    "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
+)
+OLD_OPENMETRICS: Final = "application/openmetrics-text; version=0.0.1"
+#: A gauge `a` of 1, after its length.
+PROTOBUF_GAUGE: Final = b"\x12\x0a\x01a\x18\x01\x22\x0b\x12\x09\x09" + struct.pack("<d", 1)
+#: A native histogram `a` with one bucket, after its length.
+PROTOBUF_NATIVE: Final = b"\x12\x0a\x01a\x18\x04\x22\x0b\x3a\x09\x62\x04\x08\0\x10\x01\x6a\x01\x02"
+OPENMETRICS_BODY: Final = (
+    b'# TYPE a counter\n# UNIT a \n# HELP a \\n\na_total{b="\xc3\xa9",} 1.50 1.0 # {c="d"} 1e0 2\n'
+    b'{"u.v",b="c"} +Inf\n# EOF'
+)
+HASTY: Final = dataclasses.replace(FAST, term_to_kill_seconds=0.02)
+QUIRKY: Final = b"a 1\na 1"  # Prometheus ingests it, the format forbids it
+FORMATS: Final = {
+    "OpenMetrics": (expexp.OPENMETRICS_CONTENT_TYPE, OPENMETRICS_BODY),
+    "OpenMetrics 0.0.1": (OLD_OPENMETRICS, OPENMETRICS_BODY + b"\n"),
+    "OpenMetrics in other words": ('Application/OpenMetrics-Text ; x="y;z"', b"# EOF\n"),
+    "protobuf": (DELIMITED, PROTOBUF_GAUGE + PROTOBUF_NATIVE),
+    "protobuf in other words": (
+        (
+            'application/vnd.google.protobuf;encoding="delimited";'
+            "proto=io.prometheus.client.MetricFamily;escaping=values"
+        ),
+        PROTOBUF_GAUGE,
+    ),
+    "text that looks like OpenMetrics": ("text/plain", b"a 1\n\n# EOF\n# more\n"),
+}
+
+
+@contextlib.contextmanager
+def serving_body(given: str, body: bytes, *headers: str, **settings: object) -> Iterator[Running]:
+    """An expexp with a module `x`: an http target whose body is this, given a content type."""
+    with (
+        target(ok(body, *headers, content_type=given)) as port,
+        running({"x": http_module(port, **settings)}) as served,
+    ):
+        yield served
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize(("content_type", "body"), FORMATS.values(), ids=FORMATS)
+def test_every_format_is_served_byte_for_byte_as_what_it_is(
+    content_type: str, body: bytes, encoding: str
+) -> None:
+    sent = gzip.compress(body) if encoding == "gzip" else body
+    with serving_body(content_type, sent, f"Content-Encoding: {encoding}") as served:
+        answer = served.scrape("x", {"Accept-Encoding": "gzip"})
+    assert (answer.status, answer.body) == (200, sent)
+    assert answer.headers.get_all("Content-Type") == [content_type]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "message", "line"),
+    [
+        pytest.param(
+            "text/plain",
+            b"a 1\n" * 11 + b"jobs  abc\nb 1\n",
+            'line 12, column 7: expected a value, found "abc"',
+            "jobs  abc",
+            id="text",
+        ),
+        pytest.param(
+            "text/html; charset=utf-8",
+            b"\n<!DOCTYPE html>\n",
+            'line 2, column 1: expected a metric name, found "<!DOCTYPE"',
+            "<!DOCTYPE html>",
+            id="a page",
+        ),
+        pytest.param(
+            expexp.OPENMETRICS_CONTENT_TYPE,
+            b"a 1\n",
+            'line 2, column 1: expected "# EOF", found the end of the body',
+            "",
+            id="OpenMetrics cut short at a line end",
+        ),
+        pytest.param(
+            expexp.OPENMETRICS_CONTENT_TYPE,
+            b'\xc3\xa9 1\n# TYPE a counter\na{b="\xc3\xa9"}  1\n# EOF\n',
+            'line 1, column 1: expected a metric name, found "é"',
+            "é 1",
+            id="OpenMetrics with a bad name",
+        ),
+        pytest.param(
+            OLD_OPENMETRICS,
+            b'a{b="\xc3\xa9"}  1\n# EOF\n',
+            "line 1, column 10: expected a value, found a blank",
+            'a{b="é"}  1',
+            id="OpenMetrics with two blanks",
+        ),
+        pytest.param(
+            DELIMITED,
+            PROTOBUF_NATIVE + PROTOBUF_GAUGE[:-1],
+            "byte 19: metric_family: expected 18 bytes, found 17",
+            None,
+            id="protobuf cut short",
+        ),
+        pytest.param(
+            DELIMITED,
+            b"a 1\n",
+            "byte 0: metric_family: expected 97 bytes, found 3",
+            None,
+            id="text as protobuf",
+        ),
+    ],
+)
+def test_a_body_is_refused_with_its_place_and_the_line_is_for_the_log(
+    content_type: str, body: bytes, message: str, line: str | None, log: list[str]
+) -> None:
+    with serving_body(content_type, body) as served:
+        answer = served.scrape("x")
+        assert served.failures("x") == {"malformed": 1}
+    assert (answer.status, answer.text) == (500, f"module x: {message}\n")
+    shown = "" if line is None else f': the line is "{line}"'
+    assert log == [f"module x: malformed: {message}{shown}"]
+
+
+def test_the_line_in_the_log_is_escaped_and_bounded(log: list[str]) -> None:
+    with serving_body("text/plain", b"a 1\na\x1b[31m\xff " + b"x" * 1000) as served:
+        text = served.scrape("x").text
+    assert text == 'module x: line 2, column 2: expected a value, found "\\x1b[31m\\xff"\n'
+    assert log[0].endswith(f': the line is "a\\x1b[31m\\xff {"x" * 189}..."')
+
+
+@pytest.mark.parametrize(
+    ("head", "served_as"),
+    [
+        ("", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type:\r\n", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type: \t \r\n", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type: text/html\r\n", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type: ;;=\xe9\r\n", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type: application/json\r\nContent-Type: x/y\r\n", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type: text/plain; version=99\r\n", "text/plain; version=99"),
+        ("content-type: TEXT/PLAIN\r\n", "TEXT/PLAIN"),
+    ],
+)
+def test_a_verified_text_has_a_content_type_that_prometheus_takes(
+    head: str, served_as: str
+) -> None:
+    answer = f"HTTP/1.1 200 OK\r\n{head}Content-Length: 4\r\n\r\na 1\n".encode("latin-1")
+    with (
+        target(answer) as port,
+        running({"x": http_module(port), "raw": http_module(port, verify=False)}) as served,
+    ):
+        verified, raw = served.scrape("x"), served.scrape("raw")
+    assert (verified.status, verified.body) == (200, b"a 1\n")
+    assert verified.headers.get_all("Content-Type") == [served_as]
+    given = [line.partition(":")[2].strip() for line in head.split("\r\n")[:-1]]
+    assert [value.strip() for value in raw.headers.get_all("Content-Type", [])] == given
+
+
+def test_a_content_type_of_the_module_counts_and_not_that_of_the_target() -> None:
+    wanted = OLD_OPENMETRICS
+    with serving_body("text/html", OPENMETRICS_BODY, content_type=wanted) as served:
+        answer = served.scrape("x")
+    assert (answer.status, answer.body) == (200, OPENMETRICS_BODY)
+    assert answer.headers.get_all("Content-Type") == [wanted]
+    with serving_body("text/plain", b"a 1\n", content_type=wanted) as served:
+        assert served.scrape("x").status == 500
+    with serving_body(wanted, b"a 1\n", content_type="text/plain") as served:
+        assert served.scrape("x").headers.get_all("Content-Type") == ["text/plain"]
+    with serving_body("text/html", PROTOBUF_GAUGE, content_type=DELIMITED) as served:
+        assert served.scrape("x").body == PROTOBUF_GAUGE
+
+
+def test_a_content_type_of_the_module_is_for_expositions_verified_or_not() -> None:
+    missing = ok(b"<no>", content_type="text/html").replace(b"200 OK", b"404 Not Found")
+    with (
+        target(ok(b"<no>", content_type="text/html")) as port,
+        target(missing) as other,
+        running(
+            {
+                "raw": http_module(port, verify=False, content_type=DELIMITED),
+                "missing": http_module(other, content_type=DELIMITED),
+            }
+        ) as served,
+    ):
+        raw, refused = served.scrape("raw"), served.scrape("missing")
+    assert (raw.status, raw.body, raw.headers["Content-Type"]) == (200, b"<no>", DELIMITED)
+    assert (refused.status, refused.headers["Content-Type"]) == (404, "text/html")
+
+
+@pytest.mark.parametrize("value", ["text/plain\nX-Evil: 1", "\u20ac", ["a"]])
+def test_a_content_type_is_one_line_of_latin_1(value: object) -> None:
+    with (
+        pytest.raises(expexp.ConfigError, match=r"http\.content_type: expected one line of Latin"),
+        running({"x": http_module(1, content_type=value)}),
+    ):
+        pass
+
+
+def test_strict_modules_refuse_what_the_format_forbids(tmp_path: Path) -> None:
+    file = tmp_path / "x.prom"
+    file.write_bytes(QUIRKY)
+    with target(ok(QUIRKY)) as port:
+        lenient = {
+            "http": http_module(port),
+            "exec": exec_module("printf 'a 1\\na 1'"),
+            "file": file_module(file),
+        }
+        modules: dict[str, object] = dict(lenient)
+        for method, module in lenient.items():
+            section = cast("dict[str, object]", module[method])
+            modules[f"strict {method}"] = module | {"verify": "strict"}
+            modules[f"as strict {method}"] = module | {method: section | {"verify": "strict"}}
+        with running(modules, limits=HASTY) as served:
+            answers = {name: served.scrape(urllib.parse.quote(name)) for name in modules}
+            index = json.loads(served.get("/", {"Accept": "application/json"}).text)
+    for method in lenient:
+        assert answers[method].status == 200
+        assert answers[method].body.startswith(QUIRKY)
+        assert index[method]["verify"] is True
+        for strict in (f"strict {method}", f"as strict {method}"):
+            message = "line 2, column 4: expected a newline, found the end of the body"
+            assert answers[strict].status == 500
+            assert answers[strict].text == f"module {strict}: {message}\n"
+            assert index[strict]["verify"] == "strict"
+
+
+def test_strict_modules_pass_what_is_well_formed(tmp_path: Path) -> None:
+    file = tmp_path / "x.prom"
+    file.write_bytes(EXPOSITION)
+    openmetrics = b'# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF\n'
+    strict = {"verify": "strict"}
+    with (
+        target(ok(openmetrics, content_type=OLD_OPENMETRICS)) as port,
+        target(ok(PROTOBUF_NATIVE, content_type=DELIMITED)) as other,
+        running(
+            {
+                "http": http_module(port) | strict,
+                "protobuf": http_module(other) | strict,
+                "exec": exec_module("printf '# TYPE a gauge\\na 1\\n# EOF\\n'") | strict,
+                "file": file_module(file) | strict,
+            },
+            limits=HASTY,
+        ) as served,
+    ):
+        assert served.scrape("http").body == openmetrics
+        assert served.scrape("protobuf").body == PROTOBUF_NATIVE
+        assert served.scrape("exec").headers["Content-Type"] == expexp.OPENMETRICS_CONTENT_TYPE
+        assert served.scrape("file").body.startswith(EXPOSITION)
+
+
+def test_verify_is_true_false_or_strict() -> None:
+    with (
+        pytest.raises(expexp.ConfigError, match='expected true, false or strict, found "x"'),
+        running({"x": http_module(1, verify="x")}),
+    ):
+        pass
+
+
+def test_the_deadline_cuts_the_verification_of_a_hostile_body() -> None:
+    """30 MB of lines that are legal, and that the fast path does not take."""
+    small = gzip.compress(b'\ta { b = "c" , } 1 \t\n' * 10_000) * 150
+    module: dict[str, object] = {"timeout": "200ms"}
+    with (
+        target(ok(small, GZIP)) as port,
+        running(
+            {
+                "x": http_module(port) | module,
+                "strict": http_module(port) | module | {"verify": "strict"},
+            }
+        ) as served,
+    ):
+        for name in ("x", "strict"):
+            with taking(0.2, 1):
+                answer = served.scrape(name)
+            text = f"module {name}: timed out after 0.2 s\n"
+            assert (answer.status, answer.text) == (504, text)
+            assert served.failures(name) == {"timeout": 1}
+
+
 # ==================================================================================================
 # 14  Application
 # ==================================================================================================
@@ -7946,6 +8221,188 @@ def test_why_it_does_not_start_is_said_in_json_where_the_log_is_bug_20(
     record = json.loads(text)
     assert record["msg"].endswith("no such file or directory")
     assert (code, record["level"], set(record)) == (1, "fatal", {"level", "msg", "time"})
+
+
+# --- checking an exposition: -verify
+
+
+class Check(NamedTuple):
+    """What -verify is given, on stdin, and what it says."""
+
+    flags: list[str]
+    body: bytes
+    code: int
+    output: str  # without the seconds
+
+
+def summary(families: int, samples: int, findings: int, name: str = "<stdin>") -> str:
+    """The last line of -verify, without the seconds."""
+    return f"{name}: {families} families, {samples} samples, {findings} findings, "
+
+
+NO_NEWLINE: Final = "<stdin>:1:4: strict: expected a newline, found the end of the body\n"
+OF_TYPE: Final = "-verify.content-type"
+CARETS: Final = b"".join(
+    (
+        b"\t a\tx\n",
+        b'a{b="\xc3\xa9\xe6\x97\xa5"} y\n',
+        b"a \xff\xc3\xa9 z\n",
+        b"a\x1b[0m 1\n",
+        b'a{b="' + b"l" * 300 + b'"} w' + b"r" * 300 + b"\n",
+        b'{"q\\"r"} 1 v\n',
+    )
+)
+#: What each of these lines has under it: a caret below the first character of what was found.
+CARET_OUTPUT: Final = f"""\
+<stdin>:1:5: expected a value, found "x"
+    \\t a\\tx
+          ^
+<stdin>:2:11: expected a value, found "y"
+    a{{b="é日"}} y
+              ^
+<stdin>:3:3: expected a value, found "\\xffé"
+    a ÿÃ© z
+      ^
+<stdin>:4:2: expected a value, found "\\x1b[0m"
+    a\\x1b[0m 1
+     ^
+<stdin>:5:309: expected a value, found "w{"r" * 79}..."
+    {"l" * 56}"}} w{"r" * 59}...
+    {" " * 59}^
+<stdin>:6:12: expected a timestamp in milliseconds, or a newline, found "v"
+    {{"q\\"r"}} 1 v
+               ^
+"""
+EARLY_END: Final = (
+    '<stdin>:2:1: expected "# EOF", found the end of the body\n'
+    "    \n"  # there is no such line
+    "    ^\n"
+)
+CHECKS: Final = {
+    "text": Check([], b"# TYPE a gauge\na 1\nb 2\n", 0, summary(2, 2, 0)),
+    "what only strict refuses": Check(
+        [], b"a 1", 0, f"{NO_NEWLINE}    a 1\n       ^\n" + summary(1, 1, 1)
+    ),
+    "what only strict refuses, strictly": Check(
+        ["-verify.strict"], b"a 1", 1, f"{NO_NEWLINE}    a 1\n       ^\n" + summary(1, 1, 1)
+    ),
+    "carets": Check([], CARETS, 1, CARET_OUTPUT + summary(0, 0, 6)),
+    "another content type": Check(
+        [OF_TYPE, expexp.OPENMETRICS_CONTENT_TYPE], b"a 1\n", 1, EARLY_END + summary(0, 1, 1)
+    ),
+    "protobuf that is cut short": Check(
+        [OF_TYPE, DELIMITED],
+        PROTOBUF_NATIVE + PROTOBUF_GAUGE[:-1],
+        1,
+        "<stdin>: byte 19: metric_family: expected 18 bytes, found 17\n" + summary(0, 0, 1),
+    ),
+    "many findings": Check(
+        [],
+        b"a x\n" * 150,
+        1,
+        "".join(
+            f'<stdin>:{n}:3: expected a value, found "x"\n    a x\n      ^\n'
+            for n in range(1, expexp.Limits().findings + 1)
+        )
+        + summary(0, 0, expexp.Limits().findings),
+    ),
+}
+
+
+def verify_in_process(folder: Path, body: bytes, *flags: str) -> subprocess.CompletedProcess[bytes]:
+    """`expexp.py -verify` run to its end, in a folder without a configuration."""
+    command = [sys.executable, "-S", str(SOURCE), "-verify", *flags]  # -S: PyYAML is not needed
+    return subprocess.run(
+        command, input=body, capture_output=True, check=False, timeout=20, cwd=folder
+    )
+
+
+@pytest.fixture(scope="module")
+def checked(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[bytes]]]]:
+    """All of CHECKS, run beside each other."""
+    folder = tmp_path_factory.mktemp("verify")
+    with ThreadPoolExecutor(4) as pool:
+        yield {
+            name: pool.submit(verify_in_process, folder, check.body, "-", *check.flags)
+            for name, check in CHECKS.items()
+        }
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_verify_says_of(
+    name: str, checked: dict[str, Future[subprocess.CompletedProcess[bytes]]]
+) -> None:
+    ended = checked[name].result()
+    output, seconds = re.fullmatch(r"(?s)(.*, )(\d+\.\d{3} s\n)", ended.stdout.decode()).groups()  # type: ignore[union-attr]
+    assert output == CHECKS[name].output
+    assert (ended.returncode, ended.stderr) == (CHECKS[name].code, b"")
+    assert float(seconds.split()[0]) < 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "body", "counts"),
+    [
+        ([], b"", (0, 0, 0)),
+        ([], b"# TYPE a counter\na_total 1\n# EOF\n", (1, 1, 0)),
+        ([OF_TYPE, "text/plain"], b"a 1\n\n# EOF\n", (1, 1, 0)),
+        ([OF_TYPE, DELIMITED], PROTOBUF_GAUGE + PROTOBUF_NATIVE, (2, 2, 0)),
+    ],
+)
+def test_verify_names_the_file_and_counts_what_is_in_it(
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    body: bytes,
+    counts: tuple[int, int, int],
+) -> None:
+    (here / "a.b").write_bytes(body)
+    options = expexp.parse_flags(["-verify=a.b", "-verify.strict", *flags])
+    assert expexp.verify_command(options, FAST) == 0
+    assert capsys.readouterr().out.startswith(summary(*counts, name="a.b"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["-verify", "none.prom"], "none.prom: cannot be read: no such file or directory\n"),
+        (["-verify", "."], ".: cannot be read: is a directory\n"),
+        (["-verify=\x1b\n"], "\\x1b\\n: cannot be read: no such file or directory\n"),
+    ],
+)
+def test_verify_ends_with_2_where_it_cannot_read(
+    main_in_process: Callable[..., tuple[int, str]], here: Path, flags: list[str], line: str
+) -> None:
+    assert list(here.iterdir()) == []
+    assert main_in_process(*flags) == (2, line)
+
+
+def test_verify_ends_with_2_where_there_is_no_stdin() -> None:
+    command = f"exec {sys.executable} -S {SOURCE} -verify - <&-"
+    ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "<stdin>: cannot be read: bad file descriptor\n"
+
+
+def test_verify_reads_no_more_than_a_scrape_would(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "a.prom").write_bytes(b"a 1\n" * 3)
+    options, limits = expexp.Options(verify="a.prom"), dataclasses.replace(FAST, body_bytes=11)
+    assert expexp.verify_command(options, limits) == 2
+    assert capsys.readouterr() == ("", "a.prom: cannot be read: more than 11 bytes\n")
+
+
+def test_readme_shows_what_verify_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = FENCE.findall(README.partition("\n## Checking an exposition in CI\n")[2])
+    (_, exposition), (_, command), (_, output) = blocks[:3]
+    (here / "metrics.prom").write_text(exposition, encoding="utf-8")
+    program, script, *flags = command.split()
+    assert (program, script) == ("python3", "expexp.py")
+    assert expexp.main(flags) == 1
+    said, shown = (re.sub(r"[\d.]+ s$", "", text) for text in (capsys.readouterr().out, output))
+    assert said == shown
 
 
 # expexp as users start it: signals, the shutdown, odd surroundings.
