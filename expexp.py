@@ -16,7 +16,8 @@ environment. Every wait has a deadline and every quantity that comes from outsid
 
 Endpoints: /proxy (flag -web.proxy-path), /metrics (-web.telemetry-path), / (the modules, as HTML or
 JSON), /-/healthy and /-/ready. Exit codes: 0 stopped by a signal or nothing to do, 1 bad
-configuration or a port in use, 2 bad flags.
+configuration or a port in use, 2 bad flags. With -verify it checks the expositions in files and
+exits: 0 well-formed, 1 not, 2 not readable.
 
 Needs Python 3.9 or later, and PyYAML for a configuration in YAML (one in JSON does without).
 To be read once, from top to bottom: nothing is used in a section above the one that defines it.
@@ -975,8 +976,9 @@ class Row(NamedTuple):
 class Family:
     """A run of lines about one name."""
 
-    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
+    def __init__(self, first: Sample | Metadata, source: Source) -> None:
         """Begin with the first line."""
+        dialect, self.tick = source.dialect, source.tick
         self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
         self.metadata: list[Metadata] = []
         self.rows: list[Row] = []
@@ -1014,10 +1016,17 @@ class Family:
         rest = frozenset(labels.items())
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
+    def each(self) -> Iterator[Row]:
+        """Yield the rows, and tick now and then: a family may be a whole body."""
+        for number, row in enumerate(self.rows):
+            if number % 256 == 0:
+                self.tick()
+            yield row
+
     def metrics(self) -> Iterable[list[Row]]:
         """Return the rows of each metric, in OpenMetrics of each of its points in time."""
         metrics: dict[tuple[object, bytes], list[Row]] = {}
-        for row in self.rows:
+        for row in self.each():
             point = row.timestamp if self.openmetrics else b""
             metrics.setdefault((row.labels, point), []).append(row)
         return metrics.values()
@@ -1060,7 +1069,7 @@ def check_special_labels(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
-    for row in family.rows:
+    for row in family.each():
         if row.special == b"quantile" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
         elif row.special == b"le" and math.isnan(row.number):
@@ -1085,7 +1094,7 @@ def check_values(family: Family) -> Complaints:
     Bad: `# TYPE a summary\na_count 1.5\n# EOF`
     Bad: `# TYPE a info\na_info 2\n# EOF`
     """
-    for row in family.rows if family.openmetrics else ():
+    for row in family.each() if family.openmetrics else ():
         if row.kind in COUNTS and not row.value.is_integer():
             yield row.pos, "expected a whole number"
         elif (row.kind in TOTALS and not row.value >= 0) or (
@@ -1108,7 +1117,7 @@ def check_exemplars(family: Family) -> Complaints:
     Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
     """
-    for row in family.rows:
+    for row in family.each():
         pairs = row.exemplar or ()
         if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
             yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
@@ -1140,7 +1149,7 @@ def check_order(family: Family) -> Complaints:
     """
     seen: set[object] = set()
     before: Row | None = None
-    for row in family.rows if family.openmetrics else ():
+    for row in family.each() if family.openmetrics else ():
         if before is None or row.labels != before.labels:
             if row.labels in seen:
                 yield row.pos, "expected the samples of one metric in one place"
@@ -1257,7 +1266,7 @@ def read_families(source: Source, report: Report) -> Iterator[Family]:
         else:
             if family:
                 yield family
-            family = Family(line, source.dialect)
+            family = Family(line, source)
         report.samples += isinstance(line, Sample)
     if family:
         yield family
@@ -1741,7 +1750,9 @@ class Options:
     timeout_offset: float = flag(
         "timeout-offset", parse_offset, "0.5", "Seconds taken off Prometheus's scrape timeout."
     )
-    verify: str = flag("verify", str, "", "Check the exposition in a file (- is stdin) and exit.")
+    verify: tuple[str, ...] = flag(
+        "verify", str, (), "Check the exposition in a file (- is stdin) and exit; may be repeated."
+    )
     verify_content_type: str = flag(
         "verify.content-type",
         str,
@@ -2569,14 +2580,14 @@ def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
         job.deadline.check()
         budget.take(len(piece))
         body.write(piece)
-        check_size(job, body.tell())
+        check_size(job.tools.limits, body.tell())
     return body.getvalue()
 
 
-def check_size(job: Job, count: int) -> None:
+def check_size(limits: Limits, count: int) -> None:
     """Raise ScrapeError("too_large") if a body has more bytes than it may."""
-    if count > job.tools.limits.body_bytes:
-        raise ScrapeError("too_large", f"more than {job.tools.limits.body_bytes} bytes")
+    if count > limits.body_bytes:
+        raise ScrapeError("too_large", f"more than {limits.body_bytes} bytes")
 
 
 # --- http
@@ -2766,7 +2777,7 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
         if not piece:
             break
         count += len(piece)
-        check_size(job, count)
+        check_size(job.tools.limits, count)
         yield piece
     if count < length < math.inf or (response.chunked and reader.at_end):
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
@@ -2877,7 +2888,7 @@ def scrape_file(job: Job) -> Scrape:
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
             if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
                 raise ScrapeError("file", f"{excerpt(path)} was replaced while it was opened")
-            check_size(job, found.st_size)
+            check_size(job.tools.limits, found.st_size)
             modified = found.st_mtime if stat.S_ISREG(mode) else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except OSError as error:
@@ -2921,9 +2932,6 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 
 # --- verification of what was scraped
 
-#: With which Prometheus 3 takes an exposition.
-USABLE_MEDIA_TYPES: Final = ("text/plain", OPENMETRICS_TYPE, PROTOBUF_TYPE)
-
 
 def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
     """The headers, with a usable content type; ScrapeError if the body is no exposition."""
@@ -2940,7 +2948,10 @@ def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
-    if parse_media_type(content_type)[0] in USABLE_MEDIA_TYPES:
+    is_protobuf = choose_dialect(content_type, strict=False) is None
+    usable = is_protobuf or parse_media_type(content_type)[0] in ("text/plain", OPENMETRICS_TYPE)
+    chosen: str = getattr(job.module.target, "content_type", "")
+    if chosen or usable:
         return headers
     return with_content_type(headers, TEXT_CONTENT_TYPE)
 
@@ -2955,7 +2966,8 @@ def gunzip_pieces(body: bytes) -> Iterator[bytes]:
             try:
                 piece = member.decompress(part, 4 * PIECE_BYTES)
             except zlib.error as error:
-                raise ScrapeError("malformed", f"broken gzip: {error}") from None
+                why = str(error).rpartition(": ")[2]
+                raise ScrapeError("malformed", f"broken gzip: {why}") from None
             yield piece
             # Output that is still to come never uses up the input: the checksum follows it.
             part = member.unused_data or member.unconsumed_tail
@@ -3709,30 +3721,45 @@ class Program:
         self.commands.end_all()
 
 
-def verify_command(options: Options, limits: Limits) -> int:
-    """Check the exposition in a file and tell all findings; the exit code, 2 if unreadable. IO."""
-    name = "<stdin>" if options.verify == "-" else excerpt(options.verify, 200)
-    body, wrong = b"", ""
+def verify_file(name: str, options: Options, limits: Limits) -> int:
+    """Check the exposition in a file and tell all findings; the exit code, 2 if that fails. IO."""
+    shown = "<stdin>" if name == "-" else excerpt(name, 200)
     try:
-        with open(0 if options.verify == "-" else options.verify, "rb") as file:
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
             body = file.read(limits.body_bytes + 1)
-    except OSError as error:
-        wrong = words_of(error)
-    if wrong or len(body) > limits.body_bytes:
-        wrong = wrong or f"more than {limits.body_bytes} bytes"
-        sys.stderr.write(f"{name}: cannot be read: {wrong}\n")
+        check_size(limits, len(body))
+    except (OSError, ScrapeError) as error:
+        sys.stderr.write(f"{shown}: cannot be read: {words_of(error)}\n")
         return 2
-    report, started = Report(limits.findings), time.monotonic()
+    text, code = verify_body(shown, body, options, limits)
+    try:
+        with open(1, "wb", closefd=False) as stdout:
+            stdout.write(text.encode("utf-8", "replace"))
+    except OSError as error:
+        sys.stderr.write(f"<stdout>: cannot be written: {words_of(error)}\n")
+        return 2
+    return code
+
+
+def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
+    """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
+    report, started, more = Report(limits.findings), time.monotonic(), ""
     content_type = options.verify_content_type or text_scrape(body).headers[0][1]
-    with contextlib.suppress(ExpositionError):  # more findings than are listed
+    try:  # first, so that no number of strict findings hides it
+        verify_exposition(body, content_type)
+    except ExpositionError as error:
+        report.limit += 1  # it is found again
+        report.add(error, strict=False)
+    try:
         examine_exposition(body, content_type, report)
-    for finding in sorted(report.findings):
-        sys.stdout.write(render_finding(name, body, finding))
-    counts = (
-        f"{report.families} families, {report.samples} samples, {len(report.findings)} findings"
-    )
-    sys.stdout.write(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
-    return int(any(options.verify_strict or not finding.strict for finding in report.findings))
+    except ExpositionError:
+        more = " or more"
+    findings = sorted(set(report.findings))
+    lines = [render_finding(name, body, finding) for finding in findings]
+    counts = f"{report.families} families, {report.samples} samples, {len(findings)} findings{more}"
+    lines.append(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
+    failed = any(options.verify_strict or not finding.strict for finding in findings)
+    return "".join(lines), int(failed)
 
 
 def render_finding(name: str, body: bytes, finding: Finding) -> str:
@@ -3763,7 +3790,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     set_up_logging(options, limits)
     if options.verify:
-        return verify_command(options, limits)
+        return max(verify_file(name, options, limits) for name in options.verify)
     if not options.listen_address:
         LOGGER.warning("No web addresses to listen on, nothing to do!")
         return 0
