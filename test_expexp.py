@@ -2874,6 +2874,12 @@ STRICT_TEXT_INVALID = [
     ),
     ("no comma between pairs", 'a{b="c"d="e"} 1\n', 1, 'expected "," or "}", found "d="e"}"'),
     ("a dash after the name in HELP", "# HELP a-b c\n", 1, 'expected a blank, found "-b"'),
+    (
+        "a NUL in a keyword",
+        "# TY\0PE a gauge\n",
+        1,
+        "expected no NUL byte in the first word of a comment",
+    ),
     ("HELP twice", "# HELP a x\n# HELP a x\n", 2, 'found a second HELP of "a"'),
     (
         "TYPE after a sample",
@@ -3007,7 +3013,7 @@ STRICT_OPENMETRICS_INVALID = [
         "a NUL in a keyword",
         "# TY\0PE a gauge\n",
         1,
-        'expected HELP, TYPE, UNIT or "# EOF", found "# TY\\x00PE a gauge"',
+        "expected no NUL byte in the first word of a comment",
     ),
     ("TYPE twice", "# TYPE a gauge\n# TYPE a gauge\n", 2, 'found a second TYPE of "a"'),
     ("UNIT twice", "# UNIT a_s s\n# UNIT a_s s\n", 2, 'found a second UNIT of "a_s"'),
@@ -3243,6 +3249,15 @@ def test_a_family_with_a_line_that_cannot_be_read_is_not_judged() -> None:
     report = expexp.Report(limit=10)
     expexp.examine_exposition((H + 'h_bucket{le="+Inf" 1\nh_count 1\n').encode(), PLAIN, report)
     assert [(found.line, found.strict) for found in report.findings] == [(2, False)]
+
+
+def test_a_family_of_too_many_samples_is_judged_line_by_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expexp, "MAX_JUDGED_SAMPLES", 2)
+    assert not is_valid(b"a 1\na 1\n", PLAIN, strict=True)
+    assert expexp.verify_exposition(b"a 1\na 1\na 1\na 1\n", PLAIN, strict=True) == 4
+    assert not is_valid(b"a 1\na 1\na 1\na 1", PLAIN, strict=True)
 
 
 def registry() -> prometheus_client.CollectorRegistry:
