@@ -1080,7 +1080,7 @@ def running(
         arguments = ["-config", str(path), "-web.listen-address", "127.0.0.1:0", *flags]
         program = expexp.Program(expexp.parse_flags(arguments), limits)
         server = program.servers[0]
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
         thread.start()
         try:
             yield Running(program, server.server_address[1])
