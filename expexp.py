@@ -40,8 +40,9 @@ Contents:
  15  HTTP server
  16  Command line
 
-Specifications: the text format 0.0.4 and Prometheus's own parser of it
-(prometheus.io/docs/instrumenting/exposition_formats), HTTP/1.1 (RFC 9110 and 9112).
+Specifications: the text format 0.0.4 (prometheus.io/docs/instrumenting/exposition_formats) and
+OpenMetrics 1.0, both as Prometheus's own parsers read them; client_model's metrics.proto and the
+encoding of protobuf; HTTP/1.1 (RFC 9110 and 9112).
 
 Licensed under the Apache License, Version 2.0.
 """
@@ -3087,12 +3088,13 @@ def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
     added = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
     if len(added) > limits.arguments:
         raise ScrapeError("bad_arguments", f"more than {limits.arguments} args and params")
+    most = limits.argument_bytes
     for kind, value in added:
         faults = {
-            f"longer than {limits.argument_bytes} bytes": len(value) > limits.argument_bytes,
+            f"longer than {most} bytes": len(value) > most,
             "a NUL in it": b"\0" in value,
             'not of the form "name=value"': kind == b"params" and not PARAMETER.fullmatch(value),
-            "not accepted by this module": not is_accepted(module, kind, value),
+            "not accepted by this module": not is_accepted(module, kind, value[:most]),
         }
         for wrong in filter(faults.get, faults):
             raise ScrapeError("bad_arguments", f'{kind.decode()} "{excerpt(value)}": {wrong}')
