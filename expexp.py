@@ -55,6 +55,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
+import email.errors
 import errno
 import fnmatch
 import functools
@@ -1869,7 +1870,7 @@ ABSENT: Final = Node("nothing")
 
 def mismatch(what: str, node: Node) -> NodeError:
     """The error for a node that is something else than what was expected."""
-    text = excerpt(re.sub("//[^/@]*@", "//...@", node.text))  # no password of a URL
+    text = excerpt(re.sub("//.*@", "//...@", node.text))  # no password of a URL
     shown = {"string": f'"{text}"', "nothing": "nothing"}
     found = shown.get(node.kind) or f"the {node.kind} {text}".strip()
     return NodeError(f"expected {what}, found {found}", node.place)
@@ -2025,6 +2026,7 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
+read_argument: Final = scalar("text without a NUL", secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_scheme: Final = scalar("http or https", "https?")
@@ -2047,7 +2049,7 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     if node.kind != "list":
         # Arguments may be secret: what was found is not shown.
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
-    return tuple(read_text(item) for item in node.items if item.kind != "nothing")
+    return tuple(read_argument(item) for item in node.items if item.kind != "nothing")
 
 
 def read_verify(node: Node) -> Any:
@@ -2201,7 +2203,7 @@ class DocumentReader:
             self.problem(path, str(error), error.place)
         except RecursionError:  # of a parser
             self.problem(path, "nested too deeply")
-        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        except (OSError, ValueError, OverflowError) as error:  # ssl.SSLError is an OSError
             self.problem(path, f"{what}: {words_of(error)}")
 
     def entries(self, node: Node, path: str, known: Iterable[str] = ()) -> dict[str, Node]:
@@ -2353,10 +2355,13 @@ class ConfigLoader:
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
         module = reader.module(name, node)
-        here = f"{reader.filename}:{node.place[0]}" if node.place[0] else reader.filename
+        file, line = excerpt(reader.filename, 200), node.place[0]
+        here = f"{file}:{line}" if line else file
         first = self._origins.setdefault(name, here)
         if first != here:
-            reader.problem(f"modules.{name}", f"module {name} is already defined in {first}")
+            reader.problem(
+                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
+            )
         elif module:
             self._modules[name] = self._check_host(module, reader)
 
@@ -2478,7 +2483,11 @@ class Resolver:
         if not self._slots.acquire(timeout=deadline.remaining()):
             raise deadline.error()
         answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
+        try:
+            threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
+        except RuntimeError:
+            self._slots.release()
+            raise ScrapeError("busy", "no thread can be started to look up a name") from None
         try:
             return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
         except concurrent.futures.TimeoutError:
@@ -2628,6 +2637,27 @@ class DeadlineReader(io.RawIOBase):
         super().close()
 
 
+CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
+
+
+class TargetResponse(http.client.HTTPResponse):
+    """A response whose chunks are framed as RFC 9112, 7.1 has it: http.client takes much more."""
+
+    def _read_next_chunk_size(self) -> int:
+        """The size of the next chunk; of the ValueError http.client makes an IncompleteRead."""
+        found = CHUNK_SIZE.fullmatch(self.fp.readline(PIECE_BYTES))
+        if not found:
+            raise ValueError("no size of a chunk")
+        return int(found[1], 16)
+
+    def _safe_read(self, count: int) -> bytes:
+        """The line break after a chunk, which is all that is read this way."""
+        end = self.fp.read(count)
+        if end != b"\r\n":
+            raise http.client.IncompleteRead(end)
+        return end
+
+
 class TargetConnection(http.client.HTTPConnection):
     """A connection to a target whose every wait counts against the job's deadline."""
 
@@ -2650,7 +2680,7 @@ class TargetConnection(http.client.HTTPConnection):
 
     def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         """A response that is read through a DeadlineReader."""
-        response = http.client.HTTPResponse(sock, **named)
+        response = TargetResponse(sock, **named)
         reader = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
         response.fp = io.BufferedReader(reader, PIECE_BYTES)
         return response
@@ -2759,6 +2789,14 @@ def with_content_type(headers: Headers, content_type: str) -> Headers:
     return [*others, ("Content-Type", content_type)]
 
 
+def is_malformed(headers: http.client.HTTPMessage) -> bool:
+    """Whether a line among the headers is none; the parser also judges the body of a mail."""
+    multipart = (email.errors.NoBoundaryInMultipartDefect, email.errors.StartBoundaryNotFoundDefect)
+    other = (*multipart, email.errors.MultipartInvariantViolationDefect)
+    defects = [defect for defect in headers.defects if not isinstance(defect, other)]
+    return bool(defects or headers.get_payload())
+
+
 def check_head(response: Any) -> None:
     """Raise ScrapeError for the head of a response that http.client lets pass."""
     if response.status < http.HTTPStatus.OK:
@@ -2766,13 +2804,15 @@ def check_head(response: Any) -> None:
     if response.fp.raw.at_end:  # http.client takes an early end for that of the headers
         raise ScrapeError("truncated", "the target closed in the middle of its headers")
     headers = response.headers
-    if headers.defects or headers.get_payload():  # what follows a malformed line is lost
+    if is_malformed(headers):  # what follows a malformed line is lost
         raise ScrapeError("protocol", "not HTTP: malformed headers")
-    lengths = set(headers.get_all("Content-Length", []))
-    codings = headers.get_all("Transfer-Encoding", [])
+    lengths = {length.strip() for length in headers.get_all("Content-Length", [])}
+    codings = [coding.strip().lower() for coding in headers.get_all("Transfer-Encoding", [])]
+    if codings == ["chunked"]:  # http.client does not see it with a blank behind it
+        response.chunked, response.chunk_left, response.length = True, None, None
     if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
         raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-    if codings and not (len(codings) == 1 and response.chunked):
+    if codings and codings != ["chunked"]:
         raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
 
 
@@ -2860,7 +2900,12 @@ def exit_descriptor(process_id: int) -> Any:
 def scrape_exec(job: Job) -> Scrape:
     """What a command prints, if it then exits with 0. IO; raises ScrapeError."""
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
-    process = job.tools.commands.start(command_arguments(job), command_environment(job))
+    try:
+        arguments, environment = command_arguments(job), command_environment(job)
+    except UnicodeError:
+        message = "cannot start the command: it cannot be written in this locale"
+        raise ScrapeError("command", message) from None
+    process = job.tools.commands.start(arguments, environment)
     words = bytearray()
     try:
         with process.stdout, process.stderr:
@@ -2901,7 +2946,7 @@ def scrape_file(job: Job) -> Scrape:
             check_size(job.tools.limits, found.st_size)
             modified = found.st_mtime if stat.S_ISREG(mode) else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
 
 
@@ -3241,15 +3286,21 @@ class Application:
         if result.status != http.HTTPStatus.OK:
             message = f"the target answered with status {result.status}"
             self._note(module, ScrapeError("status", message))
-        elif self._failures.is_news(module.name, ""):
-            LOGGER.warning("module %s: recovered", module.name)
+        elif isinstance(result.body, bytes):
+            self._note_success(module)
         body = result.body
         return body if isinstance(body, bytes) else self._streamed(module, body)
+
+    def _note_success(self, module: Module) -> None:
+        """Log that a module has recovered, if it has."""
+        if self._failures.is_news(module.name, ""):
+            LOGGER.warning("module %s: recovered", module.name)
 
     def _streamed(self, module: Module, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """The pieces; a failure after the status was sent counts as aborted."""
         try:
             yield from pieces
+            self._note_success(module)
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
@@ -3471,13 +3522,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except http.client.HTTPException:
             raise RequestError(431, "too many headers") from None
         tokens = all(TOKEN.fullmatch(name) for name in message)
-        if CONTROL.search(block) or message.defects or message.get_payload() or not tokens:
+        if CONTROL.search(block) or is_malformed(message) or not tokens:
             raise RequestError(400, "malformed headers")
         return [(name, re.sub(r"\r?\n[ \t]*", " ", value)) for name, value in message.items()]
 
     def _write(self, response: Response, request: Request) -> None:
         """Send a response; the connection is reset if that fails after a part of it was sent."""
-        self._due = time.monotonic() + self._limits.write_stall_seconds
+        self._allowance = self._limits.write_stall_seconds  # seconds that sending may still take
         with response.cleanup:
             try:
                 self._send_response(response, request.method == "HEAD")
@@ -3520,14 +3571,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, content: bytes | memoryview) -> None:
         """Send all of it; raises TimeoutError when there is no progress, or too little."""
-        rest = memoryview(content)
-        self._due += len(rest) / self._limits.write_bytes_per_second
+        rest, stall = memoryview(content), self._limits.write_stall_seconds
+        self._allowance += len(rest) / self._limits.write_bytes_per_second
         while rest:
-            left = max(self._due - time.monotonic(), 0.001)
-            self.connection.settimeout(min(left, self._limits.write_stall_seconds))
-            if time.monotonic() > self._due:
+            if self._allowance <= 0:
                 raise TimeoutError("the client reads too slowly")
+            begun = time.monotonic()
+            self.connection.settimeout(min(self._allowance, stall))
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
+            self._allowance -= time.monotonic() - begun
 
     def _discard(self) -> None:
         """Read away what the client still sends: closing now would reset what we answered."""
@@ -3646,6 +3698,12 @@ def set_up_logging(options: Options, limits: Limits) -> None:
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
+def tell(text: str) -> None:
+    """Write to stderr, if there is one."""
+    with contextlib.suppress(AttributeError, OSError):
+        sys.stderr.write(text)
+
+
 def raise_descriptor_limit(most: int) -> int:
     """Raise the soft limit of file descriptors; the former one, 0 if it was not raised. IO."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -3740,14 +3798,14 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
             body = file.read(limits.body_bytes + 1)
         check_size(limits, len(body))
     except (OSError, ScrapeError) as error:
-        sys.stderr.write(f"{shown}: cannot be read: {words_of(error)}\n")
+        tell(f"{shown}: cannot be read: {words_of(error)}\n")
         return 2
     text, code = verify_body(shown, body, options, limits)
     try:
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
     except OSError as error:
-        sys.stderr.write(f"<stdout>: cannot be written: {words_of(error)}\n")
+        tell(f"<stdout>: cannot be written: {words_of(error)}\n")
         return 2
     return code
 
@@ -3766,21 +3824,23 @@ def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tup
     except ExpositionError:
         more = " or more"
     findings = sorted(set(report.findings))
-    lines = [render_finding(name, body, finding) for finding in findings]
+    wanted = {finding.line for finding in findings}
+    texts = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in wanted}
+    lines = [render_finding(name, texts.get(finding.line, b""), finding) for finding in findings]
     counts = f"{report.families} families, {report.samples} samples, {len(findings)} findings{more}"
     lines.append(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
     failed = any(options.verify_strict or not finding.strict for finding in findings)
     return "".join(lines), int(failed)
 
 
-def render_finding(name: str, body: bytes, finding: Finding) -> str:
-    """`file:line:column: message`, and for text the line with a caret under the place."""
+def render_finding(name: str, raw: bytes, finding: Finding) -> str:
+    """`file:line:column: message`, and for text the raw line with a caret under the place."""
     line, column, message, strict = finding
     place = f"{name}:{line}:{column}" if line else f"{name}: byte {column}"
     head = f"{place}: {'strict: ' if strict else ''}{message}\n"
     if not line:
         return head
-    raw = body.split(b"\n", line)[line - 1]
+    raw = raw.rstrip(b"\n")
     text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
     start = max(0, column - 60)
     before, rest = excerpt(text[start : column - 1], 200), excerpt(text[column - 1 :], 60)
@@ -3793,11 +3853,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
     except FlagError as error:
-        sys.stderr.write(f"{error}\n{render_usage()}")
+        tell(f"{error}\n{render_usage()}")
         return 2
     if options.help or options.version:
         version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        sys.stderr.write(render_usage() if options.help else version)
+        tell(render_usage() if options.help else version)
         return 0
     set_up_logging(options, limits)
     if options.verify:

@@ -4136,7 +4136,7 @@ PROBLEMS = {
     ),
     "a list in a list": (
         of_exec("args: [a, [b]]"),
-        ["c.yaml:6:17: modules.a.exec.args: expected text, found the list"],
+        ["c.yaml:6:17: modules.a.exec.args: expected text without a NUL"],
     ),
     "a list for a mapping": (
         of_exec("env: [A=1]"),
@@ -5135,7 +5135,25 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         CHUNKED + b"0004\r\na 1\n\r\n00",
         502,
         "truncated",
-        "the target closed after 4 bytes of its body",
+        NO_END,
+    ),
+    "ends a chunk with something else than a line break": (
+        CHUNKED + b"4\r\na 1\n#X4\r\nb 1\n\r\n0\r\n\r\n",
+        502,
+        "truncated",
+        NO_END,
+    ),
+    "has a size of a chunk with a prefix": (
+        CHUNKED + b"0x4\r\na 1\n\r\n0\r\n\r\n",
+        502,
+        "truncated",
+        NO_END,
+    ),
+    "has a negative size of a chunk": (
+        CHUNKED + b"-4\r\na 1\n\r\n0\r\n\r\n",
+        502,
+        "truncated",
+        NO_END,
     ),
     "has a size of a chunk that is no number": (
         CHUNKED + b"zz\r\na 1\n",
@@ -7519,6 +7537,64 @@ def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
     assert line.isprintable()
     assert line.startswith(r'127.0.0.1 - G\nT "/\x1b[31m\r\nxxx')
     assert len(line) < 2200
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        HEAD + b"Content-Length: 4 \r\n\r\na 1\n",
+        HEAD + b"Transfer-Encoding: Chunked \r\n\r\n4\r\na 1\n\r\n0\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n4 ;x=y\r\na 1\n\r\n0\r\nT: u\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed\r\nContent-Length: 4\r\n\r\na 1\n",
+    ],
+    ids=["a blank after a length", "a blank after a coding", "an extension", "a mail's type"],
+)
+def test_an_odd_but_legal_answer_is_read_with(answer: bytes) -> None:
+    for verify in (True, False):
+        with target(answer) as port, running({"m": http_module(port, verify=verify)}) as server:
+            assert server.scrape("m")[::2] == (200, b"a 1\n")
+
+
+def test_a_stream_that_always_breaks_is_one_warning(log: list[logging.LogRecord]) -> None:
+    broken = HEAD + b"Content-Length: 9\r\n\r\na 1\n"
+    with target(broken) as port, running({"m": http_module(port, verify=False)}) as server:
+        for _ in range(3):
+            with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+                server.scrape("m")
+        wait_until(lambda: server.failures("m") == {"aborted": 3})
+    warnings = [record for record in log if record.levelno == logging.WARNING]
+    assert [record.getMessage() for record in warnings] == [
+        "module m: aborted: the target closed after 4 bytes of its body"
+    ]
+
+
+def test_the_time_that_a_target_takes_is_not_the_clients(log: list[logging.LogRecord]) -> None:
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(HEAD + b"Content-Length: 8\r\n\r\na 1\n")
+        select.select([connection], [], [], 0.4)
+        connection.sendall(b"b 1\n")
+
+    limits = dataclasses.replace(FAST, write_stall_seconds=0.1)
+    with target(answer) as port:
+        modules = {"m": http_module(port, verify=False)}
+        with running(modules, limits=limits) as server:
+            assert server.scrape("m").body == b"a 1\nb 1\n"
+    assert not [record for record in log if "too slowly" in record.getMessage()]
+
+
+def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resolver, deadline = expexp.Resolver(1), expexp.Deadline(1, time.monotonic)
+
+    def refuse_start(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse_start)
+    for _ in range(3):
+        with pytest.raises(expexp.ScrapeError, match="no thread can be started") as caught:
+            resolver.resolve("name.invalid", 1, deadline)
+        assert caught.value.reason.name == "busy"
 
 
 def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
