@@ -7555,20 +7555,17 @@ def test_an_odd_but_legal_answer_is_read_with(answer: bytes) -> None:
             assert server.scrape("m")[::2] == (200, b"a 1\n")
 
 
-def test_a_stream_that_always_breaks_is_one_warning(log: list[logging.LogRecord]) -> None:
+def test_a_stream_that_always_breaks_is_one_warning(log: list[str]) -> None:
     broken = HEAD + b"Content-Length: 9\r\n\r\na 1\n"
     with target(broken) as port, running({"m": http_module(port, verify=False)}) as server:
         for _ in range(3):
             with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
                 server.scrape("m")
         wait_until(lambda: server.failures("m") == {"aborted": 3})
-    warnings = [record for record in log if record.levelno == logging.WARNING]
-    assert [record.getMessage() for record in warnings] == [
-        "module m: aborted: the target closed after 4 bytes of its body"
-    ]
+    assert log == ["module m: aborted: the target closed after 4 bytes of its body"]
 
 
-def test_the_time_that_a_target_takes_is_not_the_clients(log: list[logging.LogRecord]) -> None:
+def test_the_time_that_a_target_takes_is_not_the_clients(log: list[str]) -> None:
     def answer(connection: socket.socket, _head: bytes) -> None:
         connection.sendall(HEAD + b"Content-Length: 8\r\n\r\na 1\n")
         select.select([connection], [], [], 0.4)
@@ -7579,7 +7576,7 @@ def test_the_time_that_a_target_takes_is_not_the_clients(log: list[logging.LogRe
         modules = {"m": http_module(port, verify=False)}
         with running(modules, limits=limits) as server:
             assert server.scrape("m").body == b"a 1\nb 1\n"
-    assert not [record for record in log if "too slowly" in record.getMessage()]
+    assert not log
 
 
 def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
