@@ -101,6 +101,9 @@ try:
 except ImportError:  # a host without PyYAML can still use a configuration in JSON
     yaml = None  # type: ignore[assignment]
 
+if sys.version_info < (3, 9):  # noqa: UP036 - says so instead of a trace, on a host that has less
+    sys.exit("expexp needs Python 3.9 or later")
+
 __version__ = "1.0.0"
 __all__ = ["ExpositionError", "main", "verify_exposition"]
 
