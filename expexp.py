@@ -172,8 +172,6 @@ class Limits:
 # target (ScrapeError). What differs inside one of them is data, not a subclass. REASONS is the one
 # table from which statuses, counters and the README's list of failures come.
 
-ALL_METHODS: Final = ("http", "exec", "file")
-
 
 def rows(table: str) -> list[list[str]]:
     """The cells of a table in a text, which two blanks or more separate."""
@@ -1544,8 +1542,8 @@ def verify_exposition(
     Of a family of more than 100,000 samples strict judges the lines alone: the memory for more is
     not worth it.
     """
-    report = Report()
     if strict:
+        report = Report()
         examine_exposition(body, content_type, report, tick)
         return report.samples
     dialect = choose_dialect(content_type, strict=False)
@@ -2757,7 +2755,8 @@ def end_to_end(headers: Headers) -> Headers:
     """The headers that go on: without the hop-by-hop ones and those that Connection names."""
     lists = (value for name, value in headers if name.lower() == "connection")
     named = {part.strip().lower() for value in lists for part in value.split(",")}
-    return [(n, v) for n, v in headers if n.lower() not in {*HOP_BY_HOP.split("|"), *named}]
+    dropped = named.union(HOP_BY_HOP.split("|"))
+    return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
 def request_url(job: Job) -> str:
@@ -3389,7 +3388,7 @@ def collect_process(metrics: SelfMetrics) -> None:
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
 URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rb"(\S+) (?=\S)%b(\S*) HTTP/([0-9.]+)\r?\n" % URL_START)
-CONTROLS: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]+[ \t]*")
+CONTROL_RUN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]+[ \t]*")
 CONTROL: Final = re.compile(rb"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")  # never in a header
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -3597,7 +3596,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def render_head(status: int, headers: Headers) -> bytes:
     """Status line and headers; line breaks in a target's folded header become blanks."""
     lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, '')}"]
-    lines += (f"{name}: {CONTROLS.sub(' ', value)}" for name, value in headers)
+    lines += (f"{name}: {CONTROL_RUN.sub(' ', value)}" for name, value in headers)
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 

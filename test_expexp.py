@@ -1191,6 +1191,79 @@ def run(*flags: str, folder: Path | None = None) -> subprocess.CompletedProcess[
     )
 
 
+#: The two examples of the original's README, word for word, where EXPEXP_ORIGINAL_README (the
+#: folder that has them as files) is not set.
+ORIGINAL_README = {
+    "expexp.yaml": """\
+modules:
+  node:
+    method: http
+    http:
+       port: 9100
+
+  mtail:
+    method: http
+    http:
+       port: 3903
+
+  cadvisor:
+    verify: false
+    method: http
+    http:
+       port: 4194
+
+  somescript:
+    method: exec
+    timeout: 1s
+    exec:
+      command: /tmp/myscript.sh
+      args:
+        - "myarg1"
+        - "myarg2"
+      env:
+        THING: "1"
+        THING2: "2"
+""",
+    "prometheus-jobs.yaml": """\
+scrape_configs:
+  - job_name: 'expexp_metrics'
+    scrape_interval: 1s
+    static_configs:
+      - targets: ['host:9999']
+  - job_name: 'cadvisor'
+    scrape_interval: 5s
+    metrics_path: /proxy
+    params:
+      module:
+        - cadvisor
+    static_configs:
+      - targets: ['host:9999']
+  - job_name: 'mtail'
+    scrape_interval: 5s
+    metrics_path: /proxy
+    params:
+      module:
+        - mtail
+    static_configs:
+      - targets: ['host:9999']
+  - job_name: 'somescript'
+    scrape_interval: 5s
+    metrics_path: /proxy
+    params:
+      module:
+        - somescript
+    static_configs:
+      - targets: ['host:9999']
+""",
+}
+
+
+def original_readme(name: str) -> str:
+    """One example of the original's README, word for word."""
+    folder = os.environ.get("EXPEXP_ORIGINAL_README")
+    return (Path(folder) / name).read_text(encoding="utf-8") if folder else ORIGINAL_README[name]
+
+
 # ==================================================================================================
 # 2  What can go wrong
 # ==================================================================================================
@@ -4810,44 +4883,10 @@ def test_without_pyyaml_a_configuration_in_yaml_names_the_packages_to_install(he
     )
 
 
-ORIGINAL_CONFIG = """\
-modules:
-  node:
-    method: http
-    http:
-       port: 9100
-
-  mtail:
-    method: http
-    http:
-       port: 3903
-
-  cadvisor:
-    verify: false
-    method: http
-    http:
-       port: 4194
-
-  somescript:
-    method: exec
-    timeout: 1s
-    exec:
-      command: /tmp/myscript.sh
-      args:
-        - "myarg1"
-        - "myarg2"
-      env:
-        THING: "1"
-        THING2: "2"
-"""
-ORIGINAL_README = FOLDER.parent / "shared" / "original-readme"
-
-
 @pytest.mark.usefixtures("here")
 def test_the_original_readmes_configuration_loads_word_for_word() -> None:
-    given = ORIGINAL_README / "expexp.yaml"
-    text = given.read_text() if given.exists() else ORIGINAL_CONFIG
-    assert text == ORIGINAL_CONFIG
+    text = original_readme("expexp.yaml")
+    assert text == ORIGINAL_README["expexp.yaml"]
     modules = load(text).modules
     assert {name: module.target.shown for name, module in modules.items()} == {
         "cadvisor": "http://localhost:4194/metrics",
@@ -4869,14 +4908,11 @@ ORIGINAL_JOBS = [
 
 
 def test_the_original_readmes_jobs_are_answered_word_for_word() -> None:
-    given = ORIGINAL_README / "prometheus-jobs.yaml"
-    jobs = ORIGINAL_JOBS
-    if given.exists():
-        yaml = pytest.importorskip("yaml")
-        jobs = [
-            (job.get("metrics_path", "/metrics"), "".join(job.get("params", {}).get("module", [])))
-            for job in yaml.safe_load(given.read_text())["scrape_configs"]
-        ]
+    yaml = pytest.importorskip("yaml")
+    jobs = [
+        (job.get("metrics_path", "/metrics"), "".join(job.get("params", {}).get("module", [])))
+        for job in yaml.safe_load(original_readme("prometheus-jobs.yaml"))["scrape_configs"]
+    ]
     assert jobs == ORIGINAL_JOBS
     app = application({name: exec_module("echo up 1") for _, name in jobs if name})
     for path, name in jobs:
@@ -9077,71 +9113,6 @@ def serving(target: Target, port: int = 0) -> Iterator[str]:
 # expexp as a black box between real programs: Debian's prometheus and prometheus-node-exporter.
 # Where one of them is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
 
-#: The two examples of the original's README, word for word, where EXPEXP_ORIGINAL_README (the
-#: folder that has them as files) is not set.
-ORIGINAL_README_PEER = {
-    "expexp.yaml": """\
-modules:
-  node:
-    method: http
-    http:
-       port: 9100
-
-  mtail:
-    method: http
-    http:
-       port: 3903
-
-  cadvisor:
-    verify: false
-    method: http
-    http:
-       port: 4194
-
-  somescript:
-    method: exec
-    timeout: 1s
-    exec:
-      command: /tmp/myscript.sh
-      args:
-        - "myarg1"
-        - "myarg2"
-      env:
-        THING: "1"
-        THING2: "2"
-""",
-    "prometheus-jobs.yaml": """\
-scrape_configs:
-  - job_name: 'expexp_metrics'
-    scrape_interval: 1s
-    static_configs:
-      - targets: ['host:9999']
-  - job_name: 'cadvisor'
-    scrape_interval: 5s
-    metrics_path: /proxy
-    params:
-      module:
-        - cadvisor
-    static_configs:
-      - targets: ['host:9999']
-  - job_name: 'mtail'
-    scrape_interval: 5s
-    metrics_path: /proxy
-    params:
-      module:
-        - mtail
-    static_configs:
-      - targets: ['host:9999']
-  - job_name: 'somescript'
-    scrape_interval: 5s
-    metrics_path: /proxy
-    params:
-      module:
-        - somescript
-    static_configs:
-      - targets: ['host:9999']
-""",
-}
 ORIGINAL_SCRIPT = Path("/tmp/myscript.sh")
 ORIGINAL_SCRIPT_TEXT = """\
 #!/bin/sh
@@ -9200,14 +9171,6 @@ def peer_program(name: str) -> str:
         if path is None:
             raise FileNotFoundError("it is not installed")
     return path
-
-
-def original_readme(name: str) -> str:
-    """One example of the original's README, word for word."""
-    folder = os.environ.get("EXPEXP_ORIGINAL_README")
-    return (
-        (Path(folder) / name).read_text(encoding="utf-8") if folder else ORIGINAL_README_PEER[name]
-    )
 
 
 def families(body: bytes) -> set[str]:
