@@ -50,9 +50,11 @@ Licensed under the Apache License, Version 2.0.
 from __future__ import annotations
 
 import base64
+import calendar
 import codecs
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import email.errors
@@ -67,6 +69,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -91,6 +94,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +147,7 @@ class Limits:
     accept_pause_seconds: float = limit(0.05, "without descriptors: accepting must not spin")
     request_line_bytes: int = limit(8192, "the longest sensible query names a blackbox target")
     header_block_bytes: int = limit(32768, "all headers of a request")
+    handshake_seconds: float = limit(10, "for a client's TLS handshake: silent ones must go")
     header_seconds: float = limit(10, "to send a request's line and headers: slow-loris")
     write_stall_seconds: float = limit(30, "a client that does not read must not keep a slot")
     write_bytes_per_second: int = limit(65536, "nor one that reads a byte at a time")
@@ -152,6 +157,11 @@ class Limits:
     body_bytes: int = limit(256 * MEBIBYTE, "a target's body, also decoded; output; a file")
     held_bytes: int = limit(512 * MEBIBYTE, "the bodies of all requests together, then busy")
     config_bytes: int = limit(16 * MEBIBYTE, "a configuration file")
+    rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
+    bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
+    bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
+    certmatch_seconds: float = limit(2, "for the operator's pattern on a client's names")
+    secret_bytes: int = limit(65536, "a file with a password or token")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -358,6 +368,12 @@ def parse_listen_address(text: str) -> tuple[str, int]:
         example = 'an address such as ":9999" or "[::1]:9999"'
         raise ValueError(f'expected {example}, found "{excerpt(text)}"')
     return found[1] or found[2] or "", int(found[3])
+
+
+def render_address(address: tuple[str, int]) -> str:
+    """Host and port, as `parse_listen_address` reads them."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -1595,6 +1611,9 @@ expexp_http_requests_total             counter  path code  Requests answered, by
 expexp_http_requests_in_flight         gauge    -  Requests that are being answered.
 expexp_open_connections                gauge    -  Connections that clients hold open.
 expexp_rejected_connections_total      counter  -  Connections closed because no slot was free.
+expexp_tls_handshake_failures_total    counter  reason  TLS connections without a request.
+expexp_tls_certificate_expiry_timestamp_seconds  gauge  -  End of our certificate, since 1970.
+expexp_credentials_last_reload_successful  gauge  -  Whether changed files of secrets were usable.
 expexp_build_info                      gauge    version pythonversion  Always 1.
 build_info                             gauge    version revision branch goversion  Always 1.
 python_info                            gauge    implementation major minor patchlevel version  1.
@@ -1607,6 +1626,11 @@ process_start_time_seconds             gauge    -  Start, in seconds since 1970.
 process_threads                        gauge    -  Threads.
     """)
 ]
+#: Why there was no request on a TLS connection: the values of the label `reason`.
+HANDSHAKE_FAULTS: Final = (
+    *("timeout", "closed", "plain_http", "protocol", "no_certificate", "chain", "expiry"),
+    *("not_allowed", "refused_by_client"),
+)
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
 
@@ -1622,12 +1646,15 @@ class SelfMetrics:
     """Our counters, gauges and summaries; may be used by all threads at once."""
 
     def __init__(self) -> None:
-        """Know every declared family; those without labels start at zero."""
+        """Know every declared family; those without labels start at zero, but no time does."""
         self._lock = threading.Lock()
         # A series, by its labels: its value, and the count that only a summary has.
         self._families: dict[str, dict[tuple[str, ...], tuple[float, int]]] = {
-            declared.name: {} if declared.labels else {(): (0, 0)} for declared in SELF_METRICS
+            name: {} if labels or "_timestamp_" in name else {(): (0, 0)}
+            for name, _, labels, _ in SELF_METRICS
         }
+        for fault in HANDSHAKE_FAULTS:
+            self.increment("expexp_tls_handshake_failures_total", fault, by=0)
 
     def set(self, name: str, *labels: str, to: float) -> None:
         """Set a gauge, or a counter that is kept elsewhere."""
@@ -1724,6 +1751,17 @@ def parse_path(text: str) -> str:
     return "/" + os.path.normpath("/" + text).lstrip("/")
 
 
+def parse_pattern(text: str) -> str:
+    """A regular expression, "" for none; ValueError if Python reads it differently, or not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # `[[:alpha:]]` compiles, but means something else
+        try:
+            re.compile(text, re.ASCII)
+        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a regular expression of Python: {error}") from None
+    return text
+
+
 def no_value(_text: str) -> str:
     """Never a value; ValueError."""
     raise ValueError("not supported")
@@ -1785,6 +1823,17 @@ class Options:
     )
     proxy_path: str = flag("web.proxy-path", parse_path, "/proxy", "Path of the modules.")
     telemetry_path: str = flag("web.telemetry-path", parse_path, "/metrics", "Path of our metrics.")
+    web_config_file: str = flag("web.config.file", str, "", "File with TLS settings and users.")
+    tls_listen_address: tuple[str, int] | None = flag(
+        "web.tls.listen-address", parse_listen, "", 'Address to listen on with TLS; "" for none.'
+    )
+    tls_cert: str = flag("web.tls.cert", str, "cert.pem", "Certificate of the TLS listener.")
+    tls_key: str = flag("web.tls.key", str, "key.pem", "Its key.")
+    tls_ca: str = flag("web.tls.ca", str, "ca.pem", "Authority of clients' certificates.")
+    tls_verify: bool = flag("web.tls.verify", parse_boolean, "false", "Ask for them and verify.")
+    tls_certmatch: str = flag(
+        "web.tls.certmatch", parse_pattern, "", "Regular expression that a name in them must match."
+    )
     winsvc: tuple[()] = flag("winsvc", no_value, (), "Not supported: there is no Windows service.")
 
 
@@ -2019,6 +2068,15 @@ def to_path(text: str) -> str:
     return path if path.startswith("/") else "/" + path
 
 
+def to_bcrypt(text: str) -> Secret:
+    """A hash that does not take too long. ValueError."""
+    if not MIN_BCRYPT_COST <= int(text[4:6]) <= Limits.bcrypt_cost:
+        raise ValueError("cost")
+    return Secret(text)
+
+
+MIN_BCRYPT_COST: Final = 4  # bcrypt's own
+BCRYPT_HASH: Final = r"\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}"  # salt and hash in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
@@ -2043,6 +2101,14 @@ read_environment: Final = mapping_of(read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
 read_headers: Final = mapping_of(read_header, read_header_value)
+
+AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
+A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
+read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
+read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
+read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+")
+read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
+read_users: Final = mapping_of(read_user, read_hash)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
@@ -2088,6 +2154,8 @@ class HttpTarget:
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
     basic_auth_username: str = key(read_text, "", "user name to send")
     basic_auth_password: Secret = key(read_secret, NO_SECRET, "its password")  # noqa: RUF009 - frozen
+    basic_auth_password_file: str = key(read_text, "", "file with it, read again when it changes")
+    bearer_token_file: str = key(read_text, "", "file with a token to send, read again likewise")
     tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
     tls_cert_file: str = key(read_text, "", "client certificate to present")
     tls_key_file: str = key(read_text, "", "its key")
@@ -2095,13 +2163,13 @@ class HttpTarget:
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
     server_name: str = key(read_text, "", "name to ask for and to find in the certificate")
-    tls_context: Any = dataclasses.field(default=None, compare=False, repr=False)
+    credentials: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def shown(self) -> str:
         """The URL without its query, in which there may be a token."""
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{self.scheme}://{host}:{self.port}{self.path.partition('?')[0]}"
+        address = render_address((self.address, self.port))
+        return f"{self.scheme}://{address}{self.path.partition('?')[0]}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -2143,10 +2211,18 @@ class Module:
 
 #: Keys of a module that may stand in its method's section as well; and the methods without them.
 SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
-PAIRED_KEYS: Final = (
-    ("tls_cert_file", "tls_key_file"),
-    ("basic_auth_username", "basic_auth_password"),
-)
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
+#: What a key needs one of beside it, and what it does not go with.
+NEEDED_KEYS: Final = {
+    "tls_cert_file": ("tls_key_file",),
+    "tls_key_file": ("tls_cert_file",),
+    "basic_auth_username": PASSWORD_KEYS,
+    **dict.fromkeys(PASSWORD_KEYS, ("basic_auth_username",)),
+}
+OPPOSED_KEYS: Final = {
+    "basic_auth_password_file": "basic_auth_password",
+    "bearer_token_file": "basic_auth_username",
+}
 
 
 @dataclass(frozen=True)
@@ -2155,6 +2231,45 @@ class Config:
 
     modules: Mapping[str, Module]
     default_module: str
+
+
+def unsupported(why: str) -> Any:
+    """A field for a key that exporter-toolkit knows and expexp does not: refused by its name."""
+
+    def refuse(node: Node) -> Any:
+        """Never a value."""
+        raise NodeError(f"not supported by expexp: {why}", node.place)
+
+    return key(refuse, None, why)
+
+
+@dataclass(frozen=True)
+class TlsServer:
+    """The section `tls_server_config` of a web configuration."""
+
+    cert_file: str = key(read_something, REQUIRED, "certificate, and the chain behind it")
+    key_file: str = key(read_something, REQUIRED, "its key")
+    client_ca_file: str = key(read_text, "", "authorities that clients' certificates come from")
+    client_auth_type: str = key(read_auth_type, "NoClientCert", "who must have a certificate")
+    client_allowed_sans: tuple[str, ...] = key(read_list, (), "names of which it must have one")
+    min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
+    max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
+    cert: None = unsupported("name a cert_file")
+    key: None = unsupported("name a key_file")
+    client_ca: None = unsupported("name a client_ca_file")
+    cipher_suites: None = unsupported("the suites are fixed: AEAD with forward secrecy")
+    prefer_server_cipher_suites: None = unsupported("the server's order is always used")
+    curve_preferences: None = unsupported("the curves are those of OpenSSL")
+
+
+@dataclass(frozen=True, repr=False)
+class WebConfig:
+    """The file of -web.config.file, in the form of exporter-toolkit."""
+
+    basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
+    http_server_config: None = unsupported("there is neither HTTP/2 nor a header to add")
+    rate_limit: None = unsupported("the number of connections is limited instead")
+    tls_server_config: TlsServer | None = None
 
 
 Values = dict[str, Any]
@@ -2277,18 +2392,46 @@ class DocumentReader:
                 place = where if name in own else path
                 self.problem(f"{place}.{name}", f'no setting of the method "{method}"')
         target = self.values(declared, own, where)
-        for pair in PAIRED_KEYS:
-            for name, other in (pair, pair[::-1]):
-                if name in target and other not in target:
-                    self.problem(f"{where}.{name}", f"needs {other} beside it")
+        for name in NEEDED_KEYS.keys() & target:
+            if not target.keys() & NEEDED_KEYS[name]:
+                self.problem(f"{where}.{name}", f"needs {NEEDED_KEYS[name][0]} beside it")
+        for name in OPPOSED_KEYS.keys() & target:
+            if OPPOSED_KEYS[name] in target:
+                self.problem(f"{where}.{name}", f"does not go with {OPPOSED_KEYS[name]}")
         return target
+
+    def web_config(self, node: Node) -> WebConfig:
+        """The web configuration of a whole file."""
+        declared, tls = declared_keys(WebConfig), declared_keys(TlsServer)
+        nodes = self.entries(node, "", (*declared, "tls_server_config"))
+        values, section = self.values(declared, nodes, ""), nodes.get("tls_server_config", ABSENT)
+        if section.kind == "nothing":
+            return WebConfig(**values)
+        path, before = "tls_server_config", len(self.problems)
+        settings = self.values(tls, self.entries(section, path, tls), path)
+        if len(self.problems) > before:
+            return WebConfig(**values)
+        server = TlsServer(**settings)
+        asks, wanted = server.client_auth_type != "NoClientCert", server.client_ca_file
+        if asks and not wanted:
+            self.problem(f"{path}.client_auth_type", "needs client_ca_file beside it")
+        for name in ("client_ca_file", "client_allowed_sans"):
+            if getattr(server, name) and not asks:
+                self.problem(
+                    f"{path}.{name}", "needs a client_auth_type that asks for certificates"
+                )
+        if server.min_version > server.max_version:
+            self.problem(f"{path}.min_version", f"is above max_version, {server.max_version}")
+        return WebConfig(**values, tls_server_config=server)
 
 
 # ==================================================================================================
 # 12  Loading
 # ==================================================================================================
-# The files that expexp reads when it starts: configuration, certificates, token. IO. What is wrong
-# with any of them is a ConfigError.
+# The files that expexp reads: the configuration when it starts, certificates and secrets also when
+# they change. IO. What is wrong with any of them is a ConfigError.
+
+LOGGER: Final = logging.getLogger("expexp")
 
 
 def load_text(filename: str, most_bytes: int) -> str:
@@ -2370,8 +2513,12 @@ class ConfigLoader:
         """The module with what it needs of this host; what is not there yet is a warning."""
         target = module.target
         if isinstance(target, HttpTarget):
-            context = load_context(target, reader, f"modules.{module.name}.http")
-            target = dataclasses.replace(target, tls_context=context)
+            load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
+            try:
+                credentials = Watched(load, reader, self._limits.rotation_seconds)
+                target = dataclasses.replace(target, credentials=credentials)
+            except ConfigError as error:
+                self._problems += error.problems
         if isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
             if not shutil.which(target.command, path=path.reveal() or None):
@@ -2381,31 +2528,120 @@ class ConfigLoader:
         return dataclasses.replace(module, target=target)
 
 
+# --- certificates and secrets
+
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(
+    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
+)
 
 
-def load_context(target: HttpTarget, reader: DocumentReader, path: str) -> ssl.SSLContext | None:
-    """The TLS settings towards a target, if any; unusable files are noted as problems."""
-    names = ("tls_ca_cert_file", "tls_root_ca_file")
-    authorities = [name for name in names if getattr(target, name)]
-    if target.scheme == "http" and not (authorities or target.tls_cert_file):
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+class CredentialReader(DocumentReader):
+    """Notes problems, and of each file that is read what it was like just before."""
+
+    def __init__(self, original: DocumentReader) -> None:
+        """Begin without problems, with the places that are known already."""
+        super().__init__(original.filename, [])
+        self.places = {**original.places}
+        self.seen: dict[str, Any] = {}
+        self.warnings: list[str] = []
+
+    def watched(self, filename: str, *, private: bool = False) -> str:
+        """The name of a file that is about to be read; one that others can read is warned of."""
+        self.seen[filename] = fingerprint(filename)
+        with contextlib.suppress(OSError):
+            if private and os.stat(filename).st_mode & stat.S_IROTH:
+                file = excerpt(filename, 200)
+                self.warnings.append(f"{file} holds secrets and can be read by everybody")
+        return filename
+
+    def secret(self, filename: str, what: str) -> Secret:
+        """What a file holds, without the blanks around it; raises OSError and NodeError."""
+        text = load_text(self.watched(filename, private=True), Limits.secret_bytes).strip()
+        if not text:
+            raise NodeError(f"{what} should not be empty")
+        return Secret(text)
+
+    def certificates(self, filename: str) -> list[str]:
+        """The certificates in a file, in PEM; raises OSError and NodeError."""
+        found = CERTIFICATE.findall(load_text(self.watched(filename), Limits.config_bytes))
+        if not found:
+            raise NodeError(f"no certificate in {excerpt(filename)}")
+        return found
+
+
+def fingerprint(filename: str) -> Any:
+    """What changes when a regular file is written or replaced, also behind a link; None without."""
+    with contextlib.suppress(OSError):
+        found = os.stat(filename)
+        if stat.S_ISREG(found.st_mode):  # a pipe can be read but once
+            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return None
+
+
+class Watched:
+    """A value made of files, made again when one of them has changed: rotation needs no restart.
+
+    A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
+    """
+
+    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+        """Load for the first time; raises ConfigError.
+
+        `load` gets a CredentialReader to note problems in, and the value to be replaced, if any.
+        """
+        self._load, self._reader, self._seconds = load, reader, seconds
+        self._lock, self._due, self.working = threading.Lock(), 0.0, True
+        self._seen: dict[str, Any] = {}
+        self._value: Any = None
+        self._value = self._loaded()
+
+    def _loaded(self) -> Any:
+        """A new value; raises ConfigError."""
+        reader = CredentialReader(self._reader)
+        try:
+            value = self._load(reader, self._value)
+        finally:
+            self._seen = reader.seen  # also of files that are not there yet
+        if reader.problems:
+            raise ConfigError(*reader.problems)
+        for warning in reader.warnings:
+            LOGGER.warning("%s", warning)
+        return value
+
+    def current(self) -> Any:
+        """The value; its files are looked at, unless that was done a moment ago."""
+        if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
+            try:
+                self._due = time.monotonic() + self._seconds
+                if any(fingerprint(file) != before for file, before in self._seen.items()):
+                    self._replace()
+            finally:
+                self._lock.release()
+        return self._value
+
+    def _replace(self) -> None:
+        """Have a new value, or log why not."""
+        try:
+            self._value, self.working = self._loaded(), True
+            LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
+        except ConfigError as error:
+            self.working = False
+            # Not its trace: what is wrong is in the files.
+            LOGGER.log(logging.ERROR, "changed files are not used, the former stay: %s", error)
+
+
+def new_context(protocol: int) -> ssl.SSLContext:
+    """A TLS context with what both directions have in common."""
+    context = ssl.SSLContext(protocol)
     # With OpenSSL 3 Python 3.9 takes any end for a proper one: a body cut short would look whole.
     context.options &= ~IGNORE_UNEXPECTED_EOF
-    if not target.tls_ca_cert_file:
-        context.load_default_certs()
-    for name in authorities:
-        file = getattr(target, name)
-        with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
-            context.load_verify_locations(file)
-    if target.tls_cert_file:
-        certificate, private = target.tls_cert_file, target.tls_key_file
-        what = f"cannot use certificate {certificate} with key {private}"
-        with reader.noting(f"{path}.tls_cert_file", what):
-            context.load_cert_chain(certificate, private, password=no_password)
-    if target.tls_insecure_skip_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -2414,21 +2650,284 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def load_token(options: Options, limits: Limits) -> Secret | None:
-    """The bearer token that clients must send, None if none; raises ConfigError."""
-    token, filename = options.bearer_token.reveal(), options.bearer_token_file
-    if token and filename:
-        message = "-web.bearer.token and -web.bearer.token-file are mutually exclusive"
-        raise ConfigError(Problem("", 0, 0, "", message))
-    reader = DocumentReader(filename, [])
+def load_key_pair(
+    context: ssl.SSLContext, files: tuple[str, str], reader: CredentialReader, path: str
+) -> None:
+    """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
+    with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
+        certificate, private = reader.watched(files[0]), reader.watched(files[1], private=True)
+        context.load_cert_chain(certificate, private, password=no_password)
+
+
+@dataclass(frozen=True, repr=False)
+class TargetCredentials:
+    """How an http target knows us and we know it."""
+
+    context: ssl.SSLContext | None
+    authorization: str
+
+
+def load_target_credentials(
+    target: HttpTarget, path: str, reader: CredentialReader, _former: Any
+) -> TargetCredentials:
+    """What a target's settings and files say; what is unusable is noted as a problem."""
+    secret, scheme, text = target.basic_auth_password, "", ""
+    for name, words in (("basic_auth_password_file", "password"), ("bearer_token_file", "token")):
+        if getattr(target, name):
+            with reader.noting(f"{path}.{name}"):
+                secret = reader.secret(getattr(target, name), f"{words} file")
+    if target.basic_auth_username:
+        pair = f"{target.basic_auth_username}:{secret.reveal()}"
+        scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
+    elif target.bearer_token_file:
+        scheme, text = "Bearer ", secret.reveal()
+    return TargetCredentials(load_target_context(target, path, reader), scheme + text)
+
+
+def load_target_context(
+    target: HttpTarget, path: str, reader: CredentialReader
+) -> ssl.SSLContext | None:
+    """The TLS settings towards a target, if any; unusable files are noted as problems."""
+    names = ("tls_ca_cert_file", "tls_root_ca_file")
+    authorities = [name for name in names if getattr(target, name)]
+    if target.scheme == "http" and not (authorities or target.tls_cert_file):
+        return None
+    context = new_context(ssl.PROTOCOL_TLS_CLIENT)
+    if not target.tls_ca_cert_file:
+        context.load_default_certs()
+    for name in authorities:
+        file = getattr(target, name)
+        with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
+            context.load_verify_locations(reader.watched(file))
+    if target.tls_cert_file:
+        files = target.tls_cert_file, target.tls_key_file
+        load_key_pair(context, files, reader, f"{path}.tls_cert_file")
+    if target.tls_insecure_skip_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+# --- who may ask
+
+
+def load_bcrypt() -> Any:
+    """The function crypt_rn of the system's libxcrypt; None where there is none with bcrypt. IO."""
+    for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is there for compilers only
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.CDLL(name).crypt_rn
+            function.restype = ctypes.c_char_p
+            function.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_int,)
+            if hash_password(function, b"", "$2b$04$" + "." * 53):
+                return function
+    return None
+
+
+def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
+    """The password's bcrypt hash with cost and salt of a stored one. Takes as long as that says."""
+    buffer = ctypes.create_string_buffer(32768)  # one a call: crypt() has one for all threads
+    return cast("bytes | None", crypt_rn(password, stored.encode(), buffer, len(buffer)))
+
+
+class Users:
+    """The users of a web configuration; remembers of each the password that was right."""
+
+    def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any) -> None:
+        """Begin with nobody remembered."""
+        self._hashes = {name: secret.reveal() for name, secret in hashes.items()}
+        self._crypt_rn, self._key = crypt_rn, os.urandom(32)
+        self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
+        self._slots = threading.BoundedSemaphore(Limits.bcrypt_threads)
+        # Unknown names cost as much as the costliest known one: time must not tell them apart.
+        self._stranger = max(self._hashes.values(), key=lambda text: text[4:6], default="")
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._hashes)
+
+    def prove(self, given: str) -> bool:
+        """Whether base64 of `user:password` is right; bcrypt is asked once for a right pair."""
+        try:
+            pair = base64.b64decode(given, validate=True)
+        except ValueError:
+            return False
+        raw_name, _, password = pair.partition(b":")
+        name, proof = raw_name.decode("utf-8", "replace"), hmac.digest(self._key, pair, "sha256")
+        if hmac.compare_digest(self._proved.get(name, b""), proof):
+            return True
+        stored = self._hashes.get(name, self._stranger)
+        with self._slots:
+            hashed = hash_password(self._crypt_rn, password, stored)
+        # A NUL would end the password for bcrypt.
+        right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
+        if right and name in self._hashes:
+            self._proved[name] = proof
+        return right and name in self._hashes
+
+
+SEARCH_NAMES: Final = (
+    "import re, sys; pattern, *names = sys.argv[1:];"
+    "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
+)
+NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
+
+
+@functools.lru_cache(maxsize=1024)
+def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
+    """Whether one of a certificate's names matches; raises OSError, not only if it takes too long.
+
+    In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
+    like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
+    """
+    command, null = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names], subprocess.DEVNULL
+    try:
+        done = subprocess.run(  # noqa: S603 - no shell; after -c nothing is taken for an option
+            command, stdin=null, stdout=null, stderr=null, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise TimeoutError("matching -web.tls.certmatch takes too long") from None
+    return done.returncode == 0
+
+
+def canonical_name(text: str) -> str:
+    """An IP address in its one short form; any other name as it is."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text))
+    return text
+
+
+def certificate_end(certificate: str) -> float:
+    """When a certificate in PEM expires, in seconds since 1970; ValueError if it does not say."""
+    found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
+    if not found:
+        raise ValueError("no certificate")
+    year = "%Y" if found[1].startswith(b"\x18") else "%y"
+    return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
+
+
+@dataclass(frozen=True, repr=False)
+class ServerTls:
+    """How to serve TLS, and to whom."""
+
+    settings: TlsServer
+    context: ssl.SSLContext
+    expires: float  #: the first certificate of ours to do so, in seconds since 1970
+    trust: Any  #: differs when a client that was let in by its certificate might not be now
+
+    def admit(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> bool:
+        """Whether the names in a client's verified certificate let it in; raises OSError."""
+        subject = itertools.chain.from_iterable(certificate.get("subject", ()))
+        common = [text for kind, text in subject if kind == "commonName"]
+        others = certificate.get("subjectAltName", ())
+        names = [canonical_name(text) for kind, text in others if kind in NAME_KINDS]
+        allowed = [*map(canonical_name, self.settings.client_allowed_sans)]
+        if certificate and allowed and not set(names) & set(allowed):
+            return False
+        # Behind a line break a name could go on where the `$` of a pattern has matched.
+        shown = tuple(name for name in (*common, *names) if name.isprintable())
+        return not certmatch or match_names(certmatch, shown, seconds)
+
+
+@dataclass(frozen=True, repr=False)
+class Credentials:
+    """What decides who gets in, and whom we show ourselves as; replaced as a whole."""
+
+    token: Secret | None
+    users: Users
+    tls: ServerTls | None
+
+    def is_token(self, given: str) -> bool:
+        """Whether a client has sent the token, found out in a time that tells nothing of it."""
+        token = self.token.reveal() if self.token else ""
+        return hmac.compare_digest(given.encode("latin-1"), token.encode())
+
+    @property
+    def demands(self) -> dict[str, bool]:
+        """What clients must do to get in."""
+        return {"TLS": bool(self.tls), "authentication": bool(self.token or self.users)}
+
+
+def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
+    """What -web.config.file says, its paths relative to it; what is unusable is a problem."""
+    filename, web = options.web_config_file, WebConfig()
     if filename:
         with reader.noting(""):
-            token = load_text(filename, limits.config_bytes).strip()
-            if not token:
-                raise NodeError("token file should not be empty")
-    if reader.problems:
-        raise ConfigError(*reader.problems)
-    return Secret(token) if token else None
+            text = load_text(reader.watched(filename, private=True), Limits.config_bytes)
+            web = reader.web_config(parse_yaml(text))
+            if not (web.basic_auth_users or web.tls_server_config or reader.problems):
+                raise NodeError("neither tls_server_config nor basic_auth_users is set")
+    if web.tls_server_config and options.tls_listen_address:
+        reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
+    return web
+
+
+def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
+    """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
+    tls, folder = web.tls_server_config, os.path.dirname(options.web_config_file)
+    if tls:
+        names = ("cert_file", "key_file", "client_ca_file")
+        paths: Any = {n: os.path.join(folder, getattr(tls, n)) for n in names if getattr(tls, n)}
+        return "tls_server_config", dataclasses.replace(tls, **paths)
+    if not options.tls_listen_address:
+        return "", None
+    authority, who = (options.tls_ca, AUTH_TYPES[-1]) if options.tls_verify else ("", AUTH_TYPES[0])
+    return "-web.tls", TlsServer(options.tls_cert, options.tls_key, authority, who)
+
+
+def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> ServerTls:
+    """How to serve TLS with these settings; what is unusable is noted as a problem."""
+    context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
+    context.set_ciphers(SERVER_SUITES)
+    context.minimum_version = TLS_VERSIONS[tls.min_version]
+    context.maximum_version = TLS_VERSIONS[tls.max_version]
+    # No connection gets in by a ticket of an earlier one: each proves itself.
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    load_key_pair(context, (tls.cert_file, tls.key_file), reader, path)
+    with reader.noting(path, f"cannot use {tls.cert_file}"):
+        ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
+    if tls.client_ca_file:
+        with reader.noting(path, f"cannot use the authorities in {tls.client_ca_file}"):
+            authorities = "\n".join(reader.certificates(tls.client_ca_file))
+            context.load_verify_locations(cadata=authorities)
+    context.verify_flags |= PARTIAL_CHAIN
+    context.verify_mode = VERIFY_MODES[tls.client_auth_type]
+    trust = authorities, tls.client_auth_type, tls.client_allowed_sans
+    return ServerTls(tls, context, min(ends), trust)
+
+
+NO_BCRYPT: Final = (
+    "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
+)
+
+
+def load_credentials(
+    options: Options, reader: CredentialReader, former: Credentials | None
+) -> Credentials:
+    """What flags and files say of who gets in; what is unusable is noted as a problem."""
+    web, token, filename = (
+        load_web_config(options, reader),
+        options.bearer_token,
+        options.bearer_token_file,
+    )
+    if token.reveal() and filename:
+        reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
+    elif filename:
+        with DocumentReader(filename, reader.problems).noting(""):
+            token = reader.secret(filename, "token file")
+    crypt_rn = load_bcrypt() if web.basic_auth_users else None
+    if web.basic_auth_users and not crypt_rn:
+        reader.problem("basic_auth_users", NO_BCRYPT)
+    path, tls = choose_tls(options, web)
+    if options.tls_certmatch and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
+        reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
+    served = load_server_tls(path, tls, reader) if tls else None
+    users = Users(web.basic_auth_users, crypt_rn)
+    credentials = Credentials(token if token.reveal() else None, users, served)
+    # A file that is just being written, or gone by mistake, must not open the door.
+    for what, demanded in former.demands.items() if former else ():
+        if demanded and not credentials.demands[what]:
+            reader.problem("", f"{what} cannot be given up without a restart")
+    return credentials
 
 
 # ==================================================================================================
@@ -2675,7 +3174,8 @@ class TargetConnection(http.client.HTTPConnection):
         self.sock.settimeout(deadline.remaining())
         if target.scheme == "https":
             # A body cut short by an attacker is an error, not an end: no ragged ends.
-            wrap = functools.partial(target.tls_context.wrap_socket, suppress_ragged_eofs=False)
+            context = target.credentials.current().context
+            wrap = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)
             self.sock = wrap(self.sock, server_hostname=target.server_name or target.address)
             self.sock.settimeout(deadline.remaining())
 
@@ -2704,17 +3204,25 @@ def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     raise errors[0]
 
 
+#: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
+CERTIFICATE_FAULTS: Final = {9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 CUT_SHORT: Final = (http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 #: What urllib, http.client, ssl and sockets raise, most special first; the reason, and the words.
 TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
     ((socket.timeout, TimeoutError), "timeout", "timed out"),
     (CUT_SHORT, "truncated", "the target closed before the end of its body"),
     ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
-    (ssl.SSLError, "unreachable", "TLS: {}"),
+    (ssl.SSLError, "unreachable", "TLS: {1}: {0}"),
     (OSError, "unreachable", "{}"),
     (UnicodeError, "unreachable", "not a host name"),
     (Exception, "protocol", "not HTTP: {}"),
 )
+
+
+def tls_fault(error: Any) -> str:
+    """What went wrong in a handshake: name, chain or expiry of a certificate, or protocol."""
+    code = getattr(error, "verify_code", 0)
+    return CERTIFICATE_FAULTS.get(code, "chain") if code else "protocol"
 
 
 @contextlib.contextmanager
@@ -2728,7 +3236,8 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
             cause = ssl.SSLEOFError()
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
-        raise ScrapeError(reason, words.format(excerpt(words_of(cause), 200))) from None
+        shown = excerpt(words_of(cause), 200)
+        raise ScrapeError(reason, words.format(shown, tls_fault(cause))) from None
 
 
 def request_headers(job: Job) -> dict[str, str]:
@@ -2744,9 +3253,9 @@ def request_headers(job: Job) -> dict[str, str]:
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-    if target.basic_auth_username:
-        pair = f"{target.basic_auth_username}:{target.basic_auth_password.reveal()}"
-        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    authorization = target.credentials.current().authorization
+    if authorization:
+        headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
     return headers
 
@@ -3055,8 +3564,6 @@ def scrape_target(job: Job) -> Scrape:
 # A Request becomes a Response: who may ask, which route, which module, and every error an answer.
 # No sockets here. `handle` never raises: the one place that catches Exception is in it.
 
-LOGGER: Final = logging.getLogger("expexp")
-
 
 @dataclass(frozen=True)
 class Request:
@@ -3157,30 +3664,35 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
     return any(fnmatch.fnmatchcase(os.fsdecode(value), glob) for glob in accepted)
 
 
+WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
+
+
 class Access:
-    """Who may ask: networks first, then the bearer token."""
+    """Who may ask: networks first, then the bearer token or a user's password."""
 
-    def __init__(self, networks: Sequence[Network], token: Secret | None) -> None:
-        """No networks: any. No token: none needed."""
-        self._networks, self.token = networks, token
+    def __init__(self, networks: Sequence[Network], credentials: Watched) -> None:
+        """No networks: any. No token and no users: nothing needs to be sent."""
+        self._networks, self.credentials = networks, credentials
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError with 403 or 401."""
+    def admit(self, request: Request) -> Request:
+        """The request, less what was only for us; raises RequestError with 403 or 401."""
         address = parse_client_address(request.client)
         if self._networks and not any(address in network for network in self._networks):
             raise RequestError(403, "Forbidden")
-        if not self.token:
-            return
+        held: Credentials = self.credentials.current()
+        proofs = {"Bearer": held.is_token, "Basic": held.users.prove}
+        wanted = [scheme for scheme, what in zip(proofs, (held.token, held.users)) if what]
         scheme, _, given = request.header("authorization").partition(" ")
-        given_bytes, token = given.strip().encode("latin-1"), self.token.reveal().encode()
-        wrong = "Invalid Bearer Token"
-        if not scheme:
-            wrong = "Authorization header is missing"
-        elif scheme.lower() != "bearer":
-            wrong = "Authorization header not of Bearer type"
-        elif hmac.compare_digest(given_bytes, token):
-            return
-        raise RequestError(401, wrong, ("WWW-Authenticate", 'Bearer realm="expexp"'))
+        found = f"not of {' or '.join(wanted)} type" if scheme else "is missing"
+        wrong = f"Authorization header {found}" if wanted else ""
+        if scheme.title() in wanted:
+            right = proofs[scheme.title()](given.strip())
+            wrong = "" if right else WRONG_CREDENTIALS[scheme.title()]
+        if wrong:
+            challenge = ", ".join(f'{name} realm="expexp"' for name in wanted)
+            raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+        rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+        return dataclasses.replace(request, headers=rest) if wanted else request
 
 
 class Application:
@@ -3188,8 +3700,8 @@ class Application:
 
     def __init__(self, config: Config, options: Options, access: Access, tools: Tools) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._options, self._access, self._tools = options, access, tools
-        self._metrics = tools.metrics
+        self.options, self.access, self._tools = options, access, tools
+        self._metrics, self.limits = tools.metrics, tools.limits
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
@@ -3240,11 +3752,15 @@ class Application:
         milliseconds = (time.monotonic() - started) * 1000
         LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, milliseconds)
 
+    def count_handshake(self, fault: str) -> None:
+        """Count a TLS connection on which there is no request."""
+        self._metrics.increment("expexp_tls_handshake_failures_total", fault)
+
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
-        self._access.check(request)
+        request = self.access.admit(request)
         if request.path not in self._routes:
             raise RequestError(404, "404 page not found")
         if request.method not in ("GET", "HEAD"):
@@ -3276,12 +3792,10 @@ class Application:
         self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
     ) -> Job:
         """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self._options.timeout_offset
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options.timeout_offset
         seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
-        consumed = "authorization" if self._access.token else ""
-        headers = [pair for pair in request.headers if pair[0].lower() != consumed]
         deadline = Deadline(seconds, time.monotonic)
-        return Job(module, pairs, headers, request.client, deadline, cleanup, self._tools)
+        return Job(module, pairs, request.headers, request.client, deadline, cleanup, self._tools)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -3321,6 +3835,12 @@ class Application:
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
         collect_process(self._metrics)
+        targets = [m.target for m in self._config.modules.values() if m.method == "http"]
+        watched = [self.access.credentials, *(target.credentials for target in targets)]
+        working, tls = all(each.working for each in watched), watched[0].current().tls
+        self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+        if tls:
+            self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
         body, headers = self._metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)
@@ -3333,7 +3853,7 @@ class Application:
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(modules, self._options.proxy_path, self._options.telemetry_path)
+        text = render_index(modules, self.options.proxy_path, self.options.telemetry_path)
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
@@ -3445,6 +3965,37 @@ class Connections:
         return not self._open
 
 
+class HandshakeError(ExpexpError):
+    """There is no request on a TLS connection; `fault` is one of HANDSHAKE_FAULTS."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        """Keep the fault."""
+        super().__init__(message)
+        self.fault = fault
+
+
+HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
+#: What goes wrong in a client's handshake, most special first: part of OpenSSL's reason, the fault.
+SERVER_FAULTS: Final = (
+    ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "no_certificate"),
+    ("ALERT", "refused_by_client"),
+    ("EOF", "closed"),
+)
+
+
+def handshake_error(error: OSError | ScrapeError) -> HandshakeError:
+    """What an error of the system or of TLS means in a handshake with a client."""
+    reason = getattr(error, "reason", None) or ""
+    if isinstance(error, (socket.timeout, TimeoutError, ScrapeError)):
+        return HandshakeError(
+            "timeout", "timed out" if isinstance(error, ScrapeError) else str(error)
+        )
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLZeroReturnError):
+        faults = (fault for part, fault in SERVER_FAULTS if part in reason)
+        return HandshakeError(next(faults, tls_fault(error)), words_of(error))
+    return HandshakeError("closed", words_of(error))
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one connection, request after request."""
 
@@ -3453,10 +4004,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        """Read through a DeadlineReader."""
-        super().setup()
+        """Shake hands where the listener speaks TLS; read through a DeadlineReader."""
         self._client = str(parse_client_address(self.client_address[0]))
-        self._limits = self.server.limits
+        self._limits, self._access = self.server.limits, self.server.application.access
+        self._credentials: Credentials = self._access.credentials.current()
+        self._slot, self._plain = self.request, False
+        if self.server.speaks_tls:
+            try:
+                self._shake_hands(Deadline(self._limits.handshake_seconds, time.monotonic))
+            except (OSError, ScrapeError) as error:
+                self._discard()  # else the alert that says why might be lost
+                raise handshake_error(error) from None
+        super().setup()
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         reader = DeadlineReader(self.rfile.detach(), self.connection, self._remaining)
         self.rfile = io.BufferedReader(reader)
@@ -3465,14 +4024,58 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Seconds that the next read may take; raises ScrapeError when none remain."""
         return self._deadline.remaining()
 
+    def _shake_hands(self, deadline: Deadline) -> None:
+        """Have a TLS connection to a client that may ask; raises what `setup` makes an error of.
+
+        Here, in the connection's own thread, since it waits for the client. Plain HTTP stays as it
+        is, for an answer that says so. What is wrapped is a duplicate: the server ends a connection
+        by its socket, which wrapping would take away.
+        """
+        self.server.connections.mark(self._slot, idle=True)
+        self._slot.settimeout(deadline.remaining())
+        first, tls = self._slot.recv(1, socket.MSG_PEEK), cast(ServerTls, self._credentials.tls)
+        self._plain = first not in (HANDSHAKE, b"")
+        if not first:
+            raise ConnectionResetError("closed before the handshake")
+        if self._plain:
+            self.server.application.count_handshake("plain_http")
+            return
+        with contextlib.ExitStack() as failed:
+            duplicate = failed.enter_context(self._slot.dup())
+            duplicate.settimeout(deadline.remaining())
+            wrapped = tls.context.wrap_socket(duplicate, server_side=True)
+            names = failed.enter_context(wrapped).getpeercert() or {}
+            pattern = self.server.application.options.tls_certmatch
+            if not tls.admit(names, pattern, self._limits.certmatch_seconds):
+                raise HandshakeError("not_allowed", "no name in the certificate is allowed")
+            failed.pop_all()
+        self.request = wrapped
+
+    def finish(self) -> None:
+        """Close what is not the server's to close."""
+        super().finish()
+        if self.request is not self._slot:
+            self._say_goodbye()
+            self.request.close()
+
+    def _say_goodbye(self) -> None:
+        """End TLS in good form, so that nothing seems to be cut off."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # plain ones cannot
+            self.request.settimeout(0)
+            self.request.unwrap()
+
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
         self.close_connection, connections = True, self.server.connections
         request, refusal = Request("-", "-", (), self._client), None
-        connections.mark(self.connection, idle=True)
+        connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
-        connections.mark(self.connection, idle=False)
-        if not arrived:  # the client has closed instead
+        connections.mark(self._slot, idle=False)
+        held: Credentials = self._access.credentials.current()
+        # Without a word where the client has closed, or got in by rules that hold no more.
+        if not arrived or (self._credentials.tls and self._credentials.tls.trust) != (
+            held.tls and held.tls.trust
+        ):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
@@ -3481,11 +4084,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
+        if self._plain:
+            refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
-        self.close_connection |= unread
+        self.close_connection |= unread or held is not self._credentials
         self._write(self.server.application.handle(request, refusal), request)
         if unread:
+            self._say_goodbye()
             self._discard()
         self._deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
@@ -3541,8 +4147,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 with contextlib.suppress(OSError):
                     linger = struct.pack("ii", 1, 0)
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.rfile.close()
-                self.connection.close()
+                for each in (self.rfile, self.connection, self._slot):
+                    each.close()
 
     def _send_response(self, response: Response, is_head: bool) -> None:
         """Send head and body, in one write if they are small."""
@@ -3585,12 +4191,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _discard(self) -> None:
         """Read away what the client still sends: closing now would reset what we answered."""
-        self._deadline = Deadline(self._limits.unread_seconds, time.monotonic)
-        left = self._limits.unread_bytes
-        with contextlib.suppress(OSError, ValueError, ScrapeError):
-            self.connection.shutdown(socket.SHUT_WR)
+        deadline, left = (
+            Deadline(self._limits.unread_seconds, time.monotonic),
+            self._limits.unread_bytes,
+        )
+        with contextlib.suppress(OSError, ScrapeError):
+            self._slot.shutdown(socket.SHUT_WR)
             while left > 0:
-                left -= len(self.rfile.read1(PIECE_BYTES)) or left
+                self._slot.settimeout(deadline.remaining())
+                left -= len(self._slot.recv(PIECE_BYTES)) or left
 
 
 def render_head(status: int, headers: Headers) -> bytes:
@@ -3609,10 +4218,11 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 1024
 
     def __init__(
-        self, address: Address, application: Application, connections: Connections, limits: Limits
+        self, address: Address, tls: bool, application: Application, connections: Connections
     ) -> None:
         """Bind and listen, for no host to all addresses of both families; raises OSError."""
-        self.application, self.connections, self.limits = application, connections, limits
+        self.application, self.connections, self.speaks_tls = application, connections, tls
+        self.limits = application.limits
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
         self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
@@ -3628,8 +4238,8 @@ class Server(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """Where this listener is, for the log."""
-        host, port = cast(Address, self.server_address[:2])
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self.speaks_tls else "http"
+        return f"{scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without file descriptors an idle connection goes, and a moment is waited."""
@@ -3653,7 +4263,10 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """One line at debug for a client that hangs up; the trace of anything else to the log."""
         error = sys.exc_info()[1]
-        if isinstance(error, (OSError, ScrapeError)):
+        if isinstance(error, HandshakeError):
+            self.application.count_handshake(error.fault)
+            LOGGER.info("%s: TLS handshake failed: %s: %s", client_address[0], error.fault, error)
+        elif isinstance(error, (OSError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
         elif isinstance(error, RuntimeError):  # no thread can be started
             LOGGER.warning("%s: connection closed: %s", client_address[0], error)
@@ -3732,25 +4345,34 @@ class Program:
         self._limits, metrics, loader = limits, SelfMetrics(), ConfigLoader(limits)
         set_constant_metrics(metrics)
         config = loader.load(options.config_file, options.config_dirs, options.config_skip_dirs)
-        access = Access(options.allow_net, load_token(options, limits))
+        load = functools.partial(load_credentials, options)
+        reader = DocumentReader(options.web_config_file, [])
+        access = Access(options.allow_net, Watched(load, reader, limits.rotation_seconds))
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, resolver = Budget(limits.held_bytes), Resolver(limits.resolver_threads)
         tools = Tools(limits, budget, resolver, self.commands, metrics)
         self.application = Application(config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
-        parts = self.application, self.connections, limits
-        host, port = options.listen_address or ("", 0)
-        try:
-            self.servers = [Server((host, port), *parts)] if options.listen_address else []
-        except (OSError, UnicodeError) as error:
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            message = f"cannot listen on {where}: {words_of(error)}"
-            raise ConfigError(Problem("", 0, 0, "", message)) from None
+        self.servers: list[Server] = []
+        own_tls = not options.tls_listen_address and bool(access.credentials.current().tls)
+        self._listen(options.listen_address, own_tls)
+        self._listen(options.tls_listen_address, True)
         for warning in loader.warnings:
             LOGGER.warning("%s", warning)
         self._tell_access(config, options, access)
         if not config.modules:
             LOGGER.error("no modules loaded from any config file")
+
+    def _listen(self, address: Address | None, tls: bool) -> None:
+        """Add a listener, if there is an address for it; raises ConfigError."""
+        try:
+            if address:
+                self.servers.append(Server(address, tls, self.application, self.connections))
+        except (OSError, UnicodeError) as error:
+            for server in self.servers:
+                server.server_close()
+            message = f"cannot listen on {render_address(address or ('', 0))}: {words_of(error)}"
+            raise ConfigError(Problem("", 0, 0, "", message)) from None
 
     def _tell_access(self, config: Config, options: Options, access: Access) -> None:
         """Log what an operator should know from the start of who may ask for what."""
@@ -3759,11 +4381,17 @@ class Program:
         commands = [module for module in config.modules.values() if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
-        safe = access.token or options.allow_net or all(host.is_loopback for host in bound)
-        if names and not safe:
+        credentials: Credentials = access.credentials.current()
+        exposed = [server.url for server, host in zip(self.servers, bound) if not host.is_loopback]
+        plain = [url for url in exposed if url.startswith("http:")]
+        if plain and credentials.tls:
+            LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
+        demanding = credentials.demands["authentication"] or options.allow_net
+        certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
+        if names and exposed and not demanding and (plain or not certain):
             LOGGER.warning(
-                "anyone who reaches this port can add arguments to the commands of %s: "
-                "set accept_args and accept_params, -allow.net or -web.bearer.token",
+                "anyone who reaches this port can add arguments to the commands of %s: set "
+                "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
                 excerpt(names, 200),
             )
 
@@ -3864,7 +4492,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(options, limits)
     if options.verify:
         return max(verify_file(name, options, limits) for name in options.verify)
-    if not options.listen_address:
+    if not (options.listen_address or options.tls_listen_address):
         LOGGER.warning("No web addresses to listen on, nothing to do!")
         return 0
     try:
