@@ -1736,7 +1736,7 @@ def parse_network(text: str) -> Network:
     raise ValueError(f"invalid CIDR address: {excerpt(text)}")
 
 
-def parse_listen(text: str) -> tuple[str, int] | None:
+def parse_listen(text: str) -> Listen:
     """Host and port to listen on, None for ""; ValueError."""
     return parse_listen_address(text) if text else None
 
@@ -1771,6 +1771,14 @@ parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
 parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
 
 
+Texts = tuple[str, ...]
+Networks = tuple[Network, ...]
+Listen = Union[tuple[str, int], None]
+BOOLEAN: Final = parse_boolean, "false"
+PLAIN_LISTENER: Final = 'Address to listen on; "": none.'
+TLS_LISTENER: Final = "The same, with TLS."
+
+
 def flag(names: str, parse: Callable[[str], Any], typed: Any, documentation: str) -> Any:
     """A field that is a flag; `typed` is its default as a user types it, () makes it repeatable."""
     metadata = {"names": names.split(), "parse": parse, "typed": typed, "doc": documentation}
@@ -1782,58 +1790,36 @@ def flag(names: str, parse: Callable[[str], Any], typed: Any, documentation: str
 class Options:
     """The values of all flags."""
 
-    allow_net: tuple[Network, ...] = flag(
-        "allow.net", parse_network, (), "Allow clients of this network (CIDR); may be repeated."
+    allow_net: Networks = flag(
+        "allow.net", parse_network, (), "Network of clients to allow (CIDR)."
     )
-    config_dirs: tuple[str, ...] = flag(
-        "config.dirs", str, (), "Folder of files with one module each; may be repeated."
-    )
-    config_file: str = flag(
-        "config.file config", str, "expexp.yaml", 'File with the modules; "" for none.'
-    )
-    config_skip_dirs: bool = flag(
-        "config.skip-dirs", parse_boolean, "false", "Skip a -config.dirs that does not exist."
-    )
-    help: bool = flag("help h", parse_boolean, "false", "Show the flags and exit.")
-    log_json: bool = flag("log.json", parse_boolean, "false", "Write the log as JSON.")
+    config_dirs: Texts = flag("config.dirs", str, (), "Folder of files with one module each.")
+    config_file: str = flag("config.file config", str, "expexp.yaml", 'File of modules; "": none.')
+    config_skip_dirs: bool = flag("config.skip-dirs", *BOOLEAN, "Skip folders that do not exist.")
+    help: bool = flag("help h", *BOOLEAN, "Show the flags and exit.")
+    log_json: bool = flag("log.json", *BOOLEAN, "Write the log as JSON.")
     log_level: int = flag("log.level", parse_level, "warning", f"One of {', '.join(LOG_LEVELS)}.")
     timeout_offset: float = flag(
-        "timeout-offset", parse_offset, "0.5", "Seconds taken off Prometheus's scrape timeout."
+        "timeout-offset", parse_offset, "0.5", "Kept of scrape timeouts, s."
     )
-    verify: tuple[str, ...] = flag(
-        "verify", str, (), "Check the exposition in a file (- is stdin) and exit; may be repeated."
-    )
+    verify: Texts = flag("verify", str, (), "Check an exposition (- is stdin) and exit.")
     verify_content_type: str = flag(
-        "verify.content-type",
-        str,
-        "",
-        "Its type; by default its last line decides.",
+        "verify.content-type", str, "", "Its type; else its end decides."
     )
-    verify_strict: bool = flag(
-        "verify.strict",
-        parse_boolean,
-        "false",
-        "Exit with 1 for strict findings, too.",
-    )
-    version: bool = flag("version", parse_boolean, "false", "Show the version and exit.")
+    verify_strict: bool = flag("verify.strict", *BOOLEAN, "Exit with 1 for strict findings, too.")
+    version: bool = flag("version", *BOOLEAN, "Show the version and exit.")
     bearer_token: Secret = flag("web.bearer.token", Secret, "", "Token that clients must send.")  # noqa: RUF009 - frozen
     bearer_token_file: str = flag("web.bearer.token-file", str, "", "File with that token.")
-    listen_address: tuple[str, int] | None = flag(
-        "web.listen-address", parse_listen, ":9999", 'Address to listen on; "" for none.'
-    )
+    web_config_file: str = flag("web.config.file", str, "", "File with TLS settings and users.")
+    listen_address: Listen = flag("web.listen-address", parse_listen, ":9999", PLAIN_LISTENER)
     proxy_path: str = flag("web.proxy-path", parse_path, "/proxy", "Path of the modules.")
     telemetry_path: str = flag("web.telemetry-path", parse_path, "/metrics", "Path of our metrics.")
-    web_config_file: str = flag("web.config.file", str, "", "File with TLS settings and users.")
-    tls_listen_address: tuple[str, int] | None = flag(
-        "web.tls.listen-address", parse_listen, "", 'Address to listen on with TLS; "" for none.'
-    )
+    tls_ca: str = flag("web.tls.ca", str, "ca.pem", "Authorities of clients' certificates.")
     tls_cert: str = flag("web.tls.cert", str, "cert.pem", "Certificate of the TLS listener.")
-    tls_key: str = flag("web.tls.key", str, "key.pem", "Its key.")
-    tls_ca: str = flag("web.tls.ca", str, "ca.pem", "Authority of clients' certificates.")
-    tls_verify: bool = flag("web.tls.verify", parse_boolean, "false", "Ask for them and verify.")
-    tls_certmatch: str = flag(
-        "web.tls.certmatch", parse_pattern, "", "Regular expression that a name in them must match."
-    )
+    tls_certmatch: str = flag("web.tls.certmatch", parse_pattern, "", "Pattern of clients' names.")
+    tls_key: str = flag("web.tls.key", str, "key.pem", "Key of the TLS listener's certificate.")
+    tls_listen_address: Listen = flag("web.tls.listen-address", parse_listen, "", TLS_LISTENER)
+    tls_verify: bool = flag("web.tls.verify", *BOOLEAN, "Require certificates of clients.")
     winsvc: tuple[()] = flag("winsvc", no_value, (), "Not supported: there is no Windows service.")
 
 
@@ -1874,6 +1860,7 @@ def render_usage() -> str:
     for field in dataclasses.fields(Options):
         names, typed = field.metadata["names"], field.metadata["typed"]
         shown = f" (default {typed})" if typed not in ("", (), "false") else ""
+        shown += " May be repeated." if typed == () else ""
         lines.append("  " + ", ".join(f"-{name}" for name in names))
         lines.append(f"        {field.metadata['doc']}{shown}")
     return "\n".join(lines) + "\n"
@@ -2811,7 +2798,7 @@ class ServerTls:
     settings: TlsServer
     context: ssl.SSLContext
     expires: float  #: the first certificate of ours to do so, in seconds since 1970
-    trust: Any  #: differs when a client that was let in by its certificate might not be now
+    authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
 
     def admit(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> bool:
         """Whether the names in a client's verified certificate let it in; raises OSError."""
@@ -2839,6 +2826,12 @@ class Credentials:
         """Whether a client has sent the token, found out in a time that tells nothing of it."""
         token = self.token.reveal() if self.token else ""
         return hmac.compare_digest(given.encode("latin-1"), token.encode())
+
+    @property
+    def trust(self) -> Any:
+        """What differs when a client that a certificate has let in might not get in now."""
+        tls = self.tls
+        return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
 
     @property
     def demands(self) -> dict[str, bool]:
@@ -2891,8 +2884,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> Serv
             context.load_verify_locations(cadata=authorities)
     context.verify_flags |= PARTIAL_CHAIN
     context.verify_mode = VERIFY_MODES[tls.client_auth_type]
-    trust = authorities, tls.client_auth_type, tls.client_allowed_sans
-    return ServerTls(tls, context, min(ends), trust)
+    return ServerTls(tls, context, min(ends), authorities)
 
 
 NO_BCRYPT: Final = (
@@ -3965,35 +3957,20 @@ class Connections:
         return not self._open
 
 
-class HandshakeError(ExpexpError):
-    """There is no request on a TLS connection; `fault` is one of HANDSHAKE_FAULTS."""
-
-    def __init__(self, fault: str, message: str) -> None:
-        """Keep the fault."""
-        super().__init__(message)
-        self.fault = fault
-
-
 HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
-#: What goes wrong in a client's handshake, most special first: part of OpenSSL's reason, the fault.
-SERVER_FAULTS: Final = (
-    ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "no_certificate"),
-    ("ALERT", "refused_by_client"),
-    ("EOF", "closed"),
-)
 
 
-def handshake_error(error: OSError | ScrapeError) -> HandshakeError:
-    """What an error of the system or of TLS means in a handshake with a client."""
-    reason = getattr(error, "reason", None) or ""
-    if isinstance(error, (socket.timeout, TimeoutError, ScrapeError)):
-        return HandshakeError(
-            "timeout", "timed out" if isinstance(error, ScrapeError) else str(error)
-        )
-    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLZeroReturnError):
-        faults = (fault for part, fault in SERVER_FAULTS if part in reason)
-        return HandshakeError(next(faults, tls_fault(error)), words_of(error))
-    return HandshakeError("closed", words_of(error))
+def handshake_fault(error: OSError | ScrapeError) -> str:
+    """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
+    reason = getattr(error, "reason", "") if isinstance(error, ssl.SSLError) else ""
+    faults = {
+        "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
+        "not_allowed": isinstance(error, PermissionError),
+        "closed": not isinstance(error, ssl.SSLError) or "EOF" in reason,
+        "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
+        "refused_by_client": "ALERT" in reason,
+    }
+    return next(filter(faults.get, faults), tls_fault(error))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4004,65 +3981,72 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        """Shake hands where the listener speaks TLS; read through a DeadlineReader."""
+        """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
-        self._limits, self._access = self.server.limits, self.server.application.access
-        self._credentials: Credentials = self._access.credentials.current()
-        self._slot, self._plain = self.request, False
-        if self.server.speaks_tls:
-            try:
-                self._shake_hands(Deadline(self._limits.handshake_seconds, time.monotonic))
-            except (OSError, ScrapeError) as error:
-                self._discard()  # else the alert that says why might be lost
-                raise handshake_error(error) from None
-        super().setup()
+        self._limits, self._application = self.server.limits, self.server.application
+        self._credentials: Credentials = self._application.access.credentials.current()
+        self._slot = self.connection = self.request
+        self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._plain = False  # where the listener speaks TLS
+        self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
+
+    def handle(self) -> None:
+        """Shake hands where the listener speaks TLS, then answer request after request."""
+        try:
+            if self.server.speaks_tls:
+                self._shake_hands()
+        except (OSError, ScrapeError) as error:
+            fault = handshake_fault(error)
+            self._application.count_handshake(fault)
+            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words_of(error))
+            self._discard()  # or else the alert that tells the client why could be lost
+            return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        reader = DeadlineReader(self.rfile.detach(), self.connection, self._remaining)
-        self.rfile = io.BufferedReader(reader)
+        raw = self.connection.makefile("rb", 0)
+        self.rfile = io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining))
+        with self.rfile:
+            super().handle()
 
     def _remaining(self) -> float:
         """Seconds that the next read may take; raises ScrapeError when none remain."""
         return self._deadline.remaining()
 
-    def _shake_hands(self, deadline: Deadline) -> None:
-        """Have a TLS connection to a client that may ask; raises what `setup` makes an error of.
+    def _shake_hands(self) -> None:
+        """Have a TLS connection to a client that may ask; raises OSError or ScrapeError.
 
         Here, in the connection's own thread, since it waits for the client. Plain HTTP stays as it
         is, for an answer that says so. What is wrapped is a duplicate: the server ends a connection
         by its socket, which wrapping would take away.
         """
         self.server.connections.mark(self._slot, idle=True)
-        self._slot.settimeout(deadline.remaining())
+        self._slot.settimeout(self._remaining())
         first, tls = self._slot.recv(1, socket.MSG_PEEK), cast(ServerTls, self._credentials.tls)
-        self._plain = first not in (HANDSHAKE, b"")
         if not first:
             raise ConnectionResetError("closed before the handshake")
-        if self._plain:
-            self.server.application.count_handshake("plain_http")
+        if first != HANDSHAKE:
+            self._plain = True
+            self._application.count_handshake("plain_http")
             return
-        with contextlib.ExitStack() as failed:
-            duplicate = failed.enter_context(self._slot.dup())
-            duplicate.settimeout(deadline.remaining())
-            wrapped = tls.context.wrap_socket(duplicate, server_side=True)
-            names = failed.enter_context(wrapped).getpeercert() or {}
-            pattern = self.server.application.options.tls_certmatch
-            if not tls.admit(names, pattern, self._limits.certmatch_seconds):
-                raise HandshakeError("not_allowed", "no name in the certificate is allowed")
-            failed.pop_all()
-        self.request = wrapped
+        with self._slot.dup() as duplicate:
+            duplicate.settimeout(self._remaining())
+            self.connection = tls.context.wrap_socket(duplicate, server_side=True)
+        names, pattern = self.connection.getpeercert(), self._application.options.tls_certmatch
+        if not tls.admit(names or {}, pattern, self._limits.certmatch_seconds):
+            raise PermissionError("no name in the certificate is allowed")
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
-        super().finish()
-        if self.request is not self._slot:
-            self._say_goodbye()
-            self.request.close()
+        if self.connection is not self._slot:
+            with self.connection:
+                self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         """End TLS in good form, so that nothing seems to be cut off."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # plain ones cannot
-            self.request.settimeout(0)
-            self.request.unwrap()
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # AttributeError: it is plain
+            self.connection.settimeout(0)
+            self.connection.unwrap()
 
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
@@ -4071,11 +4055,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
         connections.mark(self._slot, idle=False)
-        held: Credentials = self._access.credentials.current()
-        # Without a word where the client has closed, or got in by rules that hold no more.
-        if not arrived or (self._credentials.tls and self._credentials.tls.trust) != (
-            held.tls and held.tls.trust
-        ):
+        held: Credentials = self._application.access.credentials.current()
+        # No answer where the client has closed, or got in by rules that hold no more.
+        if not arrived or held.trust != self._credentials.trust:
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
@@ -4089,7 +4071,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
         self.close_connection |= unread or held is not self._credentials
-        self._write(self.server.application.handle(request, refusal), request)
+        self._write(self._application.handle(request, refusal), request)
         if unread:
             self._say_goodbye()
             self._discard()
@@ -4263,10 +4245,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """One line at debug for a client that hangs up; the trace of anything else to the log."""
         error = sys.exc_info()[1]
-        if isinstance(error, HandshakeError):
-            self.application.count_handshake(error.fault)
-            LOGGER.info("%s: TLS handshake failed: %s: %s", client_address[0], error.fault, error)
-        elif isinstance(error, (OSError, ScrapeError)):
+        if isinstance(error, (OSError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
         elif isinstance(error, RuntimeError):  # no thread can be started
             LOGGER.warning("%s: connection closed: %s", client_address[0], error)
