@@ -1838,12 +1838,8 @@ def render_usage() -> str:
 # Scalars keep their source text until a key says what it wants: YAML 1.1 would read `1.10`, `no`
 # and `010` as other things than their text. All problems are collected, then raised at once. Pure.
 
-MISSING_PYYAML: Final = (
-    "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml (RHEL, "
-    "Fedora) or PyYAML (pip), or write the configuration as a .json file"
-)
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
-SCALARS: Final = ("string", "number", "boolean", "nothing")
+SCALARS: Final = "string|number|boolean|nothing"
 Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 
 
@@ -1885,7 +1881,7 @@ def place_after(before: str) -> Place:
 def build_yaml(loader: Any, raw: Any) -> Node:
     """The node of PyYAML's; its loader builds each once, so that no bomb of aliases can grow."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
-    build = functools.partial(loader.construct_object, deep=True)
+    build = loader.construct_object
     if raw.id == "scalar":
         kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
         return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` is no text
@@ -1905,7 +1901,10 @@ def build_yaml(loader: Any, raw: Any) -> Node:
 def parse_yaml(text: str) -> Node:
     """The first document of a YAML text; raises NodeError."""
     if yaml is None:
-        raise NodeError(MISSING_PYYAML)
+        raise NodeError(
+            "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml "
+            "(RHEL, Fedora) or PyYAML (pip), or write the configuration as a .json file"
+        )
     loader = type("NodeLoader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
@@ -1925,11 +1924,9 @@ def build_json(value: Any) -> Node:
     """The node of a value in JSON, which has no place; numbers and objects are nodes already."""
     if isinstance(value, list):
         return Node("list", items=tuple(map(build_json, value)))
-    if isinstance(value, str):
-        return Node("string", value)
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
-    return value or ABSENT
+    return Node("string", value) if isinstance(value, str) else value or ABSENT
 
 
 def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
@@ -1952,7 +1949,7 @@ def parse_json(text: str) -> Node:
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
 A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
-A_NAME: Final = f"(?=.){A_TEXT}"
+A_NAME: Final = "[^\0\ud800-\udfff]+"
 
 
 def scalar(
@@ -1967,31 +1964,24 @@ def scalar(
     def read(node: Node) -> Any:
         """The value."""
         with contextlib.suppress(ValueError):
-            if node.kind in ((kind,) if kind else SCALARS) and re.fullmatch(
-                pattern, node.text, re.DOTALL
-            ):
+            if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
         raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
 
     return read
 
 
-def mapping_of(read_name: Read, read_value: Read) -> Read:
-    """A reader of a mapping of names to secrets, which its messages do not show."""
-
-    def read(node: Node) -> Mapping[str, Secret]:
-        """The names and secrets."""
-        if node.kind != "mapping":
-            raise mismatch("a mapping", Node(node.kind, "", node.place))
-        found: dict[str, Secret] = {}
-        for name_node, value in node.entries:
-            name = read_name(name_node)
-            if name in found:
-                raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
-            found[name] = read_value(value)
-        return found
-
-    return read
+def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
+    """A mapping of names to secrets, which messages do not show."""
+    if node.kind != "mapping":
+        raise mismatch("a mapping", Node(node.kind, "", node.place))
+    found: dict[str, Secret] = {}
+    for name_node, value in node.entries:
+        name = read_name(name_node)
+        if name in found:
+            raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
+        found[name] = read_value(value)
+    return found
 
 
 def to_boolean(text: str) -> bool:
@@ -2027,22 +2017,19 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_argument: Final = scalar("text without a NUL", secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
-read_scheme: Final = scalar("http or https", "https?")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
-read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
-read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
-read_environment: Final = mapping_of(read_variable, read_secret)
+read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
+read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_headers: Final = mapping_of(read_header, read_header_value)
+read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
@@ -2050,29 +2037,29 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     if node.kind != "list":
         # Arguments may be secret: what was found is not shown.
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
-    return tuple(read_argument(item) for item in node.items if item.kind != "nothing")
+    return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
 
 
-def read_verify(node: Node) -> Any:
-    """True, False or "strict"."""
-    return read_boolean(node) if node.kind == "boolean" else read_strict(node)
+def or_boolean(read: Read) -> Read:
+    """A reader of booleans, and with the other reader of all else."""
+    return lambda node: read_boolean(node) if node.kind == "boolean" else read(node)
 
 
-def read_accepted(node: Node) -> Any:
-    """What a client may add: all, nothing, or what is listed."""
-    is_list = node.kind != "boolean"
-    return read_list(node, "true, false or a list") if is_list else read_boolean(node)
+read_verify: Final = or_boolean(scalar("true, false or strict", "strict"))
+read_accepted: Final = or_boolean(functools.partial(read_list, what="true, false or a list"))
 
 
 # --- sections: dataclasses whose fields declare the keys
 
 REQUIRED: Final = "required"
-NO_SECRET: Final = Secret("")
 
 
-def key(read: Read, default: Any, documentation: str) -> Any:
-    """A field that is a key of the configuration; one that is REQUIRED has no default."""
-    metadata = {"read": read, "default": default, "documentation": documentation}
+def key(read: Read, default: Any, documentation: str, beside: str = "") -> Any:
+    """A field that is a key of the configuration; one that is REQUIRED has no default.
+
+    `beside` is another key of the section without which this one makes no sense.
+    """
+    metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
     factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
@@ -2082,15 +2069,15 @@ class HttpTarget:
     """The section `http` of a module."""
 
     port: int = key(read_port, REQUIRED, "port of the exporter")
-    scheme: str = key(read_scheme, "http", "`http` or `https`")
+    scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
-    basic_auth_username: str = key(read_text, "", "user name to send")
-    basic_auth_password: Secret = key(read_secret, NO_SECRET, "its password")  # noqa: RUF009 - frozen
+    basic_auth_username: str = key(read_text, "", "user name to send", "basic_auth_password")
+    basic_auth_password: Secret = key(read_secret, Secret(""), "password", "basic_auth_username")  # noqa: RUF009 - frozen
     tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
-    tls_cert_file: str = key(read_text, "", "client certificate to present")
-    tls_key_file: str = key(read_text, "", "its key")
+    tls_cert_file: str = key(read_text, "", "client certificate to present", "tls_key_file")
+    tls_key_file: str = key(read_text, "", "its key", "tls_cert_file")
     tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
@@ -2143,14 +2130,9 @@ class Module:
 
 #: Keys of a module that may stand in its method's section as well; and the methods without them.
 SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
-PAIRED_KEYS: Final = (
-    ("tls_cert_file", "tls_key_file"),
-    ("basic_auth_username", "basic_auth_password"),
-)
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """A whole configuration; a request keeps the one that it began with."""
 
     modules: Mapping[str, Module]
@@ -2213,9 +2195,8 @@ class DocumentReader:
         if node.kind != "mapping":
             self.problem(path, str(mismatch("a mapping", node)), node.place)
         for name_node, value in node.entries:
-            name = name_node.text
-            where = f"{path}.{name}".lstrip(".")
-            if not re.fullmatch(A_NAME, name, re.DOTALL):
+            name, where = name_node.text, f"{path}.{name_node.text}".lstrip(".")
+            if not re.fullmatch(A_NAME, name):
                 self.problem(path, str(mismatch("a name", name_node)), name_node.place)
             elif name in found:
                 first = found[name].place[0]
@@ -2237,6 +2218,9 @@ class DocumentReader:
                     values[name] = metadata["read"](node)
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
+        for name, other in ((name, declared[name]["beside"]) for name in values):
+            if other and other not in values:
+                self.problem(f"{path}.{name}", f"needs {other} beside it")
         return values
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
@@ -2245,7 +2229,7 @@ class DocumentReader:
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
         listed = nodes.get("modules", ABSENT)
         modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        default = {"defaultModule": {"read": read_text, "default": ""}}
+        default = {"defaultModule": key(read_text, "", "name of a module").metadata}
         return modules, self.values(default, nodes, "").get("defaultModule", "")
 
     def module(self, name: str, node: Node) -> Module | None:
@@ -2253,9 +2237,7 @@ class DocumentReader:
         path, before = f"modules.{name}", len(self.problems)
         self.places.setdefault(path, node.place)
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
-        if node.kind != "mapping":
-            return None
-        values = self.values(declared_keys(Module), nodes, path)
+        values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
         if len(self.problems) > before:
             return None
@@ -2264,23 +2246,20 @@ class DocumentReader:
     def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
         """Values of the section of the module's method; shared ones join the module's values."""
         method = values["method"]
-        where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
-        own = self.entries(nodes.get(method, Node("mapping")), where, (*declared, *SHARED_KEYS))
+        where = f"{path}.{method}"
+        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
+        declared = {**declared_keys(TARGETS[method]), **shared}
+        own = self.entries(nodes.get(method, Node("mapping")), where, declared)
+        target = self.values(declared, own, where)
         for other in set(TARGETS) & set(nodes) - {method}:
             self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
-        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
-        for name, value in self.values(shared, own, where).items():
-            if values.setdefault(name, value) != value:
-                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
         for name, refusing in SHARED_KEYS.items():
+            value = target.pop(name, None)
+            if value is not None and values.setdefault(name, value) != value:
+                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
             if method in refusing and (name in own or name in nodes):
-                place = where if name in own else path
-                self.problem(f"{place}.{name}", f'no setting of the method "{method}"')
-        target = self.values(declared, own, where)
-        for pair in PAIRED_KEYS:
-            for name, other in (pair, pair[::-1]):
-                if name in target and other not in target:
-                    self.problem(f"{where}.{name}", f"needs {other} beside it")
+                at = where if name in own else path
+                self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
         return target
 
 
