@@ -2054,10 +2054,10 @@ read_accepted: Final = or_boolean(functools.partial(read_list, what="true, false
 REQUIRED: Final = "required"
 
 
-def key(read: Read, default: Any, documentation: str, beside: str = "") -> Any:
+def key(read: Read, default: Any, documentation: str, *beside: str) -> Any:
     """A field that is a key of the configuration; one that is REQUIRED has no default.
 
-    `beside` is another key of the section without which this one makes no sense.
+    If keys are named that belong `beside` it, it makes no sense without one of them.
     """
     metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
     factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
@@ -2171,10 +2171,9 @@ class DocumentReader:
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default where the path or the nearest thing around it stands."""
-        around = path
+        around = path = path.lstrip(".")  # the paths of keys at the top begin with a dot
         while place is None:
-            place = self.places.get(around)
-            around = around.rpartition(".")[0]
+            place, around = self.places.get(around), around.rpartition(".")[0]
         self.problems.append(Problem(self.filename, *place, path, message))
 
     @contextlib.contextmanager
@@ -2212,15 +2211,16 @@ class DocumentReader:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: Values = {}
         for name, metadata in declared.items():
-            node, where = nodes.get(name, ABSENT), f"{path}.{name}".lstrip(".")
+            node, where = nodes.get(name, ABSENT), f"{path}.{name}"
             if node.kind != "nothing":
                 with self.noting(where):
                     values[name] = metadata["read"](node)
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
-        for name, other in ((name, declared[name]["beside"]) for name in values):
-            if other and other not in values:
-                self.problem(f"{path}.{name}", f"needs {other} beside it")
+        for name in values:
+            beside = declared[name]["beside"]
+            if beside and not values.keys() & beside:
+                self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
         return values
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
