@@ -1874,12 +1874,8 @@ def render_usage() -> str:
 # Scalars keep their source text until a key says what it wants: YAML 1.1 would read `1.10`, `no`
 # and `010` as other things than their text. All problems are collected, then raised at once. Pure.
 
-MISSING_PYYAML: Final = (
-    "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml (RHEL, "
-    "Fedora) or PyYAML (pip), or write the configuration as a .json file"
-)
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
-SCALARS: Final = ("string", "number", "boolean", "nothing")
+SCALARS: Final = "string|number|boolean|nothing"
 Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 
 
@@ -1921,7 +1917,7 @@ def place_after(before: str) -> Place:
 def build_yaml(loader: Any, raw: Any) -> Node:
     """The node of PyYAML's; its loader builds each once, so that no bomb of aliases can grow."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
-    build = functools.partial(loader.construct_object, deep=True)
+    build = loader.construct_object
     if raw.id == "scalar":
         kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
         return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` is no text
@@ -1941,7 +1937,10 @@ def build_yaml(loader: Any, raw: Any) -> Node:
 def parse_yaml(text: str) -> Node:
     """The first document of a YAML text; raises NodeError."""
     if yaml is None:
-        raise NodeError(MISSING_PYYAML)
+        raise NodeError(
+            "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml "
+            "(RHEL, Fedora) or PyYAML (pip), or write the configuration as a .json file"
+        )
     loader = type("NodeLoader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
@@ -1961,11 +1960,9 @@ def build_json(value: Any) -> Node:
     """The node of a value in JSON, which has no place; numbers and objects are nodes already."""
     if isinstance(value, list):
         return Node("list", items=tuple(map(build_json, value)))
-    if isinstance(value, str):
-        return Node("string", value)
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
-    return value or ABSENT
+    return Node("string", value) if isinstance(value, str) else value or ABSENT
 
 
 def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
@@ -1988,7 +1985,7 @@ def parse_json(text: str) -> Node:
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
 A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
-A_NAME: Final = f"(?=.){A_TEXT}"
+A_NAME: Final = "[^\0\ud800-\udfff]+"
 
 
 def scalar(
@@ -2003,31 +2000,24 @@ def scalar(
     def read(node: Node) -> Any:
         """The value."""
         with contextlib.suppress(ValueError):
-            if node.kind in ((kind,) if kind else SCALARS) and re.fullmatch(
-                pattern, node.text, re.DOTALL
-            ):
+            if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
         raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
 
     return read
 
 
-def mapping_of(read_name: Read, read_value: Read) -> Read:
-    """A reader of a mapping of names to secrets, which its messages do not show."""
-
-    def read(node: Node) -> Mapping[str, Secret]:
-        """The names and secrets."""
-        if node.kind != "mapping":
-            raise mismatch("a mapping", Node(node.kind, "", node.place))
-        found: dict[str, Secret] = {}
-        for name_node, value in node.entries:
-            name = read_name(name_node)
-            if name in found:
-                raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
-            found[name] = read_value(value)
-        return found
-
-    return read
+def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
+    """A mapping of names to secrets, which messages do not show."""
+    if node.kind != "mapping":
+        raise mismatch("a mapping", Node(node.kind, "", node.place))
+    found: dict[str, Secret] = {}
+    for name_node, value in node.entries:
+        name = read_name(name_node)
+        if name in found:
+            raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
+        found[name] = read_value(value)
+    return found
 
 
 def to_boolean(text: str) -> bool:
@@ -2072,22 +2062,19 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_argument: Final = scalar("text without a NUL", secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
-read_scheme: Final = scalar("http or https", "https?")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
-read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
-read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
-read_environment: Final = mapping_of(read_variable, read_secret)
+read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
+read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_headers: Final = mapping_of(read_header, read_header_value)
+read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
 
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
 A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
@@ -2095,7 +2082,7 @@ read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+")
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
-read_users: Final = mapping_of(read_user, read_hash)
+read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
@@ -2103,31 +2090,35 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     if node.kind != "list":
         # Arguments may be secret: what was found is not shown.
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
-    return tuple(read_argument(item) for item in node.items if item.kind != "nothing")
+    return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
 
 
-def read_verify(node: Node) -> Any:
-    """True, False or "strict"."""
-    return read_boolean(node) if node.kind == "boolean" else read_strict(node)
+def or_boolean(read: Read) -> Read:
+    """A reader of booleans, and with the other reader of all else."""
+    return lambda node: read_boolean(node) if node.kind == "boolean" else read(node)
 
 
-def read_accepted(node: Node) -> Any:
-    """What a client may add: all, nothing, or what is listed."""
-    is_list = node.kind != "boolean"
-    return read_list(node, "true, false or a list") if is_list else read_boolean(node)
+read_verify: Final = or_boolean(scalar("true, false or strict", "strict"))
+read_accepted: Final = or_boolean(functools.partial(read_list, what="true, false or a list"))
 
 
 # --- sections: dataclasses whose fields declare the keys
 
 REQUIRED: Final = "required"
-NO_SECRET: Final = Secret("")
 
 
-def key(read: Read, default: Any, documentation: str) -> Any:
-    """A field that is a key of the configuration; one that is REQUIRED has no default."""
-    metadata = {"read": read, "default": default, "documentation": documentation}
+def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
+    """A field that is a key of the configuration; one that is REQUIRED has no default.
+
+    If keys are named that belong `beside` it, it makes no sense without one of them. What it is
+    read as may be a section, too.
+    """
+    metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
     factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
     return dataclasses.field(default_factory=factory, metadata=metadata)
+
+
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2135,17 +2126,17 @@ class HttpTarget:
     """The section `http` of a module."""
 
     port: int = key(read_port, REQUIRED, "port of the exporter")
-    scheme: str = key(read_scheme, "http", "`http` or `https`")
+    scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
-    basic_auth_username: str = key(read_text, "", "user name to send")
-    basic_auth_password: Secret = key(read_secret, NO_SECRET, "its password")  # noqa: RUF009 - frozen
-    basic_auth_password_file: str = key(read_text, "", "file with it, read again when it changes")
-    bearer_token_file: str = key(read_text, "", "file with a token to send, read again likewise")
+    basic_auth_username: str = key(read_text, "", "user name to send", *PASSWORD_KEYS)
+    basic_auth_password: Secret = key(read_secret, Secret(""), "password", "basic_auth_username")  # noqa: RUF009 - frozen
+    basic_auth_password_file: str = key(read_text, "", "file with it", "basic_auth_username")
+    bearer_token_file: str = key(read_text, "", "file with a token to send")
     tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
-    tls_cert_file: str = key(read_text, "", "client certificate to present")
-    tls_key_file: str = key(read_text, "", "its key")
+    tls_cert_file: str = key(read_text, "", "client certificate to present", "tls_key_file")
+    tls_key_file: str = key(read_text, "", "its key", "tls_cert_file")
     tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
@@ -2198,36 +2189,13 @@ class Module:
 
 #: Keys of a module that may stand in its method's section as well; and the methods without them.
 SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
-#: What a key needs one of beside it, and what it does not go with.
-NEEDED_KEYS: Final = {
-    "tls_cert_file": ("tls_key_file",),
-    "tls_key_file": ("tls_cert_file",),
-    "basic_auth_username": PASSWORD_KEYS,
-    **dict.fromkeys(PASSWORD_KEYS, ("basic_auth_username",)),
-}
-OPPOSED_KEYS: Final = {
-    "basic_auth_password_file": "basic_auth_password",
-    "bearer_token_file": "basic_auth_username",
-}
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """A whole configuration; a request keeps the one that it began with."""
 
     modules: Mapping[str, Module]
     default_module: str
-
-
-def unsupported(why: str) -> Any:
-    """A field for a key that exporter-toolkit knows and expexp does not: refused by its name."""
-
-    def refuse(node: Node) -> Any:
-        """Never a value."""
-        raise NodeError(f"not supported by expexp: {why}", node.place)
-
-    return key(refuse, None, why)
 
 
 @dataclass(frozen=True)
@@ -2236,27 +2204,19 @@ class TlsServer:
 
     cert_file: str = key(read_something, REQUIRED, "certificate, and the chain behind it")
     key_file: str = key(read_something, REQUIRED, "its key")
-    client_ca_file: str = key(read_text, "", "authorities that clients' certificates come from")
-    client_auth_type: str = key(read_auth_type, "NoClientCert", "who must have a certificate")
-    client_allowed_sans: tuple[str, ...] = key(read_list, (), "names of which it must have one")
+    client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "who needs one", "client_ca_file")
+    client_ca_file: str = key(read_text, "", "authorities of clients", "client_auth_type")
+    client_allowed_sans: Texts = key(read_list, (), "clients' names", "client_auth_type")
     min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
     max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
-    cert: None = unsupported("name a cert_file")
-    key: None = unsupported("name a key_file")
-    client_ca: None = unsupported("name a client_ca_file")
-    cipher_suites: None = unsupported("the suites are fixed: AEAD with forward secrecy")
-    prefer_server_cipher_suites: None = unsupported("the server's order is always used")
-    curve_preferences: None = unsupported("the curves are those of OpenSSL")
 
 
 @dataclass(frozen=True, repr=False)
 class WebConfig:
-    """The file of -web.config.file, in the form of exporter-toolkit."""
+    """The file of -web.config.file: what expexp knows of exporter-toolkit's, all else is refused."""
 
+    tls_server_config: TlsServer | None = key(TlsServer, None, "serve TLS")
     basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
-    http_server_config: None = unsupported("there is neither HTTP/2 nor a header to add")
-    rate_limit: None = unsupported("the number of connections is limited instead")
-    tls_server_config: TlsServer | None = None
 
 
 Values = dict[str, Any]
@@ -2291,10 +2251,9 @@ class DocumentReader:
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default where the path or the nearest thing around it stands."""
-        around = path
+        around = path = path.lstrip(".")  # the paths of keys at the top begin with a dot
         while place is None:
-            place = self.places.get(around)
-            around = around.rpartition(".")[0]
+            place, around = self.places.get(around), around.rpartition(".")[0]
         self.problems.append(Problem(self.filename, *place, path, message))
 
     @contextlib.contextmanager
@@ -2315,9 +2274,8 @@ class DocumentReader:
         if node.kind != "mapping":
             self.problem(path, str(mismatch("a mapping", node)), node.place)
         for name_node, value in node.entries:
-            name = name_node.text
-            where = f"{path}.{name}".lstrip(".")
-            if not re.fullmatch(A_NAME, name, re.DOTALL):
+            name, where = name_node.text, f"{path}.{name_node.text}".lstrip(".")
+            if not re.fullmatch(A_NAME, name):
                 self.problem(path, str(mismatch("a name", name_node)), name_node.place)
             elif name in found:
                 first = found[name].place[0]
@@ -2333,13 +2291,25 @@ class DocumentReader:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: Values = {}
         for name, metadata in declared.items():
-            node, where = nodes.get(name, ABSENT), f"{path}.{name}".lstrip(".")
+            node, where = nodes.get(name, ABSENT), f"{path}.{name}"
             if node.kind != "nothing":
                 with self.noting(where):
-                    values[name] = metadata["read"](node)
+                    read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
+                    values[name] = self.section(read, node, where) if nested else read(node)
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
+        given = [name for name in values if values[name] != declared[name]["default"]]
+        for name in given:
+            beside = declared[name]["beside"]
+            if beside and not set(beside) & set(given):
+                self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
         return values
+
+    def section(self, section: Any, node: Node, path: str) -> Any:
+        """What a mapping says, as an instance of a dataclass; None if there are problems with it."""
+        before, declared = len(self.problems), declared_keys(section)
+        values = self.values(declared, self.entries(node, path.lstrip("."), declared), path)
+        return None if len(self.problems) > before else section(**values)
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
         """The nodes of a whole file's modules, and the name of the default one."""
@@ -2347,7 +2317,7 @@ class DocumentReader:
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
         listed = nodes.get("modules", ABSENT)
         modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        default = {"defaultModule": {"read": read_text, "default": ""}}
+        default = {"defaultModule": key(read_text, "", "name of a module").metadata}
         return modules, self.values(default, nodes, "").get("defaultModule", "")
 
     def module(self, name: str, node: Node) -> Module | None:
@@ -2355,9 +2325,7 @@ class DocumentReader:
         path, before = f"modules.{name}", len(self.problems)
         self.places.setdefault(path, node.place)
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
-        if node.kind != "mapping":
-            return None
-        values = self.values(declared_keys(Module), nodes, path)
+        values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
         if len(self.problems) > before:
             return None
@@ -2366,50 +2334,21 @@ class DocumentReader:
     def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
         """Values of the section of the module's method; shared ones join the module's values."""
         method = values["method"]
-        where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
-        own = self.entries(nodes.get(method, Node("mapping")), where, (*declared, *SHARED_KEYS))
+        where = f"{path}.{method}"
+        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
+        declared = {**declared_keys(TARGETS[method]), **shared}
+        own = self.entries(nodes.get(method, Node("mapping")), where, declared)
+        target = self.values(declared, own, where)
         for other in set(TARGETS) & set(nodes) - {method}:
             self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
-        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
-        for name, value in self.values(shared, own, where).items():
-            if values.setdefault(name, value) != value:
-                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
         for name, refusing in SHARED_KEYS.items():
+            value = target.pop(name, None)
+            if value is not None and values.setdefault(name, value) != value:
+                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
             if method in refusing and (name in own or name in nodes):
-                place = where if name in own else path
-                self.problem(f"{place}.{name}", f'no setting of the method "{method}"')
-        target = self.values(declared, own, where)
-        for name in NEEDED_KEYS.keys() & target:
-            if not target.keys() & NEEDED_KEYS[name]:
-                self.problem(f"{where}.{name}", f"needs {NEEDED_KEYS[name][0]} beside it")
-        for name in OPPOSED_KEYS.keys() & target:
-            if OPPOSED_KEYS[name] in target:
-                self.problem(f"{where}.{name}", f"does not go with {OPPOSED_KEYS[name]}")
+                at = where if name in own else path
+                self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
         return target
-
-    def web_config(self, node: Node) -> WebConfig:
-        """The web configuration of a whole file."""
-        declared, tls = declared_keys(WebConfig), declared_keys(TlsServer)
-        nodes = self.entries(node, "", (*declared, "tls_server_config"))
-        values, section = self.values(declared, nodes, ""), nodes.get("tls_server_config", ABSENT)
-        if section.kind == "nothing":
-            return WebConfig(**values)
-        path, before = "tls_server_config", len(self.problems)
-        settings = self.values(tls, self.entries(section, path, tls), path)
-        if len(self.problems) > before:
-            return WebConfig(**values)
-        server = TlsServer(**settings)
-        asks, wanted = server.client_auth_type != "NoClientCert", server.client_ca_file
-        if asks and not wanted:
-            self.problem(f"{path}.client_auth_type", "needs client_ca_file beside it")
-        for name in ("client_ca_file", "client_allowed_sans"):
-            if getattr(server, name) and not asks:
-                self.problem(
-                    f"{path}.{name}", "needs a client_auth_type that asks for certificates"
-                )
-        if server.min_version > server.max_version:
-            self.problem(f"{path}.min_version", f"is above max_version, {server.max_version}")
-        return WebConfig(**values, tls_server_config=server)
 
 
 # ==================================================================================================
@@ -2548,11 +2487,11 @@ class CredentialReader(DocumentReader):
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
         return filename
 
-    def secret(self, filename: str, what: str) -> Secret:
+    def secret(self, filename: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
         text = load_text(self.watched(filename, private=True), Limits.secret_bytes).strip()
         if not text:
-            raise NodeError(f"{what} should not be empty")
+            raise NodeError("the file should not be empty")
         return Secret(text)
 
     def certificates(self, filename: str) -> list[str]:
@@ -2659,10 +2598,12 @@ def load_target_credentials(
 ) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
     secret, scheme, text = target.basic_auth_password, "", ""
-    for name, words in (("basic_auth_password_file", "password"), ("bearer_token_file", "token")):
+    for name in ("basic_auth_password_file", "bearer_token_file"):
         if getattr(target, name):
             with reader.noting(f"{path}.{name}"):
-                secret = reader.secret(getattr(target, name), f"{words} file")
+                if secret.reveal():
+                    raise NodeError("there is another password or token already")
+                secret = reader.secret(getattr(target, name))
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
         scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
@@ -2845,7 +2786,7 @@ def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
     if filename:
         with reader.noting(""):
             text = load_text(reader.watched(filename, private=True), Limits.config_bytes)
-            web = reader.web_config(parse_yaml(text))
+            web = reader.section(WebConfig, parse_yaml(text), "") or web
             if not (web.basic_auth_users or web.tls_server_config or reader.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
     if web.tls_server_config and options.tls_listen_address:
@@ -2869,6 +2810,8 @@ def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]
 def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> ServerTls:
     """How to serve TLS with these settings; what is unusable is noted as a problem."""
     context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
+    if tls.min_version > tls.max_version:
+        reader.problem(f"{path}.min_version", "is above max_version")
     context.set_ciphers(SERVER_SUITES)
     context.minimum_version = TLS_VERSIONS[tls.min_version]
     context.maximum_version = TLS_VERSIONS[tls.max_version]
@@ -2905,7 +2848,7 @@ def load_credentials(
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
         with DocumentReader(filename, reader.problems).noting(""):
-            token = reader.secret(filename, "token file")
+            token = reader.secret(filename)
     crypt_rn = load_bcrypt() if web.basic_auth_users else None
     if web.basic_auth_users and not crypt_rn:
         reader.problem("basic_auth_users", NO_BCRYPT)
