@@ -1706,9 +1706,9 @@ class SelfMetrics:
 # ==================================================================================================
 # 10  Flags
 # ==================================================================================================
-# The original's flags and ours, each declared once, as a field of Options. The rules are those of
-# Go: `-name value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them.
-# Pure: a list of texts in, Options out.
+# The original's flags and ours, each declared once, in FLAGS. The rules are those of Go: `-name
+# value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them. Pure: a list
+# of texts in, Options out, which are asked by the flags' names.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 LEVEL_NAMES: Final = ("panic", "fatal", "error", "warning", "warn", "info", "debug", "trace")
@@ -1736,7 +1736,7 @@ def parse_network(text: str) -> Network:
     raise ValueError(f"invalid CIDR address: {excerpt(text)}")
 
 
-def parse_listen(text: str) -> Listen:
+def parse_listen(text: str) -> tuple[str, int] | None:
     """Host and port to listen on, None for ""; ValueError."""
     return parse_listen_address(text) if text else None
 
@@ -1770,68 +1770,67 @@ def no_value(_text: str) -> str:
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
 parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
 
-
-Texts = tuple[str, ...]
-Networks = tuple[Network, ...]
-Listen = Union[tuple[str, int], None]
-BOOLEAN: Final = parse_boolean, "false"
-PLAIN_LISTENER: Final = 'Address to listen on; "": none.'
-TLS_LISTENER: Final = "The same, with TLS."
-
-
-def flag(names: str, parse: Callable[[str], Any], typed: Any, documentation: str) -> Any:
-    """A field that is a flag; `typed` is its default as a user types it, () makes it repeatable."""
-    metadata = {"names": names.split(), "parse": parse, "typed": typed, "doc": documentation}
-    default = typed if typed == () else parse(typed)
-    return dataclasses.field(default=default, metadata=metadata)
+PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "address": parse_listen,
+    "boolean": parse_boolean,
+    "level": parse_level,
+    "network": parse_network,
+    "none": no_value,
+    "path": parse_path,
+    "pattern": parse_pattern,
+    "seconds": parse_offset,
+    "secret": Secret,
+    "text": str,
+}
 
 
-@dataclass(frozen=True)
-class Options:
-    """The values of all flags."""
+class Flag(NamedTuple):
+    """A flag; its first name is that by which Options are asked."""
 
-    allow_net: Networks = flag(
-        "allow.net", parse_network, (), "Network of clients to allow (CIDR)."
-    )
-    config_dirs: Texts = flag("config.dirs", str, (), "Folder of files with one module each.")
-    config_file: str = flag("config.file config", str, "expexp.yaml", 'File of modules; "": none.')
-    config_skip_dirs: bool = flag("config.skip-dirs", *BOOLEAN, "Skip folders that do not exist.")
-    help: bool = flag("help h", *BOOLEAN, "Show the flags and exit.")
-    log_json: bool = flag("log.json", *BOOLEAN, "Write the log as JSON.")
-    log_level: int = flag("log.level", parse_level, "warning", f"One of {', '.join(LOG_LEVELS)}.")
-    timeout_offset: float = flag(
-        "timeout-offset", parse_offset, "0.5", "Kept of scrape timeouts, s."
-    )
-    verify: Texts = flag("verify", str, (), "Check an exposition (- is stdin) and exit.")
-    verify_content_type: str = flag(
-        "verify.content-type", str, "", "Its type; else its end decides."
-    )
-    verify_strict: bool = flag("verify.strict", *BOOLEAN, "Exit with 1 for strict findings, too.")
-    version: bool = flag("version", *BOOLEAN, "Show the version and exit.")
-    bearer_token: Secret = flag("web.bearer.token", Secret, "", "Token that clients must send.")  # noqa: RUF009 - frozen
-    bearer_token_file: str = flag("web.bearer.token-file", str, "", "File with that token.")
-    web_config_file: str = flag("web.config.file", str, "", "File with TLS settings and users.")
-    listen_address: Listen = flag("web.listen-address", parse_listen, ":9999", PLAIN_LISTENER)
-    proxy_path: str = flag("web.proxy-path", parse_path, "/proxy", "Path of the modules.")
-    telemetry_path: str = flag("web.telemetry-path", parse_path, "/metrics", "Path of our metrics.")
-    tls_ca: str = flag("web.tls.ca", str, "ca.pem", "Authorities of clients' certificates.")
-    tls_cert: str = flag("web.tls.cert", str, "cert.pem", "Certificate of the TLS listener.")
-    tls_certmatch: str = flag("web.tls.certmatch", parse_pattern, "", "Pattern of clients' names.")
-    tls_key: str = flag("web.tls.key", str, "key.pem", "Key of the TLS listener's certificate.")
-    tls_listen_address: Listen = flag("web.tls.listen-address", parse_listen, "", TLS_LISTENER)
-    tls_verify: bool = flag("web.tls.verify", *BOOLEAN, "Require certificates of clients.")
-    winsvc: tuple[()] = flag("winsvc", no_value, (), "Not supported: there is no Windows service.")
+    names: tuple[str, ...]
+    parse: Callable[[str], Any]
+    typed: str  # the default as a user types it
+    is_repeatable: bool
+    documentation: str
 
 
-def declared_flags() -> dict[str, dataclasses.Field[Any]]:
-    """All names of flags, with the fields of Options that declare them."""
-    return {name: f for f in dataclasses.fields(Options) for name in f.metadata["names"]}
+FLAGS: Final = [
+    Flag(names_of(names), PARSERS[kind.strip("*")], typed.strip("-"), "*" in kind, documentation)
+    for names, kind, typed, documentation in rows("""
+allow.net               network*  -            Allow clients of this network (CIDR) only.
+config.dirs             text*     -            Folder of files with one module each.
+config.file config      text      expexp.yaml  File with the modules; "" for none.
+config.skip-dirs        boolean   false        Skip a -config.dirs that does not exist.
+help h                  boolean   false        Show the flags and exit.
+log.json                boolean   false        Write the log as JSON.
+log.level               level     warning      Least serious lines to log, for example info.
+timeout-offset          seconds   0.5          Seconds taken off Prometheus's scrape timeout.
+verify                  text*     -            Check the exposition in a file (- is stdin) and exit.
+verify.content-type     text      -            Its type; by default its last line decides.
+verify.strict           boolean   false        Exit with 1 for strict findings, too.
+version                 boolean   false        Show the version and exit.
+web.bearer.token        secret    -            Token that clients must send.
+web.bearer.token-file   text      -            File with that token, read again when it changes.
+web.config.file         text      -            Exporter-toolkit's file: TLS settings and users.
+web.listen-address      address   :9999        Address to listen on; "" for none.
+web.proxy-path          path      /proxy       Path of the modules.
+web.telemetry-path      path      /metrics     Path of our metrics.
+web.tls.ca              text      ca.pem       File with the authorities of clients' certificates.
+web.tls.cert            text      cert.pem     File with the certificate of the TLS listener.
+web.tls.certmatch       pattern   -            Regular expression that a name in them must match.
+web.tls.key             text      key.pem      File with the key of the TLS listener's certificate.
+web.tls.listen-address  address   -            Address to listen on with TLS; "" for none.
+web.tls.verify          boolean   false        Require clients' certificates, and verify them.
+winsvc                  none*     -            Not supported: there is no Windows service.
+    """)
+]
+Options = Mapping[str, Any]
 
 
 def parse_flags(arguments: Sequence[str]) -> Options:
     """The options of a command line; raises FlagError with what is wrong."""
-    flags, rest = declared_flags(), iter(arguments)
-    values: dict[str, Any] = {}
+    flags, rest = {name: flag for flag in FLAGS for name in flag.names}, iter(arguments)
+    options = {f.names[0]: () if f.is_repeatable else f.parse(f.typed) for f in FLAGS}
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
@@ -1839,30 +1838,27 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         name, text = found.groups()
         if name not in flags:
             raise FlagError(f"flag provided but not defined: -{excerpt(name)}")
-        field, parse = flags[name], flags[name].metadata["parse"]
+        flag = flags[name]
         if text is None:
-            text = "true" if parse is parse_boolean else next(rest, None)
+            text = "true" if flag.parse is parse_boolean else next(rest, None)
         if text is None:
             raise FlagError(f"flag needs an argument: -{name}")
         try:
-            value = parse(text)
+            value = flag.parse(text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
-        if field.metadata["typed"] == ():
-            value = (*values.get(field.name, ()), value)
-        values[field.name] = value
-    return Options(**values)
+        first = flag.names[0]
+        options[first] = (*options[first], value) if flag.is_repeatable else value
+    return options
 
 
 def render_usage() -> str:
     """All flags with their defaults."""
     lines = ["Usage of expexp:"]
-    for field in dataclasses.fields(Options):
-        names, typed = field.metadata["names"], field.metadata["typed"]
-        shown = f" (default {typed})" if typed not in ("", (), "false") else ""
-        shown += " May be repeated." if typed == () else ""
-        lines.append("  " + ", ".join(f"-{name}" for name in names))
-        lines.append(f"        {field.metadata['doc']}{shown}")
+    for names, _, typed, is_repeatable, documentation in FLAGS:
+        default = f" (default {typed})" if typed not in ("", "false") else ""
+        more = " May be repeated." if is_repeatable else default
+        lines += "  " + ", ".join(f"-{name}" for name in names), f"        {documentation}{more}"
     return "\n".join(lines) + "\n"
 
 
@@ -2206,16 +2202,16 @@ class TlsServer:
     key_file: str = key(read_something, REQUIRED, "its key")
     client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "who needs one", "client_ca_file")
     client_ca_file: str = key(read_text, "", "authorities of clients", "client_auth_type")
-    client_allowed_sans: Texts = key(read_list, (), "clients' names", "client_auth_type")
+    client_allowed_sans: tuple[str, ...] = key(read_list, (), "clients' names", "client_auth_type")
     min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
     max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
 
 
 @dataclass(frozen=True, repr=False)
 class WebConfig:
-    """The file of -web.config.file: what expexp knows of exporter-toolkit's, all else is refused."""
+    """The file of -web.config.file: exporter-toolkit's, less what is refused as unknown."""
 
-    tls_server_config: TlsServer | None = key(TlsServer, None, "serve TLS")
+    tls_server_config: Any = key(TlsServer, None, "how to serve TLS")  # noqa: RUF009 - frozen
     basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
 
 
@@ -2306,7 +2302,7 @@ class DocumentReader:
         return values
 
     def section(self, section: Any, node: Node, path: str) -> Any:
-        """What a mapping says, as an instance of a dataclass; None if there are problems with it."""
+        """What a mapping says, as an instance of a dataclass; None if that is unusable."""
         before, declared = len(self.problems), declared_keys(section)
         values = self.values(declared, self.entries(node, path.lstrip("."), declared), path)
         return None if len(self.problems) > before else section(**values)
@@ -2598,12 +2594,12 @@ def load_target_credentials(
 ) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
     secret, scheme, text = target.basic_auth_password, "", ""
-    for name in ("basic_auth_password_file", "bearer_token_file"):
-        if getattr(target, name):
-            with reader.noting(f"{path}.{name}"):
-                if secret.reveal():
-                    raise NodeError("there is another password or token already")
-                secret = reader.secret(getattr(target, name))
+    names = ("basic_auth_password_file", "bearer_token_file")
+    for name in (name for name in names if getattr(target, name)):
+        if secret.reveal():
+            reader.problem(f"{path}.{name}", "there is another password or token already")
+        with reader.noting(f"{path}.{name}"):
+            secret = reader.secret(getattr(target, name))
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
         scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
@@ -2782,29 +2778,33 @@ class Credentials:
 
 def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
     """What -web.config.file says, its paths relative to it; what is unusable is a problem."""
-    filename, web = options.web_config_file, WebConfig()
+    filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
             text = load_text(reader.watched(filename, private=True), Limits.config_bytes)
             web = reader.section(WebConfig, parse_yaml(text), "") or web
             if not (web.basic_auth_users or web.tls_server_config or reader.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
-    if web.tls_server_config and options.tls_listen_address:
+    if web.tls_server_config and options["web.tls.listen-address"]:
         reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
     return web
 
 
 def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
     """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
-    tls, folder = web.tls_server_config, os.path.dirname(options.web_config_file)
+    tls, folder = web.tls_server_config, os.path.dirname(options["web.config.file"])
     if tls:
         names = ("cert_file", "key_file", "client_ca_file")
         paths: Any = {n: os.path.join(folder, getattr(tls, n)) for n in names if getattr(tls, n)}
         return "tls_server_config", dataclasses.replace(tls, **paths)
-    if not options.tls_listen_address:
+    if not options["web.tls.listen-address"]:
         return "", None
-    authority, who = (options.tls_ca, AUTH_TYPES[-1]) if options.tls_verify else ("", AUTH_TYPES[0])
-    return "-web.tls", TlsServer(options.tls_cert, options.tls_key, authority, who)
+    authority, who = (
+        (options["web.tls.ca"], AUTH_TYPES[-1])
+        if options["web.tls.verify"]
+        else ("", AUTH_TYPES[0])
+    )
+    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], authority, who)
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> ServerTls:
@@ -2841,8 +2841,8 @@ def load_credentials(
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
     web, token, filename = (
         load_web_config(options, reader),
-        options.bearer_token,
-        options.bearer_token_file,
+        options["web.bearer.token"],
+        options["web.bearer.token-file"],
     )
     if token.reveal() and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
@@ -2853,7 +2853,7 @@ def load_credentials(
     if web.basic_auth_users and not crypt_rn:
         reader.problem("basic_auth_users", NO_BCRYPT)
     path, tls = choose_tls(options, web)
-    if options.tls_certmatch and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
+    if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
     served = load_server_tls(path, tls, reader) if tls else None
     users = Users(web.basic_auth_users, crypt_rn)
@@ -3643,8 +3643,8 @@ class Application:
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
         }
-        self._add_route("-web.telemetry-path", options.telemetry_path, self._telemetry)
-        self._add_route("-web.proxy-path", options.proxy_path, self._proxy)
+        self._add_route("-web.telemetry-path", options["web.telemetry-path"], self._telemetry)
+        self._add_route("-web.proxy-path", options["web.proxy-path"], self._proxy)
         self.replace_config(config)
 
     def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
@@ -3727,7 +3727,7 @@ class Application:
         self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
     ) -> Job:
         """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options.timeout_offset
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
         seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
         deadline = Deadline(seconds, time.monotonic)
         return Job(module, pairs, request.headers, request.client, deadline, cleanup, self._tools)
@@ -3788,7 +3788,9 @@ class Application:
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(modules, self.options.proxy_path, self.options.telemetry_path)
+        text = render_index(
+            modules, self.options["web.proxy-path"], self.options["web.telemetry-path"]
+        )
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
@@ -3973,7 +3975,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self._slot.dup() as duplicate:
             duplicate.settimeout(self._remaining())
             self.connection = tls.context.wrap_socket(duplicate, server_side=True)
-        names, pattern = self.connection.getpeercert(), self._application.options.tls_certmatch
+        names, pattern = (
+            self.connection.getpeercert(),
+            self._application.options["web.tls.certmatch"],
+        )
         if not tls.admit(names or {}, pattern, self._limits.certmatch_seconds):
             raise PermissionError("no name in the certificate is allowed")
 
@@ -4228,9 +4233,9 @@ class LogFormatter(logging.Formatter):
 def set_up_logging(options: Options, limits: Limits) -> None:
     """Log to stderr, as the flags say."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(options.log_json, limits.log_line_characters))
+    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_characters))
     LOGGER.handlers[:] = [handler]
-    LOGGER.setLevel(options.log_level)
+    LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
@@ -4266,19 +4271,21 @@ class Program:
         """Load and check everything, and bind; raises ConfigError."""
         self._limits, metrics, loader = limits, SelfMetrics(), ConfigLoader(limits)
         set_constant_metrics(metrics)
-        config = loader.load(options.config_file, options.config_dirs, options.config_skip_dirs)
+        config = loader.load(
+            options["config.file"], options["config.dirs"], options["config.skip-dirs"]
+        )
         load = functools.partial(load_credentials, options)
-        reader = DocumentReader(options.web_config_file, [])
-        access = Access(options.allow_net, Watched(load, reader, limits.rotation_seconds))
+        reader = DocumentReader(options["web.config.file"], [])
+        access = Access(options["allow.net"], Watched(load, reader, limits.rotation_seconds))
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, resolver = Budget(limits.held_bytes), Resolver(limits.resolver_threads)
         tools = Tools(limits, budget, resolver, self.commands, metrics)
         self.application = Application(config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
-        own_tls = not options.tls_listen_address and bool(access.credentials.current().tls)
-        self._listen(options.listen_address, own_tls)
-        self._listen(options.tls_listen_address, True)
+        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.current().tls)
+        self._listen(options["web.listen-address"], own_tls)
+        self._listen(options["web.tls.listen-address"], True)
         for warning in loader.warnings:
             LOGGER.warning("%s", warning)
         self._tell_access(config, options, access)
@@ -4298,7 +4305,7 @@ class Program:
 
     def _tell_access(self, config: Config, options: Options, access: Access) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        for network in options.allow_net:
+        for network in options["allow.net"]:
             LOGGER.info("Allowing connections only from %s", network)
         commands = [module for module in config.modules.values() if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
@@ -4308,7 +4315,7 @@ class Program:
         plain = [url for url in exposed if url.startswith("http:")]
         if plain and credentials.tls:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = credentials.demands["authentication"] or options.allow_net
+        demanding = credentials.demands["authentication"] or options["allow.net"]
         certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
         if names and exposed and not demanding and (plain or not certain):
             LOGGER.warning(
@@ -4365,7 +4372,7 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
 def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
     """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
     report, started, more = Report(limits.findings), time.monotonic(), ""
-    content_type = options.verify_content_type or text_scrape(body).headers[0][1]
+    content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
     try:  # first, so that no number of strict findings hides it
         verify_exposition(body, content_type)
     except ExpositionError as error:
@@ -4381,7 +4388,7 @@ def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tup
     lines = [render_finding(name, texts.get(finding.line, b""), finding) for finding in findings]
     counts = f"{report.families} families, {report.samples} samples, {len(findings)} findings{more}"
     lines.append(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
-    failed = any(options.verify_strict or not finding.strict for finding in findings)
+    failed = any(options["verify.strict"] or not finding.strict for finding in findings)
     return "".join(lines), int(failed)
 
 
@@ -4407,14 +4414,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    if options.help or options.version:
+    if options["help"] or options["version"]:
         version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options.help else version)
+        tell(render_usage() if options["help"] else version)
         return 0
     set_up_logging(options, limits)
-    if options.verify:
-        return max(verify_file(name, options, limits) for name in options.verify)
-    if not (options.listen_address or options.tls_listen_address):
+    if options["verify"]:
+        return max(verify_file(name, options, limits) for name in options["verify"])
+    if not (options["web.listen-address"] or options["web.tls.listen-address"]):
         LOGGER.warning("No web addresses to listen on, nothing to do!")
         return 0
     try:

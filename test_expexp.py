@@ -810,7 +810,7 @@ def show_default(value: object) -> str:
 
 def silent_program(config_file: str) -> expexp.Program:
     """An expexp that listens nowhere."""
-    options = expexp.Options(config_file=config_file, listen_address=None)
+    options = expexp.parse_flags([f"-config={config_file}", "-web.listen-address="])
     return expexp.Program(options, expexp.Limits())
 
 
@@ -828,20 +828,15 @@ def heading_anchors() -> set[str]:
 
 def test_readme_lists_every_flag_with_its_default() -> None:
     listed = {names_in(names): default for names, default, _ in readme_table("Flags")}
-    flags, untouched = expexp.declared_flags(), expexp.Options()
-    fields = {field.name for field in flags.values()}
-    assert set(listed) == {
-        tuple(f"-{name}" for name in flags if flags[name].name == field) for field in fields
-    }
+    assert set(listed) == {tuple(f"-{name}" for name in flag.names) for flag in expexp.FLAGS}
+    untouched = expexp.parse_flags([])
     for (name, *_), default in listed.items():
-        field = flags[name[1:]].name
-        value = plain(getattr(untouched, field))
+        value = plain(untouched[name[1:]])
         if default == "none":
             assert not value, name
         else:
             typed = "" if default == "empty" else names_in(default)[0]
-            options = expexp.parse_flags([f"{name}={typed}"])
-            assert plain(getattr(options, field)) == value, name
+            assert plain(expexp.parse_flags([f"{name}={typed}"])[name[1:]]) == value, name
 
 
 @pytest.mark.parametrize(
@@ -3732,56 +3727,56 @@ def test_every_failure_raises_the_counters_that_the_table_says(reason: str, meth
 # 10  Flags
 # ==================================================================================================
 FLAG_FORMS = {
-    "one dash and a blank": (["-config.file", "x"], "config_file", "x"),
-    "two dashes and a blank": (["--config.file", "x"], "config_file", "x"),
-    "one dash and an equals sign": (["-config.file=x"], "config_file", "x"),
-    "two dashes and an equals sign": (["--config.file=x"], "config_file", "x"),
-    "an empty value": (["-config.file="], "config_file", ""),
-    "an empty value of its own": (["-config.file", ""], "config_file", ""),
-    "a value with an equals sign": (["-config.file=a=b"], "config_file", "a=b"),
-    "a value with a line break": (["-config.file=a\nb"], "config_file", "a\nb"),
-    "a value that looks like a flag": (["-config.file", "-log.json"], "config_file", "-log.json"),
-    "the other name": (["-config", "x"], "config_file", "x"),
-    "the last of two": (["-config", "x", "-config.file", "y"], "config_file", "y"),
-    "the default of a text": ([], "config_file", "expexp.yaml"),
-    "a bare boolean": (["-log.json"], "log_json", True),
-    "a boolean with true": (["-log.json=true"], "log_json", True),
-    "a boolean with false": (["-log.json=false"], "log_json", False),
-    "a boolean with T": (["--log.json=T"], "log_json", True),
-    "a boolean with 0": (["-log.json=0"], "log_json", False),
-    "a boolean taken back": (["-log.json", "-log.json=f"], "log_json", False),
+    "one dash and a blank": (["-config.file", "x"], "config.file", "x"),
+    "two dashes and a blank": (["--config.file", "x"], "config.file", "x"),
+    "one dash and an equals sign": (["-config.file=x"], "config.file", "x"),
+    "two dashes and an equals sign": (["--config.file=x"], "config.file", "x"),
+    "an empty value": (["-config.file="], "config.file", ""),
+    "an empty value of its own": (["-config.file", ""], "config.file", ""),
+    "a value with an equals sign": (["-config.file=a=b"], "config.file", "a=b"),
+    "a value with a line break": (["-config.file=a\nb"], "config.file", "a\nb"),
+    "a value that looks like a flag": (["-config.file", "-log.json"], "config.file", "-log.json"),
+    "the other name": (["-config", "x"], "config.file", "x"),
+    "the last of two": (["-config", "x", "-config.file", "y"], "config.file", "y"),
+    "the default of a text": ([], "config.file", "expexp.yaml"),
+    "a bare boolean": (["-log.json"], "log.json", True),
+    "a boolean with true": (["-log.json=true"], "log.json", True),
+    "a boolean with false": (["-log.json=false"], "log.json", False),
+    "a boolean with T": (["--log.json=T"], "log.json", True),
+    "a boolean with 0": (["-log.json=0"], "log.json", False),
+    "a boolean taken back": (["-log.json", "-log.json=f"], "log.json", False),
     "the last of two addresses": (
         ["-web.listen-address=", "-web.listen-address=:1"],
-        "listen_address",
+        "web.listen-address",
         ("", 1),
     ),
-    "the last of two offsets": (["-timeout-offset=1", "-timeout-offset=2"], "timeout_offset", 2.0),
+    "the last of two offsets": (["-timeout-offset=1", "-timeout-offset=2"], "timeout-offset", 2.0),
     "a boolean before another flag": (["-log.json", "-version"], "version", True),
-    "no folders": ([], "config_dirs", ()),
-    "folders in their order": (["-config.dirs", "b", "-config.dirs=a"], "config_dirs", ("b", "a")),
+    "no folders": ([], "config.dirs", ()),
+    "folders in their order": (["-config.dirs", "b", "-config.dirs=a"], "config.dirs", ("b", "a")),
     "networks": (
         ["-allow.net=10.0.0.0/8", "-allow.net", "fe80::/10"],
-        "allow_net",
+        "allow.net",
         (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fe80::/10")),
     ),
     "a network with bits of a host": (
         ["-allow.net=10.1.2.3/8"],
-        "allow_net",
+        "allow.net",
         (ipaddress.ip_network("10.0.0.0/8"),),
     ),
-    "the usual address": ([], "listen_address", ("", 9999)),
-    "an address": (["-web.listen-address", "[::1]:80"], "listen_address", ("::1", 80)),
-    "no address": (["-web.listen-address="], "listen_address", None),
-    "the usual level": ([], "log_level", logging.WARNING),
-    "a level in capitals": (["-log.level", "INFO"], "log_level", logging.INFO),
-    "an offset in seconds": (["-timeout-offset", "0.25"], "timeout_offset", 0.25),
-    "an offset as a duration": (["-timeout-offset=250ms"], "timeout_offset", 0.25),
-    "no offset": (["-timeout-offset=0"], "timeout_offset", 0.0),
-    "the usual offset": ([], "timeout_offset", 0.5),
-    "a path": (["-web.proxy-path=/a/b"], "proxy_path", "/a/b"),
-    "a path without its slash": (["-web.proxy-path=a"], "proxy_path", "/a"),
-    "a path to clean": (["-web.telemetry-path=//a/./b/../c/"], "telemetry_path", "/a/c"),
-    "a path above the root": (["-web.telemetry-path=/../../a"], "telemetry_path", "/a"),
+    "the usual address": ([], "web.listen-address", ("", 9999)),
+    "an address": (["-web.listen-address", "[::1]:80"], "web.listen-address", ("::1", 80)),
+    "no address": (["-web.listen-address="], "web.listen-address", None),
+    "the usual level": ([], "log.level", logging.WARNING),
+    "a level in capitals": (["-log.level", "INFO"], "log.level", logging.INFO),
+    "an offset in seconds": (["-timeout-offset", "0.25"], "timeout-offset", 0.25),
+    "an offset as a duration": (["-timeout-offset=250ms"], "timeout-offset", 0.25),
+    "no offset": (["-timeout-offset=0"], "timeout-offset", 0.0),
+    "the usual offset": ([], "timeout-offset", 0.5),
+    "a path": (["-web.proxy-path=/a/b"], "web.proxy-path", "/a/b"),
+    "a path without its slash": (["-web.proxy-path=a"], "web.proxy-path", "/a"),
+    "a path to clean": (["-web.telemetry-path=//a/./b/../c/"], "web.telemetry-path", "/a/c"),
+    "a path above the root": (["-web.telemetry-path=/../../a"], "web.telemetry-path", "/a"),
     "help": (["-h"], "help", True),
     "help in full": (["--help"], "help", True),
 }
@@ -3789,7 +3784,7 @@ FLAG_FORMS = {
 
 @pytest.mark.parametrize(("arguments", "name", "value"), FLAG_FORMS.values(), ids=FLAG_FORMS)
 def test_flags_are_read_as_go_reads_them(arguments: list[str], name: str, value: object) -> None:
-    assert getattr(expexp.parse_flags(arguments), name) == value
+    assert expexp.parse_flags(arguments)[name] == value
 
 
 FLAG_ERRORS = {
@@ -3867,16 +3862,25 @@ def test_flags_are_refused(arguments: list[str], message: str) -> None:
     "level", ["panic", "fatal", "error", "warning", "warn", "info", "debug", "trace"]
 )
 def test_the_originals_levels_are_known(level: str) -> None:
-    assert expexp.parse_flags([f"-log.level={level}"]).log_level <= logging.CRITICAL
+    assert expexp.parse_flags([f"-log.level={level}"])["log.level"] <= logging.CRITICAL
 
 
 def test_the_flags_of_the_original_are_all_there() -> None:
     original = (
         "config.file config.dirs config.skip-dirs web.listen-address web.bearer.token "
         "web.bearer.token-file allow.net web.telemetry-path web.proxy-path log.level log.json "
-        "version winsvc"
+        "version winsvc web.tls.listen-address web.tls.cert web.tls.key web.tls.ca web.tls.verify "
+        "web.tls.certmatch"
     )
-    assert set(original.split()) | {"config", "timeout-offset", "h"} <= set(expexp.declared_flags())
+    declared = {name for flag in expexp.FLAGS for name in flag.names}
+    assert set(original.split()) | {"config", "timeout-offset", "h"} <= declared
+
+
+def test_every_option_that_is_asked_for_is_a_flag() -> None:
+    asked = re.findall(r'options\["([^"]+)"\]', EXPEXP.read_text())
+    declared = {flag.names[0] for flag in expexp.FLAGS}
+    assert declared - set(asked) == {"winsvc"}
+    assert set(asked) <= declared
 
 
 # ==================================================================================================
@@ -8306,7 +8310,7 @@ REFUSED_STARTS = {
     ),
     "an empty file for a token": (
         ["-web.bearer.token-file=empty"],
-        "empty: token file should not be empty",
+        "empty: the file should not be empty",
     ),
     "an address that is not ours": (
         ["-web.listen-address=192.0.2.1:9"],
@@ -8463,7 +8467,7 @@ def checked(
 
 def test_no_number_of_strict_findings_hides_one_that_is_not() -> None:
     body = b'a{b="\\q"} 1\n' * 150 + b"x y\n"
-    text, code = expexp.verify_body("f", body, expexp.Options(), FAST)
+    text, code = expexp.verify_body("f", body, expexp.parse_flags([]), FAST)
     assert (code, text.count(": strict: ")) == (1, 100)
     assert 'f:151:3: expected a value, found "y"\n    x y\n      ^\n' in text
 
@@ -8535,7 +8539,8 @@ def test_verify_reads_no_more_than_a_scrape_would(
     here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (here / "a.prom").write_bytes(b"a 1\n" * 3)
-    options, limits = expexp.Options(verify=("a.prom",)), dataclasses.replace(FAST, body_bytes=11)
+    options = expexp.parse_flags(["-verify=a.prom"])
+    limits = dataclasses.replace(FAST, body_bytes=11)
     assert expexp.verify_file("a.prom", options, limits) == 2
     assert capfd.readouterr() == ("", "a.prom: cannot be read: more than 11 bytes\n")
 
