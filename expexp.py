@@ -2466,32 +2466,35 @@ class Budget:
             self._free -= count
 
 
-class Resolver:
-    """Looks names up in a few daemon threads, so that a look-up can be given up."""
+def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
+    """Take a lock, or a slot of a semaphore; raises ScrapeError when the deadline is first."""
+    if not lock.acquire(timeout=deadline.remaining()):
+        raise deadline.error()
 
-    def __init__(self, threads: int) -> None:
-        """Allow so many look-ups at once."""
-        self._slots = threading.BoundedSemaphore(threads)
 
-    def resolve(self, host: str, port: int, deadline: Deadline) -> Sequence[tuple[Any, ...]]:
-        """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first."""
-        look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
-        # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
-        known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-        with contextlib.suppress(socket.gaierror):
-            return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
-        if not self._slots.acquire(timeout=deadline.remaining()):
-            raise deadline.error()
-        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        answer.add_done_callback(lambda _: self._slots.release())
-        try:
-            threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-            return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
-        except RuntimeError:
-            answer.cancel()
-            raise ScrapeError("busy", "no thread can be started to look up a name") from None
-        except concurrent.futures.TimeoutError:
-            raise deadline.error() from None
+def resolve(
+    host: str, port: int, deadline: Deadline, slots: threading.Semaphore
+) -> Sequence[tuple[Any, ...]]:
+    """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first.
+
+    It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
+    """
+    look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
+    # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
+    known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
+    with contextlib.suppress(socket.gaierror):
+        return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
+    acquire(slots, deadline)
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    answer.add_done_callback(lambda _: slots.release())
+    try:
+        threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
+        return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
+    except RuntimeError:
+        answer.cancel()
+        raise ScrapeError("busy", "no thread can be started to look up a name") from None
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
 
 
 def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
@@ -2573,7 +2576,7 @@ class Tools:
 
     limits: Limits
     budget: Budget
-    resolver: Resolver
+    resolver_slots: threading.Semaphore
     commands: Commands
     metrics: SelfMetrics
     #: One lock a path: of two readers of a FIFO each would get a part.
@@ -2649,8 +2652,7 @@ class TargetResponse(http.client.HTTPResponse):
 
     def _safe_read(self, count: int) -> bytes:
         """The line break after a chunk, which is all that is read this way."""
-        end = self.fp.read(count)
-        if end != b"\r\n":
+        if (end := self.fp.read(count)) != b"\r\n":
             raise http.client.IncompleteRead(end)
         return end
 
@@ -2685,7 +2687,7 @@ class TargetConnection(http.client.HTTPConnection):
 
 def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = job.tools.resolver.resolve(host, port, job.deadline), []
+    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = job.deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
@@ -2749,9 +2751,8 @@ def request_headers(job: Job) -> dict[str, str]:
 
 def end_to_end(headers: Headers) -> Headers:
     """The headers that go on: without the hop-by-hop ones and those that Connection names."""
-    lists = (value for name, value in headers if name.lower() == "connection")
-    named = {part.strip().lower() for value in lists for part in value.split(",")}
-    dropped = named.union(HOP_BY_HOP.split("|"))
+    named = ",".join(value for name, value in headers if name.lower() == "connection").lower()
+    dropped = {*HOP_BY_HOP.split("|"), *map(str.strip, named.split(","))}
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -2880,10 +2881,9 @@ def check_exit(status: int, killed: bool) -> None:
 
 def exit_descriptor(process_id: int) -> Any:
     """A file that is ready to read when the process exits; a context of None if there is none."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or before 5.3
         return io.FileIO(os.pidfd_open(process_id))
-    except (AttributeError, OSError):  # not Linux, or before 5.3
-        return contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 def scrape_exec(job: Job) -> Scrape:
@@ -2913,31 +2913,25 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path = job.module.target.path
+    path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
+        if kind not in (stat.S_IFREG, stat.S_IFIFO):
+            raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
-            if stat.S_ISFIFO(mode):
-                lock_fifo(job, path, cleanup)
+            if kind == stat.S_IFIFO:
+                lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+                acquire(lock, job.deadline)
+                cleanup.callback(lock.release)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
-            if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
-                raise ScrapeError("file", f"{excerpt(path)} was replaced while it was opened")
+            if stat.S_IFMT(found.st_mode) != kind:
+                raise ScrapeError("file", f"{shown} was replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
-            modified = found.st_mtime if stat.S_ISREG(mode) else None
+            modified = found.st_mtime if kind == stat.S_IFREG else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
-
-
-def lock_fifo(job: Job, path: str, cleanup: contextlib.ExitStack) -> None:
-    """Have a FIFO for this request alone, until `cleanup`; ScrapeError at the deadline."""
-    lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
-    if not lock.acquire(timeout=job.deadline.remaining()):
-        raise job.deadline.error()
-    cleanup.callback(lock.release)
+        raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -2983,8 +2977,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes) -> str:
             body = join_pieces(job, gunzip_pieces(body))
         verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.check)
     except zlib.error as error:
-        why = str(error).rpartition(": ")[2]
-        raise ScrapeError("malformed", f"broken gzip: {why}") from None
+        raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
@@ -3714,8 +3707,8 @@ class Program:
         config = loader.load(options.config_file, options.config_dirs, options.config_skip_dirs)
         access = Access(options.allow_net, load_token(options, limits))
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, resolver = Budget(limits.held_bytes), Resolver(limits.resolver_threads)
-        tools = Tools(limits, budget, resolver, self.commands, metrics)
+        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
+        tools = Tools(limits, budget, slots, self.commands, metrics)
         self.application = Application(config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
         parts = self.application, self.connections, limits
