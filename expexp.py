@@ -2472,9 +2472,7 @@ def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> N
         raise deadline.error()
 
 
-def resolve(
-    host: str, port: int, deadline: Deadline, slots: threading.Semaphore
-) -> Sequence[tuple[Any, ...]]:
+def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
     """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first.
 
     It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
@@ -2489,7 +2487,7 @@ def resolve(
     answer.add_done_callback(lambda _: slots.release())
     try:
         threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-        return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
+        return answer.result(deadline.remaining())
     except RuntimeError:
         answer.cancel()
         raise ScrapeError("busy", "no thread can be started to look up a name") from None
@@ -2501,7 +2499,7 @@ def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
     """Resolve a name in a thread of its own."""
     try:
         answer.set_result(look_up(host))
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, MemoryError) as error:
         answer.set_exception(error)
 
 
@@ -2797,7 +2795,8 @@ def check_head(response: Any) -> None:
     codings = [coding.strip().lower() for coding in headers.get_all("Transfer-Encoding", [])]
     if codings == ["chunked"]:  # http.client does not see it with a blank behind it
         response.chunked, response.chunk_left, response.length = True, None, None
-    if status >= http.HTTPStatus.OK and response.fp.raw.at_end:  # http.client takes it for theirs
+    # Of an early end http.client makes the end of the headers.
+    if response.fp.raw.at_end and status >= http.HTTPStatus.OK:
         raise ScrapeError("truncated", "the target closed in the middle of its headers")
     faults = {
         f"an answer with status {status}": status < http.HTTPStatus.OK,
@@ -2964,11 +2963,10 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes) -> str:
+def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str = "") -> str:
     """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
     names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
     encoding = names.get("content-encoding", "identity").strip().lower()
-    configured: str = getattr(job.module.target, "content_type", "")
     content_type = configured or names.get("content-type", "")
     if encoding not in ("", "identity", "gzip"):
         raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
@@ -3013,7 +3011,7 @@ def scrape_target(job: Job) -> Scrape:
     headers, body = result.headers, cast(bytes, result.body)
     content_type: str = getattr(job.module.target, "content_type", "")
     if job.module.verify:
-        content_type = verify_scrape(job, headers, body)
+        content_type = verify_scrape(job, headers, body, content_type)
     if content_type:
         others = [pair for pair in headers if pair[0].lower() != "content-type"]
         headers = [*others, ("Content-Type", content_type)]
