@@ -57,7 +57,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import email.errors
 import errno
 import fnmatch
 import functools
@@ -2901,41 +2900,41 @@ class Budget:
             self._free -= count
 
 
-class Resolver:
-    """Looks names up in a few daemon threads, so that a look-up can be given up."""
+def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
+    """Take a lock, or a slot of a semaphore; raises ScrapeError when the deadline is first."""
+    if not lock.acquire(timeout=deadline.remaining()):
+        raise deadline.error()
 
-    def __init__(self, threads: int) -> None:
-        """Allow so many look-ups at once."""
-        self._slots = threading.BoundedSemaphore(threads)
 
-    def resolve(self, host: str, port: int, deadline: Deadline) -> Sequence[tuple[Any, ...]]:
-        """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first."""
-        look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
-        # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
-        known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-        with contextlib.suppress(socket.gaierror):
-            return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
-        if not self._slots.acquire(timeout=deadline.remaining()):
-            raise deadline.error()
-        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
-        except RuntimeError:
-            self._slots.release()
-            raise ScrapeError("busy", "no thread can be started to look up a name") from None
-        try:
-            return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
-        except concurrent.futures.TimeoutError:
-            raise deadline.error() from None
+def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
+    """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first.
 
-    def _answer(self, answer: Any, look_up: Callable[[str], Any], host: str) -> None:
-        """Resolve a name in a thread of its own."""
-        try:
-            answer.set_result(look_up(host))
-        except (OSError, UnicodeError) as error:
-            answer.set_exception(error)
-        finally:
-            self._slots.release()
+    It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
+    """
+    look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
+    # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
+    known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
+    with contextlib.suppress(socket.gaierror):
+        return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
+    acquire(slots, deadline)
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    answer.add_done_callback(lambda _: slots.release())
+    try:
+        threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
+        return answer.result(deadline.remaining())
+    except RuntimeError:
+        answer.cancel()
+        raise ScrapeError("busy", "no thread can be started to look up a name") from None
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
+
+
+def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
+    """Resolve a name in a thread of its own."""
+    try:
+        answer.set_result(look_up(host))
+    except (OSError, UnicodeError, MemoryError) as error:
+        answer.set_exception(error)
 
 
 class Commands:
@@ -2948,15 +2947,18 @@ class Commands:
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
-    def start(self, arguments: Sequence[bytes], env: Mapping[bytes, bytes]) -> Any:
-        """A started process; raises ScrapeError("command") when it cannot be started."""
+    def start(self, job: Job) -> Any:
+        """The job's command as a process; raises ScrapeError("command") if it cannot be started."""
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         try:
+            arguments, env = command_arguments(job), command_environment(job)
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
                 arguments, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            raise ScrapeError("command", f"cannot start the command: {words_of(error)}") from None
+            no_text = isinstance(error, UnicodeError)
+            words = "it cannot be written in this locale" if no_text else words_of(error)
+            raise ScrapeError("command", f"cannot start the command: {words}") from None
         self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
@@ -3006,7 +3008,7 @@ class Tools:
 
     limits: Limits
     budget: Budget
-    resolver: Resolver
+    resolver_slots: threading.Semaphore
     commands: Commands
     metrics: SelfMetrics
     #: One lock a path: of two readers of a FIFO each would get a part.
@@ -3047,29 +3049,24 @@ def check_size(limits: Limits, count: int) -> None:
 # --- http
 
 
-class DeadlineReader(io.RawIOBase):
-    """Reads from a socket, but never longer than what remains, however slowly bytes drip in."""
+class DeadlineReader:
+    """A socket's raw file, but no read takes longer than what remains, however bytes drip in."""
 
     def __init__(self, raw: Any, connection: socket.socket, remaining: Callable[[], float]) -> None:
         """`remaining` says how many seconds the next read may take; it may raise."""
         self._raw, self._connection, self._remaining = raw, connection, remaining
         self.at_end = False
 
-    def readable(self) -> bool:
-        """Yes."""
-        return True
+    def __getattr__(self, name: str) -> Any:
+        """All else is as the raw file has it."""
+        return getattr(self._raw, name)
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> Any:
         """Read once; raises TimeoutError, or what `remaining` raises."""
         self._connection.settimeout(self._remaining())
         count = self._raw.readinto(buffer)
         self.at_end = not count
-        return cast(int, count)
-
-    def close(self) -> None:
-        """Close what is read from."""
-        self._raw.close()
-        super().close()
+        return count
 
 
 CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
@@ -3087,8 +3084,7 @@ class TargetResponse(http.client.HTTPResponse):
 
     def _safe_read(self, count: int) -> bytes:
         """The line break after a chunk, which is all that is read this way."""
-        end = self.fp.read(count)
-        if end != b"\r\n":
+        if (end := self.fp.read(count)) != b"\r\n":
             raise http.client.IncompleteRead(end)
         return end
 
@@ -3117,14 +3113,14 @@ class TargetConnection(http.client.HTTPConnection):
     def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         """A response that is read through a DeadlineReader."""
         response = TargetResponse(sock, **named)
-        reader = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
+        reader: Any = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
         response.fp = io.BufferedReader(reader, PIECE_BYTES)
         return response
 
 
 def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = job.tools.resolver.resolve(host, port, job.deadline), []
+    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = job.deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
@@ -3197,9 +3193,8 @@ def request_headers(job: Job) -> dict[str, str]:
 
 def end_to_end(headers: Headers) -> Headers:
     """The headers that go on: without the hop-by-hop ones and those that Connection names."""
-    lists = (value for name, value in headers if name.lower() == "connection")
-    named = {part.strip().lower() for value in lists for part in value.split(",")}
-    dropped = named.union(HOP_BY_HOP.split("|"))
+    named = ",".join(value for name, value in headers if name.lower() == "connection").lower()
+    dropped = {*HOP_BY_HOP.split("|"), *map(str.strip, named.split(","))}
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -3221,45 +3216,40 @@ def scrape_http(job: Job) -> Scrape:
     job.cleanup.callback(response.close)
     check_head(response)
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
-    if job.module.target.content_type and response.status == http.HTTPStatus.OK:
-        passed = with_content_type(passed, job.module.target.content_type)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
     length = [("Content-Length", str(response.length))] if response.length is not None else []
     return Scrape(response.status, [*passed, *length], pieces)
 
 
-def with_content_type(headers: Headers, content_type: str) -> Headers:
-    """The headers with another content type."""
-    others = [pair for pair in headers if pair[0].lower() != "content-type"]
-    return [*others, ("Content-Type", content_type)]
+#: What the parser says of the body of a mail, which there is not.
+MAIL_DEFECTS: Final = re.compile("NoBoundaryInMultipart|StartBoundaryNotFound|MultipartInvariant")
 
 
 def is_malformed(headers: http.client.HTTPMessage) -> bool:
-    """Whether a line among the headers is none; the parser also judges the body of a mail."""
-    multipart = (email.errors.NoBoundaryInMultipartDefect, email.errors.StartBoundaryNotFoundDefect)
-    other = (*multipart, email.errors.MultipartInvariantViolationDefect)
-    defects = [defect for defect in headers.defects if not isinstance(defect, other)]
+    """Whether a line among the headers is none; what follows such a line is lost."""
+    defects = [one for one in headers.defects if not MAIL_DEFECTS.match(type(one).__name__)]
     return bool(defects or headers.get_payload())
 
 
 def check_head(response: Any) -> None:
     """Raise ScrapeError for the head of a response that http.client lets pass."""
-    if response.status < http.HTTPStatus.OK:
-        raise ScrapeError("protocol", f"not HTTP: an answer with status {response.status}")
-    if response.fp.raw.at_end:  # http.client takes an early end for that of the headers
-        raise ScrapeError("truncated", "the target closed in the middle of its headers")
-    headers = response.headers
-    if is_malformed(headers):  # what follows a malformed line is lost
-        raise ScrapeError("protocol", "not HTTP: malformed headers")
-    lengths = {length.strip() for length in headers.get_all("Content-Length", [])}
+    headers, status = response.headers, response.status
+    lengths = {length.strip() for length in headers.get_all("Content-Length", ["0"])}
     codings = [coding.strip().lower() for coding in headers.get_all("Transfer-Encoding", [])]
     if codings == ["chunked"]:  # http.client does not see it with a blank behind it
         response.chunked, response.chunk_left, response.length = True, None, None
-    if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
-        raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-    if codings and codings != ["chunked"]:
-        raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
+    # Of an early end http.client makes the end of the headers.
+    if response.fp.raw.at_end and status >= http.HTTPStatus.OK:
+        raise ScrapeError("truncated", "the target closed in the middle of its headers")
+    faults = {
+        f"an answer with status {status}": status < http.HTTPStatus.OK,
+        "malformed headers": is_malformed(headers),
+        "an invalid Content-Length": len(lengths) > 1 or not re.fullmatch("[0-9]+", *lengths),
+        "an unknown Transfer-Encoding": codings not in ([], ["chunked"]),
+    }
+    for fault in filter(faults.get, faults):
+        raise ScrapeError("protocol", f"not HTTP: {fault}")
 
 
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -3267,14 +3257,11 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
     # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
     length: Any = math.inf if response.length is None else response.length
     count, reader = 0, cast(Any, response.fp).raw
-    while count < length:
-        with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
-            piece = response.read1(min(PIECE_BYTES, length - count))
-        if not piece:
-            break
-        count += len(piece)
-        check_size(job.tools.limits, count)
-        yield piece
+    with target_errors(job.deadline):  # read1: a stream is passed on as it comes
+        while count < length and (piece := response.read1(min(PIECE_BYTES, length - count))):
+            count += len(piece)
+            check_size(job.tools.limits, count)
+            yield piece
     if count < length < math.inf or (response.chunked and reader.at_end):
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
 
@@ -3327,35 +3314,28 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 
 def check_exit(status: int, killed: bool) -> None:
-    """Raise ScrapeError("command") unless a command has exited with 0."""
+    """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
     names = {number.value: number.name for number in signal.Signals}
     killer = names.get(status, f"signal {status}")
-    if killed or status:
+    if status:
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
         raise ScrapeError("command", f"the command {how}")
 
 
 def exit_descriptor(process_id: int) -> Any:
     """A file that is ready to read when the process exits; a context of None if there is none."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or before 5.3
         return io.FileIO(os.pidfd_open(process_id))
-    except (AttributeError, OSError):  # not Linux, or before 5.3
-        return contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 def scrape_exec(job: Job) -> Scrape:
     """What a command prints, if it then exits with 0. IO; raises ScrapeError."""
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
-    try:
-        arguments, environment = command_arguments(job), command_environment(job)
-    except UnicodeError:
-        message = "cannot start the command: it cannot be written in this locale"
-        raise ScrapeError("command", message) from None
-    process = job.tools.commands.start(arguments, environment)
-    words = bytearray()
+    process, words = job.tools.commands.start(job), bytearray()
     try:
         with process.stdout, process.stderr:
-            body = join_pieces(job, command_pieces(job, process, words))
+            return text_scrape(join_pieces(job, command_pieces(job, process, words)))
     except ChildProcessError:  # reaped at the end of the program, by `Commands.end_all`
         raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
@@ -3363,7 +3343,6 @@ def scrape_exec(job: Job) -> Scrape:
         raise
     finally:
         job.tools.commands.end(process)
-    return text_scrape(body)
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -3377,31 +3356,25 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path = job.module.target.path
+    path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
+        if kind not in (stat.S_IFREG, stat.S_IFIFO):
+            raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
-            if stat.S_ISFIFO(mode):
-                lock_fifo(job, path, cleanup)
+            if kind == stat.S_IFIFO:
+                lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+                acquire(lock, job.deadline)
+                cleanup.callback(lock.release)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
-            if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
-                raise ScrapeError("file", f"{excerpt(path)} was replaced while it was opened")
+            if stat.S_IFMT(found.st_mode) != kind:
+                raise ScrapeError("file", f"{shown} was replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
-            modified = found.st_mtime if stat.S_ISREG(mode) else None
+            modified = found.st_mtime if kind == stat.S_IFREG else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
-
-
-def lock_fifo(job: Job, path: str, cleanup: contextlib.ExitStack) -> None:
-    """Have a FIFO for this request alone, until `cleanup`; ScrapeError at the deadline."""
-    lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
-    if not lock.acquire(timeout=job.deadline.remaining()):
-        raise job.deadline.error()
-    cleanup.callback(lock.release)
+        raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -3434,47 +3407,41 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
-    """The headers, with a usable content type; ScrapeError if the body is no exposition."""
+def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str = "") -> str:
+    """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
     names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
     encoding = names.get("content-encoding", "identity").strip().lower()
-    content_type, strict = names.get("content-type", ""), job.module.verify == "strict"
-    if encoding == "gzip":
-        body = join_pieces(job, gunzip_pieces(body))
-    elif encoding not in ("", "identity"):
+    content_type = configured or names.get("content-type", "")
+    if encoding not in ("", "identity", "gzip"):
         raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
     try:
-        verify_exposition(body, content_type, strict, job.deadline.check)
+        if encoding == "gzip":
+            body = join_pieces(job, gunzip_pieces(body))
+        verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.check)
+    except zlib.error as error:
+        raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
-    is_protobuf = choose_dialect(content_type, strict=False) is None
-    usable = is_protobuf or parse_media_type(content_type)[0] in ("text/plain", OPENMETRICS_TYPE)
-    chosen: str = getattr(job.module.target, "content_type", "")
-    if chosen or usable:
-        return headers
-    return with_content_type(headers, TEXT_CONTENT_TYPE)
+    is_text = choose_dialect(content_type, strict=False) is TEXT
+    is_known = not is_text or parse_media_type(content_type)[0] == "text/plain"
+    return configured or ("" if is_known else TEXT_CONTENT_TYPE)
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
-    """The decoded body, of one gzip member or several; raises ScrapeError("malformed")."""
+    """The decoded body, of one gzip member or several; raises zlib.error."""
     member: Any = None
     for start in range(0, len(body), PIECE_BYTES):  # in parts: what is left over is copied
         part = body[start : start + PIECE_BYTES]
         while part:
             member = member or zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-            try:
-                piece = member.decompress(part, 4 * PIECE_BYTES)
-            except zlib.error as error:
-                why = str(error).rpartition(": ")[2]
-                raise ScrapeError("malformed", f"broken gzip: {why}") from None
-            yield piece
+            yield member.decompress(part, 4 * PIECE_BYTES)
             # Output that is still to come never uses up the input: the checksum follows it.
             part = member.unused_data or member.unconsumed_tail
             member = None if member.eof else member
     if member or not body:
-        raise ScrapeError("malformed", "broken gzip: cut short")
+        raise zlib.error("cut short")
 
 
 SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
@@ -3483,11 +3450,15 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
     result = SCRAPERS[job.module.method](job)
-    headers, body = result.headers, result.body
-    if result.status != http.HTTPStatus.OK or not isinstance(body, bytes):
+    if result.status != http.HTTPStatus.OK:
         return result
+    headers, body = result.headers, cast(bytes, result.body)
+    content_type: str = getattr(job.module.target, "content_type", "")
     if job.module.verify:
-        headers = verify_scrape(job, headers, body)
+        content_type = verify_scrape(job, headers, body, content_type)
+    if content_type:
+        others = [pair for pair in headers if pair[0].lower() != "content-type"]
+        headers = [*others, ("Content-Type", content_type)]
     if result.modified is not None:
         body = with_mtime(body, job.module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
@@ -4278,8 +4249,8 @@ class Program:
         reader = DocumentReader(options["web.config.file"], [])
         access = Access(options["allow.net"], Watched(load, reader, limits.rotation_seconds))
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, resolver = Budget(limits.held_bytes), Resolver(limits.resolver_threads)
-        tools = Tools(limits, budget, resolver, self.commands, metrics)
+        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
+        tools = Tools(limits, budget, slots, self.commands, metrics)
         self.application = Application(config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []

@@ -7629,7 +7629,7 @@ def test_the_time_that_a_target_takes_is_not_the_clients(log: list[str]) -> None
 def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    resolver, deadline = expexp.Resolver(1), expexp.Deadline(1, time.monotonic)
+    slots, deadline = threading.Semaphore(1), expexp.Deadline(1, time.monotonic)
 
     def refuse_start(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -7637,7 +7637,7 @@ def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
     monkeypatch.setattr(threading.Thread, "start", refuse_start)
     for _ in range(3):
         with pytest.raises(expexp.ScrapeError, match="no thread can be started") as caught:
-            resolver.resolve("name.invalid", 1, deadline)
+            expexp.resolve("name.invalid", 1, deadline, slots)
         assert caught.value.reason.name == "busy"
 
 
@@ -7657,8 +7657,8 @@ def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
 def scraping_job() -> expexp.Job:
     """A job for the functions that read pieces."""
     limits, metrics = expexp.Limits(), expexp.SelfMetrics()
-    budget, resolver = expexp.Budget(limits.held_bytes), expexp.Resolver(1)
-    tools = expexp.Tools(limits, budget, resolver, expexp.Commands(limits, 0), metrics)
+    budget, slots = expexp.Budget(limits.held_bytes), threading.Semaphore(1)
+    tools = expexp.Tools(limits, budget, slots, expexp.Commands(limits, 0), metrics)
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60, time.monotonic)
     return expexp.Job(module, (), (), "::1", deadline, contextlib.ExitStack(), tools)
