@@ -319,6 +319,10 @@ class Secret:
         """The text itself."""
         return self._text
 
+    def __bool__(self) -> bool:
+        """Whether there is any text."""
+        return bool(self._text)
+
     def __repr__(self) -> str:
         """Always the same, whatever is inside."""
         return "<secret>"
@@ -2595,7 +2599,7 @@ def load_target_credentials(
     secret, scheme, text = target.basic_auth_password, "", ""
     names = ("basic_auth_password_file", "bearer_token_file")
     for name in (name for name in names if getattr(target, name)):
-        if secret.reveal():
+        if secret:
             reader.problem(f"{path}.{name}", "there is another password or token already")
         with reader.noting(f"{path}.{name}"):
             secret = reader.secret(getattr(target, name))
@@ -2754,14 +2758,13 @@ class ServerTls:
 class Credentials:
     """What decides who gets in, and whom we show ourselves as; replaced as a whole."""
 
-    token: Secret | None
+    token: Secret
     users: Users
     tls: ServerTls | None
 
     def is_token(self, given: str) -> bool:
         """Whether a client has sent the token, found out in a time that tells nothing of it."""
-        token = self.token.reveal() if self.token else ""
-        return hmac.compare_digest(given.encode("latin-1"), token.encode())
+        return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
 
     @property
     def trust(self) -> Any:
@@ -2793,17 +2796,16 @@ def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]
     """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
     tls, folder = web.tls_server_config, os.path.dirname(options["web.config.file"])
     if tls:
-        names = ("cert_file", "key_file", "client_ca_file")
-        paths: Any = {n: os.path.join(folder, getattr(tls, n)) for n in names if getattr(tls, n)}
+        names = [n for n in ("cert_file", "key_file", "client_ca_file") if getattr(tls, n)]
+        paths: Any = {name: os.path.join(folder, getattr(tls, name)) for name in names}
         return "tls_server_config", dataclasses.replace(tls, **paths)
     if not options["web.tls.listen-address"]:
         return "", None
-    authority, who = (
-        (options["web.tls.ca"], AUTH_TYPES[-1])
-        if options["web.tls.verify"]
-        else ("", AUTH_TYPES[0])
-    )
-    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], authority, who)
+    tls = TlsServer(options["web.tls.cert"], options["web.tls.key"])
+    if options["web.tls.verify"]:
+        wanted, file = AUTH_TYPES[-1], options["web.tls.ca"]
+        tls = dataclasses.replace(tls, client_auth_type=wanted, client_ca_file=file)
+    return "-web.tls", tls
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> ServerTls:
@@ -2838,12 +2840,9 @@ def load_credentials(
     options: Options, reader: CredentialReader, former: Credentials | None
 ) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
-    web, token, filename = (
-        load_web_config(options, reader),
-        options["web.bearer.token"],
-        options["web.bearer.token-file"],
-    )
-    if token.reveal() and filename:
+    web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
+    token: Secret = options["web.bearer.token"]
+    if token and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
         with DocumentReader(filename, reader.problems).noting(""):
@@ -2855,8 +2854,7 @@ def load_credentials(
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
     served = load_server_tls(path, tls, reader) if tls else None
-    users = Users(web.basic_auth_users, crypt_rn)
-    credentials = Credentials(token if token.reveal() else None, users, served)
+    credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.
     for what, demanded in former.demands.items() if former else ():
         if demanded and not credentials.demands[what]:
@@ -3889,12 +3887,11 @@ def handshake_fault(error: OSError | ScrapeError) -> str:
     return next(filter(faults.get, faults), tls_fault(error))
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one connection, request after request."""
+class ClientConnection(http.server.BaseHTTPRequestHandler):
+    """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
     rfile: io.BufferedReader
-    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         """Nothing that waits for the client."""
@@ -3914,8 +3911,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except (OSError, ScrapeError) as error:
             fault = handshake_fault(error)
             self._application.count_handshake(fault)
-            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words_of(error))
-            self._discard()  # or else the alert that tells the client why could be lost
+            words = "no answer in time" if fault == "timeout" else words_of(error)
+            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+            if isinstance(error, (ssl.SSLError, PermissionError)):
+                self._discard()  # or else the alert that tells the client why could be lost
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         raw = self.connection.makefile("rb", 0)
@@ -3946,11 +3945,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with self._slot.dup() as duplicate:
             duplicate.settimeout(self._remaining())
             self.connection = tls.context.wrap_socket(duplicate, server_side=True)
-        names, pattern = (
-            self.connection.getpeercert(),
-            self._application.options["web.tls.certmatch"],
-        )
-        if not tls.admit(names or {}, pattern, self._limits.certmatch_seconds):
+        certificate = self.connection.getpeercert() or {}
+        pattern = self._application.options["web.tls.certmatch"]
+        if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
             raise PermissionError("no name in the certificate is allowed")
 
     def finish(self) -> None:
@@ -3961,11 +3958,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _say_goodbye(self) -> None:
         """End TLS in good form, so that nothing seems to be cut off."""
-        with contextlib.suppress(
-            OSError, ValueError, AttributeError
-        ):  # AttributeError: it is plain
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # or it is plain
             self.connection.settimeout(0)
             self.connection.unwrap()
+
+    def _discard(self) -> None:
+        """Read away what the client still sends: closing now would reset what we answered."""
+        deadline = Deadline(self._limits.unread_seconds, time.monotonic)
+        left = self._limits.unread_bytes
+        with contextlib.suppress(OSError, ScrapeError):
+            self._slot.shutdown(socket.SHUT_WR)
+            while left > 0:
+                self._slot.settimeout(deadline.remaining())
+                left -= len(self._slot.recv(PIECE_BYTES)) or left
+
+
+class Handler(ClientConnection):
+    """Serves one connection, request after request."""
 
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
@@ -4089,18 +4098,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(min(self._allowance, stall))
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
             self._allowance -= time.monotonic() - begun
-
-    def _discard(self) -> None:
-        """Read away what the client still sends: closing now would reset what we answered."""
-        deadline, left = (
-            Deadline(self._limits.unread_seconds, time.monotonic),
-            self._limits.unread_bytes,
-        )
-        with contextlib.suppress(OSError, ScrapeError):
-            self._slot.shutdown(socket.SHUT_WR)
-            while left > 0:
-                self._slot.settimeout(deadline.remaining())
-                left -= len(self._slot.recv(PIECE_BYTES)) or left
 
 
 def render_head(status: int, headers: Headers) -> bytes:
