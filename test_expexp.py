@@ -24,6 +24,7 @@ import logging
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -754,7 +755,7 @@ def main() -> int:
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
-LANGUAGES = {"yaml expexp", "yaml prometheus", "ini", "json", "sh", "text"}
+LANGUAGES = {"yaml expexp", "yaml prometheus", "yaml web", "ini", "json", "sh", "text"}
 
 #: A configuration with one problem for each line that README.md shows under "Configuration".
 README_PROBLEMS = """\
@@ -803,7 +804,14 @@ def plain(value: object) -> object:
 def show_default(value: object) -> str:
     """A default as README.md writes it."""
     value = plain(value)
-    known = {"": "empty", "()": "none", "{}": "none", "required": "required", "on": "`true`"}
+    known = {
+        "": "empty",
+        "None": "none",
+        "()": "none",
+        "{}": "none",
+        "required": "required",
+        "on": "`true`",
+    }
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return known.get(text) or f"`{text.lower() if isinstance(value, bool) else text}`"
 
@@ -840,16 +848,20 @@ def test_readme_lists_every_flag_with_its_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "section"),
+    ("heading", "number", "section"),
     [
-        ("Module", expexp.Module),
-        ("http", expexp.HttpTarget),
-        ("exec", expexp.ExecTarget),
-        ("file", expexp.FileTarget),
+        ("Module", 0, expexp.Module),
+        ("http", 0, expexp.HttpTarget),
+        ("exec", 0, expexp.ExecTarget),
+        ("file", 0, expexp.FileTarget),
+        ("Web configuration", 0, expexp.WebConfig),
+        ("Web configuration", 1, expexp.TlsServer),
     ],
 )
-def test_readme_lists_every_key_with_its_default(heading: str, section: object) -> None:
-    listed = {name: default for name, _, default, _ in readme_table(heading)}
+def test_readme_lists_every_key_with_its_default(
+    heading: str, number: int, section: object
+) -> None:
+    listed = {name: default for name, _, default, _ in readme_table(heading, number)}
     declared = expexp.declared_keys(section).items()
     assert listed == {f"`{name}`": show_default(key["default"]) for name, key in declared}
 
@@ -881,6 +893,11 @@ def test_readme_lists_every_reason_with_its_status_and_methods() -> None:
         name: (reason.status, ", ".join(reason.methods) or "none")
         for name, reason in expexp.REASONS.items()
     }
+
+
+def test_readme_lists_every_fault_of_a_handshake() -> None:
+    listed = [names_in(name)[0] for name, _ in readme_table("What is checked, and in which order")]
+    assert sorted(listed) == sorted(expexp.HANDSHAKE_FAULTS)
 
 
 def test_readme_lists_every_limit_with_its_default() -> None:
@@ -944,6 +961,7 @@ def test_a_configuration_in_the_readme_loads(text: str, tmp_path: Path) -> None:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     client.cert_chain_pems[0].write_to_path(str(tmp_path / "client.pem"))
     client.private_key_pem.write_to_path(str(tmp_path / "client.key"))
+    (tmp_path / "exporter.password").write_text("change-me\n")
     document = tmp_path / "expexp.yaml"
     document.write_text(text.replace("/etc/expexp", str(tmp_path)), encoding="utf-8")
     assert set(load_configuration(document).modules) == set(re.findall(r"(?m)^  (\w+):$", text))
@@ -984,6 +1002,53 @@ def test_every_link_of_the_readme_leads_somewhere() -> None:
     files = {link.partition("#")[0] for link in relative if not link.startswith("#")}
     assert anchors - heading_anchors() == set()
     assert {name for name in files if not (FOLDER / name).exists()} == set()
+
+
+@contextmanager
+def as_the_readme_says(command: str, folder: Path, *more: str) -> Iterator[str]:
+    """The address of an expexp that a command of the README has started, on a free port."""
+    flags = shlex.split(
+        command.partition("expexp.py ")[2].replace("\\\n", "").replace(":9998", ":0")
+    )
+    with process(*flags, "-log.level=info", *more, folder=folder) as started:
+        assert started.stderr
+        log = ""
+        while not (found := re.search(r"listening on https://\S+:(\d+)", log)):
+            line = started.stderr.readline()
+            assert line, f"ended before it listened: {log}"
+            log += line
+        yield f"localhost:{found[1]}"
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(
+    not (shutil.which("openssl") and shutil.which("curl") and shutil.which("promtool")),
+    reason="openssl, curl or promtool is not installed",
+)
+def test_the_commands_of_the_readme_make_certificates_and_let_a_client_in(tmp_path: Path) -> None:
+    blocks = FENCE.findall(README.partition("\n## TLS and access\n")[2].partition("\n## ")[0])
+    by_flags, by_file, curl, certificates = (text for name, text in blocks if name == "sh")
+    make = ["bash", "-euc", certificates]
+    subprocess.run(make, check=True, capture_output=True, cwd=tmp_path, timeout=60)
+    (web_file,) = readme_blocks("yaml web")
+    (tmp_path / "web.yaml").write_text(web_file)
+    older = re.sub("(?m)^.*client_allowed_sans.*\n", "", web_file)  # Prometheus 2.42 has none
+    (tmp_path / "older.yaml").write_text(older)
+    check = ["promtool", "check", "web-config", "older.yaml"]
+    assert not subprocess.run(check, capture_output=True, check=False, cwd=tmp_path).returncode
+    (tmp_path / "a.prom").write_text("up_here 1\n")
+    (tmp_path / "expexp.yaml").write_text("modules: {node: {method: file, file: {path: a.prom}}}")
+    ask = shlex.split(curl.replace("-u prometheus", "-u prometheus:change-me"))
+    for command, more in ((by_flags, []), (by_file, ["-web.listen-address=127.0.0.1:0"])):
+        with as_the_readme_says(command, tmp_path, *more) as address:
+            asked = [word.replace("localhost:9999", address) for word in ask]
+            told = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path)
+            assert told.stdout.startswith("up_here 1\n"), told.stderr
+            nobody = [
+                word for word in asked if "client" not in word and "--cert" != word != "--key"
+            ]
+            told = subprocess.run(nobody, capture_output=True, text=True, check=False, cwd=tmp_path)
+            assert (told.stdout, told.returncode) == ("", 56)
 
 
 @pytest.mark.peer
