@@ -161,6 +161,10 @@ class Limits:
     bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
     certmatch_seconds: float = limit(2, "for the operator's pattern on a client's names")
     secret_bytes: int = limit(65536, "a file with a password or token")
+    cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
+    cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
+    container_bytes: int = limit(MEBIBYTE, "what a container engine says of one container")
+    commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -213,7 +217,7 @@ unreachable     502  http            -                         not resolved, ref
 truncated       502  http            -                         less than announced, invalid chunks
 protocol        502  http            -                         not HTTP, endless headers, a 1xx
 too_large       502  http exec file  -                         body, decoded body, output over limit
-busy            503  http exec file  -                         too many bodies in memory
+busy            503  http exec file  -                         max_concurrent, bodies in memory
 timeout         504  http exec file  proxy_timeout_errors      the deadline, wherever it struck
 status            0  http            -                         other than 200: passed on as it is
 aborted           0  http            -                         after the status was sent: reset
@@ -371,6 +375,11 @@ def parse_listen_address(text: str) -> tuple[str, int]:
         example = 'an address such as ":9999" or "[::1]:9999"'
         raise ValueError(f'expected {example}, found "{excerpt(text)}"')
     return found[1] or found[2] or "", int(found[3])
+
+
+def is_host(text: str) -> bool:
+    """Whether it is a host and perhaps a port, as in the header Host."""
+    return bool(re.fullmatch(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?", text))
 
 
 def render_address(address: tuple[str, int]) -> str:
@@ -1616,6 +1625,8 @@ expexp_open_connections                gauge    -  Connections that clients hold
 expexp_rejected_connections_total      counter  -  Connections closed because no slot was free.
 expexp_tls_handshake_failures_total    counter  reason  TLS connections without a request.
 expexp_tls_certificate_expiry_timestamp_seconds  gauge  -  End of our certificate, since 1970.
+expexp_config_last_reload_successful   gauge    -  Whether the last reload was successful.
+expexp_config_last_reload_success_timestamp_seconds  gauge  -  When a reload last was, since 1970.
 expexp_credentials_last_reload_successful  gauge  -  Whether changed files of secrets were usable.
 expexp_build_info                      gauge    version pythonversion  Always 1.
 build_info                             gauge    version revision branch goversion  Always 1.
@@ -1673,6 +1684,14 @@ class SelfMetrics:
         with self._lock:
             total, events = self._families[name].get(labels, (0, 0))
             self._families[name][labels] = total + seconds, events + count
+
+    def forget_modules(self, known: Iterable[str]) -> None:
+        """Drop the series of all modules but these."""
+        kept = {UNKNOWN_MODULE, *known}
+        with self._lock:
+            for name in (*MODULE_COUNTERS, "expexp_proxy_failures_total"):
+                family = self._families[name].items()
+                self._families[name] = {labels: n for labels, n in family if labels[0] in kept}
 
     def create_module(self, module: str, method: str) -> None:
         """Create all series of a module at zero: only the reasons that its method can have."""
@@ -1744,6 +1763,13 @@ def parse_listen(text: str) -> tuple[str, int] | None:
     return parse_listen_address(text) if text else None
 
 
+def parse_host(text: str) -> str:
+    """A host and perhaps a port, "" for none; ValueError."""
+    if text and not is_host(text):
+        raise ValueError("expected a host, or a host and its port")
+    return text
+
+
 def parse_offset(text: str) -> float:
     """Seconds of a duration, or of a plain number; ValueError."""
     return parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
@@ -1776,6 +1802,7 @@ parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVEL
 PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "address": parse_listen,
     "boolean": parse_boolean,
+    "host": parse_host,
     "level": parse_level,
     "network": parse_network,
     "none": no_value,
@@ -1801,6 +1828,8 @@ FLAGS: Final = [
     Flag(names_of(names), PARSERS[kind.strip("*")], typed.strip("-"), "*" in kind, documentation)
     for names, kind, typed, documentation in rows("""
 allow.net               network*  -            Allow clients of this network (CIDR) only.
+config.auto-reload-interval  seconds  0       Look for changes this often, and reload; 0 for never.
+config.check            boolean   false        Check configuration and credentials, and exit.
 config.dirs             text*     -            Folder of files with one module each.
 config.file config      text      expexp.yaml  File with the modules; "" for none.
 config.skip-dirs        boolean   false        Skip a -config.dirs that does not exist.
@@ -1815,6 +1844,8 @@ version                 boolean   false        Show the version and exit.
 web.bearer.token        secret    -            Token that clients must send.
 web.bearer.token-file   text      -            File with that token, read again when it changes.
 web.config.file         text      -            Exporter-toolkit's file: TLS settings and users.
+web.enable-lifecycle    boolean   false        Let clients reload with POST /-/reload.
+web.external-address    host      -            Address of this host in /sd, not the client's word.
 web.listen-address      address   :9999        Address to listen on; "" for none.
 web.proxy-path          path      /proxy       Path of the modules.
 web.telemetry-path      path      /metrics     Path of our metrics.
@@ -2044,6 +2075,14 @@ def to_path(text: str) -> str:
     return path if path.startswith("/") else "/" + path
 
 
+def to_interval(text: str) -> float:
+    """Seconds of a duration that Prometheus takes for an interval. ValueError."""
+    seconds = parse_duration(text)
+    if seconds < 1:
+        raise ValueError("too short")
+    return seconds
+
+
 def to_bcrypt(text: str) -> Secret:
     """A hash that does not take too long. ValueError."""
     if not MIN_BCRYPT_COST <= int(text[4:6]) <= Limits.bcrypt_cost:
@@ -2073,6 +2112,10 @@ read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", 
 read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
+read_count: Final = scalar("a whole number from 1", "[1-9][0-9]{0,5}", int, "number")
+read_interval: Final = scalar("a duration of 1s or more", convert=to_interval)
+read_container: Final = scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
 read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
 
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
@@ -2117,6 +2160,9 @@ def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
+SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
+#: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
+ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
 PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
 
 
@@ -2127,6 +2173,9 @@ class HttpTarget:
     port: int = key(read_port, REQUIRED, "port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
+    unix_socket: str = key(read_text, "", "socket of the exporter, instead of address and port")
+    container: str = key(read_container, "", "container of the exporter, instead of an address")
+    container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
     basic_auth_username: str = key(read_text, "", "user name to send", *PASSWORD_KEYS)
@@ -2143,10 +2192,21 @@ class HttpTarget:
     credentials: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
-    def shown(self) -> str:
+    def host(self) -> str:
+        """The name by which we call the target."""
+        return self.container or ("localhost" if self.unix_socket else self.address)
+
+    @property
+    def url(self) -> str:
         """The URL without its query, in which there may be a token."""
-        address = render_address((self.address, self.port))
+        address = render_address((self.host, self.port)) if self.port else self.host
         return f"{self.scheme}://{address}{self.path.partition('?')[0]}"
+
+    @property
+    def shown(self) -> str:
+        """The URL, and where it leads to if that is no address."""
+        place = f" at {self.unix_socket}" if self.unix_socket else ""
+        return f"{self.url}{' in a container' if self.container else place}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -2180,6 +2240,9 @@ class Module:
     method: str = key(read_method, REQUIRED, "`http`, `exec` or `file`")
     timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
     verify: bool | str = key(read_verify, True, "`true`, `false` or `strict`")
+    cache: float = key(read_duration, 0.0, "how long a good answer is served again; 0: never")
+    max_concurrent: int = key(read_count, 0, "scrapes at once; 0: no bound, of commands 10")
+    scrape_interval: float = key(read_interval, 0.0, "how often /sd lets Prometheus scrape; 0: as ever")
     accept_args: bool | tuple[str, ...] = key(read_accepted, True, "clients' `args`, or globs")
     accept_params: bool | tuple[str, ...] = key(read_accepted, True, "clients' `params`, or names")
     name: str = ""
@@ -2295,6 +2358,8 @@ class DocumentReader:
                 with self.noting(where):
                     read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
                     values[name] = self.section(read, node, where) if nested else read(node)
+            elif metadata["default"] is REQUIRED and SUBSTITUTES.get(name) in nodes:
+                values[name] = 0
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
         given = [name for name in values if values[name] != declared[name]["default"]]
@@ -2372,102 +2437,7 @@ def load_text(filename: str, most_bytes: int) -> str:
         raise NodeError("not UTF-8", place_after(before)) from None
 
 
-class ConfigLoader:
-    """Loads a configuration from its file and folders; `warnings` has what is no problem."""
-
-    def __init__(self, limits: Limits) -> None:
-        """Begin with nothing."""
-        self._limits = limits
-        self._problems: list[Problem] = []
-        self._modules: dict[str, Module] = {}
-        self._origins: dict[str, str] = {}
-        self.warnings: list[str] = []
-
-    def load(self, filename: str, folders: Sequence[str], skip_missing: bool) -> Config:
-        """The whole configuration, with TLS contexts; raises ConfigError with all problems."""
-        reader, default = DocumentReader(filename, self._problems), ""
-        if filename:
-            with reader.noting(""):
-                nodes, default = reader.config(self._document(filename))
-                for name, node in nodes.items():
-                    self._add(reader, name, node)
-        for folder in folders:
-            with DocumentReader(folder, self._problems).noting("", "failed reading directory"):
-                self._load_folder(folder, skip_missing)
-        if default and default not in self._origins:
-            message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
-            reader.problem("defaultModule", message)
-        if self._problems:
-            raise ConfigError(*self._problems)
-        return Config(dict(sorted(self._modules.items())), default)
-
-    def _document(self, filename: str) -> Node:
-        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
-        parse = parse_json if filename.endswith(".json") else parse_yaml
-        return parse(load_text(filename, self._limits.config_bytes))
-
-    def _load_folder(self, folder: str, skip_missing: bool) -> None:
-        """Add a module for each document in a folder, in sorted order; raises OSError."""
-        if skip_missing and not os.path.exists(folder):
-            self.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
-            return
-        for name in sorted(os.listdir(folder)):
-            filename = os.path.join(folder, name)
-            found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
-            if not found or os.path.isdir(filename):
-                self.warnings.append(f"skipping non-yaml file {filename}")
-                continue
-            reader = DocumentReader(filename, self._problems)
-            with reader.noting(""):
-                self._add(reader, found[1], self._document(filename))
-
-    def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
-        """Add a module, if there are no problems with it, checked against what is on this host."""
-        module = reader.module(name, node)
-        file, line = excerpt(reader.filename, 200), node.place[0]
-        here = f"{file}:{line}" if line else file
-        first = self._origins.setdefault(name, here)
-        if first != here:
-            reader.problem(
-                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
-            )
-        elif module:
-            self._modules[name] = self._check_host(module, reader)
-
-    def _check_host(self, module: Module, reader: DocumentReader) -> Module:
-        """The module with what it needs of this host; what is not there yet is a warning."""
-        target = module.target
-        if isinstance(target, HttpTarget):
-            load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            try:
-                credentials = Watched(load, reader, self._limits.rotation_seconds)
-                target = dataclasses.replace(target, credentials=credentials)
-            except ConfigError as error:
-                self._problems += error.problems
-        if isinstance(target, ExecTarget):
-            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
-            if not shutil.which(target.command, path=path.reveal() or None):
-                self.warnings.append(f"module {module.name}: no command {excerpt(target.command)}")
-        if isinstance(target, FileTarget) and not os.path.exists(target.path):
-            self.warnings.append(f"module {module.name}: no file {excerpt(target.path)}")
-        return dataclasses.replace(module, target=target)
-
-
-# --- certificates and secrets
-
-IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
-PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
-SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
-TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
-VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
-CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
-# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
-VALIDITY: Final = re.compile(
-    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
-)
-
-
-class CredentialReader(DocumentReader):
+class FileReader(DocumentReader):
     """Notes problems, and of each file that is read what it was like just before."""
 
     def __init__(self, original: DocumentReader) -> None:
@@ -2502,16 +2472,16 @@ class CredentialReader(DocumentReader):
 
 
 def fingerprint(filename: str) -> Any:
-    """What changes when a regular file is written or replaced, also behind a link; None without."""
+    """What changes when a file or folder is written or replaced, also behind a link."""
     with contextlib.suppress(OSError):
         found = os.stat(filename)
-        if stat.S_ISREG(found.st_mode):  # a pipe can be read but once
+        if not stat.S_ISFIFO(found.st_mode):  # which can be read but once
             return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return None
 
 
 class Watched:
-    """A value made of files, made again when one of them has changed: rotation needs no restart.
+    """A value made of files, made again when one of them has changed, or when that is asked for.
 
     A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
@@ -2519,47 +2489,140 @@ class Watched:
     def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
         """Load for the first time; raises ConfigError.
 
-        `load` gets a CredentialReader to note problems in, and the value to be replaced, if any.
+        `load` gets a FileReader to note problems in, and the value to be replaced, if any. The
+        files are looked at no more often than every so many seconds.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
-        self._lock, self._due, self.working = threading.Lock(), 0.0, True
-        self._seen: dict[str, Any] = {}
-        self._value: Any = None
-        self._value = self._loaded()
+        self._lock, self._due, self._seen = threading.RLock(), 0.0, cast("dict[str, Any]", {})
+        self.value: Any = None
+        problems = self._replace()
+        if problems:
+            raise ConfigError(*problems)
 
-    def _loaded(self) -> Any:
-        """A new value; raises ConfigError."""
-        reader = CredentialReader(self._reader)
-        try:
-            value = self._load(reader, self._value)
-        finally:
-            self._seen = reader.seen  # also of files that are not there yet
-        if reader.problems:
-            raise ConfigError(*reader.problems)
-        for warning in reader.warnings:
+    def _replace(self) -> Sequence[Problem]:
+        """Have a new value; or the problems with it, of which all are noted."""
+        reader = FileReader(self._reader)
+        value = self._load(reader, self.value)
+        self._seen, self.working = reader.seen, not reader.problems  # also files not there yet
+        if self.working:
+            self.value, self.loaded = value, time.time()
+        for warning in reader.warnings if self.working else ():
             LOGGER.warning("%s", warning)
-        return value
+        return reader.problems
+
+    def reload(self) -> Sequence[Problem]:
+        """Read the files again; log, and return, the problems that there are instead of a value."""
+        with self._lock:
+            problems = self._replace()
+        names = excerpt(", ".join(self._seen), 400)
+        LOGGER.info("%s: %s", "not usable" if problems else "read again", names)
+        for problem in problems:
+            LOGGER.error("what was read before stays in use: %s", problem)
+        return problems
 
     def current(self) -> Any:
-        """The value; its files are looked at, unless that was done a moment ago."""
+        """The value, made of files that were looked at a moment ago."""
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._seconds
                 if any(fingerprint(file) != before for file, before in self._seen.items()):
-                    self._replace()
+                    self.reload()
             finally:
                 self._lock.release()
-        return self._value
+        return self.value
 
-    def _replace(self) -> None:
-        """Have a new value, or log why not."""
-        try:
-            self._value, self.working = self._loaded(), True
-            LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
-        except ConfigError as error:
-            self.working = False
-            # Not its trace: what is wrong is in the files.
-            LOGGER.log(logging.ERROR, "changed files are not used, the former stay: %s", error)
+
+class ConfigLoader:
+    """Loads a configuration from its file and folders."""
+
+    def __init__(self, limits: Limits, reader: FileReader) -> None:
+        """Begin with nothing; problems and warnings are noted in the reader."""
+        self._limits, self._reader, self._problems = limits, reader, reader.problems
+        self._modules: dict[str, Module] = {}
+        self._origins: dict[str, str] = {}
+
+    def load(self, filename: str, folders: Sequence[str], skip_missing: bool) -> Config:
+        """The whole configuration, less what there are problems with."""
+        reader, default = DocumentReader(filename, self._problems), ""
+        if filename:
+            with reader.noting(""):
+                nodes, default = reader.config(self._document(filename))
+                for name, node in nodes.items():
+                    self._add(reader, name, node)
+        for folder in folders:
+            with DocumentReader(folder, self._problems).noting("", "failed reading directory"):
+                self._load_folder(folder, skip_missing)
+        if default and default not in self._origins:
+            message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
+            reader.problem("defaultModule", message)
+        return Config(dict(sorted(self._modules.items())), default)
+
+    def _document(self, filename: str) -> Node:
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(load_text(self._reader.watched(filename), self._limits.config_bytes))
+
+    def _load_folder(self, folder: str, skip_missing: bool) -> None:
+        """Add a module for each document in a folder, in sorted order; raises OSError."""
+        if skip_missing and not os.path.exists(folder):
+            self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
+            return
+        for name in sorted(os.listdir(self._reader.watched(folder))):
+            filename = os.path.join(folder, name)
+            found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
+            if not found or os.path.isdir(filename):
+                self._reader.warnings.append(f"skipping non-yaml file {filename}")
+                continue
+            reader = DocumentReader(filename, self._problems)
+            with reader.noting(""):
+                self._add(reader, found[1], self._document(filename))
+
+    def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
+        """Add a module, if there are no problems with it, checked against what is on this host."""
+        module = reader.module(name, node)
+        file, line = excerpt(reader.filename, 200), node.place[0]
+        here = f"{file}:{line}" if line else file
+        first = self._origins.setdefault(name, here)
+        if first != here:
+            reader.problem(
+                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
+            )
+        elif module:
+            self._modules[name] = self._check_host(module, reader)
+
+    def _check_host(self, module: Module, reader: DocumentReader) -> Module:
+        """The module with what it needs of this host; what is not there yet is a warning."""
+        target = module.target
+        if isinstance(target, HttpTarget):
+            load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
+            try:
+                credentials = Watched(load, reader, self._limits.rotation_seconds)
+                target = dataclasses.replace(target, credentials=credentials)
+            except ConfigError as error:
+                self._problems += error.problems
+        if isinstance(target, ExecTarget):
+            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
+            if not shutil.which(target.command, path=path.reveal() or None):
+                missing = f"no command {excerpt(target.command)}"
+                self._reader.warnings.append(f"module {module.name}: {missing}")
+        if isinstance(target, FileTarget) and not os.path.exists(target.path):
+            missing = f"no file {excerpt(target.path)}"
+            self._reader.warnings.append(f"module {module.name}: {missing}")
+        return dataclasses.replace(module, target=target)
+
+
+# --- certificates and secrets
+
+IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(
+    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
+)
 
 
 def new_context(protocol: int) -> ssl.SSLContext:
@@ -2576,7 +2639,7 @@ def no_password() -> str:
 
 
 def load_key_pair(
-    context: ssl.SSLContext, files: tuple[str, str], reader: CredentialReader, path: str
+    context: ssl.SSLContext, files: tuple[str, str], reader: FileReader, path: str
 ) -> None:
     """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
     with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
@@ -2593,7 +2656,7 @@ class TargetCredentials:
 
 
 def load_target_credentials(
-    target: HttpTarget, path: str, reader: CredentialReader, _former: Any
+    target: HttpTarget, path: str, reader: FileReader, _former: Any
 ) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
     secret, scheme, text = target.basic_auth_password, "", ""
@@ -2612,7 +2675,7 @@ def load_target_credentials(
 
 
 def load_target_context(
-    target: HttpTarget, path: str, reader: CredentialReader
+    target: HttpTarget, path: str, reader: FileReader
 ) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
     names = ("tls_ca_cert_file", "tls_root_ca_file")
@@ -2778,7 +2841,7 @@ class Credentials:
         return {"TLS": bool(self.tls), "authentication": bool(self.token or self.users)}
 
 
-def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
+def load_web_config(options: Options, reader: FileReader) -> WebConfig:
     """What -web.config.file says, its paths relative to it; what is unusable is a problem."""
     filename, web = options["web.config.file"], WebConfig()
     if filename:
@@ -2808,7 +2871,7 @@ def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]
     return "-web.tls", tls
 
 
-def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> ServerTls:
+def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     """How to serve TLS with these settings; what is unusable is noted as a problem."""
     context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
     if tls.min_version > tls.max_version:
@@ -2837,7 +2900,7 @@ NO_BCRYPT: Final = (
 
 
 def load_credentials(
-    options: Options, reader: CredentialReader, former: Credentials | None
+    options: Options, reader: FileReader, former: Credentials | None
 ) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
@@ -2896,6 +2959,80 @@ class Budget:
             if count > self._free:
                 raise ScrapeError("busy", "too many bodies in memory, try again later")
             self._free -= count
+
+
+class Running:
+    """How many scrapes of each module run."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, module: str, most: float, count: int = 1) -> None:
+        """Count one more, or one less; raises ScrapeError("busy") if there would be too many."""
+        with self._lock:
+            running = self._counts.get(module, 0) + count
+            if count > 0 and running > most:
+                raise ScrapeError("busy", f"as many scrapes of it run as may at once: {most}")
+            self._counts[module] = running
+
+
+class Cache:
+    """The last good answers of modules with `cache`. Who asks while one is made waits for it."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Begin with none."""
+        self._limits, self._lock = limits, threading.Lock()
+        #: When, for which module, and what was answered; the oldest first.
+        self._kept: dict[Any, tuple[float, Module, Scrape]] = {}
+        self._running: dict[Any, concurrent.futures.Future[Scrape | ScrapeError]] = {}
+
+    def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
+        """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
+        while True:
+            with self._lock:
+                made, module, kept = self._kept.get(key, (-math.inf, None, None))
+                age = time.monotonic() - made
+                if kept and module == job.module and age < job.module.cache:
+                    return dataclasses.replace(kept, headers=[*kept.headers, ("Age", str(int(age)))])
+                running = self._running.get(key)
+                if not running:
+                    self._running[key] = concurrent.futures.Future()
+            if not running:
+                return self._scrape(job, key, scrape)
+            try:
+                outcome = running.result(job.deadline.remaining())
+            except concurrent.futures.TimeoutError:
+                raise job.deadline.error() from None
+            if isinstance(outcome, Scrape):
+                return outcome
+            if outcome.reason.name != "timeout":  # whose deadline was perhaps sooner than ours
+                raise ScrapeError(outcome.reason.name, outcome.message)
+
+    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
+        """What `scrape` makes, for all who wait for it."""
+        outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
+        try:
+            outcome = scrape(job)
+        except ScrapeError as error:
+            outcome = error
+            raise
+        finally:
+            with self._lock:
+                if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
+                    self._keep(key, (time.monotonic(), job.module, outcome))
+                self._running.pop(key).set_result(outcome)
+        return outcome
+
+    def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
+        """Keep an answer, and no more than may be kept."""
+        self._kept.pop(key, None)
+        self._kept[key] = entry
+        sizes = {key: len(cast(bytes, kept.body)) for key, (_, _, kept) in self._kept.items()}
+        for oldest in list(sizes):
+            if len(sizes) > self._limits.cache_entries or sum(sizes.values()) > self._limits.cache_bytes:
+                del self._kept[oldest], sizes[oldest]
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
@@ -3009,8 +3146,12 @@ class Tools:
     resolver_slots: threading.Semaphore
     commands: Commands
     metrics: SelfMetrics
+    cache: Cache
     #: One lock a path: of two readers of a FIFO each would get a part.
     fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
+    #: Host and port of containers, by their engine, name and port.
+    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(default_factory=dict)
+    running: Running = dataclasses.field(default_factory=Running)
 
 
 @dataclass(frozen=True)
@@ -3098,14 +3239,13 @@ class TargetConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
         target, deadline = self._job.module.target, self._job.deadline
-        self.sock = connect_socket(self._job, target.address, target.port)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = connect_target(self._job)
         self.sock.settimeout(deadline.remaining())
         if target.scheme == "https":
             # A body cut short by an attacker is an error, not an end: no ragged ends.
             context = target.credentials.current().context
             wrap = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)
-            self.sock = wrap(self.sock, server_hostname=target.server_name or target.address)
+            self.sock = wrap(self.sock, server_hostname=target.server_name or target.host)
             self.sock.settimeout(deadline.remaining())
 
     def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
@@ -3125,12 +3265,101 @@ def connect_socket(job: Job, host: str, port: int) -> socket.socket:
         try:
             connection.settimeout(share)
             connection.connect(address)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
             errors.append(error)
         else:
             return connection
     raise errors[0]
+
+
+# --- containers: where one is is asked of its engine, over the API that Docker and podman share
+
+
+def connect_unix(path: str, deadline: Deadline) -> socket.socket:
+    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(deadline.remaining())
+        connection.connect(path)
+    except (OSError, ScrapeError):
+        connection.close()
+        raise
+    return connection
+
+
+def connect_engine(job: Job) -> socket.socket:
+    """A connection to a container's engine; raises ScrapeError, of the first that was tried."""
+    given, errors = job.module.target.container_host, list[str]()
+    for place in ENGINES if given == ENGINES[0] else (given,):
+        try:
+            return connect_unix(place.partition("://")[2], job.deadline)
+        except OSError as error:
+            errors.append(f"cannot ask the container engine at {place}: {words_of(error)}")
+    raise ScrapeError("unreachable", errors[0])
+
+
+def ask_engine(job: Job) -> Any:
+    """What an engine says of a container; raises OSError, ValueError or ScrapeError."""
+    name, limit = job.module.target.container, job.tools.limits.container_bytes
+    with contextlib.closing(TargetConnection("localhost", job=job)) as connection:
+        connection.sock = connect_engine(job)
+        connection.request("GET", f"/containers/{name}/json")
+        response = connection.getresponse()
+        body = response.read(limit)
+        if response.status == http.HTTPStatus.NOT_FOUND:
+            raise ScrapeError("unreachable", f"no container {name}")
+        if response.status != http.HTTPStatus.OK:
+            status = f"the container engine answers with status {response.status}"
+            raise ScrapeError("unreachable", status)
+        return json.loads(body)
+
+
+ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
+def find_container(job: Job) -> tuple[str, int]:
+    """Host and port of a container's port: where it is published, or else its own address."""
+    target = job.module.target
+    who, port = f"container {target.container}", target.port
+    try:
+        found = ask_engine(job)
+        network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
+        if not found["State"]["Running"]:
+            raise ScrapeError("unreachable", f"{who} is not running")
+        for one in (network.get("Ports") or {}).get(f"{port}/tcp") or ():
+            return ANY_ADDRESS.get(one["HostIp"], one["HostIp"]), int(one["HostPort"])
+        networks = (network, *(network.get("Networks") or {}).values())
+        own = [each["IPAddress"] for each in networks if each.get("IPAddress")]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        words = f"cannot understand what the container engine says of {who}: {error!r}"
+        raise ScrapeError("unreachable", excerpt(words, 200)) from None
+    if not own and mode != "host":
+        why = f"port {port} is not published, and there is no address of its own"
+        raise ScrapeError("unreachable", f"{who}: {why}")
+    return own[0] if own else "127.0.0.1", port
+
+
+def connect_container(job: Job) -> socket.socket:
+    """A socket that is connected to a container; where it is is asked again when that fails."""
+    target, known = job.module.target, job.tools.containers
+    place = target.container_host, target.container, target.port
+    if place in known:
+        with contextlib.suppress(OSError):
+            return connect_socket(job, *known[place])
+    known[place] = find_container(job)
+    return connect_socket(job, *known[place])
+
+
+def connect_target(job: Job) -> socket.socket:
+    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
+    target = job.module.target
+    if target.unix_socket:
+        return connect_unix(target.unix_socket, job.deadline)
+    if target.container:
+        return connect_container(job)
+    return connect_socket(job, target.address, target.port)
 
 
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
@@ -3176,7 +3405,7 @@ def request_headers(job: Job) -> dict[str, str]:
         title = name.title()
         together = "; " if title == "Cookie" else ", "
         headers[title] = together.join(filter(None, (headers.get(title), value)))
-    headers["Host"] = urllib.parse.urlsplit(target.shown).netloc
+    headers["Host"] = urllib.parse.urlsplit(target.url).netloc
     headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
     if job.module.verify:
@@ -3201,7 +3430,7 @@ def request_url(job: Job) -> str:
     target = job.module.target
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
     queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
-    return "?".join(filter(None, (target.shown, "&".join(filter(None, queries)))))
+    return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
 def scrape_http(job: Job) -> Scrape:
@@ -3442,24 +3671,45 @@ def gunzip_pieces(body: bytes) -> Iterator[bytes]:
         raise zlib.error("cut short")
 
 
+#: What clients may add to a module's scrape.
+ARGUMENT_KINDS: Final = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
 
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    result = SCRAPERS[job.module.method](job)
+    module, running = job.module, job.tools.running
+    most = job.tools.limits.commands if module.method == "exec" else math.inf
+    running.add(module.name, module.max_concurrent or most)
+    job.cleanup.callback(running.add, module.name, math.inf, -1)
+    result = SCRAPERS[module.method](job)
     if result.status != http.HTTPStatus.OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
-    content_type: str = getattr(job.module.target, "content_type", "")
-    if job.module.verify:
+    content_type: str = getattr(module.target, "content_type", "")
+    if module.verify:
         content_type = verify_scrape(job, headers, body, content_type)
     if content_type:
         others = [pair for pair in headers if pair[0].lower() != "content-type"]
         headers = [*others, ("Content-Type", content_type)]
     if result.modified is not None:
-        body = with_mtime(body, job.module, result.modified)
+        body = with_mtime(body, module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
+
+
+CACHED_HEADERS: Final = ("accept", "accept-encoding", "authorization", "cookie")
+
+
+def answer_job(job: Job) -> Scrape:
+    """What the module's target says, or has said to the same question. Raises ScrapeError."""
+    module = job.module
+    if not module.cache:
+        return scrape_target(job)
+    kinds = ARGUMENT_KINDS[module.method]
+    asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
+    chosen = [pair for pair in job.headers if pair[0].lower() in CACHED_HEADERS]
+    key = module.name, tuple(asked), tuple(chosen) if module.method == "http" else ()
+    return job.tools.cache.answer(job, key, scrape_target)
 
 
 # ==================================================================================================
@@ -3477,6 +3727,7 @@ class Request:
     target: str
     headers: Headers
     client: str
+    scheme: str = "http"
 
     @property
     def path(self) -> str:
@@ -3538,7 +3789,6 @@ def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
 
 
 PARAMETER: Final = re.compile(rb"([A-Za-z][A-Za-z0-9_.-]*)=.*", re.DOTALL)
-ARGUMENT_KINDS: Final = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 
 
 def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
@@ -3602,19 +3852,21 @@ class Access:
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(self, config: Config, options: Options, access: Access, tools: Tools) -> None:
+    def __init__(self, config: Watched, options: Options, access: Access, tools: Tools) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self.options, self.access, self._tools = options, access, tools
+        self._watched, self.options, self.access, self._tools = config, options, access, tools
         self._metrics, self.limits = tools.metrics, tools.limits
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
+            "/-/reload": self._reload,
+            "/sd": self._discover,
         }
         self._add_route("-web.telemetry-path", options["web.telemetry-path"], self._telemetry)
         self._add_route("-web.proxy-path", options["web.proxy-path"], self._proxy)
-        self.replace_config(config)
+        self.take_config()
 
     def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
@@ -3625,11 +3877,19 @@ class Application:
             raise ConfigError(Problem("", 0, 0, "", message))
         self._routes[path] = route
 
-    def replace_config(self, config: Config) -> None:
-        """Use another configuration for the requests that begin from now on."""
+    def take_config(self) -> None:
+        """Use the configuration that there is now for the requests that begin from now on."""
+        config: Config = self._watched.value
         for module in config.modules.values():
             self._metrics.create_module(module.name, module.method)
-        self._config = config
+        self.config = config
+        self._metrics.forget_modules(config.modules)
+
+    def reload(self) -> Sequence[Problem]:
+        """Read configuration and credentials again; what is wrong with those that stay as before."""
+        problems = [*self._watched.reload(), *self.access.credentials.reload()]
+        self.take_config()
+        return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
@@ -3667,8 +3927,9 @@ class Application:
         request = self.access.admit(request)
         if request.path not in self._routes:
             raise RequestError(404, "404 page not found")
-        if request.method not in ("GET", "HEAD"):
-            raise RequestError(405, "405 method not allowed", ("Allow", "GET, HEAD"))
+        allowed = ("POST", "PUT") if request.path == "/-/reload" else ("GET", "HEAD")
+        if request.method not in allowed:
+            raise RequestError(405, "405 method not allowed", ("Allow", ", ".join(allowed)))
         return self._routes[request.path](request)
 
     def _proxy(self, request: Request) -> Response:
@@ -3676,10 +3937,10 @@ class Application:
         module, pairs = None, parse_query(request.target.partition("?")[2])
         with contextlib.ExitStack() as cleanup:
             try:
-                module, pairs = choose_module(self._config, pairs)
+                module, pairs = choose_module(self.config, pairs)
                 cleanup.callback(self._observe, module.name, time.monotonic())
                 check_arguments(module, pairs, self._tools.limits)
-                result = scrape_target(self._job(request, module, pairs, cleanup))
+                result = answer_job(self._job(request, module, pairs, cleanup))
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
@@ -3739,10 +4000,13 @@ class Application:
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
         collect_process(self._metrics)
-        targets = [m.target for m in self._config.modules.values() if m.method == "http"]
+        targets = [m.target for m in self.config.modules.values() if m.method == "http"]
         watched = [self.access.credentials, *(target.credentials for target in targets)]
-        working, tls = all(each.working for each in watched), watched[0].current().tls
+        working, tls = all(each.working for each in watched), watched[0].value.tls
+        reloaded = "expexp_config_last_reload_success_timestamp_seconds"
         self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+        self._metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
+        self._metrics.set(reloaded, to=self._watched.loaded)
         if tls:
             self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
         body, headers = self._metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
@@ -3751,9 +4015,29 @@ class Application:
             headers.append(("Content-Encoding", "gzip"))
         return Response(http.HTTPStatus.OK, [*headers, ("Vary", "Accept-Encoding")], body)
 
+    def _reload(self, _request: Request) -> Response:
+        """Read everything again, if clients may ask for that."""
+        if not self.options["web.enable-lifecycle"]:
+            raise RequestError(403, "-web.enable-lifecycle is not set")
+        problems = self.reload()
+        text = "\n".join(map(str, problems))
+        return own_response(500 if problems else 200, text or "expexp has reloaded.")
+
+    def _discover(self, request: Request) -> Response:
+        """All modules as Prometheus's HTTP service discovery wants them."""
+        address = self.options["web.external-address"] or request.header("host")
+        if not is_host(address):
+            raise RequestError(400, "expected a header Host, or -web.external-address")
+        proxy_path, modules = self.options["web.proxy-path"], self.config.modules.values()
+        groups = [
+            {"targets": [address], "labels": discovery_labels(module, proxy_path, request.scheme)}
+            for module in modules
+        ]
+        return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
+
     def _index(self, request: Request) -> Response:
         """The modules, for people as HTML and for programs as JSON."""
-        modules, vary = self._config.modules, ("Vary", "Accept")
+        modules, vary = self.config.modules, ("Vary", "Accept")
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
@@ -3762,6 +4046,22 @@ class Application:
         )
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
+
+
+def discovery_labels(module: Module, proxy_path: str, scheme: str) -> dict[str, str]:
+    """The labels of a module as a target of Prometheus, which takes no fractions in durations."""
+    labels = {
+        "__metrics_path__": proxy_path,
+        "__scheme__": scheme,
+        "__param_module": module.name,
+        "__meta_expexp_method": module.method,
+        "module": module.name,  # else the go_* series of two modules would be the same
+    }
+    if module.scrape_interval:
+        timeout = min(module.scrape_interval, module.timeout + offset if module.timeout else math.inf)
+        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
+        labels["__scrape_timeout__"] = f"{timeout * 1000:.0f}ms"
+    return labels
 
 
 def outline(module: Module) -> dict[str, Any]:
@@ -3898,6 +4198,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits, self._application = self.server.limits, self.server.application
         self._credentials: Credentials = self._application.access.credentials.current()
+        self._config = self._application.config
         self._slot = self.connection = self.request
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._plain = False  # where the listener speaks TLS
@@ -3998,7 +4299,8 @@ class Handler(ClientConnection):
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
-        self.close_connection |= unread or held is not self._credentials
+        stale = held is not self._credentials or self._application.config is not self._config
+        self.close_connection |= unread or stale
         self._write(self._application.handle(request, refusal), request)
         if unread:
             self._say_goodbye()
@@ -4019,7 +4321,8 @@ class Handler(ClientConnection):
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
             raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        request = Request(method, target or "/", self._read_headers(), self._client)
+        scheme, headers = "https" if self.server.speaks_tls else "http", self._read_headers()
+        request = Request(method, target or "/", headers, self._client, scheme)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
         self.close_connection = "close" in tokens or (old and "keep-alive" not in tokens)
