@@ -414,8 +414,10 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # `(?:x|)` is `x` or nothing, faster than `(?:x)?`; a class without `^` is faster than one with.
 # Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
+Pattern = re.Pattern[bytes]
 
-def compile_production(pattern: bytes) -> re.Pattern[bytes]:
+
+def compile_production(pattern: bytes) -> Pattern:
     """Return `pattern` compiled, with plain quantifiers where Python has no possessive ones."""
     if sys.version_info < (3, 11):
         pattern = re.sub(rb"([*+?}])\+", rb"\1", pattern)
@@ -429,7 +431,7 @@ MAX_LABELS: Final = 10_000
 RUN_STEP: Final = 256
 
 
-def compile_run(unit: bytes) -> re.Pattern[bytes]:
+def compile_run(unit: bytes) -> Pattern:
     """Return a run of `unit` (up to 256 bytes) for `scan`, at most 64 KiB of it at a time.
 
     The bound keeps one match short, so that other threads and the deadline get their turn on an
@@ -446,15 +448,11 @@ LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
-INFINITY: Final = rb"[+-]?[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
-NOT_A_NUMBER: Final = rb"[nN][aA][nN]"
-NUMBER: Final = compile_production(rb"(%b)|%b|%b" % (DECIMAL, INFINITY, NOT_A_NUMBER))
-DIGITS: Final = re.compile(rb"()[0-9]+")
+NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 MAX_INT64: Final = 2**63 - 1
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-ESCAPED: Final = {b"\\": b"\\", b'"': b'"', b"n": b"\n"}
 
 # Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
@@ -468,11 +466,10 @@ LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
 # Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
-CANONICAL_BYTE: Final = rb"[\0-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash or newline
+CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
-CANONICAL_NUMBER: Final = (
-    rb"(?:-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|[+-]Inf|NaN)"
-)
+FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
+CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 16  # node_os_info has 12
 
 
@@ -485,78 +482,67 @@ def compose_labels(depth: int = 0) -> bytes:
     return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
 
 
-SECONDS: Final = rb"-?[0-9]{1,18}+(?:\.[0-9]{1,18}+|)(?:e\+?[0-9]{1,2}|)"
-EXEMPLAR_VALUE: Final = CANONICAL_VALUE.replace(rb"[\0-", rb"[\x01-")
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, EXEMPLAR_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
 UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
-NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
-OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
+OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
 
 
 RUN_SAMPLES: Final = 200
 
 
-def compose_run(
-    types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
-) -> re.Pattern[bytes]:
+def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"") -> Pattern:
     """Return a run of samples with the metadata before them, all canonical.
 
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
-    sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
+    labels = rb"(?:\{%b\}|)" % compose_labels()
+    sample = rb"%b%b %b%b" % (METRIC_NAME, labels, CANONICAL_NUMBER, after_value)
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
     block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What distinguishes the line formats and their levels; readers know no other difference."""
+class Dialect(NamedTuple):
+    """What distinguishes the line formats and their levels; readers know no other difference.
 
-    types: tuple[bytes, ...]  #: the first one is that of a family without a type
-    token: re.Pattern[bytes]
-    label_value: re.Pattern[bytes]
-    fast: re.Pattern[bytes]
-    blanks: re.Pattern[bytes] = BLANKS  #: what may stand anywhere between two tokens
-    separator: re.Pattern[bytes] = BLANKS  #: what stands before a value, a timestamp, a keyword
-    timestamp: re.Pattern[bytes] = DIGITS
-    after_name: re.Pattern[bytes] = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
-    help_text: re.Pattern[bytes] = re.compile(b"")  #: what a HELP text begins with
+    As it is, it is the text format, as Prometheus reads it.
+    """
+
+    types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
+    token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
+    label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
+    fast: Pattern = compose_run(TEXT_TYPES, rb"(?: [0-9]{1,18}+|)")
+    separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
+    timestamp: Pattern = re.compile(rb"()[0-9]+")
+    after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    help_text: Pattern = re.compile(b"")  #: what a HELP text begins with
     openmetrics: bool = False
     lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
-TEXT: Final = Dialect(
-    types=TEXT_TYPES,
-    token=compile_run(rb"[^{ \t\n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]'),
-    fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
-)
+TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
-    blanks=NOTHING,
     separator=re.compile(b" "),
     token=compile_run(rb"[^ \n\0]{1,256}"),
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
+    fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
     openmetrics=True,
 )
-STRICT_TEXT: Final = dataclasses.replace(
-    TEXT,
+STRICT_TEXT: Final = Dialect(
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
     after_name=re.compile(rb"[ \t\n]|\Z"),
     help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
     lenient=TEXT,
 )
-STRICT_OPENMETRICS: Final = dataclasses.replace(OPENMETRICS, lenient=OPENMETRICS)
+STRICT_OPENMETRICS: Final = OPENMETRICS._replace(lenient=OPENMETRICS)
 
 # ==================================================================================================
 # 5  Exposition: reading lines
@@ -676,7 +662,8 @@ def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return scan(source, pos, source.dialect.blanks) if peek(source, pos) in b" \t" else pos
+    free = peek(source, pos) in b" \t" and not source.dialect.openmetrics
+    return scan(source, pos, BLANKS) if free else pos
 
 
 def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
@@ -692,7 +679,7 @@ def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, 
 
 def unescape(text: bytes) -> bytes:
     """Return `text` as Prometheus understands it."""
-    return ESCAPE.sub(lambda found: ESCAPED[found[1]], text)
+    return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
 def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
