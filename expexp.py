@@ -608,14 +608,11 @@ Line = Union[Sample, Metadata, None]
 
 def is_utf8(text: bytes) -> bool:
     """Return whether `text` is UTF-8; in pieces, as a decoded copy may take four times as much."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (text[start : start + WINDOW_BYTES] for start in range(0, len(text), WINDOW_BYTES))
     try:
-        for start in range(0, 0 if text.isascii() else len(text), WINDOW_BYTES):
-            decoder.decode(text[start : start + WINDOW_BYTES])
-        decoder.decode(b"", final=True)
+        return text.isascii() or all(codecs.iterdecode(pieces, "utf-8"))
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def find_line_end(body: bytes, pos: int) -> int:
@@ -645,18 +642,23 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str) -> ExpositionError:
+def expected(source: Source, pos: int, what: str, found: str = "") -> ExpositionError:
     """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+    return refuse(source, pos, f"expected {what}, found {found or describe(source, pos)}")
 
 
-def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
+def require(fits: object, source: Source, pos: int, what: str) -> None:
+    """Return nothing; raise the error for `what` missing at `pos` unless what stands there fits."""
+    if not fits:
+        raise expected(source, pos, what)
+
+
+def scan(source: Source, pos: int, run: Pattern) -> int:
     """Return the end of the longest repetition of `run` from `pos` on."""
-    found = run.match(source.body, pos)
-    while found and found.end() - pos >= RUN_STEP:  # shorter only where the run ends
+    # A match is shorter than RUN_STEP only where the run ends.
+    while (found := run.match(source.body, pos)) and found.end() - pos >= RUN_STEP:
         source.tick()
         pos = found.end()
-        found = run.match(source.body, pos)
     return found.end() if found else pos
 
 
@@ -666,14 +668,12 @@ def skip_blanks(source: Source, pos: int) -> int:
     return scan(source, pos, BLANKS) if free else pos
 
 
-def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
+def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
-    if peek(source, end) == b"\\":
-        raise expected(source, end, r"one of the escapes \\, \" and \n")
+    require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
-        found = describe(source, end)
-        raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
+        raise expected(source, pos, "a second quote to close this one", describe(source, end))
     return end + 1, source.body[pos + 1 : end]
 
 
@@ -682,7 +682,7 @@ def unescape(text: bytes) -> bytes:
     return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
+def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
@@ -690,18 +690,15 @@ def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tu
             raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
         return end, unescape(name)
     end = scan(source, pos, run)
-    if end == pos or peek(source, pos).isdigit():
-        raise expected(source, pos, what)
+    require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
     return end, source.body[pos:end]
 
 
 def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a label's value as it was written, from the equals sign on."""
-    if peek(source, pos) != b"=":
-        raise expected(source, pos, '"="')
+    require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
-    if peek(source, pos) != b'"':
-        raise expected(source, pos, "a label value in double quotes")
+    require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
     if not is_utf8(value):
         raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
@@ -732,13 +729,12 @@ def read_labels(
 
 def read_comma(source: Source, pos: int) -> int:
     """Return where the next pair or the closing brace is."""
-    openmetrics, strict = source.dialect.openmetrics, source.dialect.lenient
     if peek(source, pos) == b",":
         pos = skip_blanks(source, pos + 1)
-        if peek(source, pos) == b"}" and openmetrics and strict:
-            raise expected(source, pos, "a label name")
-    elif peek(source, pos) != b"}" and (openmetrics or strict):
-        raise expected(source, pos, '"," or "}"')
+        goes_on = peek(source, pos) != b"}" or source.dialect is not STRICT_OPENMETRICS
+        require(goes_on, source, pos, "a label name")
+    elif source.dialect is not TEXT:
+        require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos
 
 
@@ -756,15 +752,12 @@ def require_names(source: Source, labels: list[Label]) -> None:
         seen |= {name} if value else set()
 
 
-def read_number(
-    source: Source, pos: int, what: str, form: re.Pattern[bytes] = NUMBER
-) -> tuple[int, bytes]:
+def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
     start = scan(source, pos, source.dialect.separator)
     end = scan(source, start, source.dialect.token)
     number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
-    if start == pos and source.dialect.openmetrics:
-        raise expected(source, pos, "a blank")
+    require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
     if not number or end - start > MAX_NUMBER_BYTES:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
@@ -799,9 +792,8 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
 def read_line_end(source: Source, pos: int) -> int:
     """Return the start of the next line. Only lenient text may end without a newline."""
     pos = skip_blanks(source, pos)
-    needed = source.dialect.openmetrics or source.dialect.lenient
-    if peek(source, pos) != b"\n" and (needed or pos < len(source.body)):
-        raise expected(source, pos, "a newline")
+    over = source.dialect is TEXT and pos == len(source.body)
+    require(over or peek(source, pos) == b"\n", source, pos, "a newline")
     return pos + 1
 
 
@@ -825,45 +817,35 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
+    end = find_line_end(body, pos)
     word = scan(source, pos + 1, dialect.separator)
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
-    keyword = body[word:after].replace(b"\0", b"")
-    if dialect.lenient and after - word > len(keyword):
+    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
+    if dialect.lenient and b"\0" in body[word:after]:
         raise refuse(source, word, "expected no NUL byte in the first word of a comment")
-    known = (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]
-    if word > pos + 1 and name > after and keyword in known:
-        return read_metadata(source, Metadata(pos, keyword, b"", b""), name)
+    if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
+        return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        if word == pos + 1 or keyword != b"EOF":
-            found = excerpt(body[pos : find_line_end(body, pos)])
-            raise refuse(source, pos, f'expected HELP, TYPE, UNIT or "# EOF", found "{found}"')
+        if keyword != b"EOF":
+            found = f'"{excerpt(body[pos:end])}"'
+            raise expected(source, pos, 'HELP, TYPE, UNIT or "# EOF"', found)
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    end = find_line_end(body, pos)
     lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
     if lost >= 0:
         raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
     return read_line_end(source, end), None
 
 
-def read_metadata(source: Source, metadata: Metadata, pos: int) -> tuple[int, Metadata]:
-    """Return a HELP, TYPE or UNIT line, of which the name begins at `pos`."""
-    what = f"a metric name after {metadata.keyword.decode()}"
-    pos, name = read_name(source, pos, METRIC_RUN, what)
+def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
+    """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
+    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
     end = find_line_end(source.body, pos)
-    if not source.dialect.after_name.match(source.body, pos):
-        raise expected(source, pos, "a blank")
-    metadata = metadata._replace(name=name, text=source.body[pos + 1 : end])
-    require_text(source, min(pos + 1, end), metadata)
-    return read_line_end(source, end), metadata
-
-
-def require_text(source: Source, pos: int, metadata: Metadata) -> None:
-    """Return nothing; raise where the text at `pos` is none for its keyword."""
-    _, keyword, name, text = metadata
+    require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
+    text = source.body[pos + 1 : end]
     what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
@@ -872,7 +854,8 @@ def require_text(source: Source, pos: int, metadata: Metadata) -> None:
     elif keyword == b"HELP" and not source.dialect.help_text.match(text):
         what = r"no escapes but \\ and \n"
     if what:
-        raise refuse(source, pos, f'expected {what}, found "{excerpt(text)}"')
+        raise expected(source, min(pos + 1, end), what, f'"{excerpt(text)}"')
+    return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -880,8 +863,7 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
     pos = skip_blanks(source, pos)
     if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
         return pos + 1, None
-    if pos == len(source.body):
-        raise expected(source, pos, '"# EOF"')
+    require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
 
 
@@ -891,41 +873,39 @@ def find_end(source: Source) -> int:
     return len(source.body) + bool(needed)
 
 
-def count_samples(body: bytes, start: int, end: int) -> int:
-    """Return how many canonical lines from `start` to `end` are samples: have no `#`."""
-    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start, end)
-    return body.count(b"\n", start, end) - comments
+def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
+    """Return where the canonical lines from `pos` on end, and how many samples they have.
 
-
-def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
-    """Return where the lines that start before `end` end, and how many samples they have."""
-    samples, start = 0, pos  # of the run that is not counted yet
-    while pos < end:
+    Only those of the last run need counting: another could follow on all before it.
+    """
+    ends = [pos]
+    while run := fast.match(source.body, ends[-1], end):
         source.tick()
-        run = fast.match(source.body, pos, end)
-        if run:
-            samples += RUN_SAMPLES if start < pos else 0
-            start, pos = pos, run.end()
-        else:
-            samples += count_samples(source.body, start, pos)
-            start, line = read_line(source, pos)
-            samples, pos = samples + isinstance(line, Sample), start
-    return pos, samples + count_samples(source.body, start, pos)
+        ends.append(run.end())
+    last, pos = ends[-2:][0], ends[-1]
+    comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
+    counted = source.body.count(b"\n", last, pos) - comments
+    return pos, counted + RUN_SAMPLES * max(len(ends) - 2, 0)
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
-    """Return how many samples the whole body has.
+    """Return how many samples the whole body has: run by run, and what is between them by line.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
     That is decided window by window: a Latin-1 comment costs its own window the fast path.
     """
-    source = Source(body, dialect, tick)
-    pos = samples = 0
+    source, run = Source(body, dialect, tick), NOTHING
+    pos = window = samples = 0
     while pos < find_end(source):
-        end = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or min(pos + WINDOW_BYTES, len(body))
-        run = dialect.fast if fast and is_utf8(body[pos:end]) else NOTHING
-        pos, found = read_window(source, pos, max(end, pos + 1), run)
+        if pos >= window:
+            window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
+            run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+        pos, found = read_runs(source, pos, window, run)
         samples += found
+        if pos < window:
+            tick()
+            pos, line = read_line(source, pos)
+            samples += isinstance(line, Sample)
     return samples
 
 
