@@ -449,7 +449,6 @@ LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
 NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
-MAX_INT64: Final = 2**63 - 1
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
@@ -477,9 +476,8 @@ def compose_labels(depth: int = 0) -> bytes:
     """Return up to 16 pairs from the `depth`-th on, each with a name that none before it has."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
     pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, LABEL_NAME, CANONICAL_VALUE)
-    if depth + 1 == MAX_FAST_LABELS:
-        return pair
-    return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
+    more = rb"(?:,%b|)" % compose_labels(depth + 1) if depth + 1 < MAX_FAST_LABELS else b""
+    return pair + more
 
 
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
@@ -499,11 +497,10 @@ def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"")
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    labels = rb"(?:\{%b\}|)" % compose_labels()
-    sample = rb"%b%b %b%b" % (METRIC_NAME, labels, CANONICAL_NUMBER, after_value)
+    labels_and_value = rb"(?:\{%b\}|) %b%b" % (compose_labels(), CANONICAL_NUMBER, after_value)
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
+    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, METRIC_NAME + labels_and_value)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
@@ -583,15 +580,18 @@ class Label(NamedTuple):
     value: bytes
 
 
+Labels = list[Label]
+
+
 class Sample(NamedTuple):
     """One line with a value, the name unescaped, the rest as it was written."""
 
     pos: int
     name: bytes
-    labels: list[Label]
+    labels: Labels
     value: bytes
     timestamp: bytes
-    exemplar: list[Label] | None
+    exemplar: Labels | None
 
 
 class Metadata(NamedTuple):
@@ -624,10 +624,9 @@ def find_line_end(body: bytes, pos: int) -> int:
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
     body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
-    until = body[start:pos] + (body[pos : pos + 1] or b"\n")
-    if is_utf8(body[start : find_line_end(body, pos)]):
-        until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until), start)
+    uncounted = CONTINUATION_BYTES if is_utf8(body[start : find_line_end(body, pos)]) else b""
+    column = len(body[start : pos + 1].translate(None, uncounted)) + (pos == len(body))
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, column, start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -642,15 +641,16 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str, found: str = "") -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {found or describe(source, pos)}")
+def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
+    """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
+    shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
+    return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def require(fits: object, source: Source, pos: int, what: str) -> None:
-    """Return nothing; raise the error for `what` missing at `pos` unless what stands there fits."""
+def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
+    """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
     if not fits:
-        raise expected(source, pos, what)
+        raise expected(source, pos, what, found)
 
 
 def scan(source: Source, pos: int, run: Pattern) -> int:
@@ -673,7 +673,8 @@ def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
     end = scan(source, pos + 1, run)
     require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
-        raise expected(source, pos, "a second quote to close this one", describe(source, end))
+        found = describe(source, end)
+        raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
     return end + 1, source.body[pos + 1 : end]
 
 
@@ -700,16 +701,13 @@ def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     pos = skip_blanks(source, pos + 1)
     require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
-    if not is_utf8(value):
-        raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
+    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
     return skip_blanks(source, scan(source, end, NULS)), value
 
 
-def read_labels(
-    source: Source, pos: int, name: bytes | None
-) -> tuple[int, bytes | None, list[Label]]:
+def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
-    labels: list[Label] = []
+    labels = Labels()
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
@@ -723,30 +721,23 @@ def read_labels(
             labels.append(Label(start, label, value))
         if len(labels) > MAX_LABELS:
             raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
-        pos = read_comma(source, pos)
+        if peek(source, pos) == b",":
+            pos = skip_blanks(source, pos + 1)
+            last = source.dialect is STRICT_OPENMETRICS and peek(source, pos) == b"}"
+            require(not last, source, pos, "a label name")
+        elif source.dialect is not TEXT:
+            require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos + 1, name, labels
 
 
-def read_comma(source: Source, pos: int) -> int:
-    """Return where the next pair or the closing brace is."""
-    if peek(source, pos) == b",":
-        pos = skip_blanks(source, pos + 1)
-        goes_on = peek(source, pos) != b"}" or source.dialect is not STRICT_OPENMETRICS
-        require(goes_on, source, pos, "a label name")
-    elif source.dialect is not TEXT:
-        require(peek(source, pos) == b"}", source, pos, '"," or "}"')
-    return pos
-
-
-def require_names(source: Source, labels: list[Label]) -> None:
+def require_names(source: Source, labels: Labels) -> None:
     """Return nothing; raise for a bad name, or one that is there twice. Empty labels do not count.
 
     The first is the metric's own, of which Prometheus makes the label `__name__`.
     """
     seen = {b"__name__"}
     for number, (pos, name, value) in enumerate(labels):
-        if not name or not is_utf8(name):
-            raise refuse(source, pos, f'expected a name in UTF-8, found "{excerpt(name)}"')
+        require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
         if number and name in seen:
             raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
         seen |= {name} if value else set()
@@ -773,12 +764,12 @@ def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
         return pos, b""
     what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
     end, number = read_number(source, pos, what, dialect.timestamp)
-    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") > MAX_INT64:
+    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
         raise expected(source, start, "a timestamp within the range of int64")
     return end, number
 
 
-def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
+def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
     """Return the labels of an exemplar, if there is one."""
     if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
         return pos, None
@@ -799,7 +790,7 @@ def read_line_end(source: Source, pos: int) -> int:
 
 def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
-    start, name, labels = pos, None, list[Label]()
+    start, name, labels = pos, None, Labels()
     if peek(source, pos) not in (b"{", b'"'):
         pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
         pos = skip_blanks(source, pos)
@@ -827,9 +818,7 @@ def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
         return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        if keyword != b"EOF":
-            found = f'"{excerpt(body[pos:end])}"'
-            raise expected(source, pos, 'HELP, TYPE, UNIT or "# EOF"', found)
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', body[pos:end])
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
@@ -853,8 +842,7 @@ def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple
         what = "a unit that the metric's name ends in"
     elif keyword == b"HELP" and not source.dialect.help_text.match(text):
         what = r"no escapes but \\ and \n"
-    if what:
-        raise expected(source, min(pos + 1, end), what, f'"{excerpt(text)}"')
+    require(not what, source, min(pos + 1, end), what, text)
     return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
@@ -878,14 +866,12 @@ def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, i
 
     Only those of the last run need counting: another could follow on all before it.
     """
-    ends = [pos]
-    while run := fast.match(source.body, ends[-1], end):
+    samples, last = -RUN_SAMPLES, pos
+    while run := fast.match(source.body, pos, end):
         source.tick()
-        ends.append(run.end())
-    last, pos = ends[-2:][0], ends[-1]
+        samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
     comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
-    counted = source.body.count(b"\n", last, pos) - comments
-    return pos, counted + RUN_SAMPLES * max(len(ends) - 2, 0)
+    return pos, max(samples, 0) + source.body.count(b"\n", last, pos) - comments
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
