@@ -433,8 +433,10 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # `(?:x|)` is `x` or nothing, faster than `(?:x)?`; a class without `^` is faster than one with.
 # Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
+Pattern = re.Pattern[bytes]
 
-def compile_production(pattern: bytes) -> re.Pattern[bytes]:
+
+def compile_production(pattern: bytes) -> Pattern:
     """Return `pattern` compiled, with plain quantifiers where Python has no possessive ones."""
     if sys.version_info < (3, 11):
         pattern = re.sub(rb"([*+?}])\+", rb"\1", pattern)
@@ -448,7 +450,7 @@ MAX_LABELS: Final = 10_000
 RUN_STEP: Final = 256
 
 
-def compile_run(unit: bytes) -> re.Pattern[bytes]:
+def compile_run(unit: bytes) -> Pattern:
     """Return a run of `unit` (up to 256 bytes) for `scan`, at most 64 KiB of it at a time.
 
     The bound keeps one match short, so that other threads and the deadline get their turn on an
@@ -465,15 +467,10 @@ LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
-INFINITY: Final = rb"[+-]?[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
-NOT_A_NUMBER: Final = rb"[nN][aA][nN]"
-NUMBER: Final = compile_production(rb"(%b)|%b|%b" % (DECIMAL, INFINITY, NOT_A_NUMBER))
-DIGITS: Final = re.compile(rb"()[0-9]+")
-MAX_INT64: Final = 2**63 - 1
+NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-ESCAPED: Final = {b"\\": b"\\", b'"': b'"', b"n": b"\n"}
 
 # Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
@@ -487,11 +484,10 @@ LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
 # Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
-CANONICAL_BYTE: Final = rb"[\0-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash or newline
+CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
-CANONICAL_NUMBER: Final = (
-    rb"(?:-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|[+-]Inf|NaN)"
-)
+FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
+CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 16  # node_os_info has 12
 
 
@@ -499,83 +495,70 @@ def compose_labels(depth: int = 0) -> bytes:
     """Return up to 16 pairs from the `depth`-th on, each with a name that none before it has."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
     pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, LABEL_NAME, CANONICAL_VALUE)
-    if depth + 1 == MAX_FAST_LABELS:
-        return pair
-    return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
+    more = rb"(?:,%b|)" % compose_labels(depth + 1) if depth + 1 < MAX_FAST_LABELS else b""
+    return pair + more
 
 
-SECONDS: Final = rb"-?[0-9]{1,18}+(?:\.[0-9]{1,18}+|)(?:e\+?[0-9]{1,2}|)"
-EXEMPLAR_VALUE: Final = CANONICAL_VALUE.replace(rb"[\0-", rb"[\x01-")
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, EXEMPLAR_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
 UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
-NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
-OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
+OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
 
 
 RUN_SAMPLES: Final = 200
 
 
-def compose_run(
-    types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
-) -> re.Pattern[bytes]:
+def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"") -> Pattern:
     """Return a run of samples with the metadata before them, all canonical.
 
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
-    sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
+    labels_and_value = rb"(?:\{%b\}|) %b%b" % (compose_labels(), CANONICAL_NUMBER, after_value)
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
+    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, METRIC_NAME + labels_and_value)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What distinguishes the line formats and their levels; readers know no other difference."""
+class Dialect(NamedTuple):
+    """What distinguishes the line formats and their levels; readers know no other difference.
 
-    types: tuple[bytes, ...]  #: the first one is that of a family without a type
-    token: re.Pattern[bytes]
-    label_value: re.Pattern[bytes]
-    fast: re.Pattern[bytes]
-    blanks: re.Pattern[bytes] = BLANKS  #: what may stand anywhere between two tokens
-    separator: re.Pattern[bytes] = BLANKS  #: what stands before a value, a timestamp, a keyword
-    timestamp: re.Pattern[bytes] = DIGITS
-    after_name: re.Pattern[bytes] = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
-    help_text: re.Pattern[bytes] = re.compile(b"")  #: what a HELP text begins with
+    As it is, it is the text format, as Prometheus reads it.
+    """
+
+    types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
+    token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
+    label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
+    fast: Pattern = compose_run(TEXT_TYPES, rb"(?: [0-9]{1,18}+|)")
+    separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
+    timestamp: Pattern = re.compile(rb"()[0-9]+")
+    after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    help_text: Pattern = re.compile(b"")  #: what a HELP text begins with
     openmetrics: bool = False
     lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
-TEXT: Final = Dialect(
-    types=TEXT_TYPES,
-    token=compile_run(rb"[^{ \t\n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]'),
-    fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
-)
+TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
-    blanks=NOTHING,
     separator=re.compile(b" "),
     token=compile_run(rb"[^ \n\0]{1,256}"),
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
+    fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
     openmetrics=True,
 )
-STRICT_TEXT: Final = dataclasses.replace(
-    TEXT,
+STRICT_TEXT: Final = Dialect(
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
     after_name=re.compile(rb"[ \t\n]|\Z"),
     help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
     lenient=TEXT,
 )
-STRICT_OPENMETRICS: Final = dataclasses.replace(OPENMETRICS, lenient=OPENMETRICS)
+STRICT_OPENMETRICS: Final = OPENMETRICS._replace(lenient=OPENMETRICS)
 
 # ==================================================================================================
 # 5  Exposition: reading lines
@@ -616,15 +599,18 @@ class Label(NamedTuple):
     value: bytes
 
 
+Labels = list[Label]
+
+
 class Sample(NamedTuple):
     """One line with a value, the name unescaped, the rest as it was written."""
 
     pos: int
     name: bytes
-    labels: list[Label]
+    labels: Labels
     value: bytes
     timestamp: bytes
-    exemplar: list[Label] | None
+    exemplar: Labels | None
 
 
 class Metadata(NamedTuple):
@@ -641,14 +627,11 @@ Line = Union[Sample, Metadata, None]
 
 def is_utf8(text: bytes) -> bool:
     """Return whether `text` is UTF-8; in pieces, as a decoded copy may take four times as much."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (text[start : start + WINDOW_BYTES] for start in range(0, len(text), WINDOW_BYTES))
     try:
-        for start in range(0, 0 if text.isascii() else len(text), WINDOW_BYTES):
-            decoder.decode(text[start : start + WINDOW_BYTES])
-        decoder.decode(b"", final=True)
+        return text.isascii() or all(codecs.iterdecode(pieces, "utf-8"))
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def find_line_end(body: bytes, pos: int) -> int:
@@ -660,10 +643,9 @@ def find_line_end(body: bytes, pos: int) -> int:
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
     body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
-    until = body[start:pos] + (body[pos : pos + 1] or b"\n")
-    if is_utf8(body[start : find_line_end(body, pos)]):
-        until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until), start)
+    uncounted = CONTINUATION_BYTES if is_utf8(body[start : find_line_end(body, pos)]) else b""
+    column = len(body[start : pos + 1].translate(None, uncounted)) + (pos == len(body))
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, column, start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -678,31 +660,37 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str) -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
+    """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
+    shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
+    return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
+def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
+    """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
+    if not fits:
+        raise expected(source, pos, what, found)
+
+
+def scan(source: Source, pos: int, run: Pattern) -> int:
     """Return the end of the longest repetition of `run` from `pos` on."""
-    found = run.match(source.body, pos)
-    while found and found.end() - pos >= RUN_STEP:  # shorter only where the run ends
+    # A match is shorter than RUN_STEP only where the run ends.
+    while (found := run.match(source.body, pos)) and found.end() - pos >= RUN_STEP:
         source.tick()
         pos = found.end()
-        found = run.match(source.body, pos)
     return found.end() if found else pos
 
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return scan(source, pos, source.dialect.blanks) if peek(source, pos) in b" \t" else pos
+    free = peek(source, pos) in b" \t" and not source.dialect.openmetrics
+    return scan(source, pos, BLANKS) if free else pos
 
 
-def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
+def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
-    if peek(source, end) == b"\\":
-        raise expected(source, end, r"one of the escapes \\, \" and \n")
+    require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
         found = describe(source, end)
         raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
@@ -711,10 +699,10 @@ def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, 
 
 def unescape(text: bytes) -> bytes:
     """Return `text` as Prometheus understands it."""
-    return ESCAPE.sub(lambda found: ESCAPED[found[1]], text)
+    return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
+def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
@@ -722,29 +710,23 @@ def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tu
             raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
         return end, unescape(name)
     end = scan(source, pos, run)
-    if end == pos or peek(source, pos).isdigit():
-        raise expected(source, pos, what)
+    require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
     return end, source.body[pos:end]
 
 
 def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a label's value as it was written, from the equals sign on."""
-    if peek(source, pos) != b"=":
-        raise expected(source, pos, '"="')
+    require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
-    if peek(source, pos) != b'"':
-        raise expected(source, pos, "a label value in double quotes")
+    require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
-    if not is_utf8(value):
-        raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
+    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
     return skip_blanks(source, scan(source, end, NULS)), value
 
 
-def read_labels(
-    source: Source, pos: int, name: bytes | None
-) -> tuple[int, bytes | None, list[Label]]:
+def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
-    labels: list[Label] = []
+    labels = Labels()
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
@@ -758,45 +740,34 @@ def read_labels(
             labels.append(Label(start, label, value))
         if len(labels) > MAX_LABELS:
             raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
-        pos = read_comma(source, pos)
+        if peek(source, pos) == b",":
+            pos = skip_blanks(source, pos + 1)
+            last = source.dialect is STRICT_OPENMETRICS and peek(source, pos) == b"}"
+            require(not last, source, pos, "a label name")
+        elif source.dialect is not TEXT:
+            require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos + 1, name, labels
 
 
-def read_comma(source: Source, pos: int) -> int:
-    """Return where the next pair or the closing brace is."""
-    openmetrics, strict = source.dialect.openmetrics, source.dialect.lenient
-    if peek(source, pos) == b",":
-        pos = skip_blanks(source, pos + 1)
-        if peek(source, pos) == b"}" and openmetrics and strict:
-            raise expected(source, pos, "a label name")
-    elif peek(source, pos) != b"}" and (openmetrics or strict):
-        raise expected(source, pos, '"," or "}"')
-    return pos
-
-
-def require_names(source: Source, labels: list[Label]) -> None:
+def require_names(source: Source, labels: Labels) -> None:
     """Return nothing; raise for a bad name, or one that is there twice. Empty labels do not count.
 
     The first is the metric's own, of which Prometheus makes the label `__name__`.
     """
     seen = {b"__name__"}
     for number, (pos, name, value) in enumerate(labels):
-        if not name or not is_utf8(name):
-            raise refuse(source, pos, f'expected a name in UTF-8, found "{excerpt(name)}"')
+        require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
         if number and name in seen:
             raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
         seen |= {name} if value else set()
 
 
-def read_number(
-    source: Source, pos: int, what: str, form: re.Pattern[bytes] = NUMBER
-) -> tuple[int, bytes]:
+def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
     start = scan(source, pos, source.dialect.separator)
     end = scan(source, start, source.dialect.token)
     number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
-    if start == pos and source.dialect.openmetrics:
-        raise expected(source, pos, "a blank")
+    require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
     if not number or end - start > MAX_NUMBER_BYTES:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
@@ -812,12 +783,12 @@ def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
         return pos, b""
     what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
     end, number = read_number(source, pos, what, dialect.timestamp)
-    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") > MAX_INT64:
+    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
         raise expected(source, start, "a timestamp within the range of int64")
     return end, number
 
 
-def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
+def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
     """Return the labels of an exemplar, if there is one."""
     if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
         return pos, None
@@ -831,15 +802,14 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
 def read_line_end(source: Source, pos: int) -> int:
     """Return the start of the next line. Only lenient text may end without a newline."""
     pos = skip_blanks(source, pos)
-    needed = source.dialect.openmetrics or source.dialect.lenient
-    if peek(source, pos) != b"\n" and (needed or pos < len(source.body)):
-        raise expected(source, pos, "a newline")
+    over = source.dialect is TEXT and pos == len(source.body)
+    require(over or peek(source, pos) == b"\n", source, pos, "a newline")
     return pos + 1
 
 
 def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
-    start, name, labels = pos, None, list[Label]()
+    start, name, labels = pos, None, Labels()
     if peek(source, pos) not in (b"{", b'"'):
         pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
         pos = skip_blanks(source, pos)
@@ -857,45 +827,33 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
+    end = find_line_end(body, pos)
     word = scan(source, pos + 1, dialect.separator)
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
-    keyword = body[word:after].replace(b"\0", b"")
-    if dialect.lenient and after - word > len(keyword):
+    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
+    if dialect.lenient and b"\0" in body[word:after]:
         raise refuse(source, word, "expected no NUL byte in the first word of a comment")
-    known = (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]
-    if word > pos + 1 and name > after and keyword in known:
-        return read_metadata(source, Metadata(pos, keyword, b"", b""), name)
+    if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
+        return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        if word == pos + 1 or keyword != b"EOF":
-            found = excerpt(body[pos : find_line_end(body, pos)])
-            raise refuse(source, pos, f'expected HELP, TYPE, UNIT or "# EOF", found "{found}"')
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', body[pos:end])
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    end = find_line_end(body, pos)
     lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
     if lost >= 0:
         raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
     return read_line_end(source, end), None
 
 
-def read_metadata(source: Source, metadata: Metadata, pos: int) -> tuple[int, Metadata]:
-    """Return a HELP, TYPE or UNIT line, of which the name begins at `pos`."""
-    what = f"a metric name after {metadata.keyword.decode()}"
-    pos, name = read_name(source, pos, METRIC_RUN, what)
+def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
+    """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
+    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
     end = find_line_end(source.body, pos)
-    if not source.dialect.after_name.match(source.body, pos):
-        raise expected(source, pos, "a blank")
-    metadata = metadata._replace(name=name, text=source.body[pos + 1 : end])
-    require_text(source, min(pos + 1, end), metadata)
-    return read_line_end(source, end), metadata
-
-
-def require_text(source: Source, pos: int, metadata: Metadata) -> None:
-    """Return nothing; raise where the text at `pos` is none for its keyword."""
-    _, keyword, name, text = metadata
+    require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
+    text = source.body[pos + 1 : end]
     what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
@@ -903,8 +861,8 @@ def require_text(source: Source, pos: int, metadata: Metadata) -> None:
         what = "a unit that the metric's name ends in"
     elif keyword == b"HELP" and not source.dialect.help_text.match(text):
         what = r"no escapes but \\ and \n"
-    if what:
-        raise refuse(source, pos, f'expected {what}, found "{excerpt(text)}"')
+    require(not what, source, min(pos + 1, end), what, text)
+    return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -912,8 +870,7 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
     pos = skip_blanks(source, pos)
     if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
         return pos + 1, None
-    if pos == len(source.body):
-        raise expected(source, pos, '"# EOF"')
+    require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
 
 
@@ -923,41 +880,37 @@ def find_end(source: Source) -> int:
     return len(source.body) + bool(needed)
 
 
-def count_samples(body: bytes, start: int, end: int) -> int:
-    """Return how many canonical lines from `start` to `end` are samples: have no `#`."""
-    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start, end)
-    return body.count(b"\n", start, end) - comments
+def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
+    """Return where the canonical lines from `pos` on end, and how many samples they have.
 
-
-def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
-    """Return where the lines that start before `end` end, and how many samples they have."""
-    samples, start = 0, pos  # of the run that is not counted yet
-    while pos < end:
+    Only those of the last run need counting: another could follow on all before it.
+    """
+    samples, last = -RUN_SAMPLES, pos
+    while run := fast.match(source.body, pos, end):
         source.tick()
-        run = fast.match(source.body, pos, end)
-        if run:
-            samples += RUN_SAMPLES if start < pos else 0
-            start, pos = pos, run.end()
-        else:
-            samples += count_samples(source.body, start, pos)
-            start, line = read_line(source, pos)
-            samples, pos = samples + isinstance(line, Sample), start
-    return pos, samples + count_samples(source.body, start, pos)
+        samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
+    comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
+    return pos, max(samples, 0) + source.body.count(b"\n", last, pos) - comments
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
-    """Return how many samples the whole body has.
+    """Return how many samples the whole body has: run by run, and what is between them by line.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
     That is decided window by window: a Latin-1 comment costs its own window the fast path.
     """
-    source = Source(body, dialect, tick)
-    pos = samples = 0
+    source, run = Source(body, dialect, tick), NOTHING
+    pos = window = samples = 0
     while pos < find_end(source):
-        end = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or min(pos + WINDOW_BYTES, len(body))
-        run = dialect.fast if fast and is_utf8(body[pos:end]) else NOTHING
-        pos, found = read_window(source, pos, max(end, pos + 1), run)
+        if pos >= window:
+            window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
+            run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+        pos, found = read_runs(source, pos, window, run)
         samples += found
+        if pos < window:
+            tick()
+            pos, line = read_line(source, pos)
+            samples += isinstance(line, Sample)
     return samples
 
 
