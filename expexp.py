@@ -1308,34 +1308,32 @@ def judge_families(source: Source, report: Report) -> None:
 # must be UTF-8, label names unique, as in Prometheus's decoder. Messages say byte offset and field.
 # Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
 
-PROTOBUF: Final = """
-    MetricFamily 1 name text, 2 help text, 3 type varint, 4 metric text, 5 unit text
-    Metric 1 label text, 2 gauge Gauge, 3 counter Counter, 4 summary Summary
-    Metric 5 untyped Gauge, 6 timestamp_ms varint, 7 histogram Histogram
-    LabelPair 1 name text, 2 value text
-    Gauge 1 value double
-    Counter 1 value double, 2 exemplar Exemplar, 3 created Timestamp
-    Summary 1 count varint, 2 sum double, 3 quantile Quantile, 4 created Timestamp
-    Quantile 1 quantile double, 2 value double
-    Histogram 1 count varint, 2 sum double, 3 bucket Bucket, 4 count_float double
-    Histogram 5 schema varint, 6 zero_threshold double, 7 zero_count varint
-    Histogram 8 zero_count_float double, 9 negative_span Span, 10 negative_delta varints
-    Histogram 11 negative_count doubles, 12 positive_span Span, 13 positive_delta varints
-    Histogram 14 positive_count doubles, 15 created Timestamp, 16 exemplar Exemplar
-    Bucket 1 count varint, 2 bound double, 3 exemplar Exemplar, 4 count_float double
-    Span 1 offset varint, 2 length varint
-    Exemplar 1 label LabelPair, 2 value double, 3 timestamp Timestamp
-    Timestamp 1 seconds varint, 2 nanos varint
-"""
-FIELDS: Final = {
-    (line.split()[0], int(number)): (name, kind)
-    for line in PROTOBUF.strip().splitlines()
-    for number, name, kind in map(str.split, line.split(maxsplit=1)[1].split(","))
+#: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
+PROTOBUF: Final = {
+    "MetricFamily": "name text, help text, type int, metric text, unit text",
+    "Metric": "label text, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
+    "timestamp_ms int, histogram Histogram",
+    "LabelPair": "name text, value text",
+    "Gauge": "value double",
+    "Counter": "value double, exemplar Exemplar, created Timestamp",
+    "Summary": "count int, sum double, quantile Quantile, created Timestamp",
+    "Quantile": "quantile double, value double",
+    "Histogram": "count int, sum double, bucket Bucket, count_float double, schema int, "
+    "zero_threshold double, zero_count int, zero_count_float double, negative_span Span, "
+    "negative_delta ints, negative_count doubles, positive_span Span, positive_delta ints, "
+    "positive_count doubles, created Timestamp, exemplar Exemplar",
+    "Bucket": "count int, bound double, exemplar Exemplar, count_float double",
+    "Span": "offset int, length int",
+    "Exemplar": "label LabelPair, value double, timestamp Timestamp",
+    "Timestamp": "seconds int, nanos int",
 }
-MESSAGES: Final = {message for message, _ in FIELDS}
-#: Wire types: 0 is a varint, 1 has 8 bytes, 2 a length and as many bytes, 5 has 4 bytes.
-WIRE_TYPES: Final = {"varint": (0,), "double": (1,), "varints": (0, 2), "doubles": (1, 2)}
+FIELDS: Final = {
+    message: {number: tuple(field.split()) for number, field in enumerate(fields.split(","), 1)}
+    for message, fields in PROTOBUF.items()
+}
 LENGTH_DELIMITED: Final = 2
+#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All else has 2: a length and as many bytes.
+WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 SUMMARY, HISTOGRAM, GAUGE_HISTOGRAM = 2, 4, 5  # no type has a higher number
 PLUS_INFINITY: Final = b"\xf0\x7f"  # as a double, without the zeros before it
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
@@ -1366,97 +1364,88 @@ def read_varint(body: bytes, field: Field) -> tuple[int, int]:
 
 def read_content(body: bytes, field: Field, wire: int) -> Field:
     """Return the field cut to its content. Groups, which are obsolete, are refused."""
-    path, start, end = field
-    length = {1: 8, 5: 4}.get(wire, 0)
-    if wire == 0:
-        length = read_varint(body, field)[0] - start
-    elif wire == LENGTH_DELIMITED:
-        start, length = read_varint(body, field)
-    elif not length:
+    start, end = field.start, field.start + {1: 8, 5: 4}.get(wire, 0)
+    if wire in (0, LENGTH_DELIMITED):
+        after, number = read_varint(body, field)
+        start, end = (after, after + number) if wire == LENGTH_DELIMITED else (start, after)
+    elif start == end:
         raise garbled(field, f"expected a wire type, found {wire}")
-    if start + length > end:
-        raise garbled(field, f"expected {length} bytes, found {end - start}")
-    return Field(path, start, start + length)
+    if end > field.end:
+        raise garbled(field, f"expected {end - start} bytes, found {field.end - start}")
+    return Field(field.path, start, end)
 
 
 def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
-    """Yield the known fields of a message, and after each the fields in it."""
+    """Yield the fields of a message, and after each the fields in it."""
     pos = message.start
     while pos < message.end:
         source.tick()
         pos, tag = read_varint(source.body, message._replace(start=pos))
         number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
-        name, content = FIELDS.get((kind, number), ("", ""))
-        field = Field(f"{message.path}.{name or number}", pos, message.end)
-        if not 0 < number < 1 << 31 or (
-            name and wire not in WIRE_TYPES.get(content, (LENGTH_DELIMITED,))
-        ):
+        name, content = FIELDS[kind].get(number, (str(number), "any"))
+        field = Field(f"{message.path}.{name}", pos, message.end)
+        if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(field, f"expected no field {number} with the wire type {wire}")
         field = read_content(source.body, field, wire)
-        if name:
-            yield field
-        if content in MESSAGES:
-            yield from read_fields(source, field, content)
-        elif content.endswith("s") and wire == LENGTH_DELIMITED:
-            require_packed(source.body, field, content)
+        yield field
         pos = field.end
+        if content in FIELDS:
+            yield from read_fields(source, field, content)
+        elif content == "doubles" and (pos - field.start) % 8:
+            raise garbled(field, "expected a multiple of 8 bytes")
+        while content == "ints" and field.start < pos:
+            field = field._replace(start=read_varint(source.body, field)[0])
 
 
-def require_packed(body: bytes, field: Field, content: str) -> None:
-    """Return nothing; raise where a list of numbers does not end with one of them."""
-    if content == "doubles" and (field.end - field.start) % 8:
-        raise garbled(field, "expected a multiple of 8 bytes")
-    while content == "varints" and field.start < field.end:
-        field = field._replace(start=read_varint(body, field)[0])
+def read_message(source: Source, message: Field, kind: str) -> dict[str, list[Field]]:
+    """Return the fields of a message by their path in it."""
+    fields: dict[str, list[Field]] = {}
+    for field in read_fields(source, message, kind):
+        fields.setdefault(field.path[len(message.path) + 1 :], []).append(field)
+    return fields
+
+
+def read_last(source: Source, fields: dict[str, list[Field]], *paths: str) -> list[bytes]:
+    """Return the content of the last field of each path, the one that counts; empty without any."""
+    return [b"".join(source.body[a:b] for _, a, b in fields.get(path, [])[-1:]) for path in paths]
 
 
 def require_labels(source: Source, labels: list[Field], special: bytes) -> None:
     """Return nothing; raise for labels that are not UTF-8, or without a name of their own."""
     seen = {b"__name__", special}
     for label in labels:
-        texts = read_texts(source, label, "LabelPair")
-        name, value = texts.get("name", b""), texts.get("value", b"")
+        name, value = read_last(source, read_message(source, label, "LabelPair"), "name", "value")
         if not name or (name in seen and value) or not is_utf8(name + b"\n" + value):
             found = f'"{excerpt(name)}"="{excerpt(value)}"'
             raise garbled(label, f"expected UTF-8 and a name of its own, found {found}")
         seen |= {name} if value else set()
 
 
-def read_texts(source: Source, message: Field, kind: str) -> dict[str, bytes]:
-    """Return the content of the fields of a message, the last one of each name."""
-    fields = read_fields(source, message, kind)
-    return {field.path.rpartition(".")[2]: source.body[field.start : field.end] for field in fields}
-
-
 def read_metric(source: Source, metric: Field, number: int) -> tuple[int, bool]:
     """Return how many samples a metric has, and whether it is a native histogram too."""
-    fields = list(read_fields(source, metric, "Metric"))
-    paths = [field.path.rpartition(".metric.")[2] for field in fields]
-    content = {path: source.body[a:b].strip(b"\0\x80") for path, (_, a, b) in zip(paths, fields)}
-    labels = [field for field, path in zip(fields, paths) if path == "label"]
-    quantiles, buckets = paths.count("summary.quantile"), paths.count("histogram.bucket")
+    fields = read_message(source, metric, "Metric")
+    samples, special, native = 1, b"", False  # special: the label that Prometheus adds
     if number == SUMMARY:
-        require_labels(source, labels, b"quantile" if quantiles else b"__name__")
-        return 2 + quantiles, False
-    if number not in (HISTOGRAM, GAUGE_HISTOGRAM):
-        require_labels(source, labels, b"__name__")
-        return 1, False
-    zeros = content.get("histogram.zero_threshold"), content.get("histogram.zero_count")
-    native = any(path.endswith("_span") for path in paths) or any(zeros)
-    require_labels(source, labels, b"__name__" if native else b"le")
-    return 2 + buckets + (content.get("histogram.bucket.bound") != PLUS_INFINITY), native
+        quantiles = len(fields.get("summary.quantile", []))
+        samples, special = 2 + quantiles, b"quantile" if quantiles else b""
+    elif number in (HISTOGRAM, GAUGE_HISTOGRAM):
+        paths = (f"histogram.{path}" for path in ("zero_threshold", "zero_count", "bucket.bound"))
+        *zeros, bound = (part.strip(b"\0\x80") for part in read_last(source, fields, *paths))
+        native = any(zeros) or any(path.endswith("_span") for path in fields)
+        samples = 2 + len(fields.get("histogram.bucket", [])) + (bound != PLUS_INFINITY)
+        special = b"" if native else b"le"
+    require_labels(source, fields.get("label", []), special)
+    return samples, native
 
 
 def read_family(source: Source, family: Field) -> int:
     """Return how many samples Prometheus makes of a family. Without metrics, it asks no more."""
-    fields = read_fields(source, family, "MetricFamily")
-    metrics = [field for field in fields if field.path.endswith(".metric")]
-    texts = read_texts(source, family, "MetricFamily")
-    name, help_text = texts.get("name", b""), texts.get("help", b"")
+    fields = read_message(source, family, "MetricFamily")
+    metrics = fields.get("metric", [])
+    name, help_text, kind = read_last(source, fields, "name", "help", "type")
+    number = read_varint(kind or b"\0", Field("type", 0, 10))[1] & 0xFFFF_FFFF
     if metrics and (not name or not is_utf8(name + b"\n" + help_text)):
         raise garbled(family, f'expected name and help in UTF-8, found "{excerpt(name)}"')
-    kind = texts.get("type", b"\0")
-    number = read_varint(kind, Field("type", 0, len(kind)))[1] & 0xFFFF_FFFF
     if metrics and number > GAUGE_HISTOGRAM:
         raise garbled(family, f"expected a type up to {GAUGE_HISTOGRAM}, found {number}")
     samples, as_native, before = 0, True, False
@@ -1514,9 +1503,8 @@ def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
     wanted = (PROTOBUF_TYPE, PROTOBUF_MESSAGE, "delimited")
     if (media_type, parameters.get("proto"), parameters.get("encoding")) == wanted:
         return None
-    if media_type == OPENMETRICS_TYPE:
-        return STRICT_OPENMETRICS if strict else OPENMETRICS
-    return STRICT_TEXT if strict else TEXT
+    dialect = STRICT_OPENMETRICS if media_type == OPENMETRICS_TYPE else STRICT_TEXT
+    return dialect if strict else dialect.lenient
 
 
 def verify_exposition(
@@ -1544,24 +1532,19 @@ def verify_exposition(
     """
     if strict:
         report = Report()
-        examine_exposition(body, content_type, report, tick)
+        judge_exposition(body, content_type, report, tick)
         return report.samples
     dialect = choose_dialect(content_type, strict=False)
     return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
 
 
-def examine_exposition(
-    body: bytes, content_type: str, report: Report, tick: Tick = no_tick
-) -> None:
-    """Return nothing; fill `report`. Raises ExpositionError where it is full."""
+def judge_exposition(body: bytes, content_type: str, report: Report, tick: Tick = no_tick) -> None:
+    """Return nothing; fill `report`. ExpositionError where it is full, or protobuf broken."""
     dialect = choose_dialect(content_type, strict=True)
     if dialect:
         judge_families(Source(body, dialect, tick), report)
-        return
-    try:
+    else:  # protobuf cannot be read on
         report.samples, report.families = read_protobuf(body, tick)
-    except ExpositionError as error:  # protobuf cannot be read on
-        report.add(error, strict=False)
 
 
 # ==================================================================================================
@@ -3795,36 +3778,33 @@ class Program:
 def verify_file(name: str, options: Options, limits: Limits) -> int:
     """Check the exposition in a file and tell all findings; the exit code, 2 if that fails. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
+    failure = f"{shown}: cannot be read"
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
             body = file.read(limits.body_bytes + 1)
         check_size(limits, len(body))
-    except (OSError, ScrapeError) as error:
-        tell(f"{shown}: cannot be read: {words_of(error)}\n")
-        return 2
-    text, code = verify_body(shown, body, options, limits)
-    try:
+        text, code = verify_body(shown, body, options, limits)
+        failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
-    except OSError as error:
-        tell(f"<stdout>: cannot be written: {words_of(error)}\n")
+    except (OSError, ScrapeError) as error:
+        tell(f"{failure}: {words_of(error)}\n")
         return 2
     return code
 
 
 def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
     """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
-    report, started, more = Report(limits.findings), time.monotonic(), ""
+    report, started = Report(limits.findings), time.monotonic()
     content_type = options.verify_content_type or text_scrape(body).headers[0][1]
     try:  # first, so that no number of strict findings hides it
         verify_exposition(body, content_type)
     except ExpositionError as error:
         report.limit += 1  # it is found again
         report.add(error, strict=False)
-    try:
-        examine_exposition(body, content_type, report)
-    except ExpositionError:
-        more = " or more"
+    with contextlib.suppress(ExpositionError):
+        judge_exposition(body, content_type, report)
+    more = " or more" if len(report.findings) >= report.limit else ""
     findings = sorted(set(report.findings))
     wanted = {finding.line for finding in findings}
     texts = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in wanted}
@@ -3842,10 +3822,9 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     head = f"{place}: {'strict: ' if strict else ''}{message}\n"
     if not line:
         return head
-    raw = raw.rstrip(b"\n")
     text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
-    start = max(0, column - 60)
-    before, rest = excerpt(text[start : column - 1], 200), excerpt(text[column - 1 :], 60)
+    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    rest = excerpt(text[column - 1 :].rstrip("\n"), 60)
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 

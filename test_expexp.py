@@ -2559,7 +2559,7 @@ def test_every_finding_is_reported_and_the_first_decides(body: bytes, content_ty
     next(EXAMPLES)
     report = expexp.Report(limit=10)
     with contextlib.suppress(expexp.ExpositionError):
-        expexp.examine_exposition(body, content_type, report)
+        expexp.judge_exposition(body, content_type, report)
         assert len(report.findings) < 10
     assert all(1 <= found.line <= body.count(b"\n") + 1 for found in report.findings)
     lenient = [found for found in report.findings if not found.strict]
@@ -3308,7 +3308,7 @@ def test_strict_openmetrics_is_not_empty() -> None:
 def test_a_report_has_every_finding_and_marks_the_strict_ones() -> None:
     body = b'a{b="c"d="e"} 1\nup one\n# HELP g x\n# HELP g x\nup 1'
     report = expexp.Report(limit=10)
-    expexp.examine_exposition(body, PLAIN, report)
+    expexp.judge_exposition(body, PLAIN, report)
     assert report.findings == [
         expexp.Finding(1, 8, 'expected "," or "}", found "d="e"}"', strict=True),
         expexp.Finding(2, 4, 'expected a value, found "one"'),
@@ -3320,7 +3320,7 @@ def test_a_report_has_every_finding_and_marks_the_strict_ones() -> None:
 
 def test_a_family_with_a_line_that_cannot_be_read_is_not_judged() -> None:
     report = expexp.Report(limit=10)
-    expexp.examine_exposition((H + 'h_bucket{le="+Inf" 1\nh_count 1\n').encode(), PLAIN, report)
+    expexp.judge_exposition((H + 'h_bucket{le="+Inf" 1\nh_count 1\n').encode(), PLAIN, report)
     assert [(found.line, found.strict) for found in report.findings] == [(2, False)]
 
 
