@@ -948,7 +948,8 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 # The strict level: what the formats themselves demand, beyond what Prometheus ingests. Rules of a
 # line are a stricter dialect for the same reader; rules of a family are the `check_*` functions,
 # one a rule, each with examples that pass and that do not, which the tests run. A check gets a
-# family of well-formed lines and yields complaints: where, and what is wrong.
+# family of well-formed lines, and those of its rows to look at: all in their order, or those of one
+# metric (in OpenMetrics at one point in time). It yields complaints: where, and what is wrong.
 
 Complaints = Iterator[tuple[int, str]]
 #: A family of more samples is only judged line by line: what the checks need is kept in memory,
@@ -984,20 +985,14 @@ class Row(NamedTuple):
 class Family:
     """A run of lines about one name."""
 
-    def __init__(self, first: Sample | Metadata, source: Source) -> None:
+    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
         """Begin with the first line."""
-        dialect, self.tick = source.dialect, source.tick
         self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
+        self.type, self.names = dialect.types[0], {first.name}
         self.metadata: list[Metadata] = []
         self.rows: list[Row] = []
-        self.set_type(dialect.types[0])
+        self.metrics: dict[tuple[str, bytes], list[Row]] = {}
         self.add(first)
-
-    def set_type(self, name: bytes) -> None:
-        """Take a type, and with it the names that samples may have."""
-        self.type = name
-        suffixes = SUFFIXES.get((self.openmetrics, name), (b"",))
-        self.names = {self.name + suffix for suffix in suffixes}
 
     def takes(self, line: Sample | Metadata) -> bool:
         """Return whether this family goes on with `line`."""
@@ -1005,14 +1000,17 @@ class Family:
 
     def add(self, line: Sample | Metadata) -> None:
         """Take one more line."""
-        if isinstance(line, Sample):
-            if len(self.rows) > MAX_JUDGED_SAMPLES:
-                return
-            self.rows.append(self.make_row(line))
-            return
-        self.metadata.append(line)
-        if line.keyword == b"TYPE":
-            self.set_type(line.text)
+        if isinstance(line, Metadata):
+            self.metadata.append(line)
+            if line.keyword == b"TYPE":
+                self.type = line.text
+                suffixes = SUFFIXES.get((self.openmetrics, self.type), (b"",))
+                self.names = {self.name + suffix for suffix in suffixes}
+        elif len(self.rows) <= MAX_JUDGED_SAMPLES:
+            row = self.make_row(line)
+            self.rows.append(row)
+            point = row.timestamp if self.openmetrics else b""
+            self.metrics.setdefault((row.labels, point), []).append(row)
 
     def make_row(self, sample: Sample) -> Row:
         """Return what the rules ask of a sample. A label without a value is none."""
@@ -1026,51 +1024,29 @@ class Family:
         rest = repr(sorted(labels.items()))
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
-    def each(self) -> Iterator[Row]:
-        """Yield the rows, and tick now and then: a family may be a whole body."""
-        for number, row in enumerate(self.rows):
-            if number % 256 == 0:
-                self.tick()
-            yield row
 
-    def metrics(self) -> Iterable[list[Row]]:
-        """Return the rows of each metric, in OpenMetrics of each of its points in time."""
-        metrics: dict[tuple[str, bytes], list[Row]] = {}
-        for row in self.each():
-            point = row.timestamp if self.openmetrics else b""
-            metrics.setdefault((row.labels, point), []).append(row)
-        return metrics.values()
-
-
-def check_metadata(family: Family) -> Complaints:
-    r"""Yield what is repeated, or comes after the first sample.
+def check_metadata(family: Family, rows: list[Row]) -> Complaints:
+    r"""Yield what is repeated, comes after the first sample, or is not for the type.
 
     Good: `# HELP a x\n# TYPE a gauge\na 1\n`
     Bad: `# TYPE a gauge\n# TYPE a gauge\n`
     Bad: `a 1\n# TYPE a gauge\n`
-    """
-    seen: set[bytes] = set()
-    for pos, keyword, name, _ in family.metadata:
-        what = f'{keyword.decode()} of "{excerpt(name)}"'
-        if keyword in seen:
-            yield pos, f"found a second {what}"
-        elif family.rows and pos > family.rows[0].pos:
-            yield pos, f"expected the {what} before its samples"
-        seen.add(keyword)
-
-
-def check_unit(family: Family) -> Complaints:
-    r"""Yield a unit where the type has none.
-
     Good: `# TYPE a_s gauge\n# UNIT a_s s\n# EOF`
     Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
     """
-    for pos, keyword, _, text in family.metadata:
+    seen: set[bytes] = set()
+    for pos, keyword, name, text in family.metadata:
+        what = f'{keyword.decode()} of "{excerpt(name)}"'
+        if keyword in seen:
+            yield pos, f"found a second {what}"
+        elif rows and pos > rows[0].pos:
+            yield pos, f"expected the {what} before its samples"
         if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
             yield pos, f"expected no unit for the type {family.type.decode()}"
+        seen.add(keyword)
 
 
-def check_special_labels(family: Family) -> Complaints:
+def check_labels(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield a bucket, quantile or state whose label is missing or no such thing.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
@@ -1079,7 +1055,7 @@ def check_special_labels(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         if row.special == b"quantile" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
         elif row.special == b"le" and math.isnan(row.number):
@@ -1090,13 +1066,13 @@ def check_special_labels(family: Family) -> Complaints:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 
-WHOLE: Final = b"histogram_bucket histogram_count gaugehistogram_bucket gaugehistogram_gcount"
-COUNTS: Final = (*WHOLE.split(), b"summary_count")
-TOTALS: Final = (b"counter_total", b"histogram_sum", b"summary_sum", *COUNTS)
+#: How the kinds end that count something whole, and those that sum up what is not negative.
+COUNTS: Final = (b"_bucket", b"count")
+TOTALS: Final = (b"_total", b"_sum", *COUNTS)
 CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
 
 
-def check_values(family: Family) -> Complaints:
+def check_values(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield values that OpenMetrics does not allow for the type.
 
     Good: `# TYPE a counter\na_total 1.5\n# EOF`
@@ -1104,12 +1080,11 @@ def check_values(family: Family) -> Complaints:
     Bad: `# TYPE a summary\na_count 1.5\n# EOF`
     Bad: `# TYPE a info\na_info 2\n# EOF`
     """
-    for row in family.each() if family.openmetrics else ():
-        if row.kind in COUNTS and not row.value.is_integer():
+    for row in rows if family.openmetrics else ():
+        counting = row.kind.endswith(TOTALS)
+        if counting and row.kind.endswith(COUNTS) and not row.value.is_integer():
             yield row.pos, "expected a whole number"
-        elif (row.kind in TOTALS and not row.value >= 0) or (
-            row.kind == b"summary" and row.value < 0
-        ):
+        elif not row.value >= 0 if counting else row.value < 0 and row.kind == b"summary":
             yield row.pos, "expected a number that is not negative"
         elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
             yield row.pos, "expected a sum that is a number"
@@ -1121,13 +1096,13 @@ EXEMPLIFIED: Final = (b"counter_total", b"histogram_bucket")
 MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
-def check_exemplars(family: Family) -> Complaints:
+def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield exemplars that are too long, or on other samples than totals and buckets.
 
     Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         pairs = row.exemplar or ()
         if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
             yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
@@ -1135,21 +1110,20 @@ def check_exemplars(family: Family) -> Complaints:
             yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
 
 
-def check_series(family: Family) -> Complaints:
+def check_series(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
 
     Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
     Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
     """
-    for rows in family.metrics():
-        seen = set()
-        for row in rows:
-            if (row.kind, row.bound) in seen:
-                yield row.pos, "found the same series twice"
-            seen.add((row.kind, row.bound))
+    seen = set()
+    for row in rows:
+        if (row.kind, row.bound) in seen:
+            yield row.pos, "found the same series twice"
+        seen.add((row.kind, row.bound))
 
 
-def check_order(family: Family) -> Complaints:
+def check_order(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
 
     Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
@@ -1157,10 +1131,9 @@ def check_order(family: Family) -> Complaints:
     Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
     Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
     """
-    seen: set[str] = set()
-    before: Row | None = None
-    for row in family.each() if family.openmetrics else ():
-        if before is None or row.labels != before.labels:
+    seen = {row.labels for row in rows[:1]}
+    for before, row in zip(rows, rows[1:]) if family.openmetrics else ():
+        if row.labels != before.labels:
             if row.labels in seen:
                 yield row.pos, "expected the samples of one metric in one place"
             seen.add(row.labels)
@@ -1168,25 +1141,23 @@ def check_order(family: Family) -> Complaints:
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
         elif float(row.timestamp or 0) < float(before.timestamp or 0):
             yield row.pos, "expected no earlier timestamp than that of the sample before"
-        before = row
 
 
-def check_bounds(family: Family) -> Complaints:
+def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield buckets and quantiles that are not in ascending order.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
     Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
     """
-    for rows in family.metrics():
-        bounded = [row for row in rows if row.special]
-        for before, row in zip(bounded, bounded[1:]):
-            free = family.openmetrics and family.type == b"summary"
-            if row.number < before.number and not free:
-                yield row.pos, "expected buckets and quantiles in ascending order"
+    bounded = [row for row in rows if row.special]
+    free = family.openmetrics and family.type == b"summary"
+    for before, row in zip(bounded, bounded[1:]):
+        if row.number < before.number and not free:
+            yield row.pos, "expected buckets and quantiles in ascending order"
 
 
-def check_histograms(family: Family) -> Complaints:
+def check_histograms(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield the first thing that is wrong with each histogram.
 
     Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
@@ -1194,41 +1165,38 @@ def check_histograms(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
     """
-    for rows in family.metrics() if family.type.endswith(b"histogram") else ():
-        values = [0.0, *(row.value for row in rows if row.special)]
-        counts = [row.value for row in rows if row.kind.endswith(b"count")]
-        if math.inf not in [row.number for row in rows]:
-            yield rows[-1].pos, 'expected a bucket with le="+Inf"'
-        elif values != sorted(values):
-            yield rows[-1].pos, "expected no bucket with less in it than the one before"
-        elif counts[:1] not in ([], values[-1:]):
-            yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
+    values = [0.0, *(row.value for row in rows if row.special)]
+    counts = [row.value for row in rows if row.kind.endswith(b"count")]
+    if math.inf not in [row.number for row in rows]:
+        yield rows[-1].pos, 'expected a bucket with le="+Inf"'
+    elif values != sorted(values):
+        yield rows[-1].pos, "expected no bucket with less in it than the one before"
+    elif counts[:1] not in ([], values[-1:]):
+        yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
 
 
-def check_sums(family: Family) -> Complaints:
+def check_sums(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
 
     Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     """
-    if not family.openmetrics or not family.type.endswith(b"histogram"):
+    if not family.openmetrics:
         return
-    for rows in family.metrics():
-        sums = [row for row in rows if row.kind.endswith(b"sum")]
-        negative = any(row.number < 0 for row in rows)
-        if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
-            yield rows[-1].pos, "expected sum and count together, or neither"
-        elif sums and negative and family.type == b"histogram":
-            yield sums[0].pos, "expected no sum, since there is a negative bucket"
-        elif sums and not negative and sums[0].value < 0:
-            yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
+    sums = [row for row in rows if row.kind.endswith(b"sum")]
+    negative = any(row.number < 0 for row in rows)
+    if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
+        yield rows[-1].pos, "expected sum and count together, or neither"
+    elif sums and negative and family.type == b"histogram":
+        yield sums[0].pos, "expected no sum, since there is a negative bucket"
+    elif sums and not negative and sums[0].value < 0:
+        yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
 
 
-FAMILY_CHECKS: Final = (
-    *(check_metadata, check_unit, check_special_labels, check_values, check_exemplars),
-    *(check_series, check_order, check_bounds, check_histograms, check_sums),
-)
+FAMILY_CHECKS: Final = (check_metadata, check_order)
+METRIC_CHECKS: Final = (check_labels, check_values, check_exemplars, check_series, check_bounds)
+HISTOGRAM_CHECKS: Final = (*METRIC_CHECKS, check_histograms, check_sums)
 
 
 class Report:
@@ -1241,8 +1209,8 @@ class Report:
 
     def add(self, error: ExpositionError, strict: bool = True) -> None:
         """Keep a finding; raise it where it is the last that is wanted."""
-        place = error.line, error.column if error.line else error.offset
-        self.findings.append(Finding(*place, error.message, strict))
+        column = error.column or error.offset
+        self.findings.append(Finding(error.line, column, error.message, strict))
         if len(self.findings) >= self.limit:
             raise error
 
@@ -1276,10 +1244,22 @@ def read_families(source: Source, report: Report) -> Iterator[Family]:
         else:
             if family:
                 yield family
-            family = Family(line, source)
+            family = Family(line, source.dialect)
         report.samples += isinstance(line, Sample)
     if family:
         yield family
+
+
+def complain(family: Family, taken: set[bytes], tick: Tick) -> Complaints:
+    """Yield what is wrong with a family, of which the names should not be taken."""
+    for name in sorted(taken & {family.name, *family.names})[:1]:
+        yield family.pos, f'found "{excerpt(name)}", which is a name of another family above'
+    checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
+    groups = [family.rows, *family.metrics.values()]
+    for rows in groups if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
+        tick()
+        for check in FAMILY_CHECKS if rows is family.rows else checks:
+            yield from check(family, rows)
 
 
 def judge_families(source: Source, report: Report) -> None:
@@ -1287,17 +1267,9 @@ def judge_families(source: Source, report: Report) -> None:
     taken: set[bytes] = set()
     for family in read_families(source, report):
         report.families += 1
-        complaints: list[tuple[int, str]] = []
-        for check in FAMILY_CHECKS if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
-            source.tick()
-            complaints += check(family)
-        names = family.names | {family.name}
-        for name in sorted(taken & names)[:1]:
-            what = f'found "{excerpt(name)}", which is a name of another family above'
-            complaints.append((family.pos, what))
-        for pos, message in sorted(complaints):
+        for pos, message in sorted(complain(family, taken, source.tick)):
             report.add(refuse(source, pos, message))
-        taken |= names
+        taken |= {family.name, *family.names}
 
 
 # ==================================================================================================

@@ -2858,7 +2858,8 @@ def test_no_other_thread_waits_long() -> None:
 # ==================================================================================================
 # 6  Exposition: judging families
 # ==================================================================================================
-Check = Callable[[expexp.Family], expexp.Complaints]
+Check = Callable[[expexp.Family, list[expexp.Row]], expexp.Complaints]
+CHECKS_OF_FAMILIES = (*expexp.FAMILY_CHECKS, *expexp.HISTOGRAM_CHECKS)
 
 
 def examples(word: str) -> list[Any]:
@@ -2867,7 +2868,7 @@ def examples(word: str) -> list[Any]:
         pytest.param(
             check, codecs.decode(text, "unicode_escape").encode(), id=f"{check.__name__}: {text}"
         )
-        for check in expexp.FAMILY_CHECKS
+        for check in CHECKS_OF_FAMILIES
         for text in re.findall(rf"{word}: `([^`]*)`", check.__doc__ or "")
     ]
 
@@ -2877,7 +2878,12 @@ def complaints(check: Check, body: bytes) -> list[tuple[int, str]]:
     dialect = expexp.STRICT_OPENMETRICS if b"# EOF" in body else expexp.STRICT_TEXT
     source = expexp.Source(body, dialect, expexp.no_tick)
     families = expexp.read_families(source, expexp.Report())
-    return [complaint for family in families for complaint in check(family)]
+    return [
+        complaint
+        for family in families
+        for rows in ([family.rows] if check in expexp.FAMILY_CHECKS else family.metrics.values())
+        for complaint in check(family, rows)
+    ]
 
 
 @pytest.mark.parametrize(("check", "body"), examples("Good"))
@@ -2893,7 +2899,7 @@ def test_the_bad_examples_of_a_check_are_what_it_finds(check: Check, body: bytes
 
 
 def test_every_check_has_examples() -> None:
-    for check in expexp.FAMILY_CHECKS:
+    for check in CHECKS_OF_FAMILIES:
         assert "Good: `" in (check.__doc__ or "")
         assert "Bad: `" in (check.__doc__ or "")
 
