@@ -986,13 +986,12 @@ class Family:
     """A run of lines about one name."""
 
     def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
-        """Begin with the first line."""
+        """Begin with what the first line says; it is still to be added."""
         self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
         self.type, self.names = dialect.types[0], {first.name}
         self.metadata: list[Metadata] = []
         self.rows: list[Row] = []
         self.metrics: dict[tuple[str, bytes], list[Row]] = {}
-        self.add(first)
 
     def takes(self, line: Sample | Metadata) -> bool:
         """Return whether this family goes on with `line`."""
@@ -1082,7 +1081,7 @@ def check_values(family: Family, rows: list[Row]) -> Complaints:
     """
     for row in rows if family.openmetrics else ():
         counting = row.kind.endswith(TOTALS)
-        if counting and row.kind.endswith(COUNTS) and not row.value.is_integer():
+        if row.kind.endswith(COUNTS) and not row.value.is_integer():
             yield row.pos, "expected a whole number"
         elif not row.value >= 0 if counting else row.value < 0 and row.kind == b"summary":
             yield row.pos, "expected a number that is not negative"
@@ -1092,7 +1091,6 @@ def check_values(family: Family, rows: list[Row]) -> Complaints:
             yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
 
 
-EXEMPLIFIED: Final = (b"counter_total", b"histogram_bucket")
 MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
@@ -1104,7 +1102,7 @@ def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
     """
     for row in rows:
         pairs = row.exemplar or ()
-        if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
+        if row.exemplar is not None and not row.kind.endswith((b"_total", b"_bucket")):
             yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
         if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
             yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
@@ -1239,12 +1237,12 @@ def read_families(source: Source, report: Report) -> Iterator[Family]:
         pos, line = read_strictly(source, pos, report)
         if line is None:
             family = family if len(report.findings) == known else None
-        elif family and family.takes(line):
-            family.add(line)
-        else:
+            continue
+        if not (family and family.takes(line)):
             if family:
                 yield family
             family = Family(line, source.dialect)
+        family.add(line)
         report.samples += isinstance(line, Sample)
     if family:
         yield family
@@ -1257,8 +1255,8 @@ def complain(family: Family, taken: set[bytes], tick: Tick) -> Complaints:
     checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
     groups = [family.rows, *family.metrics.values()]
     for rows in groups if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
-        tick()
         for check in FAMILY_CHECKS if rows is family.rows else checks:
+            tick()
             yield from check(family, rows)
 
 
@@ -1448,8 +1446,6 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
-PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
-PROTOBUF_MESSAGE: Final = "io.prometheus.client.MetricFamily"
 MEDIA_PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
 MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
 
@@ -1472,8 +1468,8 @@ def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
 def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
     """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
     media_type, parameters = parse_media_type(content_type)
-    wanted = (PROTOBUF_TYPE, PROTOBUF_MESSAGE, "delimited")
-    if (media_type, parameters.get("proto"), parameters.get("encoding")) == wanted:
+    protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
+    if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
         return None
     dialect = STRICT_OPENMETRICS if media_type == OPENMETRICS_TYPE else STRICT_TEXT
     return dialect if strict else dialect.lenient
