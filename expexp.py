@@ -1364,6 +1364,7 @@ def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
         elif content == "doubles" and (pos - field.start) % 8:
             raise garbled(field, "expected a multiple of 8 bytes")
         while content == "ints" and field.start < pos:
+            source.tick()
             field = field._replace(start=read_varint(source.body, field)[0])
 
 

@@ -3594,6 +3594,13 @@ def test_mutated_protobuf_raises_nothing_but_its_error(changes: list[tuple[int, 
     assert isinstance(found, int) or 0 <= found.offset <= len(body)
 
 
+def test_packed_numbers_outlive_no_deadline() -> None:
+    ticks: list[None] = []
+    body = family(part(7, part(13, b"\x02" * 5_000)), kind=4)
+    expexp.verify_exposition(body, PROTOBUF, tick=lambda: ticks.append(None))
+    assert len(ticks) > 5_000
+
+
 def test_protobuf_without_its_parameters_is_text() -> None:
     assert expexp.choose_dialect("application/vnd.google.protobuf", strict=False) is expexp.TEXT
 
