@@ -1065,9 +1065,9 @@ def check_labels(family: Family, rows: list[Row]) -> Complaints:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 
-#: How the kinds end that count something whole, and those that sum up what is not negative.
+#: How the kinds end that count something whole, and those that are not negative.
 COUNTS: Final = (b"_bucket", b"count")
-TOTALS: Final = (b"_total", b"_sum", *COUNTS)
+TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
 CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
 
 
@@ -1080,10 +1080,11 @@ def check_values(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a info\na_info 2\n# EOF`
     """
     for row in rows if family.openmetrics else ():
-        counting = row.kind.endswith(TOTALS)
+        # A quantile of NaN is one that is not known.
+        negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
         if row.kind.endswith(COUNTS) and not row.value.is_integer():
             yield row.pos, "expected a whole number"
-        elif not row.value >= 0 if counting else row.value < 0 and row.kind == b"summary":
+        elif negative and row.kind.endswith(TOTALS):
             yield row.pos, "expected a number that is not negative"
         elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
             yield row.pos, "expected a sum that is a number"
