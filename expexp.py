@@ -442,8 +442,10 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # `(?:x|)` is `x` or nothing, faster than `(?:x)?`; a class without `^` is faster than one with.
 # Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
+Pattern = re.Pattern[bytes]
 
-def compile_production(pattern: bytes) -> re.Pattern[bytes]:
+
+def compile_production(pattern: bytes) -> Pattern:
     """Return `pattern` compiled, with plain quantifiers where Python has no possessive ones."""
     if sys.version_info < (3, 11):
         pattern = re.sub(rb"([*+?}])\+", rb"\1", pattern)
@@ -457,7 +459,7 @@ MAX_LABELS: Final = 10_000
 RUN_STEP: Final = 256
 
 
-def compile_run(unit: bytes) -> re.Pattern[bytes]:
+def compile_run(unit: bytes) -> Pattern:
     """Return a run of `unit` (up to 256 bytes) for `scan`, at most 64 KiB of it at a time.
 
     The bound keeps one match short, so that other threads and the deadline get their turn on an
@@ -474,15 +476,10 @@ LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
-INFINITY: Final = rb"[+-]?[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
-NOT_A_NUMBER: Final = rb"[nN][aA][nN]"
-NUMBER: Final = compile_production(rb"(%b)|%b|%b" % (DECIMAL, INFINITY, NOT_A_NUMBER))
-DIGITS: Final = re.compile(rb"()[0-9]+")
-MAX_INT64: Final = 2**63 - 1
+NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-ESCAPED: Final = {b"\\": b"\\", b'"': b'"', b"n": b"\n"}
 
 # Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
@@ -496,11 +493,10 @@ LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
 # Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
-CANONICAL_BYTE: Final = rb"[\0-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash or newline
+CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
-CANONICAL_NUMBER: Final = (
-    rb"(?:-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|[+-]Inf|NaN)"
-)
+FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
+CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 16  # node_os_info has 12
 
 
@@ -508,83 +504,70 @@ def compose_labels(depth: int = 0) -> bytes:
     """Return up to 16 pairs from the `depth`-th on, each with a name that none before it has."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
     pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, LABEL_NAME, CANONICAL_VALUE)
-    if depth + 1 == MAX_FAST_LABELS:
-        return pair
-    return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
+    more = rb"(?:,%b|)" % compose_labels(depth + 1) if depth + 1 < MAX_FAST_LABELS else b""
+    return pair + more
 
 
-SECONDS: Final = rb"-?[0-9]{1,18}+(?:\.[0-9]{1,18}+|)(?:e\+?[0-9]{1,2}|)"
-EXEMPLAR_VALUE: Final = CANONICAL_VALUE.replace(rb"[\0-", rb"[\x01-")
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, EXEMPLAR_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
 UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
-NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
-OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
+OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
 
 
 RUN_SAMPLES: Final = 200
 
 
-def compose_run(
-    types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
-) -> re.Pattern[bytes]:
+def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"") -> Pattern:
     """Return a run of samples with the metadata before them, all canonical.
 
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
-    sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
+    labels_and_value = rb"(?:\{%b\}|) %b%b" % (compose_labels(), CANONICAL_NUMBER, after_value)
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
+    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, METRIC_NAME + labels_and_value)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What distinguishes the line formats and their levels; readers know no other difference."""
+class Dialect(NamedTuple):
+    """What distinguishes the line formats and their levels; readers know no other difference.
 
-    types: tuple[bytes, ...]  #: the first one is that of a family without a type
-    token: re.Pattern[bytes]
-    label_value: re.Pattern[bytes]
-    fast: re.Pattern[bytes]
-    blanks: re.Pattern[bytes] = BLANKS  #: what may stand anywhere between two tokens
-    separator: re.Pattern[bytes] = BLANKS  #: what stands before a value, a timestamp, a keyword
-    timestamp: re.Pattern[bytes] = DIGITS
-    after_name: re.Pattern[bytes] = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
-    help_text: re.Pattern[bytes] = re.compile(b"")  #: what a HELP text begins with
+    As it is, it is the text format, as Prometheus reads it.
+    """
+
+    types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
+    token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
+    label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
+    fast: Pattern = compose_run(TEXT_TYPES, rb"(?: [0-9]{1,18}+|)")
+    separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
+    timestamp: Pattern = re.compile(rb"()[0-9]+")
+    after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    help_text: Pattern = re.compile(b"")  #: what a HELP text begins with
     openmetrics: bool = False
     lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
-TEXT: Final = Dialect(
-    types=TEXT_TYPES,
-    token=compile_run(rb"[^{ \t\n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]'),
-    fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
-)
+TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
-    blanks=NOTHING,
     separator=re.compile(b" "),
     token=compile_run(rb"[^ \n\0]{1,256}"),
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
+    fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
     openmetrics=True,
 )
-STRICT_TEXT: Final = dataclasses.replace(
-    TEXT,
+STRICT_TEXT: Final = Dialect(
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
     after_name=re.compile(rb"[ \t\n]|\Z"),
     help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
     lenient=TEXT,
 )
-STRICT_OPENMETRICS: Final = dataclasses.replace(OPENMETRICS, lenient=OPENMETRICS)
+STRICT_OPENMETRICS: Final = OPENMETRICS._replace(lenient=OPENMETRICS)
 
 # ==================================================================================================
 # 5  Exposition: reading lines
@@ -625,15 +608,18 @@ class Label(NamedTuple):
     value: bytes
 
 
+Labels = list[Label]
+
+
 class Sample(NamedTuple):
     """One line with a value, the name unescaped, the rest as it was written."""
 
     pos: int
     name: bytes
-    labels: list[Label]
+    labels: Labels
     value: bytes
     timestamp: bytes
-    exemplar: list[Label] | None
+    exemplar: Labels | None
 
 
 class Metadata(NamedTuple):
@@ -650,14 +636,11 @@ Line = Union[Sample, Metadata, None]
 
 def is_utf8(text: bytes) -> bool:
     """Return whether `text` is UTF-8; in pieces, as a decoded copy may take four times as much."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (text[start : start + WINDOW_BYTES] for start in range(0, len(text), WINDOW_BYTES))
     try:
-        for start in range(0, 0 if text.isascii() else len(text), WINDOW_BYTES):
-            decoder.decode(text[start : start + WINDOW_BYTES])
-        decoder.decode(b"", final=True)
+        return text.isascii() or all(codecs.iterdecode(pieces, "utf-8"))
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def find_line_end(body: bytes, pos: int) -> int:
@@ -669,10 +652,9 @@ def find_line_end(body: bytes, pos: int) -> int:
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
     body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
-    until = body[start:pos] + (body[pos : pos + 1] or b"\n")
-    if is_utf8(body[start : find_line_end(body, pos)]):
-        until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until), start)
+    uncounted = CONTINUATION_BYTES if is_utf8(body[start : find_line_end(body, pos)]) else b""
+    column = len(body[start : pos + 1].translate(None, uncounted)) + (pos == len(body))
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, column, start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -687,31 +669,37 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str) -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
+    """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
+    shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
+    return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
+def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
+    """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
+    if not fits:
+        raise expected(source, pos, what, found)
+
+
+def scan(source: Source, pos: int, run: Pattern) -> int:
     """Return the end of the longest repetition of `run` from `pos` on."""
-    found = run.match(source.body, pos)
-    while found and found.end() - pos >= RUN_STEP:  # shorter only where the run ends
+    # A match is shorter than RUN_STEP only where the run ends.
+    while (found := run.match(source.body, pos)) and found.end() - pos >= RUN_STEP:
         source.tick()
         pos = found.end()
-        found = run.match(source.body, pos)
     return found.end() if found else pos
 
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return scan(source, pos, source.dialect.blanks) if peek(source, pos) in b" \t" else pos
+    free = peek(source, pos) in b" \t" and not source.dialect.openmetrics
+    return scan(source, pos, BLANKS) if free else pos
 
 
-def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
+def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
-    if peek(source, end) == b"\\":
-        raise expected(source, end, r"one of the escapes \\, \" and \n")
+    require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
         found = describe(source, end)
         raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
@@ -720,10 +708,10 @@ def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, 
 
 def unescape(text: bytes) -> bytes:
     """Return `text` as Prometheus understands it."""
-    return ESCAPE.sub(lambda found: ESCAPED[found[1]], text)
+    return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
+def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
@@ -731,29 +719,23 @@ def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tu
             raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
         return end, unescape(name)
     end = scan(source, pos, run)
-    if end == pos or peek(source, pos).isdigit():
-        raise expected(source, pos, what)
+    require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
     return end, source.body[pos:end]
 
 
 def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a label's value as it was written, from the equals sign on."""
-    if peek(source, pos) != b"=":
-        raise expected(source, pos, '"="')
+    require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
-    if peek(source, pos) != b'"':
-        raise expected(source, pos, "a label value in double quotes")
+    require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
-    if not is_utf8(value):
-        raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
+    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
     return skip_blanks(source, scan(source, end, NULS)), value
 
 
-def read_labels(
-    source: Source, pos: int, name: bytes | None
-) -> tuple[int, bytes | None, list[Label]]:
+def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
-    labels: list[Label] = []
+    labels = Labels()
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
@@ -767,45 +749,34 @@ def read_labels(
             labels.append(Label(start, label, value))
         if len(labels) > MAX_LABELS:
             raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
-        pos = read_comma(source, pos)
+        if peek(source, pos) == b",":
+            pos = skip_blanks(source, pos + 1)
+            last = source.dialect is STRICT_OPENMETRICS and peek(source, pos) == b"}"
+            require(not last, source, pos, "a label name")
+        elif source.dialect is not TEXT:
+            require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos + 1, name, labels
 
 
-def read_comma(source: Source, pos: int) -> int:
-    """Return where the next pair or the closing brace is."""
-    openmetrics, strict = source.dialect.openmetrics, source.dialect.lenient
-    if peek(source, pos) == b",":
-        pos = skip_blanks(source, pos + 1)
-        if peek(source, pos) == b"}" and openmetrics and strict:
-            raise expected(source, pos, "a label name")
-    elif peek(source, pos) != b"}" and (openmetrics or strict):
-        raise expected(source, pos, '"," or "}"')
-    return pos
-
-
-def require_names(source: Source, labels: list[Label]) -> None:
+def require_names(source: Source, labels: Labels) -> None:
     """Return nothing; raise for a bad name, or one that is there twice. Empty labels do not count.
 
     The first is the metric's own, of which Prometheus makes the label `__name__`.
     """
     seen = {b"__name__"}
     for number, (pos, name, value) in enumerate(labels):
-        if not name or not is_utf8(name):
-            raise refuse(source, pos, f'expected a name in UTF-8, found "{excerpt(name)}"')
+        require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
         if number and name in seen:
             raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
         seen |= {name} if value else set()
 
 
-def read_number(
-    source: Source, pos: int, what: str, form: re.Pattern[bytes] = NUMBER
-) -> tuple[int, bytes]:
+def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
     start = scan(source, pos, source.dialect.separator)
     end = scan(source, start, source.dialect.token)
     number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
-    if start == pos and source.dialect.openmetrics:
-        raise expected(source, pos, "a blank")
+    require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
     if not number or end - start > MAX_NUMBER_BYTES:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
@@ -821,12 +792,12 @@ def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
         return pos, b""
     what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
     end, number = read_number(source, pos, what, dialect.timestamp)
-    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") > MAX_INT64:
+    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
         raise expected(source, start, "a timestamp within the range of int64")
     return end, number
 
 
-def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
+def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
     """Return the labels of an exemplar, if there is one."""
     if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
         return pos, None
@@ -840,15 +811,14 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
 def read_line_end(source: Source, pos: int) -> int:
     """Return the start of the next line. Only lenient text may end without a newline."""
     pos = skip_blanks(source, pos)
-    needed = source.dialect.openmetrics or source.dialect.lenient
-    if peek(source, pos) != b"\n" and (needed or pos < len(source.body)):
-        raise expected(source, pos, "a newline")
+    over = source.dialect is TEXT and pos == len(source.body)
+    require(over or peek(source, pos) == b"\n", source, pos, "a newline")
     return pos + 1
 
 
 def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
-    start, name, labels = pos, None, list[Label]()
+    start, name, labels = pos, None, Labels()
     if peek(source, pos) not in (b"{", b'"'):
         pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
         pos = skip_blanks(source, pos)
@@ -866,45 +836,33 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
+    end = find_line_end(body, pos)
     word = scan(source, pos + 1, dialect.separator)
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
-    keyword = body[word:after].replace(b"\0", b"")
-    if dialect.lenient and after - word > len(keyword):
+    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
+    if dialect.lenient and b"\0" in body[word:after]:
         raise refuse(source, word, "expected no NUL byte in the first word of a comment")
-    known = (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]
-    if word > pos + 1 and name > after and keyword in known:
-        return read_metadata(source, Metadata(pos, keyword, b"", b""), name)
+    if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
+        return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        if word == pos + 1 or keyword != b"EOF":
-            found = excerpt(body[pos : find_line_end(body, pos)])
-            raise refuse(source, pos, f'expected HELP, TYPE, UNIT or "# EOF", found "{found}"')
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', body[pos:end])
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    end = find_line_end(body, pos)
     lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
     if lost >= 0:
         raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
     return read_line_end(source, end), None
 
 
-def read_metadata(source: Source, metadata: Metadata, pos: int) -> tuple[int, Metadata]:
-    """Return a HELP, TYPE or UNIT line, of which the name begins at `pos`."""
-    what = f"a metric name after {metadata.keyword.decode()}"
-    pos, name = read_name(source, pos, METRIC_RUN, what)
+def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
+    """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
+    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
     end = find_line_end(source.body, pos)
-    if not source.dialect.after_name.match(source.body, pos):
-        raise expected(source, pos, "a blank")
-    metadata = metadata._replace(name=name, text=source.body[pos + 1 : end])
-    require_text(source, min(pos + 1, end), metadata)
-    return read_line_end(source, end), metadata
-
-
-def require_text(source: Source, pos: int, metadata: Metadata) -> None:
-    """Return nothing; raise where the text at `pos` is none for its keyword."""
-    _, keyword, name, text = metadata
+    require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
+    text = source.body[pos + 1 : end]
     what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
@@ -912,8 +870,8 @@ def require_text(source: Source, pos: int, metadata: Metadata) -> None:
         what = "a unit that the metric's name ends in"
     elif keyword == b"HELP" and not source.dialect.help_text.match(text):
         what = r"no escapes but \\ and \n"
-    if what:
-        raise refuse(source, pos, f'expected {what}, found "{excerpt(text)}"')
+    require(not what, source, min(pos + 1, end), what, text)
+    return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -921,8 +879,7 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
     pos = skip_blanks(source, pos)
     if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
         return pos + 1, None
-    if pos == len(source.body):
-        raise expected(source, pos, '"# EOF"')
+    require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
 
 
@@ -932,41 +889,37 @@ def find_end(source: Source) -> int:
     return len(source.body) + bool(needed)
 
 
-def count_samples(body: bytes, start: int, end: int) -> int:
-    """Return how many canonical lines from `start` to `end` are samples: have no `#`."""
-    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start, end)
-    return body.count(b"\n", start, end) - comments
+def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
+    """Return where the canonical lines from `pos` on end, and how many samples they have.
 
-
-def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
-    """Return where the lines that start before `end` end, and how many samples they have."""
-    samples, start = 0, pos  # of the run that is not counted yet
-    while pos < end:
+    Only those of the last run need counting: another could follow on all before it.
+    """
+    samples, last = -RUN_SAMPLES, pos
+    while run := fast.match(source.body, pos, end):
         source.tick()
-        run = fast.match(source.body, pos, end)
-        if run:
-            samples += RUN_SAMPLES if start < pos else 0
-            start, pos = pos, run.end()
-        else:
-            samples += count_samples(source.body, start, pos)
-            start, line = read_line(source, pos)
-            samples, pos = samples + isinstance(line, Sample), start
-    return pos, samples + count_samples(source.body, start, pos)
+        samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
+    comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
+    return pos, max(samples, 0) + source.body.count(b"\n", last, pos) - comments
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
-    """Return how many samples the whole body has.
+    """Return how many samples the whole body has: run by run, and what is between them by line.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
     That is decided window by window: a Latin-1 comment costs its own window the fast path.
     """
-    source = Source(body, dialect, tick)
-    pos = samples = 0
+    source, run = Source(body, dialect, tick), NOTHING
+    pos = window = samples = 0
     while pos < find_end(source):
-        end = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or min(pos + WINDOW_BYTES, len(body))
-        run = dialect.fast if fast and is_utf8(body[pos:end]) else NOTHING
-        pos, found = read_window(source, pos, max(end, pos + 1), run)
+        if pos >= window:
+            window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
+            run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+        pos, found = read_runs(source, pos, window, run)
         samples += found
+        if pos < window:
+            tick()
+            pos, line = read_line(source, pos)
+            samples += isinstance(line, Sample)
     return samples
 
 
@@ -976,7 +929,8 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 # The strict level: what the formats themselves demand, beyond what Prometheus ingests. Rules of a
 # line are a stricter dialect for the same reader; rules of a family are the `check_*` functions,
 # one a rule, each with examples that pass and that do not, which the tests run. A check gets a
-# family of well-formed lines and yields complaints: where, and what is wrong.
+# family of well-formed lines, and those of its rows to look at: all in their order, or those of one
+# metric (in OpenMetrics at one point in time). It yields complaints: where, and what is wrong.
 
 Complaints = Iterator[tuple[int, str]]
 #: A family of more samples is only judged line by line: what the checks need is kept in memory,
@@ -1012,20 +966,13 @@ class Row(NamedTuple):
 class Family:
     """A run of lines about one name."""
 
-    def __init__(self, first: Sample | Metadata, source: Source) -> None:
-        """Begin with the first line."""
-        dialect, self.tick = source.dialect, source.tick
+    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
+        """Begin with what the first line says; it is still to be added."""
         self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
+        self.type, self.names = dialect.types[0], {first.name}
         self.metadata: list[Metadata] = []
         self.rows: list[Row] = []
-        self.set_type(dialect.types[0])
-        self.add(first)
-
-    def set_type(self, name: bytes) -> None:
-        """Take a type, and with it the names that samples may have."""
-        self.type = name
-        suffixes = SUFFIXES.get((self.openmetrics, name), (b"",))
-        self.names = {self.name + suffix for suffix in suffixes}
+        self.metrics: dict[tuple[str, bytes], list[Row]] = {}
 
     def takes(self, line: Sample | Metadata) -> bool:
         """Return whether this family goes on with `line`."""
@@ -1033,14 +980,17 @@ class Family:
 
     def add(self, line: Sample | Metadata) -> None:
         """Take one more line."""
-        if isinstance(line, Sample):
-            if len(self.rows) > MAX_JUDGED_SAMPLES:
-                return
-            self.rows.append(self.make_row(line))
-            return
-        self.metadata.append(line)
-        if line.keyword == b"TYPE":
-            self.set_type(line.text)
+        if isinstance(line, Metadata):
+            self.metadata.append(line)
+            if line.keyword == b"TYPE":
+                self.type = line.text
+                suffixes = SUFFIXES.get((self.openmetrics, self.type), (b"",))
+                self.names = {self.name + suffix for suffix in suffixes}
+        elif len(self.rows) <= MAX_JUDGED_SAMPLES:
+            row = self.make_row(line)
+            self.rows.append(row)
+            point = row.timestamp if self.openmetrics else b""
+            self.metrics.setdefault((row.labels, point), []).append(row)
 
     def make_row(self, sample: Sample) -> Row:
         """Return what the rules ask of a sample. A label without a value is none."""
@@ -1054,51 +1004,29 @@ class Family:
         rest = repr(sorted(labels.items()))
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
-    def each(self) -> Iterator[Row]:
-        """Yield the rows, and tick now and then: a family may be a whole body."""
-        for number, row in enumerate(self.rows):
-            if number % 256 == 0:
-                self.tick()
-            yield row
 
-    def metrics(self) -> Iterable[list[Row]]:
-        """Return the rows of each metric, in OpenMetrics of each of its points in time."""
-        metrics: dict[tuple[str, bytes], list[Row]] = {}
-        for row in self.each():
-            point = row.timestamp if self.openmetrics else b""
-            metrics.setdefault((row.labels, point), []).append(row)
-        return metrics.values()
-
-
-def check_metadata(family: Family) -> Complaints:
-    r"""Yield what is repeated, or comes after the first sample.
+def check_metadata(family: Family, rows: list[Row]) -> Complaints:
+    r"""Yield what is repeated, comes after the first sample, or is not for the type.
 
     Good: `# HELP a x\n# TYPE a gauge\na 1\n`
     Bad: `# TYPE a gauge\n# TYPE a gauge\n`
     Bad: `a 1\n# TYPE a gauge\n`
-    """
-    seen: set[bytes] = set()
-    for pos, keyword, name, _ in family.metadata:
-        what = f'{keyword.decode()} of "{excerpt(name)}"'
-        if keyword in seen:
-            yield pos, f"found a second {what}"
-        elif family.rows and pos > family.rows[0].pos:
-            yield pos, f"expected the {what} before its samples"
-        seen.add(keyword)
-
-
-def check_unit(family: Family) -> Complaints:
-    r"""Yield a unit where the type has none.
-
     Good: `# TYPE a_s gauge\n# UNIT a_s s\n# EOF`
     Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
     """
-    for pos, keyword, _, text in family.metadata:
+    seen: set[bytes] = set()
+    for pos, keyword, name, text in family.metadata:
+        what = f'{keyword.decode()} of "{excerpt(name)}"'
+        if keyword in seen:
+            yield pos, f"found a second {what}"
+        elif rows and pos > rows[0].pos:
+            yield pos, f"expected the {what} before its samples"
         if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
             yield pos, f"expected no unit for the type {family.type.decode()}"
+        seen.add(keyword)
 
 
-def check_special_labels(family: Family) -> Complaints:
+def check_labels(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield a bucket, quantile or state whose label is missing or no such thing.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
@@ -1107,7 +1035,7 @@ def check_special_labels(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         if row.special == b"quantile" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
         elif row.special == b"le" and math.isnan(row.number):
@@ -1118,13 +1046,13 @@ def check_special_labels(family: Family) -> Complaints:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 
-WHOLE: Final = b"histogram_bucket histogram_count gaugehistogram_bucket gaugehistogram_gcount"
-COUNTS: Final = (*WHOLE.split(), b"summary_count")
-TOTALS: Final = (b"counter_total", b"histogram_sum", b"summary_sum", *COUNTS)
+#: How the kinds end that count something whole, and those that are not negative.
+COUNTS: Final = (b"_bucket", b"count")
+TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
 CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
 
 
-def check_values(family: Family) -> Complaints:
+def check_values(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield values that OpenMetrics does not allow for the type.
 
     Good: `# TYPE a counter\na_total 1.5\n# EOF`
@@ -1132,12 +1060,12 @@ def check_values(family: Family) -> Complaints:
     Bad: `# TYPE a summary\na_count 1.5\n# EOF`
     Bad: `# TYPE a info\na_info 2\n# EOF`
     """
-    for row in family.each() if family.openmetrics else ():
-        if row.kind in COUNTS and not row.value.is_integer():
+    for row in rows if family.openmetrics else ():
+        # A quantile of NaN is one that is not known.
+        negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
+        if row.kind.endswith(COUNTS) and not row.value.is_integer():
             yield row.pos, "expected a whole number"
-        elif (row.kind in TOTALS and not row.value >= 0) or (
-            row.kind == b"summary" and row.value < 0
-        ):
+        elif negative and row.kind.endswith(TOTALS):
             yield row.pos, "expected a number that is not negative"
         elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
             yield row.pos, "expected a sum that is a number"
@@ -1145,39 +1073,37 @@ def check_values(family: Family) -> Complaints:
             yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
 
 
-EXEMPLIFIED: Final = (b"counter_total", b"histogram_bucket")
 MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
-def check_exemplars(family: Family) -> Complaints:
+def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield exemplars that are too long, or on other samples than totals and buckets.
 
     Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         pairs = row.exemplar or ()
-        if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
+        if row.exemplar is not None and not row.kind.endswith((b"_total", b"_bucket")):
             yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
         if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
             yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
 
 
-def check_series(family: Family) -> Complaints:
+def check_series(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
 
     Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
     Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
     """
-    for rows in family.metrics():
-        seen = set()
-        for row in rows:
-            if (row.kind, row.bound) in seen:
-                yield row.pos, "found the same series twice"
-            seen.add((row.kind, row.bound))
+    seen = set()
+    for row in rows:
+        if (row.kind, row.bound) in seen:
+            yield row.pos, "found the same series twice"
+        seen.add((row.kind, row.bound))
 
 
-def check_order(family: Family) -> Complaints:
+def check_order(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
 
     Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
@@ -1185,10 +1111,9 @@ def check_order(family: Family) -> Complaints:
     Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
     Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
     """
-    seen: set[str] = set()
-    before: Row | None = None
-    for row in family.each() if family.openmetrics else ():
-        if before is None or row.labels != before.labels:
+    seen = {row.labels for row in rows[:1]}
+    for before, row in zip(rows, rows[1:]) if family.openmetrics else ():
+        if row.labels != before.labels:
             if row.labels in seen:
                 yield row.pos, "expected the samples of one metric in one place"
             seen.add(row.labels)
@@ -1196,25 +1121,23 @@ def check_order(family: Family) -> Complaints:
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
         elif float(row.timestamp or 0) < float(before.timestamp or 0):
             yield row.pos, "expected no earlier timestamp than that of the sample before"
-        before = row
 
 
-def check_bounds(family: Family) -> Complaints:
+def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield buckets and quantiles that are not in ascending order.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
     Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
     """
-    for rows in family.metrics():
-        bounded = [row for row in rows if row.special]
-        for before, row in zip(bounded, bounded[1:]):
-            free = family.openmetrics and family.type == b"summary"
-            if row.number < before.number and not free:
-                yield row.pos, "expected buckets and quantiles in ascending order"
+    bounded = [row for row in rows if row.special]
+    free = family.openmetrics and family.type == b"summary"
+    for before, row in zip(bounded, bounded[1:]):
+        if row.number < before.number and not free:
+            yield row.pos, "expected buckets and quantiles in ascending order"
 
 
-def check_histograms(family: Family) -> Complaints:
+def check_histograms(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield the first thing that is wrong with each histogram.
 
     Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
@@ -1222,41 +1145,38 @@ def check_histograms(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
     """
-    for rows in family.metrics() if family.type.endswith(b"histogram") else ():
-        values = [0.0, *(row.value for row in rows if row.special)]
-        counts = [row.value for row in rows if row.kind.endswith(b"count")]
-        if math.inf not in [row.number for row in rows]:
-            yield rows[-1].pos, 'expected a bucket with le="+Inf"'
-        elif values != sorted(values):
-            yield rows[-1].pos, "expected no bucket with less in it than the one before"
-        elif counts[:1] not in ([], values[-1:]):
-            yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
+    values = [0.0, *(row.value for row in rows if row.special)]
+    counts = [row.value for row in rows if row.kind.endswith(b"count")]
+    if math.inf not in [row.number for row in rows]:
+        yield rows[-1].pos, 'expected a bucket with le="+Inf"'
+    elif values != sorted(values):
+        yield rows[-1].pos, "expected no bucket with less in it than the one before"
+    elif counts[:1] not in ([], values[-1:]):
+        yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
 
 
-def check_sums(family: Family) -> Complaints:
+def check_sums(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
 
     Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     """
-    if not family.openmetrics or not family.type.endswith(b"histogram"):
+    if not family.openmetrics:
         return
-    for rows in family.metrics():
-        sums = [row for row in rows if row.kind.endswith(b"sum")]
-        negative = any(row.number < 0 for row in rows)
-        if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
-            yield rows[-1].pos, "expected sum and count together, or neither"
-        elif sums and negative and family.type == b"histogram":
-            yield sums[0].pos, "expected no sum, since there is a negative bucket"
-        elif sums and not negative and sums[0].value < 0:
-            yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
+    sums = [row for row in rows if row.kind.endswith(b"sum")]
+    negative = any(row.number < 0 for row in rows)
+    if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
+        yield rows[-1].pos, "expected sum and count together, or neither"
+    elif sums and negative and family.type == b"histogram":
+        yield sums[0].pos, "expected no sum, since there is a negative bucket"
+    elif sums and not negative and sums[0].value < 0:
+        yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
 
 
-FAMILY_CHECKS: Final = (
-    *(check_metadata, check_unit, check_special_labels, check_values, check_exemplars),
-    *(check_series, check_order, check_bounds, check_histograms, check_sums),
-)
+FAMILY_CHECKS: Final = (check_metadata, check_order)
+METRIC_CHECKS: Final = (check_labels, check_values, check_exemplars, check_series, check_bounds)
+HISTOGRAM_CHECKS: Final = (*METRIC_CHECKS, check_histograms, check_sums)
 
 
 class Report:
@@ -1269,8 +1189,8 @@ class Report:
 
     def add(self, error: ExpositionError, strict: bool = True) -> None:
         """Keep a finding; raise it where it is the last that is wanted."""
-        place = error.line, error.column if error.line else error.offset
-        self.findings.append(Finding(*place, error.message, strict))
+        column = error.column or error.offset
+        self.findings.append(Finding(error.line, column, error.message, strict))
         if len(self.findings) >= self.limit:
             raise error
 
@@ -1299,15 +1219,27 @@ def read_families(source: Source, report: Report) -> Iterator[Family]:
         pos, line = read_strictly(source, pos, report)
         if line is None:
             family = family if len(report.findings) == known else None
-        elif family and family.takes(line):
-            family.add(line)
-        else:
+            continue
+        if not (family and family.takes(line)):
             if family:
                 yield family
-            family = Family(line, source)
+            family = Family(line, source.dialect)
+        family.add(line)
         report.samples += isinstance(line, Sample)
     if family:
         yield family
+
+
+def complain(family: Family, taken: set[bytes], tick: Tick) -> Complaints:
+    """Yield what is wrong with a family, of which the names should not be taken."""
+    for name in sorted(taken & {family.name, *family.names})[:1]:
+        yield family.pos, f'found "{excerpt(name)}", which is a name of another family above'
+    checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
+    groups = [family.rows, *family.metrics.values()]
+    for rows in groups if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
+        for check in FAMILY_CHECKS if rows is family.rows else checks:
+            tick()
+            yield from check(family, rows)
 
 
 def judge_families(source: Source, report: Report) -> None:
@@ -1315,17 +1247,9 @@ def judge_families(source: Source, report: Report) -> None:
     taken: set[bytes] = set()
     for family in read_families(source, report):
         report.families += 1
-        complaints: list[tuple[int, str]] = []
-        for check in FAMILY_CHECKS if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
-            source.tick()
-            complaints += check(family)
-        names = family.names | {family.name}
-        for name in sorted(taken & names)[:1]:
-            what = f'found "{excerpt(name)}", which is a name of another family above'
-            complaints.append((family.pos, what))
-        for pos, message in sorted(complaints):
+        for pos, message in sorted(complain(family, taken, source.tick)):
             report.add(refuse(source, pos, message))
-        taken |= names
+        taken |= {family.name, *family.names}
 
 
 # ==================================================================================================
@@ -1336,34 +1260,32 @@ def judge_families(source: Source, report: Report) -> None:
 # must be UTF-8, label names unique, as in Prometheus's decoder. Messages say byte offset and field.
 # Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
 
-PROTOBUF: Final = """
-    MetricFamily 1 name text, 2 help text, 3 type varint, 4 metric text, 5 unit text
-    Metric 1 label text, 2 gauge Gauge, 3 counter Counter, 4 summary Summary
-    Metric 5 untyped Gauge, 6 timestamp_ms varint, 7 histogram Histogram
-    LabelPair 1 name text, 2 value text
-    Gauge 1 value double
-    Counter 1 value double, 2 exemplar Exemplar, 3 created Timestamp
-    Summary 1 count varint, 2 sum double, 3 quantile Quantile, 4 created Timestamp
-    Quantile 1 quantile double, 2 value double
-    Histogram 1 count varint, 2 sum double, 3 bucket Bucket, 4 count_float double
-    Histogram 5 schema varint, 6 zero_threshold double, 7 zero_count varint
-    Histogram 8 zero_count_float double, 9 negative_span Span, 10 negative_delta varints
-    Histogram 11 negative_count doubles, 12 positive_span Span, 13 positive_delta varints
-    Histogram 14 positive_count doubles, 15 created Timestamp, 16 exemplar Exemplar
-    Bucket 1 count varint, 2 bound double, 3 exemplar Exemplar, 4 count_float double
-    Span 1 offset varint, 2 length varint
-    Exemplar 1 label LabelPair, 2 value double, 3 timestamp Timestamp
-    Timestamp 1 seconds varint, 2 nanos varint
-"""
-FIELDS: Final = {
-    (line.split()[0], int(number)): (name, kind)
-    for line in PROTOBUF.strip().splitlines()
-    for number, name, kind in map(str.split, line.split(maxsplit=1)[1].split(","))
+#: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
+PROTOBUF: Final = {
+    "MetricFamily": "name text, help text, type int, metric text, unit text",
+    "Metric": "label text, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
+    "timestamp_ms int, histogram Histogram",
+    "LabelPair": "name text, value text",
+    "Gauge": "value double",
+    "Counter": "value double, exemplar Exemplar, created Timestamp",
+    "Summary": "count int, sum double, quantile Quantile, created Timestamp",
+    "Quantile": "quantile double, value double",
+    "Histogram": "count int, sum double, bucket Bucket, count_float double, schema int, "
+    "zero_threshold double, zero_count int, zero_count_float double, negative_span Span, "
+    "negative_delta ints, negative_count doubles, positive_span Span, positive_delta ints, "
+    "positive_count doubles, created Timestamp, exemplar Exemplar",
+    "Bucket": "count int, bound double, exemplar Exemplar, count_float double",
+    "Span": "offset int, length int",
+    "Exemplar": "label LabelPair, value double, timestamp Timestamp",
+    "Timestamp": "seconds int, nanos int",
 }
-MESSAGES: Final = {message for message, _ in FIELDS}
-#: Wire types: 0 is a varint, 1 has 8 bytes, 2 a length and as many bytes, 5 has 4 bytes.
-WIRE_TYPES: Final = {"varint": (0,), "double": (1,), "varints": (0, 2), "doubles": (1, 2)}
+FIELDS: Final = {
+    message: {number: tuple(field.split()) for number, field in enumerate(fields.split(","), 1)}
+    for message, fields in PROTOBUF.items()
+}
 LENGTH_DELIMITED: Final = 2
+#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All else has 2: a length and as many bytes.
+WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 SUMMARY, HISTOGRAM, GAUGE_HISTOGRAM = 2, 4, 5  # no type has a higher number
 PLUS_INFINITY: Final = b"\xf0\x7f"  # as a double, without the zeros before it
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
@@ -1394,97 +1316,89 @@ def read_varint(body: bytes, field: Field) -> tuple[int, int]:
 
 def read_content(body: bytes, field: Field, wire: int) -> Field:
     """Return the field cut to its content. Groups, which are obsolete, are refused."""
-    path, start, end = field
-    length = {1: 8, 5: 4}.get(wire, 0)
-    if wire == 0:
-        length = read_varint(body, field)[0] - start
-    elif wire == LENGTH_DELIMITED:
-        start, length = read_varint(body, field)
-    elif not length:
+    start, end = field.start, field.start + {1: 8, 5: 4}.get(wire, 0)
+    if wire in (0, LENGTH_DELIMITED):
+        after, number = read_varint(body, field)
+        start, end = (after, after + number) if wire == LENGTH_DELIMITED else (start, after)
+    elif start == end:
         raise garbled(field, f"expected a wire type, found {wire}")
-    if start + length > end:
-        raise garbled(field, f"expected {length} bytes, found {end - start}")
-    return Field(path, start, start + length)
+    if end > field.end:
+        raise garbled(field, f"expected {end - start} bytes, found {field.end - start}")
+    return Field(field.path, start, end)
 
 
 def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
-    """Yield the known fields of a message, and after each the fields in it."""
+    """Yield the fields of a message, and after each the fields in it."""
     pos = message.start
     while pos < message.end:
         source.tick()
         pos, tag = read_varint(source.body, message._replace(start=pos))
         number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
-        name, content = FIELDS.get((kind, number), ("", ""))
-        field = Field(f"{message.path}.{name or number}", pos, message.end)
-        if not 0 < number < 1 << 31 or (
-            name and wire not in WIRE_TYPES.get(content, (LENGTH_DELIMITED,))
-        ):
+        name, content = FIELDS[kind].get(number, (str(number), "any"))
+        field = Field(f"{message.path}.{name}", pos, message.end)
+        if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(field, f"expected no field {number} with the wire type {wire}")
         field = read_content(source.body, field, wire)
-        if name:
-            yield field
-        if content in MESSAGES:
-            yield from read_fields(source, field, content)
-        elif content.endswith("s") and wire == LENGTH_DELIMITED:
-            require_packed(source.body, field, content)
+        yield field
         pos = field.end
+        if content in FIELDS:
+            yield from read_fields(source, field, content)
+        elif content == "doubles" and (pos - field.start) % 8:
+            raise garbled(field, "expected a multiple of 8 bytes")
+        while content == "ints" and field.start < pos:
+            source.tick()
+            field = field._replace(start=read_varint(source.body, field)[0])
 
 
-def require_packed(body: bytes, field: Field, content: str) -> None:
-    """Return nothing; raise where a list of numbers does not end with one of them."""
-    if content == "doubles" and (field.end - field.start) % 8:
-        raise garbled(field, "expected a multiple of 8 bytes")
-    while content == "varints" and field.start < field.end:
-        field = field._replace(start=read_varint(body, field)[0])
+def read_message(source: Source, message: Field, kind: str) -> dict[str, list[Field]]:
+    """Return the fields of a message by their path in it."""
+    fields: dict[str, list[Field]] = {}
+    for field in read_fields(source, message, kind):
+        fields.setdefault(field.path[len(message.path) + 1 :], []).append(field)
+    return fields
+
+
+def read_last(source: Source, fields: dict[str, list[Field]], *paths: str) -> list[bytes]:
+    """Return the content of the last field of each path, the one that counts; empty without any."""
+    return [b"".join(source.body[a:b] for _, a, b in fields.get(path, [])[-1:]) for path in paths]
 
 
 def require_labels(source: Source, labels: list[Field], special: bytes) -> None:
     """Return nothing; raise for labels that are not UTF-8, or without a name of their own."""
     seen = {b"__name__", special}
     for label in labels:
-        texts = read_texts(source, label, "LabelPair")
-        name, value = texts.get("name", b""), texts.get("value", b"")
+        name, value = read_last(source, read_message(source, label, "LabelPair"), "name", "value")
         if not name or (name in seen and value) or not is_utf8(name + b"\n" + value):
             found = f'"{excerpt(name)}"="{excerpt(value)}"'
             raise garbled(label, f"expected UTF-8 and a name of its own, found {found}")
         seen |= {name} if value else set()
 
 
-def read_texts(source: Source, message: Field, kind: str) -> dict[str, bytes]:
-    """Return the content of the fields of a message, the last one of each name."""
-    fields = read_fields(source, message, kind)
-    return {field.path.rpartition(".")[2]: source.body[field.start : field.end] for field in fields}
-
-
 def read_metric(source: Source, metric: Field, number: int) -> tuple[int, bool]:
     """Return how many samples a metric has, and whether it is a native histogram too."""
-    fields = list(read_fields(source, metric, "Metric"))
-    paths = [field.path.rpartition(".metric.")[2] for field in fields]
-    content = {path: source.body[a:b].strip(b"\0\x80") for path, (_, a, b) in zip(paths, fields)}
-    labels = [field for field, path in zip(fields, paths) if path == "label"]
-    quantiles, buckets = paths.count("summary.quantile"), paths.count("histogram.bucket")
+    fields = read_message(source, metric, "Metric")
+    samples, special, native = 1, b"", False  # special: the label that Prometheus adds
     if number == SUMMARY:
-        require_labels(source, labels, b"quantile" if quantiles else b"__name__")
-        return 2 + quantiles, False
-    if number not in (HISTOGRAM, GAUGE_HISTOGRAM):
-        require_labels(source, labels, b"__name__")
-        return 1, False
-    zeros = content.get("histogram.zero_threshold"), content.get("histogram.zero_count")
-    native = any(path.endswith("_span") for path in paths) or any(zeros)
-    require_labels(source, labels, b"__name__" if native else b"le")
-    return 2 + buckets + (content.get("histogram.bucket.bound") != PLUS_INFINITY), native
+        quantiles = len(fields.get("summary.quantile", []))
+        samples, special = 2 + quantiles, b"quantile" if quantiles else b""
+    elif number in (HISTOGRAM, GAUGE_HISTOGRAM):
+        paths = (f"histogram.{path}" for path in ("zero_threshold", "zero_count", "bucket.bound"))
+        *zeros, bound = (part.strip(b"\0\x80") for part in read_last(source, fields, *paths))
+        native = any(zeros) or any(path.endswith("_span") for path in fields)
+        samples = 2 + len(fields.get("histogram.bucket", [])) + (bound != PLUS_INFINITY)
+        special = b"" if native else b"le"
+    require_labels(source, fields.get("label", []), special)
+    return samples, native
 
 
 def read_family(source: Source, family: Field) -> int:
     """Return how many samples Prometheus makes of a family. Without metrics, it asks no more."""
-    fields = read_fields(source, family, "MetricFamily")
-    metrics = [field for field in fields if field.path.endswith(".metric")]
-    texts = read_texts(source, family, "MetricFamily")
-    name, help_text = texts.get("name", b""), texts.get("help", b"")
+    fields = read_message(source, family, "MetricFamily")
+    metrics = fields.get("metric", [])
+    name, help_text, kind = read_last(source, fields, "name", "help", "type")
+    number = read_varint(kind or b"\0", Field("type", 0, 10))[1] & 0xFFFF_FFFF
     if metrics and (not name or not is_utf8(name + b"\n" + help_text)):
         raise garbled(family, f'expected name and help in UTF-8, found "{excerpt(name)}"')
-    kind = texts.get("type", b"\0")
-    number = read_varint(kind, Field("type", 0, len(kind)))[1] & 0xFFFF_FFFF
     if metrics and number > GAUGE_HISTOGRAM:
         raise garbled(family, f"expected a type up to {GAUGE_HISTOGRAM}, found {number}")
     samples, as_native, before = 0, True, False
@@ -1515,8 +1429,6 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
-PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
-PROTOBUF_MESSAGE: Final = "io.prometheus.client.MetricFamily"
 MEDIA_PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
 MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
 
@@ -1539,12 +1451,11 @@ def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
 def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
     """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
     media_type, parameters = parse_media_type(content_type)
-    wanted = (PROTOBUF_TYPE, PROTOBUF_MESSAGE, "delimited")
-    if (media_type, parameters.get("proto"), parameters.get("encoding")) == wanted:
+    protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
+    if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
         return None
-    if media_type == OPENMETRICS_TYPE:
-        return STRICT_OPENMETRICS if strict else OPENMETRICS
-    return STRICT_TEXT if strict else TEXT
+    dialect = STRICT_OPENMETRICS if media_type == OPENMETRICS_TYPE else STRICT_TEXT
+    return dialect if strict else dialect.lenient
 
 
 def verify_exposition(
@@ -1572,24 +1483,19 @@ def verify_exposition(
     """
     if strict:
         report = Report()
-        examine_exposition(body, content_type, report, tick)
+        judge_exposition(body, content_type, report, tick)
         return report.samples
     dialect = choose_dialect(content_type, strict=False)
     return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
 
 
-def examine_exposition(
-    body: bytes, content_type: str, report: Report, tick: Tick = no_tick
-) -> None:
-    """Return nothing; fill `report`. Raises ExpositionError where it is full."""
+def judge_exposition(body: bytes, content_type: str, report: Report, tick: Tick = no_tick) -> None:
+    """Return nothing; fill `report`. ExpositionError where it is full, or protobuf broken."""
     dialect = choose_dialect(content_type, strict=True)
     if dialect:
         judge_families(Source(body, dialect, tick), report)
-        return
-    try:
+    else:  # protobuf cannot be read on
         report.samples, report.families = read_protobuf(body, tick)
-    except ExpositionError as error:  # protobuf cannot be read on
-        report.add(error, strict=False)
 
 
 # ==================================================================================================
@@ -4623,36 +4529,33 @@ class Program:
 def verify_file(name: str, options: Options, limits: Limits) -> int:
     """Check the exposition in a file and tell all findings; the exit code, 2 if that fails. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
+    failure = f"{shown}: cannot be read"
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
             body = file.read(limits.body_bytes + 1)
         check_size(limits, len(body))
-    except (OSError, ScrapeError) as error:
-        tell(f"{shown}: cannot be read: {words_of(error)}\n")
-        return 2
-    text, code = verify_body(shown, body, options, limits)
-    try:
+        text, code = verify_body(shown, body, options, limits)
+        failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
-    except OSError as error:
-        tell(f"<stdout>: cannot be written: {words_of(error)}\n")
+    except (OSError, ScrapeError) as error:
+        tell(f"{failure}: {words_of(error)}\n")
         return 2
     return code
 
 
 def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
     """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
-    report, started, more = Report(limits.findings), time.monotonic(), ""
+    report, started = Report(limits.findings), time.monotonic()
     content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
     try:  # first, so that no number of strict findings hides it
         verify_exposition(body, content_type)
     except ExpositionError as error:
         report.limit += 1  # it is found again
         report.add(error, strict=False)
-    try:
-        examine_exposition(body, content_type, report)
-    except ExpositionError:
-        more = " or more"
+    with contextlib.suppress(ExpositionError):
+        judge_exposition(body, content_type, report)
+    more = " or more" if len(report.findings) >= report.limit else ""
     findings = sorted(set(report.findings))
     wanted = {finding.line for finding in findings}
     texts = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in wanted}
@@ -4670,10 +4573,9 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     head = f"{place}: {'strict: ' if strict else ''}{message}\n"
     if not line:
         return head
-    raw = raw.rstrip(b"\n")
     text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
-    start = max(0, column - 60)
-    before, rest = excerpt(text[start : column - 1], 200), excerpt(text[column - 1 :], 60)
+    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    rest = excerpt(text[column - 1 :].rstrip("\n"), 60)
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 

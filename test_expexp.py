@@ -2619,7 +2619,7 @@ def test_every_finding_is_reported_and_the_first_decides(body: bytes, content_ty
     next(EXAMPLES)
     report = expexp.Report(limit=10)
     with contextlib.suppress(expexp.ExpositionError):
-        expexp.examine_exposition(body, content_type, report)
+        expexp.judge_exposition(body, content_type, report)
         assert len(report.findings) < 10
     assert all(1 <= found.line <= body.count(b"\n") + 1 for found in report.findings)
     lenient = [found for found in report.findings if not found.strict]
@@ -2918,7 +2918,8 @@ def test_no_other_thread_waits_long() -> None:
 # ==================================================================================================
 # 6  Exposition: judging families
 # ==================================================================================================
-Check = Callable[[expexp.Family], expexp.Complaints]
+Check = Callable[[expexp.Family, list[expexp.Row]], expexp.Complaints]
+CHECKS_OF_FAMILIES = (*expexp.FAMILY_CHECKS, *expexp.HISTOGRAM_CHECKS)
 
 
 def examples(word: str) -> list[Any]:
@@ -2927,7 +2928,7 @@ def examples(word: str) -> list[Any]:
         pytest.param(
             check, codecs.decode(text, "unicode_escape").encode(), id=f"{check.__name__}: {text}"
         )
-        for check in expexp.FAMILY_CHECKS
+        for check in CHECKS_OF_FAMILIES
         for text in re.findall(rf"{word}: `([^`]*)`", check.__doc__ or "")
     ]
 
@@ -2937,7 +2938,12 @@ def complaints(check: Check, body: bytes) -> list[tuple[int, str]]:
     dialect = expexp.STRICT_OPENMETRICS if b"# EOF" in body else expexp.STRICT_TEXT
     source = expexp.Source(body, dialect, expexp.no_tick)
     families = expexp.read_families(source, expexp.Report())
-    return [complaint for family in families for complaint in check(family)]
+    return [
+        complaint
+        for family in families
+        for rows in ([family.rows] if check in expexp.FAMILY_CHECKS else family.metrics.values())
+        for complaint in check(family, rows)
+    ]
 
 
 @pytest.mark.parametrize(("check", "body"), examples("Good"))
@@ -2953,7 +2959,7 @@ def test_the_bad_examples_of_a_check_are_what_it_finds(check: Check, body: bytes
 
 
 def test_every_check_has_examples() -> None:
-    for check in expexp.FAMILY_CHECKS:
+    for check in CHECKS_OF_FAMILIES:
         assert "Good: `" in (check.__doc__ or "")
         assert "Bad: `" in (check.__doc__ or "")
 
@@ -3368,7 +3374,7 @@ def test_strict_openmetrics_is_not_empty() -> None:
 def test_a_report_has_every_finding_and_marks_the_strict_ones() -> None:
     body = b'a{b="c"d="e"} 1\nup one\n# HELP g x\n# HELP g x\nup 1'
     report = expexp.Report(limit=10)
-    expexp.examine_exposition(body, PLAIN, report)
+    expexp.judge_exposition(body, PLAIN, report)
     assert report.findings == [
         expexp.Finding(1, 8, 'expected "," or "}", found "d="e"}"', strict=True),
         expexp.Finding(2, 4, 'expected a value, found "one"'),
@@ -3380,7 +3386,7 @@ def test_a_report_has_every_finding_and_marks_the_strict_ones() -> None:
 
 def test_a_family_with_a_line_that_cannot_be_read_is_not_judged() -> None:
     report = expexp.Report(limit=10)
-    expexp.examine_exposition((H + 'h_bucket{le="+Inf" 1\nh_count 1\n').encode(), PLAIN, report)
+    expexp.judge_exposition((H + 'h_bucket{le="+Inf" 1\nh_count 1\n').encode(), PLAIN, report)
     assert [(found.line, found.strict) for found in report.findings] == [(2, False)]
 
 
@@ -3646,6 +3652,13 @@ def test_mutated_protobuf_raises_nothing_but_its_error(changes: list[tuple[int, 
         body[place % len(body)] = byte
     found = verdict(bytes(body), PROTOBUF)
     assert isinstance(found, int) or 0 <= found.offset <= len(body)
+
+
+def test_packed_numbers_outlive_no_deadline() -> None:
+    ticks: list[None] = []
+    body = family(part(7, part(13, b"\x02" * 5_000)), kind=4)
+    expexp.verify_exposition(body, PROTOBUF, tick=lambda: ticks.append(None))
+    assert len(ticks) > 5_000
 
 
 def test_protobuf_without_its_parameters_is_text() -> None:
