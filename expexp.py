@@ -379,7 +379,8 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
 def is_host(text: str) -> bool:
     """Whether it is a host and perhaps a port, as in the header Host."""
-    return bool(re.fullmatch(r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[0-9]{1,5})?", text))
+    host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
+    return bool(re.fullmatch(rf"(?:{host})(?::[0-9]{{1,5}})?", text))
 
 
 def render_address(address: tuple[str, int]) -> str:
@@ -2148,7 +2149,7 @@ class Module:
     verify: bool | str = key(read_verify, True, "`true`, `false` or `strict`")
     cache: float = key(read_duration, 0.0, "how long a good answer is served again; 0: never")
     max_concurrent: int = key(read_count, 0, "scrapes at once; 0: no bound, of commands 10")
-    scrape_interval: float = key(read_interval, 0.0, "how often /sd lets Prometheus scrape; 0: as ever")
+    scrape_interval: float = key(read_interval, 0.0, "seconds between scrapes, for /sd")
     accept_args: bool | tuple[str, ...] = key(read_accepted, True, "clients' `args`, or globs")
     accept_params: bool | tuple[str, ...] = key(read_accepted, True, "clients' `params`, or names")
     name: str = ""
@@ -2392,8 +2393,14 @@ class Watched:
     A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
 
-    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
-        """Load for the first time; raises ConfigError.
+    def __init__(
+        self,
+        load: Callable[..., Any],
+        reader: DocumentReader,
+        seconds: float,
+        problems: list[Problem],
+    ) -> None:
+        """Load for the first time; add the problems to those that there are.
 
         `load` gets a FileReader to note problems in, and the value to be replaced, if any. The
         files are looked at no more often than every so many seconds.
@@ -2401,9 +2408,7 @@ class Watched:
         self._load, self._reader, self._seconds = load, reader, seconds
         self._lock, self._due, self._seen = threading.RLock(), 0.0, cast("dict[str, Any]", {})
         self.value: Any = None
-        problems = self._replace()
-        if problems:
-            raise ConfigError(*problems)
+        problems += self._replace()
 
     def _replace(self) -> Sequence[Problem]:
         """Have a new value; or the problems with it, of which all are noted."""
@@ -2426,12 +2431,16 @@ class Watched:
             LOGGER.error("what was read before stays in use: %s", problem)
         return problems
 
+    def has_changed(self) -> bool:
+        """Whether a file is not as it was when it was read last."""
+        return any(fingerprint(file) != before for file, before in self._seen.items())
+
     def current(self) -> Any:
         """The value, made of files that were looked at a moment ago."""
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._seconds
-                if any(fingerprint(file) != before for file, before in self._seen.items()):
+                if self.has_changed():
                     self.reload()
             finally:
                 self._lock.release()
@@ -2501,11 +2510,9 @@ class ConfigLoader:
         target = module.target
         if isinstance(target, HttpTarget):
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            try:
-                credentials = Watched(load, reader, self._limits.rotation_seconds)
-                target = dataclasses.replace(target, credentials=credentials)
-            except ConfigError as error:
-                self._problems += error.problems
+            seconds, problems = self._limits.rotation_seconds, self._problems
+            credentials = Watched(load, reader, seconds, problems)
+            target = dataclasses.replace(target, credentials=credentials)
         if isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
             if not shutil.which(target.command, path=path.reveal() or None):
@@ -2515,6 +2522,23 @@ class ConfigLoader:
             missing = f"no file {excerpt(target.path)}"
             self._reader.warnings.append(f"module {module.name}: {missing}")
         return dataclasses.replace(module, target=target)
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has started us and wants to know: sd_notify(3). IO."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.settimeout(1)
+        if address:
+            channel.sendto(state.encode(), re.sub("^@", "\0", address))
+
+
+def reload_all(*parts: Watched) -> list[Problem]:
+    """What is wrong with those that stay as they are; all others have been read again."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    problems = [problem for part in parts for problem in part.reload()]
+    notify("READY=1")
+    return problems
 
 
 # --- certificates and secrets
@@ -2580,9 +2604,7 @@ def load_target_credentials(
     return TargetCredentials(load_target_context(target, path, reader), scheme + text)
 
 
-def load_target_context(
-    target: HttpTarget, path: str, reader: FileReader
-) -> ssl.SSLContext | None:
+def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
     names = ("tls_ca_cert_file", "tls_root_ca_file")
     authorities = [name for name in names if getattr(target, name)]
@@ -2901,7 +2923,8 @@ class Cache:
                 made, module, kept = self._kept.get(key, (-math.inf, None, None))
                 age = time.monotonic() - made
                 if kept and module == job.module and age < job.module.cache:
-                    return dataclasses.replace(kept, headers=[*kept.headers, ("Age", str(int(age)))])
+                    headers = [*kept.headers, ("Age", str(int(age)))]
+                    return dataclasses.replace(kept, headers=headers)
                 running = self._running.get(key)
                 if not running:
                     self._running[key] = concurrent.futures.Future()
@@ -2935,10 +2958,13 @@ class Cache:
         """Keep an answer, and no more than may be kept."""
         self._kept.pop(key, None)
         self._kept[key] = entry
-        sizes = {key: len(cast(bytes, kept.body)) for key, (_, _, kept) in self._kept.items()}
-        for oldest in list(sizes):
-            if len(sizes) > self._limits.cache_entries or sum(sizes.values()) > self._limits.cache_bytes:
-                del self._kept[oldest], sizes[oldest]
+        sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
+        left = sum(size for _, size in sizes)
+        for number, (oldest, size) in enumerate(sizes):
+            many = len(sizes) - number > self._limits.cache_entries
+            if many or left > self._limits.cache_bytes:
+                del self._kept[oldest]
+                left -= size
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
@@ -3056,7 +3082,9 @@ class Tools:
     #: One lock a path: of two readers of a FIFO each would get a part.
     fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
     #: Host and port of containers, by their engine, name and port.
-    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(default_factory=dict)
+    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(
+        default_factory=dict
+    )
     running: Running = dataclasses.field(default_factory=Running)
 
 
@@ -3197,13 +3225,16 @@ def connect_unix(path: str, deadline: Deadline) -> socket.socket:
 
 def connect_engine(job: Job) -> socket.socket:
     """A connection to a container's engine; raises ScrapeError, of the first that was tried."""
-    given, errors = job.module.target.container_host, list[str]()
-    for place in ENGINES if given == ENGINES[0] else (given,):
-        try:
+    given = job.module.target.container_host
+    for other in ENGINES[1:] if given == ENGINES[0] else ():
+        with contextlib.suppress(OSError):
+            place = given if os.path.exists(given.partition("://")[2]) else other
             return connect_unix(place.partition("://")[2], job.deadline)
-        except OSError as error:
-            errors.append(f"cannot ask the container engine at {place}: {words_of(error)}")
-    raise ScrapeError("unreachable", errors[0])
+    try:
+        return connect_unix(given.partition("://")[2], job.deadline)
+    except OSError as error:
+        words = f"cannot ask the container engine at {given}: {words_of(error)}"
+        raise ScrapeError("unreachable", words) from None
 
 
 def ask_engine(job: Job) -> Any:
@@ -3761,6 +3792,7 @@ class Application:
     def __init__(self, config: Watched, options: Options, access: Access, tools: Tools) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
         self._watched, self.options, self.access, self._tools = config, options, access, tools
+        self._reloading = threading.Lock()
         self._metrics, self.limits = tools.metrics, tools.limits
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
@@ -3792,9 +3824,10 @@ class Application:
         self._metrics.forget_modules(config.modules)
 
     def reload(self) -> Sequence[Problem]:
-        """Read configuration and credentials again; what is wrong with those that stay as before."""
-        problems = [*self._watched.reload(), *self.access.credentials.reload()]
-        self.take_config()
+        """Read configuration and credentials again; what is wrong with those that are not used."""
+        with self._reloading:
+            problems = reload_all(self._watched, self.access.credentials)
+            self.take_config()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -3934,11 +3967,11 @@ class Application:
         address = self.options["web.external-address"] or request.header("host")
         if not is_host(address):
             raise RequestError(400, "expected a header Host, or -web.external-address")
-        proxy_path, modules = self.options["web.proxy-path"], self.config.modules.values()
-        groups = [
-            {"targets": [address], "labels": discovery_labels(module, proxy_path, request.scheme)}
-            for module in modules
-        ]
+        path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
+        same = {"__metrics_path__": path, "__scheme__": request.scheme}
+        modules = self.config.modules.values()
+        labels = ({**same, **discovery_labels(module, offset)} for module in modules)
+        groups = [{"targets": [address], "labels": each} for each in labels]
         return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
 
     def _index(self, request: Request) -> Response:
@@ -3954,19 +3987,23 @@ class Application:
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
 
-def discovery_labels(module: Module, proxy_path: str, scheme: str) -> dict[str, str]:
-    """The labels of a module as a target of Prometheus, which takes no fractions in durations."""
+def discovery_labels(module: Module, offset: float) -> dict[str, str]:
+    """The labels of a module as a target of Prometheus."""
     labels = {
-        "__metrics_path__": proxy_path,
-        "__scheme__": scheme,
         "__param_module": module.name,
         "__meta_expexp_method": module.method,
         "module": module.name,  # else the go_* series of two modules would be the same
     }
     if module.scrape_interval:
-        timeout = min(module.scrape_interval, module.timeout + offset if module.timeout else math.inf)
-        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
-        labels["__scrape_timeout__"] = f"{timeout * 1000:.0f}ms"
+        # Both or none: a timeout above the interval drops a target, and so does a fraction.
+        longest = module.timeout + offset if module.timeout else math.inf
+        times = {
+            "interval": module.scrape_interval,
+            "timeout": min(module.scrape_interval, longest),
+        }
+        labels.update(
+            {f"__scrape_{n}__": f"{seconds * 1000:.0f}ms" for n, seconds in times.items()}
+        )
     return labels
 
 
@@ -4441,30 +4478,40 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
+def load_config(options: Options, limits: Limits, reader: FileReader, _former: Any) -> Config:
+    """The configuration that flags name; what is wrong with it is noted as problems."""
+    loader = ConfigLoader(limits, reader)
+    return loader.load(options["config.file"], options["config.dirs"], options["config.skip-dirs"])
+
+
 class Program:
     """All parts of a running expexp."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load and check everything, and bind; raises ConfigError."""
-        self._limits, metrics, loader = limits, SelfMetrics(), ConfigLoader(limits)
+        """Load and check everything; raises ConfigError."""
+        self._options, self._limits, metrics = options, limits, SelfMetrics()
         set_constant_metrics(metrics)
-        config = loader.load(
-            options["config.file"], options["config.dirs"], options["config.skip-dirs"]
-        )
+        reader, problems = DocumentReader(options["web.config.file"], []), list[Problem]()
+        load: Any = functools.partial(load_config, options, limits)
+        self.config = Watched(load, DocumentReader("", []), 0, problems)
         load = functools.partial(load_credentials, options)
-        reader = DocumentReader(options["web.config.file"], [])
-        access = Access(options["allow.net"], Watched(load, reader, limits.rotation_seconds))
+        credentials = Watched(load, reader, limits.rotation_seconds, problems)
+        if problems:
+            raise ConfigError(*problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
-        tools = Tools(limits, budget, slots, self.commands, metrics)
-        self.application = Application(config, options, access, tools)
+        tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
+        access = Access(options["allow.net"], credentials)
+        self.application = Application(self.config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
-        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.current().tls)
+
+    def listen(self) -> None:
+        """Bind, and tell what an operator should know; raises ConfigError."""
+        options, access, config = self._options, self.application.access, self.application.config
+        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.value.tls)
         self._listen(options["web.listen-address"], own_tls)
         self._listen(options["web.tls.listen-address"], True)
-        for warning in loader.warnings:
-            LOGGER.warning("%s", warning)
         self._tell_access(config, options, access)
         if not config.modules:
             LOGGER.error("no modules loaded from any config file")
@@ -4511,13 +4558,24 @@ class Program:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             LOGGER.info("listening on %s", server.url)
-        while signals.get() == signal.SIGHUP:
-            LOGGER.warning("SIGHUP: this version reads its configuration only when it starts")
+        notify("READY=1")
+        while self._next_signal(signals) == signal.SIGHUP:
+            self.application.reload()
         self.stop()
+
+    def _next_signal(self, signals: queue.SimpleQueue[int]) -> int:
+        """The next signal; a changed configuration is one, if that is looked for."""
+        interval = self._options["config.auto-reload-interval"] or None
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return signals.get(timeout=interval)
+            if self.config.has_changed():
+                return signal.SIGHUP
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""
         LOGGER.info("stopping")
+        notify("STOPPING=1")
         for server in self.servers:
             server.shutdown()
             server.server_close()
@@ -4579,6 +4637,21 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
+def run_once(options: Options, limits: Limits) -> int | None:
+    """The exit code where the flags ask for something else than serving; None where they do not."""
+    if options["help"] or options["version"]:
+        version = f"expexp {__version__} (Python {platform.python_version()})\n"
+        tell(render_usage() if options["help"] else version)
+        return 0
+    if options["verify"]:
+        return max(verify_file(name, options, limits) for name in options["verify"])
+    addresses = options["web.listen-address"], options["web.tls.listen-address"]
+    if any(addresses) or options["config.check"]:
+        return None
+    LOGGER.warning("No web addresses to listen on, nothing to do!")
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run expexp with these arguments, or the command line's; returns the exit code."""
     limits = Limits()
@@ -4587,18 +4660,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    if options["help"] or options["version"]:
-        version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options["help"] else version)
-        return 0
     set_up_logging(options, limits)
-    if options["verify"]:
-        return max(verify_file(name, options, limits) for name in options["verify"])
-    if not (options["web.listen-address"] or options["web.tls.listen-address"]):
-        LOGGER.warning("No web addresses to listen on, nothing to do!")
-        return 0
+    code = run_once(options, limits)
+    if code is not None:
+        return code
     try:
         program = Program(options, limits)
+        if options["config.check"]:
+            tell(f"no problems, modules: {len(program.config.value.modules)}\n")
+            return 0
+        program.listen()
     except ConfigError as error:
         for problem in error.problems:
             LOGGER.critical("%s", problem)

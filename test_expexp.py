@@ -824,7 +824,7 @@ def silent_program(config_file: str) -> expexp.Program:
 
 def load_configuration(document: Path) -> expexp.Config:
     """The configuration in a file; raises ConfigError."""
-    return expexp.ConfigLoader(expexp.Limits()).load(str(document), (), False)
+    return load_files(str(document))[0]
 
 
 def heading_anchors() -> set[str]:
@@ -1128,6 +1128,17 @@ def fetch(
         return Answer(response.status, response.headers, response.read())
 
 
+def load_files(
+    filename: str, *folders: str, skip: bool = False, limits: expexp.Limits = FAST
+) -> tuple[expexp.Config, list[str]]:
+    """The configuration in a file and folders, and the warnings; raises ConfigError."""
+    reader = expexp.FileReader(expexp.DocumentReader("", []))
+    config = expexp.ConfigLoader(limits, reader).load(filename, folders, skip)
+    if reader.problems:
+        raise expexp.ConfigError(*reader.problems)
+    return config, reader.warnings
+
+
 @contextlib.contextmanager
 def running(
     config: Mapping[str, object] | str, *flags: str, limits: expexp.Limits = FAST
@@ -1139,6 +1150,7 @@ def running(
         path.write_text(text)
         arguments = ["-config", str(path), "-web.listen-address", "127.0.0.1:0", *flags]
         program = expexp.Program(expexp.parse_flags(arguments), limits)
+        program.listen()
         server = program.servers[0]
         thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
         thread.start()
@@ -3974,7 +3986,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load(text: str | bytes, name: str = "c.yaml") -> expexp.Config:
     """The configuration of a text in a file of the current folder."""
     Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    return expexp.ConfigLoader(FAST).load(name, (), False)
+    return load_files(name)[0]
 
 
 def problems_of(text: str | bytes, name: str = "c.yaml") -> list[str]:
@@ -4640,7 +4652,7 @@ def test_what_clients_may_add_stands_in_the_module_or_in_its_section() -> None:
 @pytest.mark.usefixtures("here")
 def test_everything_has_its_default() -> None:
     assert load(of_http("port: 9100")).modules["a"] == expexp.Module(
-        "http", 0, True, True, True, "a", expexp.HttpTarget(9100, "http", "localhost", "/metrics")
+        "http", name="a", target=expexp.HttpTarget(9100, "http", "localhost")
     )
 
 
@@ -4779,13 +4791,13 @@ def put(folder: str, **documents: str) -> str:
 
 def load_all(filename: str, *folders: str, skip: bool = False) -> tuple[list[str], list[str]]:
     """Names of the modules, and the warnings."""
-    loader = expexp.ConfigLoader(FAST)
-    return list(loader.load(filename, folders, skip).modules), loader.warnings
+    config, warnings = load_files(filename, *folders, skip=skip)
+    return list(config.modules), warnings
 
 
 def loading_problems(filename: str, *folders: str) -> list[str]:
     with pytest.raises(expexp.ConfigError) as caught:
-        expexp.ConfigLoader(FAST).load(filename, folders, False)
+        load_files(filename, *folders)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -4863,7 +4875,7 @@ def test_problems_of_all_files_are_reported_at_once() -> None:
 @pytest.mark.usefixtures("here")
 def test_a_default_module_may_be_one_of_a_folder() -> None:
     Path("c.yaml").write_text("defaultModule: a\n")
-    config = expexp.ConfigLoader(FAST).load("c.yaml", [put("d", a__yaml=A_FILE)], False)
+    config, _ = load_files("c.yaml", put("d", a__yaml=A_FILE))
     assert config.default_module == "a"
 
 
@@ -4876,9 +4888,9 @@ def test_a_file_that_is_not_there_is_named_once() -> None:
 @pytest.mark.usefixtures("here")
 def test_a_file_that_is_too_large_is_not_read() -> None:
     Path("c.yaml").write_text("#" * 101)
-    loader = expexp.ConfigLoader(dataclasses.replace(FAST, config_bytes=100))
+    limits = dataclasses.replace(FAST, config_bytes=100)
     with pytest.raises(expexp.ConfigError, match=r"^c\.yaml: larger than 100 bytes$"):
-        loader.load("c.yaml", (), False)
+        load_files("c.yaml", limits=limits)
 
 
 @pytest.mark.usefixtures("here")
@@ -4940,7 +4952,8 @@ sys.modules["yaml"] = None
 sys.path.insert(0, sys.argv[1])
 import expexp
 try:
-    print(sorted(expexp.ConfigLoader(expexp.Limits()).load(sys.argv[2], (), False).modules))
+    program = expexp.Program(expexp.parse_flags(["-config", sys.argv[2]]), expexp.Limits())
+    print(sorted(program.config.value.modules))
 except expexp.ConfigError as error:
     print(error)
 """
@@ -7549,6 +7562,7 @@ def test_there_is_a_warning_where_anyone_may_add_arguments(
 ) -> None:
     (here / "c.json").write_text(json.dumps({"modules": {"m": {**exec_module(""), **settings}}}))
     program = expexp.Program(expexp.parse_flags(["-config=c.json", *flags]), FAST)
+    program.listen()
     for server in program.servers:
         server.server_close()
     warning = (
@@ -7736,7 +7750,9 @@ def scraping_job() -> expexp.Job:
     """A job for the functions that read pieces."""
     limits, metrics = expexp.Limits(), expexp.SelfMetrics()
     budget, slots = expexp.Budget(limits.held_bytes), threading.Semaphore(1)
-    tools = expexp.Tools(limits, budget, slots, expexp.Commands(limits, 0), metrics)
+    tools = expexp.Tools(
+        limits, budget, slots, expexp.Commands(limits, 0), metrics, expexp.Cache(limits)
+    )
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60, time.monotonic)
     return expexp.Job(module, (), (), "::1", deadline, contextlib.ExitStack(), tools)
