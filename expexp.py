@@ -163,7 +163,6 @@ class Limits:
     secret_bytes: int = limit(65536, "a file with a password or token")
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
     cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
-    container_bytes: int = limit(MEBIBYTE, "what a container engine says of one container")
     commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
@@ -2067,6 +2066,10 @@ def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
+OPPOSED_KEYS: Final = (
+    ("address", "unix_socket", "container"),
+    ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
+)
 SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
 #: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
 ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
@@ -2274,6 +2277,10 @@ class DocumentReader:
             beside = declared[name]["beside"]
             if beside and not set(beside) & set(given):
                 self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
+        for group in OPPOSED_KEYS:
+            first, *others = [name for name in given if name in group] or [""]
+            for name in others:
+                self.problem(f"{path}.{name}", f"does not go with {first}")
         return values
 
     def section(self, section: Any, node: Node, path: str) -> Any:
@@ -2298,6 +2305,8 @@ class DocumentReader:
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
         values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
+        if values.get("cache") and values.get("verify") is False and values["method"] == "http":
+            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[values["method"]](**target))
@@ -2592,8 +2601,6 @@ def load_target_credentials(
     secret, scheme, text = target.basic_auth_password, "", ""
     names = ("basic_auth_password_file", "bearer_token_file")
     for name in (name for name in names if getattr(target, name)):
-        if secret:
-            reader.problem(f"{path}.{name}", "there is another password or token already")
         with reader.noting(f"{path}.{name}"):
             secret = reader.secret(getattr(target, name))
     if target.basic_auth_username:
@@ -3208,97 +3215,6 @@ def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     raise errors[0]
 
 
-# --- containers: where one is is asked of its engine, over the API that Docker and podman share
-
-
-def connect_unix(path: str, deadline: Deadline) -> socket.socket:
-    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(deadline.remaining())
-        connection.connect(path)
-    except (OSError, ScrapeError):
-        connection.close()
-        raise
-    return connection
-
-
-def connect_engine(job: Job) -> socket.socket:
-    """A connection to a container's engine; raises ScrapeError, of the first that was tried."""
-    given = job.module.target.container_host
-    for other in ENGINES[1:] if given == ENGINES[0] else ():
-        with contextlib.suppress(OSError):
-            place = given if os.path.exists(given.partition("://")[2]) else other
-            return connect_unix(place.partition("://")[2], job.deadline)
-    try:
-        return connect_unix(given.partition("://")[2], job.deadline)
-    except OSError as error:
-        words = f"cannot ask the container engine at {given}: {words_of(error)}"
-        raise ScrapeError("unreachable", words) from None
-
-
-def ask_engine(job: Job) -> Any:
-    """What an engine says of a container; raises OSError, ValueError or ScrapeError."""
-    name, limit = job.module.target.container, job.tools.limits.container_bytes
-    with contextlib.closing(TargetConnection("localhost", job=job)) as connection:
-        connection.sock = connect_engine(job)
-        connection.request("GET", f"/containers/{name}/json")
-        response = connection.getresponse()
-        body = response.read(limit)
-        if response.status == http.HTTPStatus.NOT_FOUND:
-            raise ScrapeError("unreachable", f"no container {name}")
-        if response.status != http.HTTPStatus.OK:
-            status = f"the container engine answers with status {response.status}"
-            raise ScrapeError("unreachable", status)
-        return json.loads(body)
-
-
-ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
-
-
-def find_container(job: Job) -> tuple[str, int]:
-    """Host and port of a container's port: where it is published, or else its own address."""
-    target = job.module.target
-    who, port = f"container {target.container}", target.port
-    try:
-        found = ask_engine(job)
-        network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
-        if not found["State"]["Running"]:
-            raise ScrapeError("unreachable", f"{who} is not running")
-        for one in (network.get("Ports") or {}).get(f"{port}/tcp") or ():
-            return ANY_ADDRESS.get(one["HostIp"], one["HostIp"]), int(one["HostPort"])
-        networks = (network, *(network.get("Networks") or {}).values())
-        own = [each["IPAddress"] for each in networks if each.get("IPAddress")]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        words = f"cannot understand what the container engine says of {who}: {error!r}"
-        raise ScrapeError("unreachable", excerpt(words, 200)) from None
-    if not own and mode != "host":
-        why = f"port {port} is not published, and there is no address of its own"
-        raise ScrapeError("unreachable", f"{who}: {why}")
-    return own[0] if own else "127.0.0.1", port
-
-
-def connect_container(job: Job) -> socket.socket:
-    """A socket that is connected to a container; where it is is asked again when that fails."""
-    target, known = job.module.target, job.tools.containers
-    place = target.container_host, target.container, target.port
-    if place in known:
-        with contextlib.suppress(OSError):
-            return connect_socket(job, *known[place])
-    known[place] = find_container(job)
-    return connect_socket(job, *known[place])
-
-
-def connect_target(job: Job) -> socket.socket:
-    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
-    target = job.module.target
-    if target.unix_socket:
-        return connect_unix(target.unix_socket, job.deadline)
-    if target.container:
-        return connect_container(job)
-    return connect_socket(job, target.address, target.port)
-
-
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
 CERTIFICATE_FAULTS: Final = {9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 CUT_SHORT: Final = (http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -3428,6 +3344,102 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
             yield piece
     if count < length < math.inf or (response.chunked and reader.at_end):
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
+
+
+# --- containers: where one is is asked of its engine, over the API that Docker and podman share
+
+
+def connect_unix(path: str, deadline: Deadline) -> socket.socket:
+    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(deadline.remaining())
+        connection.connect(path)
+    except (OSError, ScrapeError):
+        connection.close()
+        raise
+    return connection
+
+
+def connect_engine(job: Job) -> socket.socket:
+    """A connection to a container's engine; raises ScrapeError, of the first that was tried."""
+    given = job.module.target.container_host
+    for other in ENGINES[1:] if given == ENGINES[0] else ():
+        with contextlib.suppress(OSError):
+            place = given if os.path.exists(given.partition("://")[2]) else other
+            return connect_unix(place.partition("://")[2], job.deadline)
+    try:
+        return connect_unix(given.partition("://")[2], job.deadline)
+    except OSError as error:
+        words = f"cannot ask the container engine at {given}: {words_of(error)}"
+        raise ScrapeError("unreachable", words) from None
+
+
+def ask_engine(job: Job) -> Any:
+    """What an engine says of a container; raises OSError, ValueError or ScrapeError."""
+    name = job.module.target.container
+    with contextlib.closing(TargetConnection("localhost", job=job)) as connection:
+        connection.sock = connect_engine(job)
+        connection.request("GET", f"/containers/{name}/json")
+        response = connection.getresponse()
+        check_head(response)
+        body = join_pieces(job, response_pieces(job, response))
+    if response.status != http.HTTPStatus.OK:
+        is_missing = response.status == http.HTTPStatus.NOT_FOUND
+        other = f"the container engine answers with status {response.status}"
+        raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
+    return json.loads(body)
+
+
+ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
+def find_container(job: Job) -> tuple[str, int]:
+    """Host and port of a container's port: where it is published, or else its own address."""
+    target = job.module.target
+    who, port = f"container {target.container}", target.port
+    try:
+        found = ask_engine(job)
+        network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
+        if not found["State"]["Running"]:
+            raise ScrapeError("unreachable", f"{who} is not running")
+        for one in (network.get("Ports") or {}).get(f"{port}/tcp") or ():
+            return ANY_ADDRESS.get(one["HostIp"], one["HostIp"]), int(one["HostPort"])
+        networks = (network, *(network.get("Networks") or {}).values())
+        own = [each["IPAddress"] for each in networks if each.get("IPAddress")]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        words = f"cannot understand what the container engine says of {who}: {error!r}"
+        raise ScrapeError("unreachable", excerpt(words, 200)) from None
+    if not own and mode != "host":
+        why = f"port {port} is not published, and there is no address of its own"
+        raise ScrapeError("unreachable", f"{who}: {why}")
+    return own[0] if own else "127.0.0.1", port
+
+
+def connect_container(job: Job) -> socket.socket:
+    """A socket that is connected to a container; where it is is asked again when that fails."""
+    target, known = job.module.target, job.tools.containers
+    place = target.container_host, target.container, target.port
+    if place in known:
+        with contextlib.suppress(OSError):
+            return connect_socket(job, *known[place])
+    known[place] = find_container(job)
+    try:
+        return connect_socket(job, *known[place])
+    except OSError as error:
+        job.deadline.check()
+        where = f"container {target.container} is not reachable at {render_address(known[place])}"
+        raise ScrapeError("unreachable", f"{where}: {words_of(error)}") from None
+
+
+def connect_target(job: Job) -> socket.socket:
+    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
+    target = job.module.target
+    if target.unix_socket:
+        return connect_unix(target.unix_socket, job.deadline)
+    if target.container:
+        return connect_container(job)
+    return connect_socket(job, target.address, target.port)
 
 
 # --- exec
