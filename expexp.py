@@ -2921,7 +2921,10 @@ class Cache:
         self._limits, self._lock = limits, threading.Lock()
         #: When, for which module, and what was answered; the oldest first.
         self._kept: dict[Any, tuple[float, Module, Scrape]] = {}
-        self._running: dict[Any, concurrent.futures.Future[Scrape | ScrapeError]] = {}
+        #: For which module, and what will be answered. A reload may have changed the module since.
+        self._running: dict[
+            Any, tuple[Module, concurrent.futures.Future[Scrape | ScrapeError]]
+        ] = {}
 
     def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
         """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
@@ -2932,21 +2935,26 @@ class Cache:
                 if kept and module == job.module and age < job.module.cache:
                     headers = [*kept.headers, ("Age", str(int(age)))]
                     return dataclasses.replace(kept, headers=headers)
-                running = self._running.get(key)
-                if not running:
-                    self._running[key] = concurrent.futures.Future()
-            if not running:
-                return self._scrape(job, key, scrape)
-            try:
-                outcome = running.result(job.deadline.remaining())
-            except concurrent.futures.TimeoutError:
-                raise job.deadline.error() from None
-            if isinstance(outcome, Scrape):
+                module, running = self._running.get(key, (None, None))
+                if module != job.module:
+                    running = None
+                    own: Any = concurrent.futures.Future()
+                    self._running[key] = job.module, own
+            outcome = self._wait(job, running) if running else self._scrape(job, key, scrape, own)
+            if outcome:
                 return outcome
-            if outcome.reason.name != "timeout":  # whose deadline was perhaps sooner than ours
-                raise ScrapeError(outcome.reason.name, outcome.message)
 
-    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
+    def _wait(self, job: Job, running: concurrent.futures.Future[Any]) -> Scrape | None:
+        """What another one's scrape gives; None where its deadline was too soon. ScrapeError."""
+        try:
+            outcome = running.result(job.deadline.remaining())
+        except concurrent.futures.TimeoutError:
+            raise job.deadline.error() from None
+        if isinstance(outcome, ScrapeError) and outcome.reason.name != "timeout":
+            raise ScrapeError(outcome.reason.name, outcome.message)
+        return outcome if isinstance(outcome, Scrape) else None
+
+    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape], running: Any) -> Scrape:
         """What `scrape` makes, for all who wait for it."""
         outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
         try:
@@ -2958,7 +2966,9 @@ class Cache:
             with self._lock:
                 if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
                     self._keep(key, (time.monotonic(), job.module, outcome))
-                self._running.pop(key).set_result(outcome)
+                if self._running[key][1] is running:
+                    del self._running[key]
+            running.set_result(outcome)
         return outcome
 
     def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
@@ -4490,10 +4500,13 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
-def load_config(options: Options, limits: Limits, reader: FileReader, _former: Any) -> Config:
+def load_config(options: Options, limits: Limits, reader: FileReader, former: Any) -> Config:
     """The configuration that flags name; what is wrong with it is noted as problems."""
-    loader = ConfigLoader(limits, reader)
-    return loader.load(options["config.file"], options["config.dirs"], options["config.skip-dirs"])
+    flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
+    config = ConfigLoader(limits, reader).load(*flags)
+    if former and former.modules and not config.modules:  # a file that is just being written
+        reader.problem("", "no modules are left: that needs a restart")
+    return config
 
 
 class Program:
