@@ -1754,11 +1754,13 @@ def parse_path(text: str) -> str:
 def parse_pattern(text: str) -> str:
     """A regular expression, "" for none; ValueError if Python reads it differently, or not."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # `[[:alpha:]]` compiles, but means something else
+        warnings.simplefilter("error")  # `[a&&b]` compiles, but might mean something else
         try:
             re.compile(text, re.ASCII)
-        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+        except (re.error, Warning, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression of Python: {error}") from None
+    if re.search(r"\[:\^?\w+:]", text):  # not always warned of
+        raise ValueError("not a regular expression of Python: there are no classes of POSIX")
     return text
 
 

@@ -3784,6 +3784,33 @@ FLAG_FORMS = {
     "a path above the root": (["-web.telemetry-path=/../../a"], "telemetry_path", "/a"),
     "help": (["-h"], "help", True),
     "help in full": (["--help"], "help", True),
+    "no TLS": ([], "tls_listen_address", None),
+    "an address for TLS": (
+        ["-web.tls.listen-address", "[::1]:443"],
+        "tls_listen_address",
+        ("::1", 443),
+    ),
+    "an address for TLS taken back": (
+        ["-web.tls.listen-address=:1", "-web.tls.listen-address="],
+        "tls_listen_address",
+        None,
+    ),
+    "the usual certificate": ([], "tls_cert", "cert.pem"),
+    "a certificate": (["--web.tls.cert=x"], "tls_cert", "x"),
+    "the usual key": ([], "tls_key", "key.pem"),
+    "a key": (["-web.tls.key", "x"], "tls_key", "x"),
+    "the usual authority": ([], "tls_ca", "ca.pem"),
+    "an authority": (["-web.tls.ca=x"], "tls_ca", "x"),
+    "no certificate asked for": ([], "tls_verify", False),
+    "certificates asked for": (["-web.tls.verify"], "tls_verify", True),
+    "any name in a certificate": ([], "tls_certmatch", ""),
+    "a pattern for the names": (
+        ["-web.tls.certmatch", r"^prom[0-9]+\.example$"],
+        "tls_certmatch",
+        r"^prom[0-9]+\.example$",
+    ),
+    "no web configuration": ([], "web_config_file", ""),
+    "a web configuration": (["--web.config.file=x"], "web_config_file", "x"),
 }
 
 
@@ -3853,6 +3880,17 @@ FLAG_ERRORS = {
         ["-winsvc", "install"],
         'invalid value "install" for flag -winsvc: not supported',
     ),
+    "a TLS port that is none": (
+        ["-web.tls.listen-address=443"],
+        (
+            'invalid value "443" for flag -web.tls.listen-address: expected an address such as '
+            '":9999" or "[::1]:9999", found "443"'
+        ),
+    ),
+    "a bare boolean for TLS with another word": (
+        ["-web.tls.verify", "yes"],
+        'unexpected argument "yes"',
+    ),
 }
 
 
@@ -3861,6 +3899,43 @@ def test_flags_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags(arguments)
     assert str(caught.value) == message
+
+
+#: Patterns of Go that Python does not take, or takes for something else without an error.
+UNUSABLE_PATTERNS = {
+    "a bracket that is not closed": "(",
+    "nothing to repeat": "*",
+    "too many repetitions": "a{1,99999999999}",
+    "brackets nested too deeply": "(" * 10000,
+    "a class of POSIX": "[[:alpha:]]",
+    "a class of POSIX, negated": "[^[:alpha:]]",
+    "a class of POSIX behind others": "[-_[:alpha:]]",
+    "a class of POSIX that is negated itself": "[_[:^alpha:]]",
+    "a class of Unicode": r"\pL",
+    "a quotation": r"\Qa.b\E",
+    "a code point in braces": r"\x{41}",
+    "a flag of Go": "(?U)a",
+    "a flag for what comes behind it": "a(?i)b",
+    "an intersection of sets": "[a&&b]",
+    "a difference of sets": "[a--b]",
+}
+
+
+@pytest.mark.parametrize("pattern", UNUSABLE_PATTERNS.values(), ids=UNUSABLE_PATTERNS)
+def test_a_pattern_for_certificates_is_refused_with(pattern: str) -> None:
+    with pytest.raises(expexp.FlagError) as caught:
+        expexp.parse_flags([f"-web.tls.certmatch={pattern}"])
+    beginning = f'invalid value "{expexp.excerpt(pattern)}" for flag -web.tls.certmatch: '
+    message = str(caught.value)
+    assert re.fullmatch(re.escape(beginning) + "not a regular expression of Python: .+", message)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a", "^a$", "a|b", "(?i)a", "(?i:a)", r"[\w.-]+\.example", r"\[:a:\]", "[:a]", "(?P<n>a)"],
+)
+def test_a_pattern_for_certificates_is_taken(pattern: str) -> None:
+    assert expexp.parse_flags([f"-web.tls.certmatch={pattern}"]).tls_certmatch == pattern
 
 
 @pytest.mark.parametrize(
@@ -3874,7 +3949,8 @@ def test_the_flags_of_the_original_are_all_there() -> None:
     original = (
         "config.file config.dirs config.skip-dirs web.listen-address web.bearer.token "
         "web.bearer.token-file allow.net web.telemetry-path web.proxy-path log.level log.json "
-        "version winsvc"
+        "web.tls.listen-address web.tls.cert web.tls.key web.tls.ca web.tls.verify "
+        "web.tls.certmatch version winsvc"
     )
     assert set(original.split()) | {"config", "timeout-offset", "h"} <= set(expexp.declared_flags())
 
@@ -8255,6 +8331,14 @@ STARTS = {
         'invalid value "start" for flag -winsvc: not supported\nUsage of expexp:\n',
     ),
     "a stray argument": (["-config", "", "x"], 2, 'unexpected argument "x"\nUsage of expexp:\n'),
+    "a pattern that Python reads differently": (
+        ["-web.tls.certmatch=[[:alpha:]]"],
+        2,
+        (
+            'invalid value "[[:alpha:]]" for flag -web.tls.certmatch: not a regular expression of '
+            "Python: "
+        ),
+    ),
 }
 
 
@@ -8315,6 +8399,14 @@ REFUSED_STARTS = {
     "a host that is none": (
         ["-web.listen-address=" + "x" * 64 + ":9"],
         "cannot listen on " + "x" * 64 + ":9: ",
+    ),
+    "a pattern for certificates that nobody asks for": (
+        ["-web.tls.certmatch=a"],
+        "-web.tls.verify must be set to use -web.tls.certmatch",
+    ),
+    "a web configuration that is not there": (
+        ["-web.config.file=nofile"],
+        "nofile: cannot be read: no such file or directory",
     ),
     "a file name with control characters": (
         ["-config=a\x1b\nb"],
