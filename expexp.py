@@ -2571,10 +2571,10 @@ class CredentialReader(DocumentReader):
         return Secret(text)
 
     def certificates(self, filename: str) -> list[str]:
-        """The certificates in a file, in PEM; raises OSError and NodeError."""
+        """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
         found = CERTIFICATE.findall(load_text(self.watched(filename), Limits.config_bytes))
         if not found:
-            raise NodeError(f"no certificate in {excerpt(filename)}")
+            raise ValueError("there is no certificate in it")
         return found
 
 
@@ -2854,7 +2854,8 @@ def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
     if filename:
         with reader.noting(""):
             text = load_text(reader.watched(filename, private=True), Limits.config_bytes)
-            web = reader.web_config(parse_yaml(text))
+            parse = parse_json if filename.endswith(".json") else parse_yaml
+            web = reader.web_config(parse(text))
             if not (web.basic_auth_users or web.tls_server_config or reader.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
     if web.tls_server_config and options.tls_listen_address:

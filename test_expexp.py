@@ -7,6 +7,7 @@ import base64
 import codecs
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import email.utils
@@ -36,6 +37,7 @@ import threading
 import time
 import tokenize
 import tracemalloc
+import types
 import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +52,7 @@ import prometheus_client.metrics_core
 import prometheus_client.openmetrics.exposition
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.registry import Collector
 
@@ -4927,6 +4930,550 @@ def test_files_for_tls_are_checked_at_the_start(
     (message,) = problems_of(of_http("port: 1", "scheme: https", *lines))
     assert message.startswith(beginning)  # the rest is OpenSSL's, by version
 
+
+# --- certificates and secrets
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate, keys and authorities, as people get them right and wrong."""
+    folder, ca = tmp_path_factory.mktemp("pems"), trustme.CA()
+    own, other = ca.issue_cert("localhost"), ca.issue_cert("localhost")
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    own.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    own.private_key_pem.write_to_path(str(folder / "key.pem"))
+    other.private_key_pem.write_to_path(str(folder / "other.pem"))
+    key = serialization.load_pem_private_key(own.private_key_pem.bytes(), None)
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"s3ntinel"),
+    )
+    (folder / "encrypted.pem").write_bytes(encrypted)
+    (folder / "junk.pem").write_text("-----BEGIN CERTIFICATE-----\nanVuaw==\n")
+    (folder / "write-only.pem").symlink_to("/proc/sys/vm/compact_memory")
+    (folder / "folder.pem").mkdir()
+    return folder
+
+
+@pytest.fixture
+def here_with_pems(here: Path, pems: Path) -> Path:
+    """The current folder, with these files."""
+    shutil.copytree(pems, here, symlinks=True, dirs_exist_ok=True)
+    for path in here.glob("*.pem"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o600)
+    return here
+
+
+def web_program(*flags: str, name: str = "w.yaml") -> expexp.Program:
+    """An expexp that listens nowhere, with a web configuration."""
+    nothing = ["-config=", "-web.listen-address="]
+    options = expexp.parse_flags([*nothing, f"-web.config.file={name}", *flags])
+    return expexp.Program(options, FAST)
+
+
+def web_problems(text: str | bytes, *flags: str) -> list[str]:
+    """All messages about the text of a web configuration."""
+    Path("w.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(expexp.ConfigError) as caught:
+        web_program(*flags)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def serving_tls(*lines: str) -> str:
+    """A web configuration with TLS; the first line given is line 4."""
+    own = ["cert_file: cert.pem", "key_file: key.pem"]
+    return "tls_server_config:\n" + "".join(f"  {line}\n" for line in [*own, *lines])
+
+
+def with_users(*lines: str) -> str:
+    """A web configuration with users; the first line given is line 2."""
+    return "basic_auth_users:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+#: Hashes and their passwords, from the tests of bcrypt's implementation in C (crypt_blowfish).
+BCRYPT_VECTORS = {
+    "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW": b"U*U",
+    "$2a$05$XXXXXXXXXXXXXXXXXXXXXOAcXxm9kjPGEMsLznoKqmqw7tc8WCx4a": b"U*U*U",
+    "$2a$05$CCCCCCCCCCCCCCCCCCCCC.7uG0VCzI2bS7j6ymqJi9CdcdxiRTWNy": b"",
+    "$2y$05$/OK.fbVrR/bpIqNJ5ianF.CE5elHaaO4EbggVDjb8P19RukzXSM3e": b"\xff\xff\xa3",
+    "$2b$05$/OK.fbVrR/bpIqNJ5ianF.Sa7shbm4.OzKpvFnX1pQLmQW96oUlCq": b"\xa3",
+    "$2a$05$abcdefghijklmnopqrstuu5s2v8.iXieOjg/.AySBTTZIIVFJeBui": (
+        b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    ),
+}
+HASHED = next(iter(BCRYPT_VECTORS))
+NO_HASH = "w.yaml:2:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14"
+TLS_AT = "tls_server_config"
+UNSUPPORTED = "not supported by expexp: "
+AUTH_TYPE_AT = (
+    f"w.yaml:4:21: {TLS_AT}.client_auth_type: expected NoClientCert or VerifyClientCertIfGiven or "
+    "RequireAndVerifyClientCert, found "
+)
+ASKING = ["client_ca_file: ca.pem", "client_auth_type: RequireAndVerifyClientCert"]
+
+WEB_PROBLEMS = {
+    # the whole file
+    "an empty file": ("", ["w.yaml:1:1: expected a mapping, found nothing"]),
+    "a file with comments only": ("# x\n", ["w.yaml:1:1: expected a mapping, found nothing"]),
+    "a list": ("- x\n", ["w.yaml:1:1: expected a mapping, found the list"]),
+    "neither TLS nor users": (
+        "basic_auth_users: {}\ntls_server_config:\n",
+        ["w.yaml: neither tls_server_config nor basic_auth_users is set"],
+    ),
+    "a bracket that is not closed": (
+        "tls_server_config: {",
+        [
+            (
+                "w.yaml:1:21: not YAML: while parsing a flow node expected the node content, but "
+                "found '<stream end>'"
+            )
+        ],
+    ),
+    "bytes that are not UTF-8": (b"a: \xff\n", ["w.yaml:1:4: not UTF-8"]),
+    "an unknown key at the top": (
+        serving_tls() + "xyz: 1\n",
+        ["w.yaml:4:1: xyz: unknown key"],
+    ),
+    "a key at the top that is almost right": (
+        serving_tls() + "basic_auth_user: {}\n",
+        ['w.yaml:4:1: basic_auth_user: unknown key; did you mean "basic_auth_users"?'],
+    ),
+    "HTTP/2": (
+        serving_tls() + "http_server_config:\n  http2: true\n",
+        [
+            (
+                f"w.yaml:5:3: http_server_config: {UNSUPPORTED}there is neither HTTP/2 nor a "
+                "header to add"
+            )
+        ],
+    ),
+    "a limit of requests": (
+        serving_tls() + "rate_limit: {interval: 1s, burst: 9}\n",
+        [(f"w.yaml:4:13: rate_limit: {UNSUPPORTED}the number of connections is limited instead")],
+    ),
+    "TLS given twice": (
+        serving_tls() + serving_tls(),
+        [f"w.yaml:4:1: {TLS_AT}: given twice; first on line 2"],
+    ),
+    # keys of TLS
+    "no TLS settings": (
+        "tls_server_config: {}\n",
+        [
+            f"w.yaml:1:20: {TLS_AT}.cert_file: required: certificate, and the chain behind it",
+            f"w.yaml:1:20: {TLS_AT}.key_file: required: its key",
+        ],
+    ),
+    "no certificate": (
+        "tls_server_config:\n  key_file: key.pem\n",
+        [f"w.yaml:2:3: {TLS_AT}.cert_file: required: certificate, and the chain behind it"],
+    ),
+    "no key": (
+        "tls_server_config:\n  cert_file: cert.pem\n",
+        [f"w.yaml:2:3: {TLS_AT}.key_file: required: its key"],
+    ),
+    "an empty name of a certificate": (
+        'tls_server_config:\n  cert_file: ""\n  key_file: key.pem\n',
+        [f'w.yaml:2:14: {TLS_AT}.cert_file: expected text that is not empty, found ""'],
+    ),
+    "an unknown key of TLS": (
+        serving_tls("certfile: x"),
+        [f'w.yaml:4:3: {TLS_AT}.certfile: unknown key; did you mean "cert_file"?'],
+    ),
+    "a key of TLS given twice": (
+        serving_tls("key_file: x"),
+        [f"w.yaml:4:3: {TLS_AT}.key_file: given twice; first on line 3"],
+    ),
+    "a certificate within the file": (
+        serving_tls("cert: x"),
+        [f"w.yaml:4:9: {TLS_AT}.cert: {UNSUPPORTED}name a cert_file"],
+    ),
+    "a key within the file": (
+        serving_tls("key: s3ntinel"),
+        [f"w.yaml:4:8: {TLS_AT}.key: {UNSUPPORTED}name a key_file"],
+    ),
+    "an authority within the file": (
+        serving_tls("client_ca: x"),
+        [f"w.yaml:4:14: {TLS_AT}.client_ca: {UNSUPPORTED}name a client_ca_file"],
+    ),
+    "suites": (
+        serving_tls("cipher_suites: [TLS_RSA_WITH_RC4_128_SHA]"),
+        [
+            (
+                f"w.yaml:4:18: {TLS_AT}.cipher_suites: {UNSUPPORTED}the suites are fixed: AEAD "
+                "with forward secrecy"
+            )
+        ],
+    ),
+    "whose order of suites": (
+        serving_tls("prefer_server_cipher_suites: false"),
+        [
+            (
+                f"w.yaml:4:32: {TLS_AT}.prefer_server_cipher_suites: {UNSUPPORTED}the server's "
+                "order is always used"
+            )
+        ],
+    ),
+    "curves": (
+        serving_tls("curve_preferences: [X25519]"),
+        [
+            (
+                f"w.yaml:4:22: {TLS_AT}.curve_preferences: {UNSUPPORTED}the curves are those of "
+                "OpenSSL"
+            )
+        ],
+    ),
+    # values of TLS
+    "certificates asked for and not verified": (
+        serving_tls("client_auth_type: RequestClientCert"),
+        [f'{AUTH_TYPE_AT}"RequestClientCert"'],
+    ),
+    "certificates required and not verified": (
+        serving_tls("client_auth_type: RequireAnyClientCert"),
+        [f'{AUTH_TYPE_AT}"RequireAnyClientCert"'],
+    ),
+    "a way to ask in small letters": (
+        serving_tls("client_auth_type: requireandverifyclientcert"),
+        [f'{AUTH_TYPE_AT}"requireandverifyclientcert"'],
+    ),
+    "certificates required of no authority": (
+        serving_tls("client_auth_type: RequireAndVerifyClientCert"),
+        [f"w.yaml:4:21: {TLS_AT}.client_auth_type: needs client_ca_file beside it"],
+    ),
+    "certificates verified if given, of no authority": (
+        serving_tls("client_auth_type: VerifyClientCertIfGiven"),
+        [f"w.yaml:4:21: {TLS_AT}.client_auth_type: needs client_ca_file beside it"],
+    ),
+    "an authority of certificates that nobody asks for": (
+        serving_tls("client_ca_file: ca.pem"),
+        [
+            (
+                f"w.yaml:4:19: {TLS_AT}.client_ca_file: needs a client_auth_type that asks for "
+                "certificates"
+            )
+        ],
+    ),
+    "names in certificates that nobody asks for": (
+        serving_tls("client_auth_type: NoClientCert", "client_allowed_sans: [a]"),
+        [
+            (
+                f"w.yaml:5:24: {TLS_AT}.client_allowed_sans: needs a client_auth_type that asks "
+                "for certificates"
+            )
+        ],
+    ),
+    "a name that is no list": (
+        serving_tls(*ASKING, "client_allowed_sans: a"),
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: expected a list, found the string"],
+    ),
+    "TLS 1.0": (
+        serving_tls("min_version: TLS10"),
+        [f'w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found "TLS10"'],
+    ),
+    "TLS 1.1": (
+        serving_tls("max_version: TLS11"),
+        [f'w.yaml:4:16: {TLS_AT}.max_version: expected TLS12 or TLS13, found "TLS11"'],
+    ),
+    "a version that is a number": (
+        serving_tls("min_version: 1.2"),
+        [f"w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found the number 1.2"],
+    ),
+    "a lowest version above the highest": (
+        serving_tls("min_version: TLS13", "max_version: TLS12"),
+        [f"w.yaml:4:16: {TLS_AT}.min_version: is above max_version, TLS12"],
+    ),
+    "several problems": (
+        serving_tls("min_version: TLS10", "zzz: 1") + with_users("a: x"),
+        [
+            f'w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found "TLS10"',
+            f"w.yaml:5:3: {TLS_AT}.zzz: unknown key",
+            "w.yaml:7:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+        ],
+    ),
+    # users
+    "users that are a list": (
+        with_users("- a"),
+        ["w.yaml:2:3: basic_auth_users: expected a mapping, found the list"],
+    ),
+    "a user given twice": (
+        with_users(f"a: {HASHED}", f"a: {HASHED}"),
+        ['w.yaml:3:3: basic_auth_users: "a" is given twice'],
+    ),
+    "a user with a colon": (
+        with_users(f'"a:b": {HASHED}'),
+        [
+            (
+                "w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon, "
+                'found "a:b"'
+            )
+        ],
+    ),
+    "a user without a name": (
+        with_users(f'"": {HASHED}'),
+        ['w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon, found ""'],
+    ),
+    "a user without a hash": (
+        with_users("a:"),
+        ["w.yaml:2:5: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14"],
+    ),
+    "a password instead of its hash": (with_users("a: s3ntinel"), [NO_HASH]),
+    "a hash of MD5": (with_users("a: $1$saltsalt$S4zQrBzzCE0tXGtbHfMZC."), [NO_HASH]),
+    "a hash of Apache's MD5": (with_users("a: $apr1$saltsalt$S4zQrBzzCE0tXGtbHfMZC."), [NO_HASH]),
+    "a hash of SHA-512": (with_users(f"a: $6$saltsalt${'x' * 86}"), [NO_HASH]),
+    "a hash of yescrypt": (with_users(f"a: $y$j9T$saltsalt${'x' * 43}"), [NO_HASH]),
+    "a hash of the old bcrypt": (with_users(f"a: {HASHED.replace('2a', '2x')}"), [NO_HASH]),
+    "a hash of the first bcrypt": (with_users(f"a: {HASHED.replace('2a', '2')}"), [NO_HASH]),
+    "a hash that is too short": (with_users(f"a: {HASHED[:-1]}"), [NO_HASH]),
+    "a hash that is too long": (with_users(f"a: {HASHED}x"), [NO_HASH]),
+    "a hash with a line break behind": (with_users(f'a: "{HASHED}\\n"'), [NO_HASH]),
+    "a hash with a letter that is none of its base64": (
+        with_users(f"a: {HASHED[:-1]}="),
+        [NO_HASH],
+    ),
+    "a cost of one digit": (with_users(f"a: {HASHED.replace('05', '5')}"), [NO_HASH]),
+    **{
+        f"a cost of {cost}": (with_users(f"a: {HASHED.replace('05', cost)}"), [NO_HASH])
+        for cost in ("00", "03", "15", "31", "99")
+    },
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("text", "messages"), WEB_PROBLEMS.values(), ids=WEB_PROBLEMS)
+def test_a_web_configuration_is_refused_with(text: str | bytes, messages: list[str]) -> None:
+    assert web_problems(text) == messages
+
+
+#: Files that a web configuration names, and the beginning of what is said of them.
+PEM_PROBLEMS = {
+    "a certificate that is not there": (
+        ["cert_file: no.pem", "key_file: key.pem"],
+        "cannot use certificate no.pem with key key.pem: no such file or directory",
+    ),
+    "a certificate that is junk": (
+        ["cert_file: junk.pem", "key_file: key.pem"],
+        "cannot use certificate junk.pem with key key.pem: ",
+    ),
+    "a key that is not there": (
+        ["cert_file: cert.pem", "key_file: no.pem"],
+        "cannot use certificate cert.pem with key no.pem: no such file or directory",
+    ),
+    "a key that nobody may read": (
+        ["cert_file: cert.pem", "key_file: write-only.pem"],
+        "cannot use certificate cert.pem with key write-only.pem: permission denied",
+    ),
+    "a key that is junk": (
+        ["cert_file: cert.pem", "key_file: junk.pem"],
+        "cannot use certificate cert.pem with key junk.pem: ",
+    ),
+    "a key that is a folder": (
+        ["cert_file: cert.pem", "key_file: folder.pem"],
+        "cannot use certificate cert.pem with key folder.pem: ",
+    ),
+    "the key of another certificate": (
+        ["cert_file: cert.pem", "key_file: other.pem"],
+        "cannot use certificate cert.pem with key other.pem: key values mismatch",
+    ),
+    "a key that is encrypted": (
+        ["cert_file: cert.pem", "key_file: encrypted.pem"],
+        "cannot use certificate cert.pem with key encrypted.pem: the key is encrypted",
+    ),
+    "an authority that is not there": (
+        [*ASKING[1:], "client_ca_file: no.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in no.pem: no such file or directory",
+    ),
+    "an authority that is a folder": (
+        [*ASKING[1:], "client_ca_file: folder.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in folder.pem: is a directory",
+    ),
+    "an authority that is junk": (
+        [*ASKING[1:], "client_ca_file: junk.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in junk.pem: ",
+    ),
+    "an authority that is a key": (
+        [*ASKING[1:], "client_ca_file: key.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in key.pem: ",
+    ),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("lines", "beginning"), PEM_PROBLEMS.values(), ids=PEM_PROBLEMS)
+def test_a_web_configuration_is_refused_that_names(lines: list[str], beginning: str) -> None:
+    messages = web_problems("tls_server_config:\n" + "".join(f"  {line}\n" for line in lines))
+    where = f"w.yaml:2:3: {TLS_AT}: "
+    assert [m for m in messages if m.startswith(where + beginning)]
+    assert [m for m in messages if not m.startswith(where)] == []
+
+
+WEB_CONFIGURATIONS = {
+    "TLS alone": serving_tls(),
+    "TLS and users": serving_tls() + with_users(f"a: {HASHED}"),
+    "users alone": with_users(f"a: {HASHED}"),
+    "several users": with_users(*(f"a{n}: {text}" for n, text in enumerate(BCRYPT_VECTORS))),
+    "a user whose name is a number": with_users(f"1: {HASHED}"),
+    "the lowest cost": with_users(f"a: {HASHED.replace('05', '04')}"),
+    "the highest cost": with_users(f"a: {HASHED.replace('05', '14')}"),
+    "sections with nothing in them": serving_tls() + "http_server_config:\nrate_limit:\n",
+    "keys with nothing behind them": serving_tls("cipher_suites:", "client_auth_type:"),
+    "nobody asked for a certificate": serving_tls("client_auth_type: NoClientCert"),
+    "certificates verified if given": serving_tls(
+        "client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"
+    ),
+    "certificates required": serving_tls(*ASKING),
+    "names in certificates": serving_tls(*ASKING, "client_allowed_sans: [a, 10.0.0.1, a@b, c:d]"),
+    "TLS 1.3 alone": serving_tls("min_version: TLS13"),
+    "TLS 1.2 alone": serving_tls("min_version: TLS12", "max_version: TLS12"),
+    "JSON": json.dumps({"basic_auth_users": {"a": HASHED}}),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize("text", WEB_CONFIGURATIONS.values(), ids=WEB_CONFIGURATIONS)
+def test_a_web_configuration_is_taken_with(text: str) -> None:
+    Path("w.yaml").write_text(text)
+    web_program()
+
+
+@pytest.mark.usefixtures("here")
+def test_without_pyyaml_a_web_configuration_in_json_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("w.json").write_text(json.dumps({"basic_auth_users": {"a": HASHED}}))
+    monkeypatch.setattr(expexp, "yaml", None)
+    web_program(name="w.json")
+    Path("w.json").write_text('{"basic_auth_users": {}')
+    with pytest.raises(expexp.ConfigError, match=r"^w\.json:1:24: not JSON: "):
+        web_program(name="w.json")
+
+
+@pytest.mark.usefixtures("here_with_pems")
+def test_tls_by_a_file_and_by_flags_do_not_go_together() -> None:
+    assert web_problems(serving_tls(), "-web.tls.listen-address=127.0.0.1:0") == [
+        f"w.yaml:2:3: {TLS_AT}: does not go with -web.tls.listen-address"
+    ]
+
+
+OWN_TLS = ["-web.tls.listen-address=127.0.0.1:0", "-web.tls.cert=cert.pem", "-web.tls.key=key.pem"]
+CERTMATCH = "-web.tls.verify must be set to use -web.tls.certmatch"
+CERTMATCHES = {
+    "by flags, without asking for certificates": (None, OWN_TLS, False),
+    "by flags, with asking": (None, [*OWN_TLS, "-web.tls.verify", "-web.tls.ca=ca.pem"], True),
+    "without TLS": (with_users(f"a: {HASHED}"), [], False),
+    "by a file, without asking": (serving_tls(), [], False),
+    "by a file, for certificates that need not be": (
+        serving_tls("client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"),
+        [],
+        False,
+    ),
+    "by a file, with asking": (serving_tls(*ASKING), [], True),
+    "by a file, with the flag for the other listener": (serving_tls(), ["-web.tls.verify"], False),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("text", "flags", "taken"), CERTMATCHES.values(), ids=CERTMATCHES)
+def test_a_pattern_for_certificates_needs_them(
+    text: str | None, flags: list[str], taken: bool
+) -> None:
+    Path("w.yaml").write_text(text or "")
+    name = "w.yaml" if text else ""
+    if taken:
+        for server in web_program("-web.tls.certmatch=a", *flags, name=name).servers:
+            server.server_close()
+    else:
+        with pytest.raises(expexp.ConfigError, match=f"{CERTMATCH}$"):
+            web_program("-web.tls.certmatch=a", *flags, name=name)
+
+
+@pytest.mark.parametrize("name", ["web/w.yaml", "web/../web/w.yaml", "{}/web/w.yaml"])
+def test_paths_in_a_web_configuration_are_relative_to_it(name: str, here_with_pems: Path) -> None:
+    folder = here_with_pems / "web"
+    folder.mkdir()
+    for file in ("cert.pem", "key.pem", "ca.pem"):
+        Path(file).rename(folder / file)
+    (folder / "w.yaml").write_text(serving_tls(*ASKING))
+    web_program(name=name.format(here_with_pems))
+    (folder / "key.pem").rename("key.pem")
+    with pytest.raises(expexp.ConfigError, match=r"with key \S*web/key\.pem: no such file"):
+        web_program(name=name.format(here_with_pems))
+
+
+def test_absolute_paths_in_a_web_configuration_are_as_they_are(here_with_pems: Path) -> None:
+    (here_with_pems / "web").mkdir()
+    text = serving_tls().replace("cert.pem", str(here_with_pems / "cert.pem"))
+    text = text.replace(" key.pem", f" {here_with_pems / 'key.pem'}")
+    (here_with_pems / "web" / "w.yaml").write_text(text)
+    web_program(name="web/w.yaml")
+
+
+def test_paths_of_flags_are_relative_to_the_current_folder(here_with_pems: Path) -> None:
+    (here_with_pems / "web").mkdir()
+    (here_with_pems / "web" / "w.yaml").write_text(with_users(f"a: {HASHED}"))
+    program = web_program(*OWN_TLS, name="web/w.yaml")
+    assert program.servers[0].url.startswith("https://127.0.0.1:")
+    program.servers[0].server_close()
+
+
+WITHOUT_BCRYPT = {
+    "no library": {},
+    "a library without crypt_rn": {"libcrypt.so.2": object(), "libcrypt.so.1": object()},
+    "a library that knows no bcrypt": {
+        "libcrypt.so.1": types.SimpleNamespace(crypt_rn=lambda *_: None)
+    },
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("libraries", WITHOUT_BCRYPT.values(), ids=WITHOUT_BCRYPT)
+def test_without_bcrypt_users_are_refused_at_the_start(
+    libraries: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_library(name: str) -> object:
+        if name not in libraries:
+            raise OSError(f"{name}: cannot open shared object file")
+        return libraries[name]
+
+    monkeypatch.setattr(ctypes, "CDLL", load_library)
+    (message,) = web_problems(with_users(f"a: {HASHED}"))
+    assert message == (
+        "w.yaml:2:3: basic_auth_users: needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, "
+        "Ubuntu), libxcrypt (RHEL, Fedora)"
+    )
+
+
+def test_without_bcrypt_tls_works(here_with_pems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ctypes, "CDLL")
+    (here_with_pems / "w.yaml").write_text(serving_tls())
+    web_program()
+
+
+WORLD_READABLE = "{} holds secrets and can be read by everybody"
+
+
+@pytest.mark.parametrize("name", ["w.yaml", "key.pem", "token", "password", "bearer"])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o604])
+def test_a_file_with_secrets_that_everybody_can_read_is_a_warning(
+    name: str, mode: int, here_with_pems: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    modules = {
+        "a": http_module(1, basic_auth_username="u", basic_auth_password_file="password"),
+        "b": http_module(1, bearer_token_file="bearer"),
+    }
+    (here_with_pems / "c.json").write_text(json.dumps({"modules": modules}))
+    (here_with_pems / "w.yaml").write_text(serving_tls(*ASKING) + with_users(f"a: {HASHED}"))
+    for file in ("token", "password", "bearer"):
+        (here_with_pems / file).write_text("x")
+    for file in ("w.yaml", "token", "password", "bearer"):
+        (here_with_pems / file).chmod(0o600)
+    for file in ("cert.pem", "ca.pem"):
+        (here_with_pems / file).chmod(0o644)  # no secrets
+    (here_with_pems / name).chmod(mode)
+    with caplog.at_level(logging.WARNING, "expexp"):
+        web_program("-config=c.json", "-web.bearer.token-file=token")
+    assert caplog.messages == ([WORLD_READABLE.format(name)] if mode & 0o004 else [])
+
+
+# --- without PyYAML, and the original's examples
 
 WITHOUT_PYYAML = """\
 import sys
