@@ -8099,6 +8099,280 @@ def test_there_is_a_warning_where_anyone_may_add_arguments(
     assert caplog.messages == ([warning] if warned else [])
 
 
+# --- access: users and their passwords
+
+
+@functools.cache
+def bcrypt(password: bytes, kind: str = "2b", cost: int = 4) -> str:
+    """A hash, quickly made; by the system's library, which BCRYPT_VECTORS prove to be right."""
+    setting = f"${kind}${cost:02}$" + "/OK.fbVrR/bpIqNJ5ianF." + "." * 31
+    hashed = expexp.hash_password(expexp.load_bcrypt(), password, setting)
+    assert hashed
+    return hashed.decode()
+
+
+def write_users(path: Path, **passwords: str) -> str:
+    """Write a web configuration with these users; the flag that names it."""
+    users = {name: bcrypt(password.encode()) for name, password in passwords.items()}
+    path.write_text(json.dumps({"basic_auth_users": users}))
+    path.chmod(0o600)
+    return f"-web.config.file={path}"
+
+
+def basic(pair: str | bytes) -> str:
+    """The header's value for `user:password`."""
+    return "Basic " + base64.b64encode(pair if isinstance(pair, bytes) else pair.encode()).decode()
+
+
+def login(pair: str | bytes) -> dict[str, str]:
+    return {"Authorization": basic(pair)}
+
+
+WRONG = "Invalid user or password\n"
+OTHER_SCHEME = "Authorization header not of Basic type\n"
+BASICS = {
+    "the password": (basic("u:right"), 200, ""),
+    "a scheme in small letters": (basic("u:right").replace("Basic", "basic"), 200, ""),
+    "a scheme in capitals": (basic("u:right").replace("Basic", "BASIC"), 200, ""),
+    "several blanks": (basic("u:right").replace(" ", "   "), 200, ""),
+    "a blank behind": (basic("u:right") + " ", 200, ""),
+    "a password with a colon": (basic("colon:a:b:"), 200, ""),
+    "an empty password that is right": (basic("empty:"), 200, ""),
+    "a name and a password beyond ASCII": (basic("\u00fc:p\u00e4\u20ac"), 200, ""),
+    "the same in Latin-1": (basic("\u00fc:p\u00e4".encode("latin-1")), 401, WRONG),
+    "another password": (basic("u:wrong"), 401, WRONG),
+    "a part of the password": (basic("u:righ"), 401, WRONG),
+    "more than the password": (basic("u:right "), 401, WRONG),
+    "the password in capitals": (basic("u:RIGHT"), 401, WRONG),
+    "another user's password": (basic("u:a:b:"), 401, WRONG),
+    "an empty password": (basic("u:"), 401, WRONG),
+    "an unknown user": (basic("nobody:right"), 401, WRONG),
+    "the user in capitals": (basic("U:right"), 401, WRONG),
+    "no user": (basic(":right"), 401, WRONG),
+    "neither user nor password": (basic(":"), 401, WRONG),
+    "no colon": (basic("u"), 401, WRONG),
+    "nothing": ("Basic", 401, WRONG),
+    "nothing in base64": (basic(""), 401, WRONG),
+    "the hash instead of the password": (basic("u:" + bcrypt(b"right")), 401, WRONG),
+    "a NUL behind the password": (basic("u:right\0"), 401, WRONG),
+    "a NUL within the password": (basic("u:right\0x"), 401, WRONG),
+    "a NUL for an empty password": (basic("empty:\0x"), 401, WRONG),
+    "a NUL in the name": (basic("u\0:right"), 401, WRONG),
+    "bytes that are not UTF-8": (basic(b"\xff:\xff"), 401, WRONG),
+    "what is not base64": ("Basic u:right", 401, WRONG),
+    "base64 with a letter that is none of it": (basic("u:right") + "!", 401, WRONG),
+    "base64 cut short": (basic("u:right1").rstrip("="), 401, WRONG),
+    "two pairs": (basic("u:right") + "," + basic("u:right"), 401, WRONG),
+    "letters beyond ASCII": ("Basic \xff\xfe", 401, WRONG),
+    "no header": (None, 401, "Authorization header is missing\n"),
+    "an empty header": ("", 401, "Authorization header is missing\n"),
+    "another scheme": ("Bearer right", 401, OTHER_SCHEME),
+    "a scheme run together with it": (basic("u:right").replace(" ", ""), 401, OTHER_SCHEME),
+}
+
+
+@pytest.fixture(scope="module")
+def app_with_users(tmp_path_factory: pytest.TempPathFactory) -> expexp.Application:
+    path = tmp_path_factory.mktemp("users") / "w.json"
+    people = {"u": "right", "colon": "a:b:", "empty": "", "\u00fc": "p\u00e4\u20ac"}
+    return application({}, write_users(path, **people))
+
+
+@pytest.mark.parametrize(("header", "status", "text"), BASICS.values(), ids=BASICS)
+def test_a_user_and_the_password(
+    header: str | None, status: int, text: str, app_with_users: expexp.Application
+) -> None:
+    for _ in range(2):  # the second time from memory, if at all
+        headers = {} if header is None else {"authorization": header}
+        reply = ask(app_with_users, "/-/healthy", headers)
+        assert reply.status == status
+        if status == 401:
+            challenge = 'Basic realm="expexp"'
+            assert (reply.text, reply.headers["www-authenticate"]) == (text, challenge)
+
+
+@pytest.mark.parametrize("hashed", BCRYPT_VECTORS)
+def test_hashes_of_other_programs_are_understood(hashed: str, tmp_path: Path) -> None:
+    password = BCRYPT_VECTORS[hashed]
+    (tmp_path / "w.yaml").write_text(with_users(f"a: {hashed}"))
+    app = application({}, f"-web.config.file={tmp_path / 'w.yaml'}")
+    assert ask(app, "/", login(b"a:x" + password)).status == 401
+    assert ask(app, "/", login(b"a:" + password)).status == 200
+
+
+@pytest.mark.parametrize("kind", ["2a", "2b", "2y"])
+def test_each_kind_of_bcrypt_is_understood(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text(with_users(f"a: {bcrypt(b'right', kind)}"))
+    app = application({}, f"-web.config.file={tmp_path / 'w.yaml'}")
+    assert ask(app, "/", login("a:wrong")).status == 401
+    assert ask(app, "/", login("a:right")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [(71, 401), (72, 200), (73, 200), (100, 200), (10_000, 401), (1_000_000, 401)],
+)
+def test_bcrypt_heeds_72_bytes_of_a_password_and_refuses_endless_ones(
+    length: int, status: int, tmp_path: Path
+) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="x" * 72))
+    assert ask(app, "/", login("u:" + "x" * length)).status == status
+
+
+EITHER = {
+    "the token": ("Bearer t", 200, ""),
+    "a password": (basic("u:right"), 200, ""),
+    "another token": ("Bearer right", 401, "Invalid Bearer Token\n"),
+    "another password": (basic("u:t"), 401, WRONG),
+    "another scheme": ("Digest t", 401, "Authorization header not of Bearer or Basic type\n"),
+    "no header": (None, 401, "Authorization header is missing\n"),
+}
+
+
+@pytest.mark.parametrize(("header", "status", "text"), EITHER.values(), ids=EITHER)
+def test_with_a_token_and_users_either_suffices(
+    header: str | None, status: int, text: str, tmp_path: Path
+) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right"), "-web.bearer.token=t")
+    reply = ask(app, "/", {} if header is None else {"Authorization": header})
+    assert reply.status == status
+    if status == 401:
+        challenge = 'Bearer realm="expexp", Basic realm="expexp"'
+        assert (reply.text, reply.headers["www-authenticate"]) == (text, challenge)
+
+
+@pytest.mark.parametrize("path", ALL_PATHS)
+def test_networks_come_before_users_and_both_before_every_route(path: str, tmp_path: Path) -> None:
+    flags = [write_users(tmp_path / "w.json", u="p"), "-allow.net=10.0.0.0/8"]
+    app = application({"e": exec_module("echo up 1")}, *flags)
+    assert ask(app, path, login("u:p"), client="192.0.2.1").text == "Forbidden\n"
+    for method in ("GET", "HEAD", "POST"):
+        assert ask(app, path, client="10.0.0.1", method=method).status == 401
+        assert ask(app, path, login("u:x"), client="10.0.0.1", method=method).status == 401
+    assert ask(app, path, login("u:p"), client="10.0.0.1").status in (200, 404)
+
+
+FORWARDED = {
+    "nothing is asked for": ([], "a", "Bearer own", "Bearer own"),
+    "only networks are": (["-allow.net=127.0.0.0/8"], "a", "Bearer own", "Bearer own"),
+    "the token was for us": (["-web.bearer.token=t"], "a", "Bearer t", None),
+    "the password was for us": (["USERS"], "a", basic("u:p"), None),
+    "the token was, of both": (["USERS", "-web.bearer.token=t"], "a", "Bearer t", None),
+    "the password was, of both": (["USERS", "-web.bearer.token=t"], "a", basic("u:p"), None),
+    "the module has its own": ([], "b", "Bearer own", basic("target:s3ntinel")),
+    "the module has its own, too": (["USERS"], "b", basic("u:p"), basic("target:s3ntinel")),
+}
+
+
+@pytest.mark.parametrize(("flags", "module", "sent", "expected"), FORWARDED.values(), ids=FORWARDED)
+def test_authorization_is_forwarded_to_a_target_unless(
+    flags: list[str], module: str, sent: str, expected: str | None, tmp_path: Path
+) -> None:
+    heads: list[bytes] = []
+    users = write_users(tmp_path / "w.json", u="p")
+    own = {"basic_auth_username": "target", "basic_auth_password": "s3ntinel"}
+    with target(recording(heads)) as port:
+        modules = {"a": http_module(port), "b": http_module(port, **own)}
+        app = application(modules, *(users if flag == "USERS" else flag for flag in flags))
+        assert ask(app, f"/proxy?module={module}", {"authorization": sent}).status == 200
+    found = re.findall(r"(?im)^authorization: (.*)\r$", heads[0].decode())
+    assert found == ([expected] if expected else [])
+
+
+def test_16_threads_with_right_and_wrong_passwords_get_no_wrong_answer(tmp_path: Path) -> None:
+    people = {f"user{n}": f"password{n}" for n in range(16)}
+    pairs = [
+        (f"{name}:{password}", people[name] == password)
+        for name, password in itertools.product(people, people.values())
+    ]
+    with (
+        running({}, write_users(tmp_path / "w.json", **people)) as served,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        answers = pool.map(lambda pair: served.get("/-/healthy", login(pair[0])).status, pairs)
+        assert [status == 200 for status in answers] == [right for _, right in pairs]
+
+
+Hashed = list[tuple[bytes, bytes]]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Hashed:
+    """Each password that libxcrypt is asked to hash, and like which hash."""
+    calls: Hashed = []
+    load_library = ctypes.CDLL
+
+    def load_counting(name: str) -> object:
+        real = load_library(name).crypt_rn
+        real.restype = ctypes.c_char_p
+
+        def crypt_rn(password: bytes, setting: bytes, buffer: object, size: int) -> bytes | None:
+            calls.append((password, setting))
+            return cast("bytes | None", real(password, setting, buffer, size))
+
+        return types.SimpleNamespace(crypt_rn=crypt_rn)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_counting)
+    return calls
+
+
+def test_an_unknown_user_costs_one_hash_as_a_known_one_does(hashed: Hashed, tmp_path: Path) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right"))
+    costs = []
+    for pair in ("u:wrong", "nobody:wrong", "nobody:right", ":", "nobody:\0", "u:a\0b"):
+        hashed.clear()
+        assert ask(app, "/", login(pair)).status == 401
+        costs.append([setting[:7] for _, setting in hashed])
+    assert costs == [[b"$2b$04$"]] * 6
+
+
+def test_an_unknown_user_costs_as_much_as_the_costliest(hashed: Hashed, tmp_path: Path) -> None:
+    users = [f"user{cost}: {bcrypt(b'right', cost=cost)}" for cost in (4, 6, 5)]
+    (tmp_path / "w.yaml").write_text(with_users(*users))
+    app = application({}, f"-web.config.file={tmp_path / 'w.yaml'}")
+    hashed.clear()
+    assert ask(app, "/", login("nobody:right")).status == 401
+    assert [setting[:7] for _, setting in hashed] == [b"$2b$06$"]
+
+
+def test_a_password_that_was_right_is_not_hashed_again(hashed: Hashed, tmp_path: Path) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right", v="other"))
+    hashed.clear()
+    for _ in range(3):
+        assert ask(app, "/", login("u:right")).status == 200
+        assert ask(app, "/", login("v:other")).status == 200
+    assert [password for password, _ in hashed] == [b"right", b"other"]
+    for pair in ("u:wrong", "u:wrong", "v:right", "u:right"):
+        ask(app, "/", login(pair))
+    assert [password for password, _ in hashed[2:]] == [b"wrong", b"wrong", b"right"]
+
+
+def test_strangers_keep_at_most_two_cores_busy_and_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right"))
+    assert ask(app, "/", login("u:right")).status == 200
+    busy, release = threading.Semaphore(0), threading.Event()
+    active, counts = set[int](), list[int]()
+
+    def hash_slowly(*_: object) -> None:
+        active.add(threading.get_ident())
+        counts.append(len(active))
+        busy.release()
+        assert release.wait(5)
+        active.discard(threading.get_ident())
+
+    monkeypatch.setattr(expexp, "hash_password", hash_slowly)
+    with ThreadPoolExecutor(6) as pool:
+        strangers = [pool.submit(ask, app, "/", login(f"u:{n}")) for n in range(6)]
+        assert busy.acquire(timeout=5)
+        assert busy.acquire(timeout=5)
+        assert ask(app, "/", login("u:right")).status == 200
+        release.set()
+        assert [stranger.result().status for stranger in strangers] == [401] * 6
+    assert (len(counts), max(counts)) == (6, 2)
+
+
 # --- logs
 
 FAILURE_NEWS = {
