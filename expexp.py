@@ -2752,7 +2752,7 @@ class Users:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
             return False
-        raw_name, _, password = pair.partition(b":")
+        raw_name, colon, password = pair.partition(b":")
         name, proof = raw_name.decode("utf-8", "replace"), hmac.digest(self._key, pair, "sha256")
         if hmac.compare_digest(self._proved.get(name, b""), proof):
             return True
@@ -2761,9 +2761,10 @@ class Users:
             hashed = hash_password(self._crypt_rn, password, stored)
         # A NUL would end the password for bcrypt.
         right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
-        if right and name in self._hashes:
+        if right and colon and name in self._hashes:
             self._proved[name] = proof
-        return right and name in self._hashes
+            return True
+        return False
 
 
 SEARCH_NAMES: Final = (

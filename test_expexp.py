@@ -8151,6 +8151,7 @@ BASICS = {
     "no user": (basic(":right"), 401, WRONG),
     "neither user nor password": (basic(":"), 401, WRONG),
     "no colon": (basic("u"), 401, WRONG),
+    "no colon, where the password is empty": (basic("empty"), 401, WRONG),
     "nothing": ("Basic", 401, WRONG),
     "nothing in base64": (basic(""), 401, WRONG),
     "the hash instead of the password": (basic("u:" + bcrypt(b"right")), 401, WRONG),
