@@ -8374,6 +8374,390 @@ def test_strangers_keep_at_most_two_cores_busy_and_nobody_out(
     assert (len(counts), max(counts)) == (6, 2)
 
 
+# --- rotation
+# Every request looks at the files, so that no test waits for a second to pass.
+
+WATCHFUL = dataclasses.replace(FAST, rotation_seconds=0)
+RELOADED = "expexp_credentials_last_reload_successful"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def secret_file(path: Path, text: str | bytes) -> Path:
+    """A file that only its owner can read, as if written long ago."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.chmod(0o600)
+    os.utime(path, (1, 1))
+    return path
+
+
+def in_place(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def by_renaming(path: Path, text: str) -> None:
+    os.replace(secret_file(path.with_name("new"), text), path)
+
+
+def by_removing_it_first(path: Path, text: str) -> None:
+    path.unlink()
+    secret_file(path, text)
+
+
+def by_swapping_a_link(path: Path, text: str) -> None:
+    new = path.with_name("link")
+    new.symlink_to(secret_file(path.with_name(f"{time.monotonic_ns()}"), text))
+    os.replace(new, path)
+
+
+REPLACEMENTS = [in_place, by_renaming, by_removing_it_first, by_swapping_a_link]
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_a_token_in_a_file_is_replaced(
+    replace: Callable[[Path, str], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    assert ask(app, "/", bearer("one")).status == 200
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "expexp"):
+        for old, new in (("one", "two"), ("two", "three"), ("three", "one")):
+            replace(path, new)
+            os.utime(path, (2, len(old)))
+            assert ask(app, "/", bearer(old)).status == 401
+            assert ask(app, "/", bearer(new)).status == 200
+    assert [m for m in caplog.messages if "took" not in m] == [f"read again: {path}"] * 3
+    assert metric_with(app, RELOADED, bearer("one")) == 1
+
+
+def metric_with(app: expexp.Application, series: str, headers: Mapping[str, str]) -> float:
+    return samples(ask(app, "/metrics", headers).text)[series]
+
+
+def test_files_of_a_kubernetes_secret_are_replaced(tmp_path: Path) -> None:
+    def mount(version: str, token: str) -> None:
+        (tmp_path / version).mkdir()
+        secret_file(tmp_path / version / "token", token)
+        (tmp_path / "..data_tmp").symlink_to(version)
+        os.replace(tmp_path / "..data_tmp", tmp_path / "..data")
+
+    mount("..2026_1", "one")
+    (tmp_path / "token").symlink_to("..data/token")
+    app = application({}, f"-web.bearer.token-file={tmp_path / 'token'}", limits=WATCHFUL)
+    assert ask(app, "/", bearer("one")).status == 200
+    mount("..2026_2", "two")
+    shutil.rmtree(tmp_path / "..2026_1")
+    assert ask(app, "/", bearer("one")).status == 401
+    assert ask(app, "/", bearer("two")).status == 200
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_a_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nofile")
+
+
+BROKEN_TOKENS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an empty file": (lambda path: path.write_text(""), "token file should not be empty"),
+    "blanks": (lambda path: path.write_text(" \n\n"), "token file should not be empty"),
+    "bytes that are not UTF-8": (lambda path: path.write_bytes(b"a\n\xff"), "not UTF-8"),
+    "too much": (lambda path: path.write_text("x" * 65537), "larger than 65536 bytes"),
+    "nothing": (Path.unlink, "cannot be read: no such file or directory"),
+    "a folder": (become_a_folder, "cannot be read: is a directory"),
+    "a link to nothing": (become_a_link_to_nothing, "cannot be read: no such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BROKEN_TOKENS.values(), ids=BROKEN_TOKENS)
+def test_the_former_token_stays_when_its_file_becomes(
+    spoil: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    assert metric_with(app, RELOADED, bearer("one")) == 1
+    caplog.clear()
+    spoil(path)
+    for _ in range(3):
+        assert ask(app, "/", bearer("one")).status == 200
+        assert ask(app, "/", bearer("")).status == 401
+    assert metric_with(app, RELOADED, bearer("one")) == 0
+    (record,) = caplog.records
+    assert (record.levelno, record.exc_info) == (logging.ERROR, None)
+    assert record.getMessage().startswith("changed files are not used, the former stay: ")
+    assert record.getMessage().endswith(message)
+    assert str(path) in record.getMessage()
+    if path.is_dir():
+        path.rmdir()
+    by_renaming(path, "two")
+    assert ask(app, "/", bearer("one")).status == 401
+    assert metric_with(app, RELOADED, bearer("two")) == 1
+
+
+def test_a_token_that_comes_through_a_pipe_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    os.mkfifo(path)
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(path.write_text, "one")
+        app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+        assert writer.result(5) == 3
+    for _ in range(2):
+        assert ask(app, "/", bearer("one")).status == 200
+    assert metric_with(app, RELOADED, bearer("one")) == 1
+
+
+def test_files_are_looked_at_once_in_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looks = [time.monotonic() + 10], list[str]()
+    path = secret_file(tmp_path / "token", "one")
+    users = write_users(tmp_path / "w.json", u="p")
+    app = application({}, f"-web.bearer.token-file={path}", users)
+    look = os.stat
+
+    def count(name: Any, *arguments: Any, **named: Any) -> os.stat_result:
+        looks.append(str(name))
+        return look(name, *arguments, **named)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "stat", count)
+    found = []
+    for seconds in (0, 0, 0.5, 0.49, 0.02, 0, 0.9, 3600, 0):
+        now[0] += seconds
+        looks.clear()
+        for _ in range(3):
+            assert ask(app, "/", bearer("one")).status == 200
+        found.append(sum(name in (str(path), str(tmp_path / "w.json")) for name in looks))
+    assert found == [2, 0, 0, 0, 2, 0, 0, 2, 0]
+
+
+def test_users_are_added_and_removed(
+    hashed: Hashed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "w.json"
+    app = application({}, write_users(path, a="p", b="q"), limits=WATCHFUL)
+    for _ in range(2):
+        assert ask(app, "/", login("a:p")).status == 200
+        assert ask(app, "/", login("b:q")).status == 200
+        assert ask(app, "/", login("c:r")).status == 401
+    write_users(path, b="q", c="r")
+    hashed.clear()
+    for _ in range(2):
+        assert ask(app, "/", login("b:q")).status == 200
+        assert ask(app, "/", login("c:r")).status == 200
+    right = [password for password, setting in hashed if password in (b"q", b"r")]
+    assert right == [b"q", b"r"]  # what was remembered is forgotten
+    assert ask(app, "/", login("a:p")).status == 401
+    assert caplog.messages == ["no modules loaded from any config file"]
+
+
+def test_a_password_is_changed(tmp_path: Path) -> None:
+    app = application({}, write_users(tmp_path / "w.json", a="old"), limits=WATCHFUL)
+    assert ask(app, "/", login("a:old")).status == 200
+    write_users(tmp_path / "w.json", a="new")
+    assert ask(app, "/", login("a:old")).status == 401
+    assert ask(app, "/", login("a:new")).status == 200
+
+
+BROKEN_WEB = {
+    "nothing": ("", "1:1: expected a mapping, found nothing"),
+    "no YAML": ("basic_auth_users: {", "1:20: not YAML: "),
+    "a password instead of its hash": (
+        with_users("a: s3ntinel"),
+        "2:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+    ),
+    "a hash cut short": (
+        with_users(f"a: {HASHED}", f"b: {HASHED[:30]}"),
+        "3:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+    ),
+    "an unknown key": (with_users(f"a: {HASHED}") + "b: 1\n", "3:1: b: unknown key"),
+    "no users": (
+        "basic_auth_users:\n",
+        " neither tls_server_config nor basic_auth_users is set",
+    ),
+    "no users, but TLS": (serving_tls(), " authentication cannot be given up without a restart"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN_WEB.values(), ids=BROKEN_WEB)
+def test_the_former_users_stay_when_their_file_becomes(
+    text: str, message: str, here_with_pems: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here_with_pems / "w.yaml").write_text(with_users(f"old: {bcrypt(b'p')}"))
+    app = application({}, "-web.config.file=w.yaml", limits=WATCHFUL)
+    caplog.clear()
+    (here_with_pems / "w.yaml").write_text(text)
+    for _ in range(3):
+        assert ask(app, "/", login("old:p")).status == 200
+        assert ask(app, "/", login("a:U*U")).status == 401
+        assert ask(app, "/").status == 401
+    (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert error.startswith("changed files are not used, the former stay: w.yaml:")
+    assert f"w.yaml:{message}" in error
+    assert SECRET not in caplog.text
+    assert metric_with(app, RELOADED, login("old:p")) == 0
+    (here_with_pems / "w.yaml").write_text(with_users(f"a: {HASHED}"))
+    assert ask(app, "/", login("old:p")).status == 401
+    assert metric_with(app, RELOADED, login("a:U*U")) == 1
+
+
+def test_users_may_go_where_a_token_stays(tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    token = secret_file(tmp_path / "token", "t")
+    flags = [write_users(path, a="p"), f"-web.bearer.token-file={token}"]
+    app = application({}, *flags, limits=WATCHFUL)
+    assert ask(app, "/", login("a:p")).status == 200
+    write_users(path, b="p")
+    assert ask(app, "/", login("a:p")).status == 401
+    token.unlink()
+    assert ask(app, "/", bearer("t")).status == 200
+
+
+class Issued(NamedTuple):
+    """A certificate, its key, and its end in seconds since 1970."""
+
+    certificate: str
+    key: str
+    end: float
+
+
+class Authority:
+    """A certificate authority that writes certificates, and trusts what it has made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._ca = folder, trustme.CA()
+        self._ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+
+    def issue(self, *names: str, days: int = 1) -> Issued:
+        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        end = end.replace(microsecond=0)
+        made = self._ca.issue_cert(*names, not_after=end)
+        certificate, key = made.cert_chain_pems[0], made.private_key_pem
+        return Issued(certificate.bytes().decode(), key.bytes().decode(), end.timestamp())
+
+    def serve(self, days: int = 1) -> Issued:
+        """The same, in the files of a server."""
+        made = self.issue("localhost", days=days)
+        (self.folder / "cert.pem").write_text(made.certificate)
+        secret_file(self.folder / "key.pem", made.key)
+        return made
+
+    def client(self, issuer: Authority | None = None) -> ssl.SSLContext:
+        """What a client of ours needs, with a certificate of an issuer, if there is one."""
+        context = ssl.create_default_context()
+        self._ca.configure_trust(context)
+        if issuer:
+            made = issuer.issue("client@example.org")
+            context.load_cert_chain(
+                secret_file(self.folder / "own.pem", made.certificate + made.key)
+            )
+        return context
+
+
+def fetch_tls(port: int, path: str, context: ssl.SSLContext) -> tuple[int, bytes]:
+    """Status, and the certificate that the server has shown."""
+    client = http.client.HTTPSConnection("localhost", port, timeout=5, context=context)
+    with contextlib.closing(client):
+        client.request("GET", path)
+        shown = cast("ssl.SSLSocket", client.sock).getpeercert(True)
+        return client.getresponse().status, shown or b""
+
+
+TLS_ALONE = ["-web.listen-address=", *OWN_TLS]
+EXPIRY = "expexp_tls_certificate_expiry_timestamp_seconds"
+
+
+def test_a_tls_listener_alone_serves(here: Path) -> None:
+    authority = Authority(here)
+    made = authority.serve()
+    with running({"m": exec_module("echo up 1")}, *TLS_ALONE) as served:
+        assert len(served.program.servers) == 1
+        shown = fetch_tls(served.port, "/proxy?module=m", authority.client())
+        assert shown == (200, ssl.PEM_cert_to_DER_cert(made.certificate))
+        assert metric(served.program.application, EXPIRY) == made.end
+
+
+def test_certificate_and_key_are_replaced_one_after_the_other(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(here)
+    client = authority.client()
+    pairs = [authority.serve(), *(authority.issue("localhost", days=days) for days in (2, 3))]
+
+    def is_shown(number: int) -> bool:
+        expected = ssl.PEM_cert_to_DER_cert(pairs[number].certificate)
+        return fetch_tls(served.port, "/-/healthy", client) == (200, expected)
+
+    with running({}, *TLS_ALONE, limits=WATCHFUL) as served:
+        app = served.program.application
+        assert is_shown(0)
+        for number, names in ((1, ["key.pem", "cert.pem"]), (2, ["cert.pem", "key.pem"])):
+            caplog.clear()
+            new = {"cert.pem": pairs[number].certificate, "key.pem": pairs[number].key}
+            by_renaming(here / names[0], new[names[0]])
+            wait_until(lambda: metric(app, RELOADED) == 0)
+            assert is_shown(number - 1)
+            assert metric(app, EXPIRY) == pairs[number - 1].end
+            by_renaming(here / names[1], new[names[1]])
+            wait_until(functools.partial(is_shown, number))
+            wait_until(lambda: metric(app, RELOADED) == 1)
+            assert metric(app, EXPIRY) == pairs[number].end
+            (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+            assert error.endswith(
+                "cannot use certificate cert.pem with key key.pem: key values mismatch"
+            )
+
+
+def test_tls_stays_when_its_files_are_gone(here: Path) -> None:
+    authority = Authority(here)
+    authority.serve()
+    secret_file(here / "w.yaml", serving_tls() + with_users(f"a: {HASHED}"))
+    with running({}, "-web.config.file=w.yaml", limits=WATCHFUL) as served:
+        for name in ("cert.pem", "key.pem", "w.yaml"):
+            (here / name).unlink()
+            assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
+        secret_file(here / "w.yaml", with_users(f"a: {HASHED}"))
+        assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
+        assert metric_with(served.program.application, RELOADED, login("a:U*U")) == 0
+
+
+def is_let_in(port: int, context: ssl.SSLContext) -> bool:
+    try:
+        return fetch_tls(port, "/-/healthy", context)[0] == 200
+    except OSError:
+        return False
+
+
+def test_an_authority_is_replaced(here: Path) -> None:
+    (here / "other").mkdir()
+    authority, other = Authority(here), Authority(here / "other")
+    authority.serve()
+    secret_file(here / "w.yaml", serving_tls(*ASKING))
+    old, new, none = (authority.client(issuer) for issuer in (authority, other, None))
+    with running({}, "-web.config.file=w.yaml", limits=WATCHFUL) as served:
+        assert [is_let_in(served.port, client) for client in (old, new, none)] == [
+            True,
+            False,
+            False,
+        ]
+        by_renaming(here / "ca.pem", (here / "other" / "ca.pem").read_text())
+        wait_until(lambda: is_let_in(served.port, new))
+        assert [is_let_in(served.port, client) for client in (old, new, none)] == [
+            False,
+            True,
+            False,
+        ]
+
+
 # --- logs
 
 FAILURE_NEWS = {
