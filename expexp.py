@@ -2846,7 +2846,13 @@ class Credentials:
     @property
     def demands(self) -> dict[str, bool]:
         """What clients must do to get in."""
-        return {"TLS": bool(self.tls), "authentication": bool(self.token or self.users)}
+        asked = self.tls and self.tls.context.verify_mode == ssl.CERT_REQUIRED
+        return {
+            "TLS": bool(self.tls),
+            "client certificates": bool(asked),
+            "client_allowed_sans": bool(self.tls and self.tls.settings.client_allowed_sans),
+            "authentication": bool(self.token or self.users),
+        }
 
 
 def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
@@ -2931,6 +2937,8 @@ def load_credentials(
     for what, demanded in former.demands.items() if former else ():
         if demanded and not credentials.demands[what]:
             reader.problem("", f"{what} cannot be given up without a restart")
+    if former and served and not former.tls:  # its listener is plain
+        reader.problem("", "TLS cannot be turned on without a restart")
     return credentials
 
 

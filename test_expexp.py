@@ -8585,6 +8585,10 @@ BROKEN_WEB = {
         " neither tls_server_config nor basic_auth_users is set",
     ),
     "no users, but TLS": (serving_tls(), " authentication cannot be given up without a restart"),
+    "TLS beside the users": (
+        serving_tls() + with_users(f"a: {HASHED}"),
+        " TLS cannot be turned on without a restart",
+    ),
 }
 
 
@@ -8728,6 +8732,40 @@ def test_tls_stays_when_its_files_are_gone(here: Path) -> None:
         secret_file(here / "w.yaml", with_users(f"a: {HASHED}"))
         assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
         assert metric_with(served.program.application, RELOADED, login("a:U*U")) == 0
+
+
+#: What a web configuration with certificates may become without a restart.
+REQUIRED_OF = "client certificates cannot be given up without a restart"
+NAMES_OF = "client_allowed_sans cannot be given up without a restart"
+WEAKER = {
+    "without asking for certificates": (ASKING, [], REQUIRED_OF),
+    "with certificates only if given": (
+        ASKING,
+        ["client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"],
+        REQUIRED_OF,
+    ),
+    "without the names that it had": ([*ASKING, "client_allowed_sans: [a]"], ASKING, NAMES_OF),
+    "with other names": (
+        [*ASKING, "client_allowed_sans: [a]"],
+        [*ASKING, "client_allowed_sans: [b]"],
+        "",
+    ),
+    "with names": (ASKING, [*ASKING, "client_allowed_sans: [a]"], ""),
+    "with certificates asked for": ([], ASKING, ""),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("before", "after", "message"), WEAKER.values(), ids=WEAKER)
+def test_a_web_configuration_goes_on(
+    before: list[str], after: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret_file(Path("w.yaml"), serving_tls(*before))
+    app = application({}, "-web.config.file=w.yaml", limits=WATCHFUL)
+    caplog.clear()
+    secret_file(Path("w.yaml"), serving_tls(*after))
+    assert metric(app, RELOADED) == (0 if message else 1)
+    assert [m.rpartition(": ")[2] for m in caplog.messages] == ([message] if message else [])
 
 
 def is_let_in(port: int, context: ssl.SSLContext) -> bool:
