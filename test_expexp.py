@@ -39,6 +39,7 @@ import tokenize
 import tracemalloc
 import types
 import urllib.parse
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +53,9 @@ import prometheus_client.metrics_core
 import prometheus_client.openmetrics.exposition
 import pytest
 import trustme
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.registry import Collector
 
@@ -4341,6 +4344,60 @@ PROBLEMS = {
         of_http("port: 1", "basic_auth_password: x"),
         ["c.yaml:6:28: modules.a.http.basic_auth_password: needs basic_auth_username beside it"],
     ),
+    "a file with a password without a user": (
+        of_http("port: 1", "basic_auth_password_file: f"),
+        [
+            (
+                "c.yaml:6:33: modules.a.http.basic_auth_password_file: needs basic_auth_username "
+                "beside it"
+            )
+        ],
+    ),
+    "a password and a file with one": (
+        of_http(
+            "port: 1",
+            "basic_auth_username: u",
+            "basic_auth_password: p",
+            "basic_auth_password_file: f",
+        ),
+        [
+            (
+                "c.yaml:8:33: modules.a.http.basic_auth_password_file: does not go with "
+                "basic_auth_password"
+            )
+        ],
+    ),
+    "a token beside a user": (
+        of_http(
+            "port: 1",
+            "basic_auth_username: u",
+            "basic_auth_password: p",
+            "bearer_token_file: f",
+        ),
+        [("c.yaml:8:26: modules.a.http.bearer_token_file: does not go with basic_auth_username")],
+    ),
+    "a token beside a user with a file": (
+        of_http(
+            "port: 1",
+            "bearer_token_file: f",
+            "basic_auth_password_file: f",
+            "basic_auth_username: u",
+        ),
+        [("c.yaml:6:26: modules.a.http.bearer_token_file: does not go with basic_auth_username")],
+    ),
+    "a token in the configuration itself": (
+        of_http("port: 1", "bearer_token: t"),
+        [
+            (
+                "c.yaml:6:7: modules.a.http.bearer_token: unknown key; did you mean "
+                '"bearer_token_file"?'
+            )
+        ],
+    ),
+    "a file with a token, of a command": (
+        of_exec("bearer_token_file: f"),
+        ["c.yaml:6:7: modules.a.exec.bearer_token_file: unknown key"],
+    ),
     # YAML itself
     "a tab": (
         "modules:\n\ta: 1\n",
@@ -5473,6 +5530,47 @@ def test_a_file_with_secrets_that_everybody_can_read_is_a_warning(
     assert caplog.messages == ([WORLD_READABLE.format(name)] if mode & 0o004 else [])
 
 
+# --- files that change
+
+#: Every request looks at the files, so that no test waits for a second to pass.
+WATCHFUL = dataclasses.replace(FAST, rotation_seconds=0)
+RELOADED = "expexp_credentials_last_reload_successful"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def secret_file(path: Path, text: str | bytes) -> Path:
+    """A file that only its owner can read, as if written long ago."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.chmod(0o600)
+    os.utime(path, (1, 1))
+    return path
+
+
+def in_place(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def by_renaming(path: Path, text: str) -> None:
+    os.replace(secret_file(path.with_name("new"), text), path)
+
+
+def by_removing_it_first(path: Path, text: str) -> None:
+    path.unlink()
+    secret_file(path, text)
+
+
+def by_swapping_a_link(path: Path, text: str) -> None:
+    new = path.with_name("link")
+    new.symlink_to(secret_file(path.with_name(f"{time.monotonic_ns()}"), text))
+    os.replace(new, path)
+
+
+REPLACEMENTS = [in_place, by_renaming, by_removing_it_first, by_swapping_a_link]
+
+
 # --- without PyYAML, and the original's examples
 
 WITHOUT_PYYAML = """\
@@ -6591,6 +6689,141 @@ def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
             "module m: TLS: protocol: wrong version number\n",
         )
         assert served.failures("m") == {"unreachable": 1}
+
+
+def self_signed(folder: Path, name: str = "localhost") -> ssl.SSLContext:
+    """A server's context with a certificate that vouches for itself, also left in own.pem."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    named = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    certificate = (
+        x509.CertificateBuilder(named, named, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - day)
+        .not_valid_after(now + day)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    text = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    secret_file(folder / "own.pem", text + certificate.public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "own.pem")
+    return context
+
+
+def test_a_certificate_that_vouches_for_itself_is_no_chain(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    trust = {"tls_ca_cert_file": certificates.ca_file}
+    with (
+        tls_target(self_signed(tmp_path), ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **trust)}) as served,
+    ):
+        answer = served.scrape("m")
+    expected = r"module m: TLS: chain: self.signed certificate\n"
+    assert answer.status == 502
+    assert re.fullmatch(expected, answer.text)
+
+
+def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(certificates: Certificates) -> None:
+    context = certificates.server("localhost")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    trust = {"tls_ca_cert_file": certificates.ca_file}
+    with (
+        tls_target(context, ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **trust)}) as served,
+    ):
+        answer = served.scrape("m")
+    assert (answer.status, answer.text[:24]) == (502, "module m: TLS: protocol:")
+
+
+def sent_authorization(heads: list[bytes]) -> str:
+    """What the last request to a target had."""
+    return "".join(re.findall(r"(?m)^Authorization: (.*)\r$", heads[-1].decode("latin-1")))
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_a_token_for_a_target_is_read_from_its_file_and_again(
+    replace: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    heads: list[bytes] = []
+    path = secret_file(tmp_path / "token", " one \n")
+    with target(recording(heads)) as port:
+        module = http_module(port, bearer_token_file=str(path))
+        app = application({"m": module}, limits=WATCHFUL)
+        for text, token in (("", "one"), ("two\n", "two"), ("\ufefft\u00f6ken", "t\u00f6ken")):
+            if text:
+                replace(path, text)
+            assert ask(app, "/proxy?module=m", bearer("own")).status == 200
+            assert sent_authorization(heads) == f"Bearer {token}"
+
+
+@pytest.mark.parametrize("password", ["p", "a:b", "p\u00e4\u20ac", "two\nlines", "b l a n k"])
+def test_a_password_for_a_target_is_read_from_its_file(password: str, tmp_path: Path) -> None:
+    heads: list[bytes] = []
+    path = secret_file(tmp_path / "password", "old")
+    own = {"basic_auth_username": "u", "basic_auth_password_file": str(path)}
+    with target(recording(heads)) as port:
+        app = application({"m": http_module(port, **own)}, limits=WATCHFUL)
+        for text in ("old", password):
+            by_renaming(path, f"{text}\n")
+            assert ask(app, "/proxy?module=m").status == 200
+            assert sent_authorization(heads) == basic(f"u:{text}")
+
+
+def test_a_broken_file_for_a_target_leaves_what_it_held(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heads: list[bytes] = []
+    path = secret_file(tmp_path / "token", "one")
+    with target(recording(heads)) as port:
+        modules = {"m": http_module(port, bearer_token_file=str(path)), "n": http_module(port)}
+        app = application(modules, limits=WATCHFUL)
+        for broken in ("", " \n"):
+            caplog.clear()
+            by_renaming(path, broken)
+            for _ in range(2):
+                assert ask(app, "/proxy?module=m").status == 200
+                assert sent_authorization(heads) == "Bearer one"
+            assert metric(app, RELOADED) == 0
+            (message,) = caplog.messages
+            assert "modules.m.http.bearer_token_file: token file should " in message
+            assert SECRET not in message
+        by_renaming(path, "two")
+        assert ask(app, "/proxy?module=m").status == 200
+        assert sent_authorization(heads) == "Bearer two"
+        assert metric(app, RELOADED) == 1
+
+
+def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one, two = map(Authority, folders)
+    server, client = two.issue("localhost"), two.issue("client@example.org")
+    secret_file(tmp_path / "server.pem", server.certificate + server.key)
+    former = one.issue("client@example.org")
+    secret_file(tmp_path / "client.pem", former.certificate + former.key)
+    secret_file(tmp_path / "ca.pem", (folders[0] / "ca.pem").read_text())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    context.load_verify_locations(folders[1] / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # see above
+    own = {key: str(tmp_path / "client.pem") for key in ("tls_cert_file", "tls_key_file")}
+    settings = {"tls_ca_cert_file": str(tmp_path / "ca.pem"), **own}
+    with (
+        tls_target(context, ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **settings)}, limits=WATCHFUL) as served,
+    ):
+        assert served.scrape("m").text.startswith("module m: TLS: chain: ")
+        by_renaming(tmp_path / "ca.pem", (folders[1] / "ca.pem").read_text())
+        assert served.scrape("m").text.startswith("module m: TLS: protocol: ")
+        by_renaming(tmp_path / "client.pem", client.certificate + client.key)
+        assert served.scrape("m").body == EXPOSITION
 
 
 @pytest.mark.parametrize("where", ["handshake", "records"])
@@ -8375,44 +8608,6 @@ def test_strangers_keep_at_most_two_cores_busy_and_nobody_out(
 
 
 # --- rotation
-# Every request looks at the files, so that no test waits for a second to pass.
-
-WATCHFUL = dataclasses.replace(FAST, rotation_seconds=0)
-RELOADED = "expexp_credentials_last_reload_successful"
-
-
-def bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
-
-
-def secret_file(path: Path, text: str | bytes) -> Path:
-    """A file that only its owner can read, as if written long ago."""
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    path.chmod(0o600)
-    os.utime(path, (1, 1))
-    return path
-
-
-def in_place(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
-def by_renaming(path: Path, text: str) -> None:
-    os.replace(secret_file(path.with_name("new"), text), path)
-
-
-def by_removing_it_first(path: Path, text: str) -> None:
-    path.unlink()
-    secret_file(path, text)
-
-
-def by_swapping_a_link(path: Path, text: str) -> None:
-    new = path.with_name("link")
-    new.symlink_to(secret_file(path.with_name(f"{time.monotonic_ns()}"), text))
-    os.replace(new, path)
-
-
-REPLACEMENTS = [in_place, by_renaming, by_removing_it_first, by_swapping_a_link]
 
 
 @pytest.mark.parametrize("replace", REPLACEMENTS)
