@@ -1901,8 +1901,8 @@ Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 class NodeError(ExpexpError):
     """A node is not what it should be; who reads the document adds its file and the path."""
 
-    def __init__(self, message: str, place: Place = (0, 0)) -> None:
-        """Keep the place."""
+    def __init__(self, message: str, place: Place | None = None) -> None:
+        """Keep the place, if it has one of its own."""
         super().__init__(message)
         self.place = place
 
@@ -2565,7 +2565,10 @@ class CredentialReader(DocumentReader):
 
     def secret(self, filename: str, what: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
-        text = load_text(self.watched(filename, private=True), Limits.secret_bytes).strip()
+        try:
+            text = load_text(self.watched(filename, private=True), Limits.secret_bytes).strip()
+        except NodeError as error:  # its place is one in that file
+            raise NodeError(f"{what}: {error}") from None
         if not text:
             raise NodeError(f"{what} should not be empty")
         return Secret(text)
@@ -2678,6 +2681,8 @@ def load_target_credentials(
         if getattr(target, name):
             with reader.noting(f"{path}.{name}"):
                 secret = reader.secret(getattr(target, name), f"{words} file")
+                if words == "token" and not re.fullmatch(LINE, secret.reveal()):
+                    raise NodeError("token file should hold one line of Latin-1 text")
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
         scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()

@@ -5530,6 +5530,48 @@ def test_a_file_with_secrets_that_everybody_can_read_is_a_warning(
     assert caplog.messages == ([WORLD_READABLE.format(name)] if mode & 0o004 else [])
 
 
+SECRET_FILES = {
+    "is not there": ("no", "cannot be read: no such file or directory"),
+    "is a folder": ("folder.pem", "cannot be read: is a directory"),
+    "nobody may read": ("write-only.pem", "cannot be read: permission denied"),
+    "is empty": ("empty", "{} should not be empty"),
+    "holds only blanks": ("blanks", "{} should not be empty"),
+    "is not UTF-8": ("bytes", "{}: not UTF-8"),
+    "is too large": ("large", "{}: larger than 65536 bytes"),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), SECRET_FILES.values(), ids=SECRET_FILES)
+@pytest.mark.parametrize("key", ["basic_auth_password_file", "bearer_token_file"])
+def test_a_module_is_refused_whose_file_with_a_secret(
+    key: str, name: str, message: str, here_with_pems: Path
+) -> None:
+    (here_with_pems / "empty").write_text("")
+    (here_with_pems / "blanks").write_text(" \n")
+    (here_with_pems / "bytes").write_bytes(b"a\n\xff")
+    (here_with_pems / "large").write_text("x" * 65537)
+    users = ["basic_auth_username: u"] if key.startswith("basic") else []
+    what = "password file" if users else "token file"
+    column = len(f"      {key}: ") + 1
+    assert problems_of(of_http("port: 1", f"{key}: {name}", *users)) == [
+        f"c.yaml:6:{column}: modules.a.http.{key}: {message.format(what)}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["s3n\ntinel", "s3n\r\ntinel", "s3ntinel\0", "s3n\x7ftinel", "s3ntinel \u2192"],
+    ids=["is two lines", "is two lines of DOS", "has a NUL", "has a control", "is not Latin-1"],
+)
+def test_a_module_is_refused_whose_token(token: str, here: Path) -> None:
+    secret_file(here / "token", token)
+    (message,) = problems_of(of_http("port: 1", "bearer_token_file: token"))
+    assert message == (
+        "c.yaml:6:26: modules.a.http.bearer_token_file: token file should hold one line of "
+        "Latin-1 text"
+    )
+
+
 # --- files that change
 
 #: Every request looks at the files, so that no test waits for a second to pass.
@@ -6782,7 +6824,7 @@ def test_a_broken_file_for_a_target_leaves_what_it_held(
     with target(recording(heads)) as port:
         modules = {"m": http_module(port, bearer_token_file=str(path)), "n": http_module(port)}
         app = application(modules, limits=WATCHFUL)
-        for broken in ("", " \n"):
+        for broken in ("", "s3n\ntinel"):
             caplog.clear()
             by_renaming(path, broken)
             for _ in range(2):
