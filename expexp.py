@@ -2554,19 +2554,23 @@ class CredentialReader(DocumentReader):
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
-    def watched(self, filename: str, *, private: bool = False) -> str:
-        """The name of a file that is about to be read; one that others can read is warned of."""
+    def watched(self, filename: str) -> str:
+        """The name of a file that is about to be read."""
         self.seen[filename] = fingerprint(filename)
+        return filename
+
+    def warn_of_readers(self, filename: str) -> None:
+        """Have a warning if others can read a file that holds secrets."""
         with contextlib.suppress(OSError):
-            if private and os.stat(filename).st_mode & stat.S_IROTH:
+            if os.stat(filename).st_mode & stat.S_IROTH:
                 file = excerpt(filename, 200)
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
-        return filename
 
     def secret(self, filename: str, what: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
+        self.warn_of_readers(filename)
         try:
-            text = load_text(self.watched(filename, private=True), Limits.secret_bytes).strip()
+            text = load_text(self.watched(filename), Limits.secret_bytes).strip()
         except NodeError as error:  # its place is one in that file
             raise NodeError(f"{what}: {error}") from None
         if not text:
@@ -2660,7 +2664,8 @@ def load_key_pair(
 ) -> None:
     """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
     with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
-        certificate, private = reader.watched(files[0]), reader.watched(files[1], private=True)
+        reader.warn_of_readers(files[1])
+        certificate, private = map(reader.watched, files)
         context.load_cert_chain(certificate, private, password=no_password)
 
 
@@ -2865,10 +2870,12 @@ def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
     filename, web = options.web_config_file, WebConfig()
     if filename:
         with reader.noting(""):
-            text = load_text(reader.watched(filename, private=True), Limits.config_bytes)
+            text = load_text(reader.watched(filename), Limits.config_bytes)
             parse = parse_json if filename.endswith(".json") else parse_yaml
             web = reader.web_config(parse(text))
-            if not (web.basic_auth_users or web.tls_server_config or reader.problems):
+            if web.basic_auth_users:
+                reader.warn_of_readers(filename)
+            elif not (web.tls_server_config or reader.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
     if web.tls_server_config and options.tls_listen_address:
         reader.problem("tls_server_config", "does not go with -web.tls.listen-address")

@@ -5530,6 +5530,28 @@ def test_a_file_with_secrets_that_everybody_can_read_is_a_warning(
     assert caplog.messages == ([WORLD_READABLE.format(name)] if mode & 0o004 else [])
 
 
+def test_a_web_configuration_without_users_holds_no_secrets(
+    here_with_pems: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here_with_pems / "w.yaml").write_text(serving_tls())
+    (here_with_pems / "w.yaml").chmod(0o644)
+    with caplog.at_level(logging.WARNING, "expexp"):
+        web_program()
+    assert caplog.messages == ["no modules loaded from any config file"]
+
+
+def test_a_file_with_secrets_that_everybody_can_read_from_now_on_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = secret_file(tmp_path / "token", "t")
+    app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    caplog.clear()
+    path.chmod(0o644)
+    for _ in range(2):
+        assert ask(app, "/", bearer("t")).status == 200
+    assert caplog.messages == [WORLD_READABLE.format(path)]
+
+
 SECRET_FILES = {
     "is not there": ("no", "cannot be read: no such file or directory"),
     "is a folder": ("folder.pem", "cannot be read: is a directory"),
