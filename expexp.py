@@ -2422,6 +2422,8 @@ class DocumentReader:
                 self.problem(
                     f"{path}.{name}", "needs a client_auth_type that asks for certificates"
                 )
+        if settings.get("client_allowed_sans") == ():  # perhaps of a template; it would let all in
+            self.problem(f"{path}.client_allowed_sans", "names nobody")
         if server.min_version > server.max_version:
             self.problem(f"{path}.min_version", f"is above max_version, {server.max_version}")
         return WebConfig(**values, tls_server_config=server)

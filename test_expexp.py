@@ -5224,6 +5224,14 @@ WEB_PROBLEMS = {
         serving_tls(*ASKING, "client_allowed_sans: a"),
         [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: expected a list, found the string"],
     ),
+    "names that are none": (
+        serving_tls(*ASKING, "client_allowed_sans: [~]"),
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: names nobody"],
+    ),
+    "no names": (
+        serving_tls(*ASKING, "client_allowed_sans: []"),
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: names nobody"],
+    ),
     "TLS 1.0": (
         serving_tls("min_version: TLS10"),
         [f'w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found "TLS10"'],
@@ -5373,7 +5381,9 @@ WEB_CONFIGURATIONS = {
     "the lowest cost": with_users(f"a: {HASHED.replace('05', '04')}"),
     "the highest cost": with_users(f"a: {HASHED.replace('05', '14')}"),
     "sections with nothing in them": serving_tls() + "http_server_config:\nrate_limit:\n",
-    "keys with nothing behind them": serving_tls("cipher_suites:", "client_auth_type:"),
+    "keys with nothing behind them": serving_tls(
+        "cipher_suites:", "client_auth_type:", "client_allowed_sans:"
+    ),
     "nobody asked for a certificate": serving_tls("client_auth_type: NoClientCert"),
     "certificates verified if given": serving_tls(
         "client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"
