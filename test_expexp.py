@@ -8829,6 +8829,51 @@ def test_users_are_added_and_removed(
     assert caplog.messages == ["no modules loaded from any config file"]
 
 
+@pytest.mark.parametrize(("pair", "status"), [("a:p", 401), ("b:q", 200)])
+def test_a_kept_connection_heeds_new_users_at_its_next_request_and_closes(
+    pair: str, status: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.json"
+    with running({}, write_users(path, a="p", b="q"), limits=WATCHFUL) as served:
+        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+        with contextlib.closing(client):
+
+            def attempt() -> tuple[int, bool]:
+                client.request("GET", "/-/healthy", headers=login(pair))
+                response = client.getresponse()
+                response.read()
+                return response.status, response.will_close
+
+            assert [attempt(), attempt()] == [(200, False)] * 2
+            write_users(path, b="q")
+            assert attempt() == (status, True)
+            assert attempt() == (status, False)  # on a new one
+
+
+def test_requests_from_many_threads_see_no_gap_while_a_token_is_replaced(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    users = write_users(tmp_path / "w.json", u="p")
+    app = application({}, users, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    over, statuses_seen = threading.Event(), set[int]()
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            statuses_seen.add(ask(app, "/-/healthy", login("u:p")).status)
+
+    with ThreadPoolExecutor(4) as pool:
+        askers = [pool.submit(keep_asking) for _ in range(4)]
+        try:
+            for token in ("two", "", "three", "four"):
+                by_renaming(path, token)
+                if token:
+                    wait_until(lambda: ask(app, "/", bearer(token)).status == 200)  # noqa: B023
+        finally:
+            over.set()
+        for asker in askers:
+            asker.result()
+    assert statuses_seen == {200}
+
+
 def test_a_password_is_changed(tmp_path: Path) -> None:
     app = application({}, write_users(tmp_path / "w.json", a="old"), limits=WATCHFUL)
     assert ask(app, "/", login("a:old")).status == 200
