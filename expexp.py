@@ -2688,13 +2688,14 @@ def load_target_credentials(
         if getattr(target, name):
             with reader.noting(f"{path}.{name}"):
                 secret = reader.secret(getattr(target, name), f"{words} file")
-                if words == "token" and not re.fullmatch(LINE, secret.reveal()):
-                    raise NodeError("token file should hold one line of Latin-1 text")
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
         scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
     elif target.bearer_token_file:
         scheme, text = "Bearer ", secret.reveal()
+        if not re.fullmatch(LINE, text):  # http.client would show it in its error
+            message = "token file should hold one line of Latin-1 text"
+            reader.problem(f"{path}.bearer_token_file", message)
     return TargetCredentials(load_target_context(target, path, reader), scheme + text)
 
 
