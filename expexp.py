@@ -57,7 +57,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import email.errors
 import errno
 import fnmatch
 import functools
@@ -320,6 +319,10 @@ class Secret:
         """The text itself."""
         return self._text
 
+    def __bool__(self) -> bool:
+        """Whether there is any text."""
+        return bool(self._text)
+
     def __repr__(self) -> str:
         """Always the same, whatever is inside."""
         return "<secret>"
@@ -430,8 +433,10 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # `(?:x|)` is `x` or nothing, faster than `(?:x)?`; a class without `^` is faster than one with.
 # Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
+Pattern = re.Pattern[bytes]
 
-def compile_production(pattern: bytes) -> re.Pattern[bytes]:
+
+def compile_production(pattern: bytes) -> Pattern:
     """Return `pattern` compiled, with plain quantifiers where Python has no possessive ones."""
     if sys.version_info < (3, 11):
         pattern = re.sub(rb"([*+?}])\+", rb"\1", pattern)
@@ -445,7 +450,7 @@ MAX_LABELS: Final = 10_000
 RUN_STEP: Final = 256
 
 
-def compile_run(unit: bytes) -> re.Pattern[bytes]:
+def compile_run(unit: bytes) -> Pattern:
     """Return a run of `unit` (up to 256 bytes) for `scan`, at most 64 KiB of it at a time.
 
     The bound keeps one match short, so that other threads and the deadline get their turn on an
@@ -462,15 +467,10 @@ LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
-INFINITY: Final = rb"[+-]?[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
-NOT_A_NUMBER: Final = rb"[nN][aA][nN]"
-NUMBER: Final = compile_production(rb"(%b)|%b|%b" % (DECIMAL, INFINITY, NOT_A_NUMBER))
-DIGITS: Final = re.compile(rb"()[0-9]+")
-MAX_INT64: Final = 2**63 - 1
+NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-ESCAPED: Final = {b"\\": b"\\", b'"': b'"', b"n": b"\n"}
 
 # Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
@@ -484,11 +484,10 @@ LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
 # Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
-CANONICAL_BYTE: Final = rb"[\0-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash or newline
+CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
-CANONICAL_NUMBER: Final = (
-    rb"(?:-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|[+-]Inf|NaN)"
-)
+FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
+CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 16  # node_os_info has 12
 
 
@@ -496,83 +495,70 @@ def compose_labels(depth: int = 0) -> bytes:
     """Return up to 16 pairs from the `depth`-th on, each with a name that none before it has."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
     pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, LABEL_NAME, CANONICAL_VALUE)
-    if depth + 1 == MAX_FAST_LABELS:
-        return pair
-    return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
+    more = rb"(?:,%b|)" % compose_labels(depth + 1) if depth + 1 < MAX_FAST_LABELS else b""
+    return pair + more
 
 
-SECONDS: Final = rb"-?[0-9]{1,18}+(?:\.[0-9]{1,18}+|)(?:e\+?[0-9]{1,2}|)"
-EXEMPLAR_VALUE: Final = CANONICAL_VALUE.replace(rb"[\0-", rb"[\x01-")
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, EXEMPLAR_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
 UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
-NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
-OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
+OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
 
 
 RUN_SAMPLES: Final = 200
 
 
-def compose_run(
-    types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
-) -> re.Pattern[bytes]:
+def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"") -> Pattern:
     """Return a run of samples with the metadata before them, all canonical.
 
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
-    sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
+    labels_and_value = rb"(?:\{%b\}|) %b%b" % (compose_labels(), CANONICAL_NUMBER, after_value)
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
+    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, METRIC_NAME + labels_and_value)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What distinguishes the line formats and their levels; readers know no other difference."""
+class Dialect(NamedTuple):
+    """What distinguishes the line formats and their levels; readers know no other difference.
 
-    types: tuple[bytes, ...]  #: the first one is that of a family without a type
-    token: re.Pattern[bytes]
-    label_value: re.Pattern[bytes]
-    fast: re.Pattern[bytes]
-    blanks: re.Pattern[bytes] = BLANKS  #: what may stand anywhere between two tokens
-    separator: re.Pattern[bytes] = BLANKS  #: what stands before a value, a timestamp, a keyword
-    timestamp: re.Pattern[bytes] = DIGITS
-    after_name: re.Pattern[bytes] = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
-    help_text: re.Pattern[bytes] = re.compile(b"")  #: what a HELP text begins with
+    As it is, it is the text format, as Prometheus reads it.
+    """
+
+    types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
+    token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
+    label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
+    fast: Pattern = compose_run(TEXT_TYPES, rb"(?: [0-9]{1,18}+|)")
+    separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
+    timestamp: Pattern = re.compile(rb"()[0-9]+")
+    after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    help_text: Pattern = re.compile(b"")  #: what a HELP text begins with
     openmetrics: bool = False
     lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
-TEXT: Final = Dialect(
-    types=TEXT_TYPES,
-    token=compile_run(rb"[^{ \t\n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]'),
-    fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
-)
+TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
-    blanks=NOTHING,
     separator=re.compile(b" "),
     token=compile_run(rb"[^ \n\0]{1,256}"),
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
+    fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
     openmetrics=True,
 )
-STRICT_TEXT: Final = dataclasses.replace(
-    TEXT,
+STRICT_TEXT: Final = Dialect(
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
     after_name=re.compile(rb"[ \t\n]|\Z"),
     help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
     lenient=TEXT,
 )
-STRICT_OPENMETRICS: Final = dataclasses.replace(OPENMETRICS, lenient=OPENMETRICS)
+STRICT_OPENMETRICS: Final = OPENMETRICS._replace(lenient=OPENMETRICS)
 
 # ==================================================================================================
 # 5  Exposition: reading lines
@@ -613,15 +599,18 @@ class Label(NamedTuple):
     value: bytes
 
 
+Labels = list[Label]
+
+
 class Sample(NamedTuple):
     """One line with a value, the name unescaped, the rest as it was written."""
 
     pos: int
     name: bytes
-    labels: list[Label]
+    labels: Labels
     value: bytes
     timestamp: bytes
-    exemplar: list[Label] | None
+    exemplar: Labels | None
 
 
 class Metadata(NamedTuple):
@@ -638,14 +627,11 @@ Line = Union[Sample, Metadata, None]
 
 def is_utf8(text: bytes) -> bool:
     """Return whether `text` is UTF-8; in pieces, as a decoded copy may take four times as much."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (text[start : start + WINDOW_BYTES] for start in range(0, len(text), WINDOW_BYTES))
     try:
-        for start in range(0, 0 if text.isascii() else len(text), WINDOW_BYTES):
-            decoder.decode(text[start : start + WINDOW_BYTES])
-        decoder.decode(b"", final=True)
+        return text.isascii() or all(codecs.iterdecode(pieces, "utf-8"))
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def find_line_end(body: bytes, pos: int) -> int:
@@ -657,10 +643,9 @@ def find_line_end(body: bytes, pos: int) -> int:
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
     body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
-    until = body[start:pos] + (body[pos : pos + 1] or b"\n")
-    if is_utf8(body[start : find_line_end(body, pos)]):
-        until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until), start)
+    uncounted = CONTINUATION_BYTES if is_utf8(body[start : find_line_end(body, pos)]) else b""
+    column = len(body[start : pos + 1].translate(None, uncounted)) + (pos == len(body))
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, column, start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -675,31 +660,37 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str) -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
+    """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
+    shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
+    return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
+def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
+    """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
+    if not fits:
+        raise expected(source, pos, what, found)
+
+
+def scan(source: Source, pos: int, run: Pattern) -> int:
     """Return the end of the longest repetition of `run` from `pos` on."""
-    found = run.match(source.body, pos)
-    while found and found.end() - pos >= RUN_STEP:  # shorter only where the run ends
+    # A match is shorter than RUN_STEP only where the run ends.
+    while (found := run.match(source.body, pos)) and found.end() - pos >= RUN_STEP:
         source.tick()
         pos = found.end()
-        found = run.match(source.body, pos)
     return found.end() if found else pos
 
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return scan(source, pos, source.dialect.blanks) if peek(source, pos) in b" \t" else pos
+    free = peek(source, pos) in b" \t" and not source.dialect.openmetrics
+    return scan(source, pos, BLANKS) if free else pos
 
 
-def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
+def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
-    if peek(source, end) == b"\\":
-        raise expected(source, end, r"one of the escapes \\, \" and \n")
+    require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
         found = describe(source, end)
         raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
@@ -708,10 +699,10 @@ def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, 
 
 def unescape(text: bytes) -> bytes:
     """Return `text` as Prometheus understands it."""
-    return ESCAPE.sub(lambda found: ESCAPED[found[1]], text)
+    return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
+def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
@@ -719,29 +710,23 @@ def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tu
             raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
         return end, unescape(name)
     end = scan(source, pos, run)
-    if end == pos or peek(source, pos).isdigit():
-        raise expected(source, pos, what)
+    require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
     return end, source.body[pos:end]
 
 
 def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a label's value as it was written, from the equals sign on."""
-    if peek(source, pos) != b"=":
-        raise expected(source, pos, '"="')
+    require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
-    if peek(source, pos) != b'"':
-        raise expected(source, pos, "a label value in double quotes")
+    require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
-    if not is_utf8(value):
-        raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
+    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
     return skip_blanks(source, scan(source, end, NULS)), value
 
 
-def read_labels(
-    source: Source, pos: int, name: bytes | None
-) -> tuple[int, bytes | None, list[Label]]:
+def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
-    labels: list[Label] = []
+    labels = Labels()
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
@@ -755,45 +740,34 @@ def read_labels(
             labels.append(Label(start, label, value))
         if len(labels) > MAX_LABELS:
             raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
-        pos = read_comma(source, pos)
+        if peek(source, pos) == b",":
+            pos = skip_blanks(source, pos + 1)
+            last = source.dialect is STRICT_OPENMETRICS and peek(source, pos) == b"}"
+            require(not last, source, pos, "a label name")
+        elif source.dialect is not TEXT:
+            require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos + 1, name, labels
 
 
-def read_comma(source: Source, pos: int) -> int:
-    """Return where the next pair or the closing brace is."""
-    openmetrics, strict = source.dialect.openmetrics, source.dialect.lenient
-    if peek(source, pos) == b",":
-        pos = skip_blanks(source, pos + 1)
-        if peek(source, pos) == b"}" and openmetrics and strict:
-            raise expected(source, pos, "a label name")
-    elif peek(source, pos) != b"}" and (openmetrics or strict):
-        raise expected(source, pos, '"," or "}"')
-    return pos
-
-
-def require_names(source: Source, labels: list[Label]) -> None:
+def require_names(source: Source, labels: Labels) -> None:
     """Return nothing; raise for a bad name, or one that is there twice. Empty labels do not count.
 
     The first is the metric's own, of which Prometheus makes the label `__name__`.
     """
     seen = {b"__name__"}
     for number, (pos, name, value) in enumerate(labels):
-        if not name or not is_utf8(name):
-            raise refuse(source, pos, f'expected a name in UTF-8, found "{excerpt(name)}"')
+        require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
         if number and name in seen:
             raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
         seen |= {name} if value else set()
 
 
-def read_number(
-    source: Source, pos: int, what: str, form: re.Pattern[bytes] = NUMBER
-) -> tuple[int, bytes]:
+def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
     start = scan(source, pos, source.dialect.separator)
     end = scan(source, start, source.dialect.token)
     number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
-    if start == pos and source.dialect.openmetrics:
-        raise expected(source, pos, "a blank")
+    require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
     if not number or end - start > MAX_NUMBER_BYTES:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
@@ -809,12 +783,12 @@ def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
         return pos, b""
     what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
     end, number = read_number(source, pos, what, dialect.timestamp)
-    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") > MAX_INT64:
+    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
         raise expected(source, start, "a timestamp within the range of int64")
     return end, number
 
 
-def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
+def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
     """Return the labels of an exemplar, if there is one."""
     if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
         return pos, None
@@ -828,15 +802,14 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
 def read_line_end(source: Source, pos: int) -> int:
     """Return the start of the next line. Only lenient text may end without a newline."""
     pos = skip_blanks(source, pos)
-    needed = source.dialect.openmetrics or source.dialect.lenient
-    if peek(source, pos) != b"\n" and (needed or pos < len(source.body)):
-        raise expected(source, pos, "a newline")
+    over = source.dialect is TEXT and pos == len(source.body)
+    require(over or peek(source, pos) == b"\n", source, pos, "a newline")
     return pos + 1
 
 
 def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
-    start, name, labels = pos, None, list[Label]()
+    start, name, labels = pos, None, Labels()
     if peek(source, pos) not in (b"{", b'"'):
         pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
         pos = skip_blanks(source, pos)
@@ -854,45 +827,33 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
+    end = find_line_end(body, pos)
     word = scan(source, pos + 1, dialect.separator)
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
-    keyword = body[word:after].replace(b"\0", b"")
-    if dialect.lenient and after - word > len(keyword):
+    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
+    if dialect.lenient and b"\0" in body[word:after]:
         raise refuse(source, word, "expected no NUL byte in the first word of a comment")
-    known = (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]
-    if word > pos + 1 and name > after and keyword in known:
-        return read_metadata(source, Metadata(pos, keyword, b"", b""), name)
+    if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
+        return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        if word == pos + 1 or keyword != b"EOF":
-            found = excerpt(body[pos : find_line_end(body, pos)])
-            raise refuse(source, pos, f'expected HELP, TYPE, UNIT or "# EOF", found "{found}"')
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', body[pos:end])
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    end = find_line_end(body, pos)
     lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
     if lost >= 0:
         raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
     return read_line_end(source, end), None
 
 
-def read_metadata(source: Source, metadata: Metadata, pos: int) -> tuple[int, Metadata]:
-    """Return a HELP, TYPE or UNIT line, of which the name begins at `pos`."""
-    what = f"a metric name after {metadata.keyword.decode()}"
-    pos, name = read_name(source, pos, METRIC_RUN, what)
+def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
+    """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
+    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
     end = find_line_end(source.body, pos)
-    if not source.dialect.after_name.match(source.body, pos):
-        raise expected(source, pos, "a blank")
-    metadata = metadata._replace(name=name, text=source.body[pos + 1 : end])
-    require_text(source, min(pos + 1, end), metadata)
-    return read_line_end(source, end), metadata
-
-
-def require_text(source: Source, pos: int, metadata: Metadata) -> None:
-    """Return nothing; raise where the text at `pos` is none for its keyword."""
-    _, keyword, name, text = metadata
+    require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
+    text = source.body[pos + 1 : end]
     what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
@@ -900,8 +861,8 @@ def require_text(source: Source, pos: int, metadata: Metadata) -> None:
         what = "a unit that the metric's name ends in"
     elif keyword == b"HELP" and not source.dialect.help_text.match(text):
         what = r"no escapes but \\ and \n"
-    if what:
-        raise refuse(source, pos, f'expected {what}, found "{excerpt(text)}"')
+    require(not what, source, min(pos + 1, end), what, text)
+    return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -909,8 +870,7 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
     pos = skip_blanks(source, pos)
     if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
         return pos + 1, None
-    if pos == len(source.body):
-        raise expected(source, pos, '"# EOF"')
+    require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
 
 
@@ -920,41 +880,37 @@ def find_end(source: Source) -> int:
     return len(source.body) + bool(needed)
 
 
-def count_samples(body: bytes, start: int, end: int) -> int:
-    """Return how many canonical lines from `start` to `end` are samples: have no `#`."""
-    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start, end)
-    return body.count(b"\n", start, end) - comments
+def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
+    """Return where the canonical lines from `pos` on end, and how many samples they have.
 
-
-def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
-    """Return where the lines that start before `end` end, and how many samples they have."""
-    samples, start = 0, pos  # of the run that is not counted yet
-    while pos < end:
+    Only those of the last run need counting: another could follow on all before it.
+    """
+    samples, last = -RUN_SAMPLES, pos
+    while run := fast.match(source.body, pos, end):
         source.tick()
-        run = fast.match(source.body, pos, end)
-        if run:
-            samples += RUN_SAMPLES if start < pos else 0
-            start, pos = pos, run.end()
-        else:
-            samples += count_samples(source.body, start, pos)
-            start, line = read_line(source, pos)
-            samples, pos = samples + isinstance(line, Sample), start
-    return pos, samples + count_samples(source.body, start, pos)
+        samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
+    comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
+    return pos, max(samples, 0) + source.body.count(b"\n", last, pos) - comments
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
-    """Return how many samples the whole body has.
+    """Return how many samples the whole body has: run by run, and what is between them by line.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
     That is decided window by window: a Latin-1 comment costs its own window the fast path.
     """
-    source = Source(body, dialect, tick)
-    pos = samples = 0
+    source, run = Source(body, dialect, tick), NOTHING
+    pos = window = samples = 0
     while pos < find_end(source):
-        end = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or min(pos + WINDOW_BYTES, len(body))
-        run = dialect.fast if fast and is_utf8(body[pos:end]) else NOTHING
-        pos, found = read_window(source, pos, max(end, pos + 1), run)
+        if pos >= window:
+            window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
+            run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+        pos, found = read_runs(source, pos, window, run)
         samples += found
+        if pos < window:
+            tick()
+            pos, line = read_line(source, pos)
+            samples += isinstance(line, Sample)
     return samples
 
 
@@ -964,7 +920,8 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 # The strict level: what the formats themselves demand, beyond what Prometheus ingests. Rules of a
 # line are a stricter dialect for the same reader; rules of a family are the `check_*` functions,
 # one a rule, each with examples that pass and that do not, which the tests run. A check gets a
-# family of well-formed lines and yields complaints: where, and what is wrong.
+# family of well-formed lines, and those of its rows to look at: all in their order, or those of one
+# metric (in OpenMetrics at one point in time). It yields complaints: where, and what is wrong.
 
 Complaints = Iterator[tuple[int, str]]
 #: A family of more samples is only judged line by line: what the checks need is kept in memory,
@@ -1000,20 +957,13 @@ class Row(NamedTuple):
 class Family:
     """A run of lines about one name."""
 
-    def __init__(self, first: Sample | Metadata, source: Source) -> None:
-        """Begin with the first line."""
-        dialect, self.tick = source.dialect, source.tick
+    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
+        """Begin with what the first line says; it is still to be added."""
         self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
+        self.type, self.names = dialect.types[0], {first.name}
         self.metadata: list[Metadata] = []
         self.rows: list[Row] = []
-        self.set_type(dialect.types[0])
-        self.add(first)
-
-    def set_type(self, name: bytes) -> None:
-        """Take a type, and with it the names that samples may have."""
-        self.type = name
-        suffixes = SUFFIXES.get((self.openmetrics, name), (b"",))
-        self.names = {self.name + suffix for suffix in suffixes}
+        self.metrics: dict[tuple[str, bytes], list[Row]] = {}
 
     def takes(self, line: Sample | Metadata) -> bool:
         """Return whether this family goes on with `line`."""
@@ -1021,14 +971,17 @@ class Family:
 
     def add(self, line: Sample | Metadata) -> None:
         """Take one more line."""
-        if isinstance(line, Sample):
-            if len(self.rows) > MAX_JUDGED_SAMPLES:
-                return
-            self.rows.append(self.make_row(line))
-            return
-        self.metadata.append(line)
-        if line.keyword == b"TYPE":
-            self.set_type(line.text)
+        if isinstance(line, Metadata):
+            self.metadata.append(line)
+            if line.keyword == b"TYPE":
+                self.type = line.text
+                suffixes = SUFFIXES.get((self.openmetrics, self.type), (b"",))
+                self.names = {self.name + suffix for suffix in suffixes}
+        elif len(self.rows) <= MAX_JUDGED_SAMPLES:
+            row = self.make_row(line)
+            self.rows.append(row)
+            point = row.timestamp if self.openmetrics else b""
+            self.metrics.setdefault((row.labels, point), []).append(row)
 
     def make_row(self, sample: Sample) -> Row:
         """Return what the rules ask of a sample. A label without a value is none."""
@@ -1042,51 +995,29 @@ class Family:
         rest = repr(sorted(labels.items()))
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
-    def each(self) -> Iterator[Row]:
-        """Yield the rows, and tick now and then: a family may be a whole body."""
-        for number, row in enumerate(self.rows):
-            if number % 256 == 0:
-                self.tick()
-            yield row
 
-    def metrics(self) -> Iterable[list[Row]]:
-        """Return the rows of each metric, in OpenMetrics of each of its points in time."""
-        metrics: dict[tuple[str, bytes], list[Row]] = {}
-        for row in self.each():
-            point = row.timestamp if self.openmetrics else b""
-            metrics.setdefault((row.labels, point), []).append(row)
-        return metrics.values()
-
-
-def check_metadata(family: Family) -> Complaints:
-    r"""Yield what is repeated, or comes after the first sample.
+def check_metadata(family: Family, rows: list[Row]) -> Complaints:
+    r"""Yield what is repeated, comes after the first sample, or is not for the type.
 
     Good: `# HELP a x\n# TYPE a gauge\na 1\n`
     Bad: `# TYPE a gauge\n# TYPE a gauge\n`
     Bad: `a 1\n# TYPE a gauge\n`
-    """
-    seen: set[bytes] = set()
-    for pos, keyword, name, _ in family.metadata:
-        what = f'{keyword.decode()} of "{excerpt(name)}"'
-        if keyword in seen:
-            yield pos, f"found a second {what}"
-        elif family.rows and pos > family.rows[0].pos:
-            yield pos, f"expected the {what} before its samples"
-        seen.add(keyword)
-
-
-def check_unit(family: Family) -> Complaints:
-    r"""Yield a unit where the type has none.
-
     Good: `# TYPE a_s gauge\n# UNIT a_s s\n# EOF`
     Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
     """
-    for pos, keyword, _, text in family.metadata:
+    seen: set[bytes] = set()
+    for pos, keyword, name, text in family.metadata:
+        what = f'{keyword.decode()} of "{excerpt(name)}"'
+        if keyword in seen:
+            yield pos, f"found a second {what}"
+        elif rows and pos > rows[0].pos:
+            yield pos, f"expected the {what} before its samples"
         if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
             yield pos, f"expected no unit for the type {family.type.decode()}"
+        seen.add(keyword)
 
 
-def check_special_labels(family: Family) -> Complaints:
+def check_labels(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield a bucket, quantile or state whose label is missing or no such thing.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
@@ -1095,7 +1026,7 @@ def check_special_labels(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         if row.special == b"quantile" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
         elif row.special == b"le" and math.isnan(row.number):
@@ -1106,13 +1037,13 @@ def check_special_labels(family: Family) -> Complaints:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 
-WHOLE: Final = b"histogram_bucket histogram_count gaugehistogram_bucket gaugehistogram_gcount"
-COUNTS: Final = (*WHOLE.split(), b"summary_count")
-TOTALS: Final = (b"counter_total", b"histogram_sum", b"summary_sum", *COUNTS)
+#: How the kinds end that count something whole, and those that are not negative.
+COUNTS: Final = (b"_bucket", b"count")
+TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
 CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
 
 
-def check_values(family: Family) -> Complaints:
+def check_values(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield values that OpenMetrics does not allow for the type.
 
     Good: `# TYPE a counter\na_total 1.5\n# EOF`
@@ -1120,12 +1051,12 @@ def check_values(family: Family) -> Complaints:
     Bad: `# TYPE a summary\na_count 1.5\n# EOF`
     Bad: `# TYPE a info\na_info 2\n# EOF`
     """
-    for row in family.each() if family.openmetrics else ():
-        if row.kind in COUNTS and not row.value.is_integer():
+    for row in rows if family.openmetrics else ():
+        # A quantile of NaN is one that is not known.
+        negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
+        if row.kind.endswith(COUNTS) and not row.value.is_integer():
             yield row.pos, "expected a whole number"
-        elif (row.kind in TOTALS and not row.value >= 0) or (
-            row.kind == b"summary" and row.value < 0
-        ):
+        elif negative and row.kind.endswith(TOTALS):
             yield row.pos, "expected a number that is not negative"
         elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
             yield row.pos, "expected a sum that is a number"
@@ -1133,39 +1064,37 @@ def check_values(family: Family) -> Complaints:
             yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
 
 
-EXEMPLIFIED: Final = (b"counter_total", b"histogram_bucket")
 MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
-def check_exemplars(family: Family) -> Complaints:
+def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield exemplars that are too long, or on other samples than totals and buckets.
 
     Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         pairs = row.exemplar or ()
-        if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
+        if row.exemplar is not None and not row.kind.endswith((b"_total", b"_bucket")):
             yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
         if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
             yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
 
 
-def check_series(family: Family) -> Complaints:
+def check_series(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
 
     Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
     Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
     """
-    for rows in family.metrics():
-        seen = set()
-        for row in rows:
-            if (row.kind, row.bound) in seen:
-                yield row.pos, "found the same series twice"
-            seen.add((row.kind, row.bound))
+    seen = set()
+    for row in rows:
+        if (row.kind, row.bound) in seen:
+            yield row.pos, "found the same series twice"
+        seen.add((row.kind, row.bound))
 
 
-def check_order(family: Family) -> Complaints:
+def check_order(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
 
     Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
@@ -1173,10 +1102,9 @@ def check_order(family: Family) -> Complaints:
     Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
     Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
     """
-    seen: set[str] = set()
-    before: Row | None = None
-    for row in family.each() if family.openmetrics else ():
-        if before is None or row.labels != before.labels:
+    seen = {row.labels for row in rows[:1]}
+    for before, row in zip(rows, rows[1:]) if family.openmetrics else ():
+        if row.labels != before.labels:
             if row.labels in seen:
                 yield row.pos, "expected the samples of one metric in one place"
             seen.add(row.labels)
@@ -1184,25 +1112,23 @@ def check_order(family: Family) -> Complaints:
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
         elif float(row.timestamp or 0) < float(before.timestamp or 0):
             yield row.pos, "expected no earlier timestamp than that of the sample before"
-        before = row
 
 
-def check_bounds(family: Family) -> Complaints:
+def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield buckets and quantiles that are not in ascending order.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
     Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
     """
-    for rows in family.metrics():
-        bounded = [row for row in rows if row.special]
-        for before, row in zip(bounded, bounded[1:]):
-            free = family.openmetrics and family.type == b"summary"
-            if row.number < before.number and not free:
-                yield row.pos, "expected buckets and quantiles in ascending order"
+    bounded = [row for row in rows if row.special]
+    free = family.openmetrics and family.type == b"summary"
+    for before, row in zip(bounded, bounded[1:]):
+        if row.number < before.number and not free:
+            yield row.pos, "expected buckets and quantiles in ascending order"
 
 
-def check_histograms(family: Family) -> Complaints:
+def check_histograms(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield the first thing that is wrong with each histogram.
 
     Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
@@ -1210,41 +1136,38 @@ def check_histograms(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
     """
-    for rows in family.metrics() if family.type.endswith(b"histogram") else ():
-        values = [0.0, *(row.value for row in rows if row.special)]
-        counts = [row.value for row in rows if row.kind.endswith(b"count")]
-        if math.inf not in [row.number for row in rows]:
-            yield rows[-1].pos, 'expected a bucket with le="+Inf"'
-        elif values != sorted(values):
-            yield rows[-1].pos, "expected no bucket with less in it than the one before"
-        elif counts[:1] not in ([], values[-1:]):
-            yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
+    values = [0.0, *(row.value for row in rows if row.special)]
+    counts = [row.value for row in rows if row.kind.endswith(b"count")]
+    if math.inf not in [row.number for row in rows]:
+        yield rows[-1].pos, 'expected a bucket with le="+Inf"'
+    elif values != sorted(values):
+        yield rows[-1].pos, "expected no bucket with less in it than the one before"
+    elif counts[:1] not in ([], values[-1:]):
+        yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
 
 
-def check_sums(family: Family) -> Complaints:
+def check_sums(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
 
     Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     """
-    if not family.openmetrics or not family.type.endswith(b"histogram"):
+    if not family.openmetrics:
         return
-    for rows in family.metrics():
-        sums = [row for row in rows if row.kind.endswith(b"sum")]
-        negative = any(row.number < 0 for row in rows)
-        if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
-            yield rows[-1].pos, "expected sum and count together, or neither"
-        elif sums and negative and family.type == b"histogram":
-            yield sums[0].pos, "expected no sum, since there is a negative bucket"
-        elif sums and not negative and sums[0].value < 0:
-            yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
+    sums = [row for row in rows if row.kind.endswith(b"sum")]
+    negative = any(row.number < 0 for row in rows)
+    if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
+        yield rows[-1].pos, "expected sum and count together, or neither"
+    elif sums and negative and family.type == b"histogram":
+        yield sums[0].pos, "expected no sum, since there is a negative bucket"
+    elif sums and not negative and sums[0].value < 0:
+        yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
 
 
-FAMILY_CHECKS: Final = (
-    *(check_metadata, check_unit, check_special_labels, check_values, check_exemplars),
-    *(check_series, check_order, check_bounds, check_histograms, check_sums),
-)
+FAMILY_CHECKS: Final = (check_metadata, check_order)
+METRIC_CHECKS: Final = (check_labels, check_values, check_exemplars, check_series, check_bounds)
+HISTOGRAM_CHECKS: Final = (*METRIC_CHECKS, check_histograms, check_sums)
 
 
 class Report:
@@ -1257,8 +1180,8 @@ class Report:
 
     def add(self, error: ExpositionError, strict: bool = True) -> None:
         """Keep a finding; raise it where it is the last that is wanted."""
-        place = error.line, error.column if error.line else error.offset
-        self.findings.append(Finding(*place, error.message, strict))
+        column = error.column or error.offset
+        self.findings.append(Finding(error.line, column, error.message, strict))
         if len(self.findings) >= self.limit:
             raise error
 
@@ -1287,15 +1210,27 @@ def read_families(source: Source, report: Report) -> Iterator[Family]:
         pos, line = read_strictly(source, pos, report)
         if line is None:
             family = family if len(report.findings) == known else None
-        elif family and family.takes(line):
-            family.add(line)
-        else:
+            continue
+        if not (family and family.takes(line)):
             if family:
                 yield family
-            family = Family(line, source)
+            family = Family(line, source.dialect)
+        family.add(line)
         report.samples += isinstance(line, Sample)
     if family:
         yield family
+
+
+def complain(family: Family, taken: set[bytes], tick: Tick) -> Complaints:
+    """Yield what is wrong with a family, of which the names should not be taken."""
+    for name in sorted(taken & {family.name, *family.names})[:1]:
+        yield family.pos, f'found "{excerpt(name)}", which is a name of another family above'
+    checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
+    groups = [family.rows, *family.metrics.values()]
+    for rows in groups if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
+        for check in FAMILY_CHECKS if rows is family.rows else checks:
+            tick()
+            yield from check(family, rows)
 
 
 def judge_families(source: Source, report: Report) -> None:
@@ -1303,17 +1238,9 @@ def judge_families(source: Source, report: Report) -> None:
     taken: set[bytes] = set()
     for family in read_families(source, report):
         report.families += 1
-        complaints: list[tuple[int, str]] = []
-        for check in FAMILY_CHECKS if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
-            source.tick()
-            complaints += check(family)
-        names = family.names | {family.name}
-        for name in sorted(taken & names)[:1]:
-            what = f'found "{excerpt(name)}", which is a name of another family above'
-            complaints.append((family.pos, what))
-        for pos, message in sorted(complaints):
+        for pos, message in sorted(complain(family, taken, source.tick)):
             report.add(refuse(source, pos, message))
-        taken |= names
+        taken |= {family.name, *family.names}
 
 
 # ==================================================================================================
@@ -1324,34 +1251,32 @@ def judge_families(source: Source, report: Report) -> None:
 # must be UTF-8, label names unique, as in Prometheus's decoder. Messages say byte offset and field.
 # Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
 
-PROTOBUF: Final = """
-    MetricFamily 1 name text, 2 help text, 3 type varint, 4 metric text, 5 unit text
-    Metric 1 label text, 2 gauge Gauge, 3 counter Counter, 4 summary Summary
-    Metric 5 untyped Gauge, 6 timestamp_ms varint, 7 histogram Histogram
-    LabelPair 1 name text, 2 value text
-    Gauge 1 value double
-    Counter 1 value double, 2 exemplar Exemplar, 3 created Timestamp
-    Summary 1 count varint, 2 sum double, 3 quantile Quantile, 4 created Timestamp
-    Quantile 1 quantile double, 2 value double
-    Histogram 1 count varint, 2 sum double, 3 bucket Bucket, 4 count_float double
-    Histogram 5 schema varint, 6 zero_threshold double, 7 zero_count varint
-    Histogram 8 zero_count_float double, 9 negative_span Span, 10 negative_delta varints
-    Histogram 11 negative_count doubles, 12 positive_span Span, 13 positive_delta varints
-    Histogram 14 positive_count doubles, 15 created Timestamp, 16 exemplar Exemplar
-    Bucket 1 count varint, 2 bound double, 3 exemplar Exemplar, 4 count_float double
-    Span 1 offset varint, 2 length varint
-    Exemplar 1 label LabelPair, 2 value double, 3 timestamp Timestamp
-    Timestamp 1 seconds varint, 2 nanos varint
-"""
-FIELDS: Final = {
-    (line.split()[0], int(number)): (name, kind)
-    for line in PROTOBUF.strip().splitlines()
-    for number, name, kind in map(str.split, line.split(maxsplit=1)[1].split(","))
+#: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
+PROTOBUF: Final = {
+    "MetricFamily": "name text, help text, type int, metric text, unit text",
+    "Metric": "label text, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
+    "timestamp_ms int, histogram Histogram",
+    "LabelPair": "name text, value text",
+    "Gauge": "value double",
+    "Counter": "value double, exemplar Exemplar, created Timestamp",
+    "Summary": "count int, sum double, quantile Quantile, created Timestamp",
+    "Quantile": "quantile double, value double",
+    "Histogram": "count int, sum double, bucket Bucket, count_float double, schema int, "
+    "zero_threshold double, zero_count int, zero_count_float double, negative_span Span, "
+    "negative_delta ints, negative_count doubles, positive_span Span, positive_delta ints, "
+    "positive_count doubles, created Timestamp, exemplar Exemplar",
+    "Bucket": "count int, bound double, exemplar Exemplar, count_float double",
+    "Span": "offset int, length int",
+    "Exemplar": "label LabelPair, value double, timestamp Timestamp",
+    "Timestamp": "seconds int, nanos int",
 }
-MESSAGES: Final = {message for message, _ in FIELDS}
-#: Wire types: 0 is a varint, 1 has 8 bytes, 2 a length and as many bytes, 5 has 4 bytes.
-WIRE_TYPES: Final = {"varint": (0,), "double": (1,), "varints": (0, 2), "doubles": (1, 2)}
+FIELDS: Final = {
+    message: {number: tuple(field.split()) for number, field in enumerate(fields.split(","), 1)}
+    for message, fields in PROTOBUF.items()
+}
 LENGTH_DELIMITED: Final = 2
+#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All else has 2: a length and as many bytes.
+WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 SUMMARY, HISTOGRAM, GAUGE_HISTOGRAM = 2, 4, 5  # no type has a higher number
 PLUS_INFINITY: Final = b"\xf0\x7f"  # as a double, without the zeros before it
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
@@ -1382,97 +1307,89 @@ def read_varint(body: bytes, field: Field) -> tuple[int, int]:
 
 def read_content(body: bytes, field: Field, wire: int) -> Field:
     """Return the field cut to its content. Groups, which are obsolete, are refused."""
-    path, start, end = field
-    length = {1: 8, 5: 4}.get(wire, 0)
-    if wire == 0:
-        length = read_varint(body, field)[0] - start
-    elif wire == LENGTH_DELIMITED:
-        start, length = read_varint(body, field)
-    elif not length:
+    start, end = field.start, field.start + {1: 8, 5: 4}.get(wire, 0)
+    if wire in (0, LENGTH_DELIMITED):
+        after, number = read_varint(body, field)
+        start, end = (after, after + number) if wire == LENGTH_DELIMITED else (start, after)
+    elif start == end:
         raise garbled(field, f"expected a wire type, found {wire}")
-    if start + length > end:
-        raise garbled(field, f"expected {length} bytes, found {end - start}")
-    return Field(path, start, start + length)
+    if end > field.end:
+        raise garbled(field, f"expected {end - start} bytes, found {field.end - start}")
+    return Field(field.path, start, end)
 
 
 def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
-    """Yield the known fields of a message, and after each the fields in it."""
+    """Yield the fields of a message, and after each the fields in it."""
     pos = message.start
     while pos < message.end:
         source.tick()
         pos, tag = read_varint(source.body, message._replace(start=pos))
         number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
-        name, content = FIELDS.get((kind, number), ("", ""))
-        field = Field(f"{message.path}.{name or number}", pos, message.end)
-        if not 0 < number < 1 << 31 or (
-            name and wire not in WIRE_TYPES.get(content, (LENGTH_DELIMITED,))
-        ):
+        name, content = FIELDS[kind].get(number, (str(number), "any"))
+        field = Field(f"{message.path}.{name}", pos, message.end)
+        if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(field, f"expected no field {number} with the wire type {wire}")
         field = read_content(source.body, field, wire)
-        if name:
-            yield field
-        if content in MESSAGES:
-            yield from read_fields(source, field, content)
-        elif content.endswith("s") and wire == LENGTH_DELIMITED:
-            require_packed(source.body, field, content)
+        yield field
         pos = field.end
+        if content in FIELDS:
+            yield from read_fields(source, field, content)
+        elif content == "doubles" and (pos - field.start) % 8:
+            raise garbled(field, "expected a multiple of 8 bytes")
+        while content == "ints" and field.start < pos:
+            source.tick()
+            field = field._replace(start=read_varint(source.body, field)[0])
 
 
-def require_packed(body: bytes, field: Field, content: str) -> None:
-    """Return nothing; raise where a list of numbers does not end with one of them."""
-    if content == "doubles" and (field.end - field.start) % 8:
-        raise garbled(field, "expected a multiple of 8 bytes")
-    while content == "varints" and field.start < field.end:
-        field = field._replace(start=read_varint(body, field)[0])
+def read_message(source: Source, message: Field, kind: str) -> dict[str, list[Field]]:
+    """Return the fields of a message by their path in it."""
+    fields: dict[str, list[Field]] = {}
+    for field in read_fields(source, message, kind):
+        fields.setdefault(field.path[len(message.path) + 1 :], []).append(field)
+    return fields
+
+
+def read_last(source: Source, fields: dict[str, list[Field]], *paths: str) -> list[bytes]:
+    """Return the content of the last field of each path, the one that counts; empty without any."""
+    return [b"".join(source.body[a:b] for _, a, b in fields.get(path, [])[-1:]) for path in paths]
 
 
 def require_labels(source: Source, labels: list[Field], special: bytes) -> None:
     """Return nothing; raise for labels that are not UTF-8, or without a name of their own."""
     seen = {b"__name__", special}
     for label in labels:
-        texts = read_texts(source, label, "LabelPair")
-        name, value = texts.get("name", b""), texts.get("value", b"")
+        name, value = read_last(source, read_message(source, label, "LabelPair"), "name", "value")
         if not name or (name in seen and value) or not is_utf8(name + b"\n" + value):
             found = f'"{excerpt(name)}"="{excerpt(value)}"'
             raise garbled(label, f"expected UTF-8 and a name of its own, found {found}")
         seen |= {name} if value else set()
 
 
-def read_texts(source: Source, message: Field, kind: str) -> dict[str, bytes]:
-    """Return the content of the fields of a message, the last one of each name."""
-    fields = read_fields(source, message, kind)
-    return {field.path.rpartition(".")[2]: source.body[field.start : field.end] for field in fields}
-
-
 def read_metric(source: Source, metric: Field, number: int) -> tuple[int, bool]:
     """Return how many samples a metric has, and whether it is a native histogram too."""
-    fields = list(read_fields(source, metric, "Metric"))
-    paths = [field.path.rpartition(".metric.")[2] for field in fields]
-    content = {path: source.body[a:b].strip(b"\0\x80") for path, (_, a, b) in zip(paths, fields)}
-    labels = [field for field, path in zip(fields, paths) if path == "label"]
-    quantiles, buckets = paths.count("summary.quantile"), paths.count("histogram.bucket")
+    fields = read_message(source, metric, "Metric")
+    samples, special, native = 1, b"", False  # special: the label that Prometheus adds
     if number == SUMMARY:
-        require_labels(source, labels, b"quantile" if quantiles else b"__name__")
-        return 2 + quantiles, False
-    if number not in (HISTOGRAM, GAUGE_HISTOGRAM):
-        require_labels(source, labels, b"__name__")
-        return 1, False
-    zeros = content.get("histogram.zero_threshold"), content.get("histogram.zero_count")
-    native = any(path.endswith("_span") for path in paths) or any(zeros)
-    require_labels(source, labels, b"__name__" if native else b"le")
-    return 2 + buckets + (content.get("histogram.bucket.bound") != PLUS_INFINITY), native
+        quantiles = len(fields.get("summary.quantile", []))
+        samples, special = 2 + quantiles, b"quantile" if quantiles else b""
+    elif number in (HISTOGRAM, GAUGE_HISTOGRAM):
+        paths = (f"histogram.{path}" for path in ("zero_threshold", "zero_count", "bucket.bound"))
+        *zeros, bound = (part.strip(b"\0\x80") for part in read_last(source, fields, *paths))
+        native = any(zeros) or any(path.endswith("_span") for path in fields)
+        samples = 2 + len(fields.get("histogram.bucket", [])) + (bound != PLUS_INFINITY)
+        special = b"" if native else b"le"
+    require_labels(source, fields.get("label", []), special)
+    return samples, native
 
 
 def read_family(source: Source, family: Field) -> int:
     """Return how many samples Prometheus makes of a family. Without metrics, it asks no more."""
-    fields = read_fields(source, family, "MetricFamily")
-    metrics = [field for field in fields if field.path.endswith(".metric")]
-    texts = read_texts(source, family, "MetricFamily")
-    name, help_text = texts.get("name", b""), texts.get("help", b"")
+    fields = read_message(source, family, "MetricFamily")
+    metrics = fields.get("metric", [])
+    name, help_text, kind = read_last(source, fields, "name", "help", "type")
+    number = read_varint(kind or b"\0", Field("type", 0, 10))[1] & 0xFFFF_FFFF
     if metrics and (not name or not is_utf8(name + b"\n" + help_text)):
         raise garbled(family, f'expected name and help in UTF-8, found "{excerpt(name)}"')
-    kind = texts.get("type", b"\0")
-    number = read_varint(kind, Field("type", 0, len(kind)))[1] & 0xFFFF_FFFF
     if metrics and number > GAUGE_HISTOGRAM:
         raise garbled(family, f"expected a type up to {GAUGE_HISTOGRAM}, found {number}")
     samples, as_native, before = 0, True, False
@@ -1503,8 +1420,6 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
-PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
-PROTOBUF_MESSAGE: Final = "io.prometheus.client.MetricFamily"
 MEDIA_PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
 MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
 
@@ -1527,12 +1442,11 @@ def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
 def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
     """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
     media_type, parameters = parse_media_type(content_type)
-    wanted = (PROTOBUF_TYPE, PROTOBUF_MESSAGE, "delimited")
-    if (media_type, parameters.get("proto"), parameters.get("encoding")) == wanted:
+    protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
+    if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
         return None
-    if media_type == OPENMETRICS_TYPE:
-        return STRICT_OPENMETRICS if strict else OPENMETRICS
-    return STRICT_TEXT if strict else TEXT
+    dialect = STRICT_OPENMETRICS if media_type == OPENMETRICS_TYPE else STRICT_TEXT
+    return dialect if strict else dialect.lenient
 
 
 def verify_exposition(
@@ -1560,24 +1474,19 @@ def verify_exposition(
     """
     if strict:
         report = Report()
-        examine_exposition(body, content_type, report, tick)
+        judge_exposition(body, content_type, report, tick)
         return report.samples
     dialect = choose_dialect(content_type, strict=False)
     return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
 
 
-def examine_exposition(
-    body: bytes, content_type: str, report: Report, tick: Tick = no_tick
-) -> None:
-    """Return nothing; fill `report`. Raises ExpositionError where it is full."""
+def judge_exposition(body: bytes, content_type: str, report: Report, tick: Tick = no_tick) -> None:
+    """Return nothing; fill `report`. ExpositionError where it is full, or protobuf broken."""
     dialect = choose_dialect(content_type, strict=True)
     if dialect:
         judge_families(Source(body, dialect, tick), report)
-        return
-    try:
+    else:  # protobuf cannot be read on
         report.samples, report.families = read_protobuf(body, tick)
-    except ExpositionError as error:  # protobuf cannot be read on
-        report.add(error, strict=False)
 
 
 # ==================================================================================================
@@ -1706,9 +1615,9 @@ class SelfMetrics:
 # ==================================================================================================
 # 10  Flags
 # ==================================================================================================
-# The original's flags and ours, each declared once, as a field of Options. The rules are those of
-# Go: `-name value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them.
-# Pure: a list of texts in, Options out.
+# The original's flags and ours, each declared once, in FLAGS. The rules are those of Go: `-name
+# value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them. Pure: a list
+# of texts in, Options out, which are asked by the flags' names.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 LEVEL_NAMES: Final = ("panic", "fatal", "error", "warning", "warn", "info", "debug", "trace")
@@ -1772,82 +1681,67 @@ def no_value(_text: str) -> str:
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
 parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
 
-
-def flag(names: str, parse: Callable[[str], Any], typed: Any, documentation: str) -> Any:
-    """A field that is a flag; `typed` is its default as a user types it, () makes it repeatable."""
-    metadata = {"names": names.split(), "parse": parse, "typed": typed, "doc": documentation}
-    default = typed if typed == () else parse(typed)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Options:
-    """The values of all flags."""
-
-    allow_net: tuple[Network, ...] = flag(
-        "allow.net", parse_network, (), "Allow clients of this network (CIDR); may be repeated."
-    )
-    config_dirs: tuple[str, ...] = flag(
-        "config.dirs", str, (), "Folder of files with one module each; may be repeated."
-    )
-    config_file: str = flag(
-        "config.file config", str, "expexp.yaml", 'File with the modules; "" for none.'
-    )
-    config_skip_dirs: bool = flag(
-        "config.skip-dirs", parse_boolean, "false", "Skip a -config.dirs that does not exist."
-    )
-    help: bool = flag("help h", parse_boolean, "false", "Show the flags and exit.")
-    log_json: bool = flag("log.json", parse_boolean, "false", "Write the log as JSON.")
-    log_level: int = flag("log.level", parse_level, "warning", f"One of {', '.join(LOG_LEVELS)}.")
-    timeout_offset: float = flag(
-        "timeout-offset", parse_offset, "0.5", "Seconds taken off Prometheus's scrape timeout."
-    )
-    verify: tuple[str, ...] = flag(
-        "verify", str, (), "Check the exposition in a file (- is stdin) and exit; may be repeated."
-    )
-    verify_content_type: str = flag(
-        "verify.content-type",
-        str,
-        "",
-        "Its type; by default its last line decides.",
-    )
-    verify_strict: bool = flag(
-        "verify.strict",
-        parse_boolean,
-        "false",
-        "Exit with 1 for strict findings, too.",
-    )
-    version: bool = flag("version", parse_boolean, "false", "Show the version and exit.")
-    bearer_token: Secret = flag("web.bearer.token", Secret, "", "Token that clients must send.")  # noqa: RUF009 - frozen
-    bearer_token_file: str = flag("web.bearer.token-file", str, "", "File with that token.")
-    listen_address: tuple[str, int] | None = flag(
-        "web.listen-address", parse_listen, ":9999", 'Address to listen on; "" for none.'
-    )
-    proxy_path: str = flag("web.proxy-path", parse_path, "/proxy", "Path of the modules.")
-    telemetry_path: str = flag("web.telemetry-path", parse_path, "/metrics", "Path of our metrics.")
-    web_config_file: str = flag("web.config.file", str, "", "File with TLS settings and users.")
-    tls_listen_address: tuple[str, int] | None = flag(
-        "web.tls.listen-address", parse_listen, "", 'Address to listen on with TLS; "" for none.'
-    )
-    tls_cert: str = flag("web.tls.cert", str, "cert.pem", "Certificate of the TLS listener.")
-    tls_key: str = flag("web.tls.key", str, "key.pem", "Its key.")
-    tls_ca: str = flag("web.tls.ca", str, "ca.pem", "Authority of clients' certificates.")
-    tls_verify: bool = flag("web.tls.verify", parse_boolean, "false", "Ask for them and verify.")
-    tls_certmatch: str = flag(
-        "web.tls.certmatch", parse_pattern, "", "Regular expression that a name in them must match."
-    )
-    winsvc: tuple[()] = flag("winsvc", no_value, (), "Not supported: there is no Windows service.")
+PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "address": parse_listen,
+    "boolean": parse_boolean,
+    "level": parse_level,
+    "network": parse_network,
+    "none": no_value,
+    "path": parse_path,
+    "pattern": parse_pattern,
+    "seconds": parse_offset,
+    "secret": Secret,
+    "text": str,
+}
 
 
-def declared_flags() -> dict[str, dataclasses.Field[Any]]:
-    """All names of flags, with the fields of Options that declare them."""
-    return {name: f for f in dataclasses.fields(Options) for name in f.metadata["names"]}
+class Flag(NamedTuple):
+    """A flag; its first name is that by which Options are asked."""
+
+    names: tuple[str, ...]
+    parse: Callable[[str], Any]
+    typed: str  # the default as a user types it
+    is_repeatable: bool
+    documentation: str
+
+
+FLAGS: Final = [
+    Flag(names_of(names), PARSERS[kind.strip("*")], typed.strip("-"), "*" in kind, documentation)
+    for names, kind, typed, documentation in rows("""
+allow.net               network*  -            Allow clients of this network (CIDR) only.
+config.dirs             text*     -            Folder of files with one module each.
+config.file config      text      expexp.yaml  File with the modules; "" for none.
+config.skip-dirs        boolean   false        Skip a -config.dirs that does not exist.
+help h                  boolean   false        Show the flags and exit.
+log.json                boolean   false        Write the log as JSON.
+log.level               level     warning      Least serious lines to log, for example info.
+timeout-offset          seconds   0.5          Seconds taken off Prometheus's scrape timeout.
+verify                  text*     -            Check the exposition in a file (- is stdin) and exit.
+verify.content-type     text      -            Its type; by default its last line decides.
+verify.strict           boolean   false        Exit with 1 for strict findings, too.
+version                 boolean   false        Show the version and exit.
+web.bearer.token        secret    -            Token that clients must send.
+web.bearer.token-file   text      -            File with that token, read again when it changes.
+web.config.file         text      -            Exporter-toolkit's file: TLS settings and users.
+web.listen-address      address   :9999        Address to listen on; "" for none.
+web.proxy-path          path      /proxy       Path of the modules.
+web.telemetry-path      path      /metrics     Path of our metrics.
+web.tls.ca              text      ca.pem       File with the authorities of clients' certificates.
+web.tls.cert            text      cert.pem     File with the certificate of the TLS listener.
+web.tls.certmatch       pattern   -            Regular expression that a name in them must match.
+web.tls.key             text      key.pem      File with the key of the TLS listener's certificate.
+web.tls.listen-address  address   -            Address to listen on with TLS; "" for none.
+web.tls.verify          boolean   false        Require clients' certificates, and verify them.
+winsvc                  none*     -            Not supported: there is no Windows service.
+    """)
+]
+Options = Mapping[str, Any]
 
 
 def parse_flags(arguments: Sequence[str]) -> Options:
     """The options of a command line; raises FlagError with what is wrong."""
-    flags, rest = declared_flags(), iter(arguments)
-    values: dict[str, Any] = {}
+    flags, rest = {name: flag for flag in FLAGS for name in flag.names}, iter(arguments)
+    options = {f.names[0]: () if f.is_repeatable else f.parse(f.typed) for f in FLAGS}
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
@@ -1855,29 +1749,27 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         name, text = found.groups()
         if name not in flags:
             raise FlagError(f"flag provided but not defined: -{excerpt(name)}")
-        field, parse = flags[name], flags[name].metadata["parse"]
+        flag = flags[name]
         if text is None:
-            text = "true" if parse is parse_boolean else next(rest, None)
+            text = "true" if flag.parse is parse_boolean else next(rest, None)
         if text is None:
             raise FlagError(f"flag needs an argument: -{name}")
         try:
-            value = parse(text)
+            value = flag.parse(text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
-        if field.metadata["typed"] == ():
-            value = (*values.get(field.name, ()), value)
-        values[field.name] = value
-    return Options(**values)
+        first = flag.names[0]
+        options[first] = (*options[first], value) if flag.is_repeatable else value
+    return options
 
 
 def render_usage() -> str:
     """All flags with their defaults."""
     lines = ["Usage of expexp:"]
-    for field in dataclasses.fields(Options):
-        names, typed = field.metadata["names"], field.metadata["typed"]
-        shown = f" (default {typed})" if typed not in ("", (), "false") else ""
-        lines.append("  " + ", ".join(f"-{name}" for name in names))
-        lines.append(f"        {field.metadata['doc']}{shown}")
+    for names, _, typed, is_repeatable, documentation in FLAGS:
+        default = f" (default {typed})" if typed not in ("", "false") else ""
+        more = " May be repeated." if is_repeatable else default
+        lines += "  " + ", ".join(f"-{name}" for name in names), f"        {documentation}{more}"
     return "\n".join(lines) + "\n"
 
 
@@ -1889,12 +1781,8 @@ def render_usage() -> str:
 # Scalars keep their source text until a key says what it wants: YAML 1.1 would read `1.10`, `no`
 # and `010` as other things than their text. All problems are collected, then raised at once. Pure.
 
-MISSING_PYYAML: Final = (
-    "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml (RHEL, "
-    "Fedora) or PyYAML (pip), or write the configuration as a .json file"
-)
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
-SCALARS: Final = ("string", "number", "boolean", "nothing")
+SCALARS: Final = "string|number|boolean|nothing"
 Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 
 
@@ -1936,7 +1824,7 @@ def place_after(before: str) -> Place:
 def build_yaml(loader: Any, raw: Any) -> Node:
     """The node of PyYAML's; its loader builds each once, so that no bomb of aliases can grow."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
-    build = functools.partial(loader.construct_object, deep=True)
+    build = loader.construct_object
     if raw.id == "scalar":
         kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
         return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` is no text
@@ -1956,7 +1844,10 @@ def build_yaml(loader: Any, raw: Any) -> Node:
 def parse_yaml(text: str) -> Node:
     """The first document of a YAML text; raises NodeError."""
     if yaml is None:
-        raise NodeError(MISSING_PYYAML)
+        raise NodeError(
+            "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml "
+            "(RHEL, Fedora) or PyYAML (pip), or write the configuration as a .json file"
+        )
     loader = type("NodeLoader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
@@ -1976,11 +1867,9 @@ def build_json(value: Any) -> Node:
     """The node of a value in JSON, which has no place; numbers and objects are nodes already."""
     if isinstance(value, list):
         return Node("list", items=tuple(map(build_json, value)))
-    if isinstance(value, str):
-        return Node("string", value)
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
-    return value or ABSENT
+    return Node("string", value) if isinstance(value, str) else value or ABSENT
 
 
 def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
@@ -2003,7 +1892,7 @@ def parse_json(text: str) -> Node:
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
 A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
-A_NAME: Final = f"(?=.){A_TEXT}"
+A_NAME: Final = "[^\0\ud800-\udfff]+"
 
 
 def scalar(
@@ -2018,31 +1907,24 @@ def scalar(
     def read(node: Node) -> Any:
         """The value."""
         with contextlib.suppress(ValueError):
-            if node.kind in ((kind,) if kind else SCALARS) and re.fullmatch(
-                pattern, node.text, re.DOTALL
-            ):
+            if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
         raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
 
     return read
 
 
-def mapping_of(read_name: Read, read_value: Read) -> Read:
-    """A reader of a mapping of names to secrets, which its messages do not show."""
-
-    def read(node: Node) -> Mapping[str, Secret]:
-        """The names and secrets."""
-        if node.kind != "mapping":
-            raise mismatch("a mapping", Node(node.kind, "", node.place))
-        found: dict[str, Secret] = {}
-        for name_node, value in node.entries:
-            name = read_name(name_node)
-            if name in found:
-                raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
-            found[name] = read_value(value)
-        return found
-
-    return read
+def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
+    """A mapping of names to secrets, which messages do not show."""
+    if node.kind != "mapping":
+        raise mismatch("a mapping", Node(node.kind, "", node.place))
+    found: dict[str, Secret] = {}
+    for name_node, value in node.entries:
+        name = read_name(name_node)
+        if name in found:
+            raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
+        found[name] = read_value(value)
+    return found
 
 
 def to_boolean(text: str) -> bool:
@@ -2087,22 +1969,19 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_argument: Final = scalar("text without a NUL", secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
-read_scheme: Final = scalar("http or https", "https?")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
-read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
-read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
-read_environment: Final = mapping_of(read_variable, read_secret)
+read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
+read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_headers: Final = mapping_of(read_header, read_header_value)
+read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
 
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
 A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
@@ -2110,7 +1989,7 @@ read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+")
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
-read_users: Final = mapping_of(read_user, read_hash)
+read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
@@ -2118,31 +1997,43 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     if node.kind != "list":
         # Arguments may be secret: what was found is not shown.
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
-    return tuple(read_argument(item) for item in node.items if item.kind != "nothing")
+    return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
 
 
-def read_verify(node: Node) -> Any:
-    """True, False or "strict"."""
-    return read_boolean(node) if node.kind == "boolean" else read_strict(node)
+def read_names(node: Node) -> tuple[str, ...]:
+    """Names of which one is needed; without any, as a template may leave them, all would do."""
+    names = read_list(node)
+    if not names:
+        raise NodeError("names nobody", node.place)
+    return names
 
 
-def read_accepted(node: Node) -> Any:
-    """What a client may add: all, nothing, or what is listed."""
-    is_list = node.kind != "boolean"
-    return read_list(node, "true, false or a list") if is_list else read_boolean(node)
+def or_boolean(read: Read) -> Read:
+    """A reader of booleans, and with the other reader of all else."""
+    return lambda node: read_boolean(node) if node.kind == "boolean" else read(node)
+
+
+read_verify: Final = or_boolean(scalar("true, false or strict", "strict"))
+read_accepted: Final = or_boolean(functools.partial(read_list, what="true, false or a list"))
 
 
 # --- sections: dataclasses whose fields declare the keys
 
 REQUIRED: Final = "required"
-NO_SECRET: Final = Secret("")
 
 
-def key(read: Read, default: Any, documentation: str) -> Any:
-    """A field that is a key of the configuration; one that is REQUIRED has no default."""
-    metadata = {"read": read, "default": default, "documentation": documentation}
+def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
+    """A field that is a key of the configuration; one that is REQUIRED has no default.
+
+    If keys are named that belong `beside` it, it makes no sense without one of them. What it is
+    read as may be a section, too.
+    """
+    metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
     factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
     return dataclasses.field(default_factory=factory, metadata=metadata)
+
+
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2150,17 +2041,17 @@ class HttpTarget:
     """The section `http` of a module."""
 
     port: int = key(read_port, REQUIRED, "port of the exporter")
-    scheme: str = key(read_scheme, "http", "`http` or `https`")
+    scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
-    basic_auth_username: str = key(read_text, "", "user name to send")
-    basic_auth_password: Secret = key(read_secret, NO_SECRET, "its password")  # noqa: RUF009 - frozen
-    basic_auth_password_file: str = key(read_text, "", "file with it, read again when it changes")
-    bearer_token_file: str = key(read_text, "", "file with a token to send, read again likewise")
+    basic_auth_username: str = key(read_text, "", "user name to send", *PASSWORD_KEYS)
+    basic_auth_password: Secret = key(read_secret, Secret(""), "password", "basic_auth_username")  # noqa: RUF009 - frozen
+    basic_auth_password_file: str = key(read_text, "", "file with it", "basic_auth_username")
+    bearer_token_file: str = key(read_text, "", "file with a token to send")
     tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
-    tls_cert_file: str = key(read_text, "", "client certificate to present")
-    tls_key_file: str = key(read_text, "", "its key")
+    tls_cert_file: str = key(read_text, "", "client certificate to present", "tls_key_file")
+    tls_key_file: str = key(read_text, "", "its key", "tls_cert_file")
     tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
@@ -2213,36 +2104,13 @@ class Module:
 
 #: Keys of a module that may stand in its method's section as well; and the methods without them.
 SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
-#: What a key needs one of beside it, and what it does not go with.
-NEEDED_KEYS: Final = {
-    "tls_cert_file": ("tls_key_file",),
-    "tls_key_file": ("tls_cert_file",),
-    "basic_auth_username": PASSWORD_KEYS,
-    **dict.fromkeys(PASSWORD_KEYS, ("basic_auth_username",)),
-}
-OPPOSED_KEYS: Final = {
-    "basic_auth_password_file": "basic_auth_password",
-    "bearer_token_file": "basic_auth_username",
-}
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """A whole configuration; a request keeps the one that it began with."""
 
     modules: Mapping[str, Module]
     default_module: str
-
-
-def unsupported(why: str) -> Any:
-    """A field for a key that exporter-toolkit knows and expexp does not: refused by its name."""
-
-    def refuse(node: Node) -> Any:
-        """Never a value."""
-        raise NodeError(f"not supported by expexp: {why}", node.place)
-
-    return key(refuse, None, why)
 
 
 @dataclass(frozen=True)
@@ -2251,27 +2119,19 @@ class TlsServer:
 
     cert_file: str = key(read_something, REQUIRED, "certificate, and the chain behind it")
     key_file: str = key(read_something, REQUIRED, "its key")
-    client_ca_file: str = key(read_text, "", "authorities that clients' certificates come from")
-    client_auth_type: str = key(read_auth_type, "NoClientCert", "who must have a certificate")
-    client_allowed_sans: tuple[str, ...] = key(read_list, (), "names of which it must have one")
+    client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "who needs one", "client_ca_file")
+    client_ca_file: str = key(read_text, "", "authorities of clients", "client_auth_type")
+    client_allowed_sans: tuple[str, ...] = key(read_names, (), "clients' names", "client_auth_type")
     min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
     max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
-    cert: None = unsupported("name a cert_file")
-    key: None = unsupported("name a key_file")
-    client_ca: None = unsupported("name a client_ca_file")
-    cipher_suites: None = unsupported("the suites are fixed: AEAD with forward secrecy")
-    prefer_server_cipher_suites: None = unsupported("the server's order is always used")
-    curve_preferences: None = unsupported("the curves are those of OpenSSL")
 
 
 @dataclass(frozen=True, repr=False)
 class WebConfig:
-    """The file of -web.config.file, in the form of exporter-toolkit."""
+    """The file of -web.config.file: exporter-toolkit's, less what is refused as unknown."""
 
+    tls_server_config: Any = key(TlsServer, None, "how to serve TLS")  # noqa: RUF009 - frozen
     basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
-    http_server_config: None = unsupported("there is neither HTTP/2 nor a header to add")
-    rate_limit: None = unsupported("the number of connections is limited instead")
-    tls_server_config: TlsServer | None = None
 
 
 Values = dict[str, Any]
@@ -2306,10 +2166,9 @@ class DocumentReader:
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default where the path or the nearest thing around it stands."""
-        around = path
+        around = path = path.lstrip(".")  # the paths of keys at the top begin with a dot
         while place is None:
-            place = self.places.get(around)
-            around = around.rpartition(".")[0]
+            place, around = self.places.get(around), around.rpartition(".")[0]
         self.problems.append(Problem(self.filename, *place, path, message))
 
     @contextlib.contextmanager
@@ -2330,9 +2189,8 @@ class DocumentReader:
         if node.kind != "mapping":
             self.problem(path, str(mismatch("a mapping", node)), node.place)
         for name_node, value in node.entries:
-            name = name_node.text
-            where = f"{path}.{name}".lstrip(".")
-            if not re.fullmatch(A_NAME, name, re.DOTALL):
+            name, where = name_node.text, f"{path}.{name_node.text}".lstrip(".")
+            if not re.fullmatch(A_NAME, name):
                 self.problem(path, str(mismatch("a name", name_node)), name_node.place)
             elif name in found:
                 first = found[name].place[0]
@@ -2348,13 +2206,25 @@ class DocumentReader:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: Values = {}
         for name, metadata in declared.items():
-            node, where = nodes.get(name, ABSENT), f"{path}.{name}".lstrip(".")
+            node, where = nodes.get(name, ABSENT), f"{path}.{name}"
             if node.kind != "nothing":
                 with self.noting(where):
-                    values[name] = metadata["read"](node)
+                    read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
+                    values[name] = self.section(read, node, where) if nested else read(node)
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
+        given = [name for name in values if values[name] != declared[name]["default"]]
+        for name in given:
+            beside = declared[name]["beside"]
+            if beside and not set(beside) & set(given):
+                self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
         return values
+
+    def section(self, section: Any, node: Node, path: str) -> Any:
+        """What a mapping says, as an instance of a dataclass; None if that is unusable."""
+        before, declared = len(self.problems), declared_keys(section)
+        values = self.values(declared, self.entries(node, path.lstrip("."), declared), path)
+        return None if len(self.problems) > before else section(**values)
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
         """The nodes of a whole file's modules, and the name of the default one."""
@@ -2362,7 +2232,7 @@ class DocumentReader:
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
         listed = nodes.get("modules", ABSENT)
         modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        default = {"defaultModule": {"read": read_text, "default": ""}}
+        default = {"defaultModule": key(read_text, "", "name of a module").metadata}
         return modules, self.values(default, nodes, "").get("defaultModule", "")
 
     def module(self, name: str, node: Node) -> Module | None:
@@ -2370,9 +2240,7 @@ class DocumentReader:
         path, before = f"modules.{name}", len(self.problems)
         self.places.setdefault(path, node.place)
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
-        if node.kind != "mapping":
-            return None
-        values = self.values(declared_keys(Module), nodes, path)
+        values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
         if len(self.problems) > before:
             return None
@@ -2381,52 +2249,21 @@ class DocumentReader:
     def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
         """Values of the section of the module's method; shared ones join the module's values."""
         method = values["method"]
-        where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
-        own = self.entries(nodes.get(method, Node("mapping")), where, (*declared, *SHARED_KEYS))
+        where = f"{path}.{method}"
+        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
+        declared = {**declared_keys(TARGETS[method]), **shared}
+        own = self.entries(nodes.get(method, Node("mapping")), where, declared)
+        target = self.values(declared, own, where)
         for other in set(TARGETS) & set(nodes) - {method}:
             self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
-        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
-        for name, value in self.values(shared, own, where).items():
-            if values.setdefault(name, value) != value:
-                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
         for name, refusing in SHARED_KEYS.items():
+            value = target.pop(name, None)
+            if value is not None and values.setdefault(name, value) != value:
+                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
             if method in refusing and (name in own or name in nodes):
-                place = where if name in own else path
-                self.problem(f"{place}.{name}", f'no setting of the method "{method}"')
-        target = self.values(declared, own, where)
-        for name in NEEDED_KEYS.keys() & target:
-            if not target.keys() & NEEDED_KEYS[name]:
-                self.problem(f"{where}.{name}", f"needs {NEEDED_KEYS[name][0]} beside it")
-        for name in OPPOSED_KEYS.keys() & target:
-            if OPPOSED_KEYS[name] in target:
-                self.problem(f"{where}.{name}", f"does not go with {OPPOSED_KEYS[name]}")
+                at = where if name in own else path
+                self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
         return target
-
-    def web_config(self, node: Node) -> WebConfig:
-        """The web configuration of a whole file."""
-        declared, tls = declared_keys(WebConfig), declared_keys(TlsServer)
-        nodes = self.entries(node, "", (*declared, "tls_server_config"))
-        values, section = self.values(declared, nodes, ""), nodes.get("tls_server_config", ABSENT)
-        if section.kind == "nothing":
-            return WebConfig(**values)
-        path, before = "tls_server_config", len(self.problems)
-        settings = self.values(tls, self.entries(section, path, tls), path)
-        if len(self.problems) > before:
-            return WebConfig(**values)
-        server = TlsServer(**settings)
-        asks, wanted = server.client_auth_type != "NoClientCert", server.client_ca_file
-        if asks and not wanted:
-            self.problem(f"{path}.client_auth_type", "needs client_ca_file beside it")
-        for name in ("client_ca_file", "client_allowed_sans"):
-            if getattr(server, name) and not asks:
-                self.problem(
-                    f"{path}.{name}", "needs a client_auth_type that asks for certificates"
-                )
-        if settings.get("client_allowed_sans") == ():  # perhaps of a template; it would let all in
-            self.problem(f"{path}.client_allowed_sans", "names nobody")
-        if server.min_version > server.max_version:
-            self.problem(f"{path}.min_version", f"is above max_version, {server.max_version}")
-        return WebConfig(**values, tls_server_config=server)
 
 
 # ==================================================================================================
@@ -2568,15 +2405,15 @@ class CredentialReader(DocumentReader):
                 file = excerpt(filename, 200)
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
 
-    def secret(self, filename: str, what: str) -> Secret:
+    def secret(self, filename: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
         self.warn_of_readers(filename)
         try:
             text = load_text(self.watched(filename), Limits.secret_bytes).strip()
         except NodeError as error:  # its place is one in that file
-            raise NodeError(f"{what}: {error}") from None
+            raise NodeError(f"the file is {error}") from None
         if not text:
-            raise NodeError(f"{what} should not be empty")
+            raise NodeError("the file should not be empty")
         return Secret(text)
 
     def certificates(self, filename: str) -> list[str]:
@@ -2684,10 +2521,12 @@ def load_target_credentials(
 ) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
     secret, scheme, text = target.basic_auth_password, "", ""
-    for name, words in (("basic_auth_password_file", "password"), ("bearer_token_file", "token")):
-        if getattr(target, name):
-            with reader.noting(f"{path}.{name}"):
-                secret = reader.secret(getattr(target, name), f"{words} file")
+    names = ("basic_auth_password_file", "bearer_token_file")
+    for name in (name for name in names if getattr(target, name)):
+        if secret:
+            reader.problem(f"{path}.{name}", "there is another password or token already")
+        with reader.noting(f"{path}.{name}"):
+            secret = reader.secret(getattr(target, name))
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
         scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
@@ -2827,7 +2666,7 @@ class ServerTls:
     settings: TlsServer
     context: ssl.SSLContext
     expires: float  #: the first certificate of ours to do so, in seconds since 1970
-    trust: Any  #: differs when a client that was let in by its certificate might not be now
+    authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
 
     def admit(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> bool:
         """Whether the names in a client's verified certificate let it in; raises OSError."""
@@ -2847,14 +2686,19 @@ class ServerTls:
 class Credentials:
     """What decides who gets in, and whom we show ourselves as; replaced as a whole."""
 
-    token: Secret | None
+    token: Secret
     users: Users
     tls: ServerTls | None
 
     def is_token(self, given: str) -> bool:
         """Whether a client has sent the token, found out in a time that tells nothing of it."""
-        token = self.token.reveal() if self.token else ""
-        return hmac.compare_digest(given.encode("latin-1"), token.encode())
+        return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
+
+    @property
+    def trust(self) -> Any:
+        """What differs when a client that a certificate has let in might not get in now."""
+        tls = self.tls
+        return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
 
     @property
     def demands(self) -> dict[str, bool]:
@@ -2870,37 +2714,42 @@ class Credentials:
 
 def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
     """What -web.config.file says, its paths relative to it; what is unusable is a problem."""
-    filename, web = options.web_config_file, WebConfig()
+    filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
-            text = load_text(reader.watched(filename), Limits.config_bytes)
             parse = parse_json if filename.endswith(".json") else parse_yaml
-            web = reader.web_config(parse(text))
+            text = load_text(reader.watched(filename), Limits.config_bytes)
+            web = reader.section(WebConfig, parse(text), "") or web
             if web.basic_auth_users:
                 reader.warn_of_readers(filename)
             elif not (web.tls_server_config or reader.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
-    if web.tls_server_config and options.tls_listen_address:
+    if web.tls_server_config and options["web.tls.listen-address"]:
         reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
     return web
 
 
 def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
     """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
-    tls, folder = web.tls_server_config, os.path.dirname(options.web_config_file)
+    tls, folder = web.tls_server_config, os.path.dirname(options["web.config.file"])
     if tls:
-        names = ("cert_file", "key_file", "client_ca_file")
-        paths: Any = {n: os.path.join(folder, getattr(tls, n)) for n in names if getattr(tls, n)}
+        names = [n for n in ("cert_file", "key_file", "client_ca_file") if getattr(tls, n)]
+        paths: Any = {name: os.path.join(folder, getattr(tls, name)) for name in names}
         return "tls_server_config", dataclasses.replace(tls, **paths)
-    if not options.tls_listen_address:
+    if not options["web.tls.listen-address"]:
         return "", None
-    authority, who = (options.tls_ca, AUTH_TYPES[-1]) if options.tls_verify else ("", AUTH_TYPES[0])
-    return "-web.tls", TlsServer(options.tls_cert, options.tls_key, authority, who)
+    tls = TlsServer(options["web.tls.cert"], options["web.tls.key"])
+    if options["web.tls.verify"]:
+        wanted, file = AUTH_TYPES[-1], options["web.tls.ca"]
+        tls = dataclasses.replace(tls, client_auth_type=wanted, client_ca_file=file)
+    return "-web.tls", tls
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> ServerTls:
     """How to serve TLS with these settings; what is unusable is noted as a problem."""
     context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
+    if tls.min_version > tls.max_version:
+        reader.problem(f"{path}.min_version", "is above max_version")
     context.set_ciphers(SERVER_SUITES)
     context.minimum_version = TLS_VERSIONS[tls.min_version]
     context.maximum_version = TLS_VERSIONS[tls.max_version]
@@ -2916,8 +2765,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: CredentialReader) -> Serv
             context.load_verify_locations(cadata=authorities)
     context.verify_flags |= PARTIAL_CHAIN
     context.verify_mode = VERIFY_MODES[tls.client_auth_type]
-    trust = authorities, tls.client_auth_type, tls.client_allowed_sans
-    return ServerTls(tls, context, min(ends), trust)
+    return ServerTls(tls, context, min(ends), authorities)
 
 
 NO_BCRYPT: Final = (
@@ -2929,27 +2777,23 @@ def load_credentials(
     options: Options, reader: CredentialReader, former: Credentials | None
 ) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
-    web, token, filename = (
-        load_web_config(options, reader),
-        options.bearer_token,
-        options.bearer_token_file,
-    )
-    if token.reveal() and filename:
+    web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
+    token: Secret = options["web.bearer.token"]
+    if token and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
         with DocumentReader(filename, reader.problems).noting(""):
-            token = reader.secret(filename, "token file")
+            token = reader.secret(filename)
     crypt_rn = load_bcrypt() if web.basic_auth_users else None
     if web.basic_auth_users and not crypt_rn:
         reader.problem("basic_auth_users", NO_BCRYPT)
     path, tls = choose_tls(options, web)
-    if options.tls_certmatch and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
+    if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
     served = load_server_tls(path, tls, reader) if tls else None
-    users = Users(web.basic_auth_users, crypt_rn)
-    credentials = Credentials(token if token.reveal() else None, users, served)
+    credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.
-    for what, demanded in former.demands.items() if former else ():
+    for what, demanded in former.demands.items() if former and not reader.problems else ():
         if demanded and not credentials.demands[what]:
             reader.problem("", f"{what} cannot be given up without a restart")
     if former and served and not former.tls:  # its listener is plain
@@ -2993,41 +2837,41 @@ class Budget:
             self._free -= count
 
 
-class Resolver:
-    """Looks names up in a few daemon threads, so that a look-up can be given up."""
+def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
+    """Take a lock, or a slot of a semaphore; raises ScrapeError when the deadline is first."""
+    if not lock.acquire(timeout=deadline.remaining()):
+        raise deadline.error()
 
-    def __init__(self, threads: int) -> None:
-        """Allow so many look-ups at once."""
-        self._slots = threading.BoundedSemaphore(threads)
 
-    def resolve(self, host: str, port: int, deadline: Deadline) -> Sequence[tuple[Any, ...]]:
-        """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first."""
-        look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
-        # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
-        known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-        with contextlib.suppress(socket.gaierror):
-            return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
-        if not self._slots.acquire(timeout=deadline.remaining()):
-            raise deadline.error()
-        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
-        except RuntimeError:
-            self._slots.release()
-            raise ScrapeError("busy", "no thread can be started to look up a name") from None
-        try:
-            return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
-        except concurrent.futures.TimeoutError:
-            raise deadline.error() from None
+def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
+    """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first.
 
-    def _answer(self, answer: Any, look_up: Callable[[str], Any], host: str) -> None:
-        """Resolve a name in a thread of its own."""
-        try:
-            answer.set_result(look_up(host))
-        except (OSError, UnicodeError) as error:
-            answer.set_exception(error)
-        finally:
-            self._slots.release()
+    It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
+    """
+    look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
+    # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
+    known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
+    with contextlib.suppress(socket.gaierror):
+        return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
+    acquire(slots, deadline)
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    answer.add_done_callback(lambda _: slots.release())
+    try:
+        threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
+        return answer.result(deadline.remaining())
+    except RuntimeError:
+        answer.cancel()
+        raise ScrapeError("busy", "no thread can be started to look up a name") from None
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
+
+
+def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
+    """Resolve a name in a thread of its own."""
+    try:
+        answer.set_result(look_up(host))
+    except (OSError, UnicodeError, MemoryError) as error:
+        answer.set_exception(error)
 
 
 class Commands:
@@ -3040,15 +2884,18 @@ class Commands:
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
-    def start(self, arguments: Sequence[bytes], env: Mapping[bytes, bytes]) -> Any:
-        """A started process; raises ScrapeError("command") when it cannot be started."""
+    def start(self, job: Job) -> Any:
+        """The job's command as a process; raises ScrapeError("command") if it cannot be started."""
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         try:
+            arguments, env = command_arguments(job), command_environment(job)
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
                 arguments, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            raise ScrapeError("command", f"cannot start the command: {words_of(error)}") from None
+            no_text = isinstance(error, UnicodeError)
+            words = "it cannot be written in this locale" if no_text else words_of(error)
+            raise ScrapeError("command", f"cannot start the command: {words}") from None
         self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
@@ -3098,7 +2945,7 @@ class Tools:
 
     limits: Limits
     budget: Budget
-    resolver: Resolver
+    resolver_slots: threading.Semaphore
     commands: Commands
     metrics: SelfMetrics
     #: One lock a path: of two readers of a FIFO each would get a part.
@@ -3139,29 +2986,24 @@ def check_size(limits: Limits, count: int) -> None:
 # --- http
 
 
-class DeadlineReader(io.RawIOBase):
-    """Reads from a socket, but never longer than what remains, however slowly bytes drip in."""
+class DeadlineReader:
+    """A socket's raw file, but no read takes longer than what remains, however bytes drip in."""
 
     def __init__(self, raw: Any, connection: socket.socket, remaining: Callable[[], float]) -> None:
         """`remaining` says how many seconds the next read may take; it may raise."""
         self._raw, self._connection, self._remaining = raw, connection, remaining
         self.at_end = False
 
-    def readable(self) -> bool:
-        """Yes."""
-        return True
+    def __getattr__(self, name: str) -> Any:
+        """All else is as the raw file has it."""
+        return getattr(self._raw, name)
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> Any:
         """Read once; raises TimeoutError, or what `remaining` raises."""
         self._connection.settimeout(self._remaining())
         count = self._raw.readinto(buffer)
         self.at_end = not count
-        return cast(int, count)
-
-    def close(self) -> None:
-        """Close what is read from."""
-        self._raw.close()
-        super().close()
+        return count
 
 
 CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
@@ -3179,8 +3021,7 @@ class TargetResponse(http.client.HTTPResponse):
 
     def _safe_read(self, count: int) -> bytes:
         """The line break after a chunk, which is all that is read this way."""
-        end = self.fp.read(count)
-        if end != b"\r\n":
+        if (end := self.fp.read(count)) != b"\r\n":
             raise http.client.IncompleteRead(end)
         return end
 
@@ -3209,14 +3050,14 @@ class TargetConnection(http.client.HTTPConnection):
     def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         """A response that is read through a DeadlineReader."""
         response = TargetResponse(sock, **named)
-        reader = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
+        reader: Any = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
         response.fp = io.BufferedReader(reader, PIECE_BYTES)
         return response
 
 
 def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = job.tools.resolver.resolve(host, port, job.deadline), []
+    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = job.deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
@@ -3289,9 +3130,8 @@ def request_headers(job: Job) -> dict[str, str]:
 
 def end_to_end(headers: Headers) -> Headers:
     """The headers that go on: without the hop-by-hop ones and those that Connection names."""
-    lists = (value for name, value in headers if name.lower() == "connection")
-    named = {part.strip().lower() for value in lists for part in value.split(",")}
-    dropped = named.union(HOP_BY_HOP.split("|"))
+    named = ",".join(value for name, value in headers if name.lower() == "connection").lower()
+    dropped = {*HOP_BY_HOP.split("|"), *map(str.strip, named.split(","))}
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -3313,45 +3153,40 @@ def scrape_http(job: Job) -> Scrape:
     job.cleanup.callback(response.close)
     check_head(response)
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
-    if job.module.target.content_type and response.status == http.HTTPStatus.OK:
-        passed = with_content_type(passed, job.module.target.content_type)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
     length = [("Content-Length", str(response.length))] if response.length is not None else []
     return Scrape(response.status, [*passed, *length], pieces)
 
 
-def with_content_type(headers: Headers, content_type: str) -> Headers:
-    """The headers with another content type."""
-    others = [pair for pair in headers if pair[0].lower() != "content-type"]
-    return [*others, ("Content-Type", content_type)]
+#: What the parser says of the body of a mail, which there is not.
+MAIL_DEFECTS: Final = re.compile("NoBoundaryInMultipart|StartBoundaryNotFound|MultipartInvariant")
 
 
 def is_malformed(headers: http.client.HTTPMessage) -> bool:
-    """Whether a line among the headers is none; the parser also judges the body of a mail."""
-    multipart = (email.errors.NoBoundaryInMultipartDefect, email.errors.StartBoundaryNotFoundDefect)
-    other = (*multipart, email.errors.MultipartInvariantViolationDefect)
-    defects = [defect for defect in headers.defects if not isinstance(defect, other)]
+    """Whether a line among the headers is none; what follows such a line is lost."""
+    defects = [one for one in headers.defects if not MAIL_DEFECTS.match(type(one).__name__)]
     return bool(defects or headers.get_payload())
 
 
 def check_head(response: Any) -> None:
     """Raise ScrapeError for the head of a response that http.client lets pass."""
-    if response.status < http.HTTPStatus.OK:
-        raise ScrapeError("protocol", f"not HTTP: an answer with status {response.status}")
-    if response.fp.raw.at_end:  # http.client takes an early end for that of the headers
-        raise ScrapeError("truncated", "the target closed in the middle of its headers")
-    headers = response.headers
-    if is_malformed(headers):  # what follows a malformed line is lost
-        raise ScrapeError("protocol", "not HTTP: malformed headers")
-    lengths = {length.strip() for length in headers.get_all("Content-Length", [])}
+    headers, status = response.headers, response.status
+    lengths = {length.strip() for length in headers.get_all("Content-Length", ["0"])}
     codings = [coding.strip().lower() for coding in headers.get_all("Transfer-Encoding", [])]
     if codings == ["chunked"]:  # http.client does not see it with a blank behind it
         response.chunked, response.chunk_left, response.length = True, None, None
-    if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
-        raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-    if codings and codings != ["chunked"]:
-        raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
+    # Of an early end http.client makes the end of the headers.
+    if response.fp.raw.at_end and status >= http.HTTPStatus.OK:
+        raise ScrapeError("truncated", "the target closed in the middle of its headers")
+    faults = {
+        f"an answer with status {status}": status < http.HTTPStatus.OK,
+        "malformed headers": is_malformed(headers),
+        "an invalid Content-Length": len(lengths) > 1 or not re.fullmatch("[0-9]+", *lengths),
+        "an unknown Transfer-Encoding": codings not in ([], ["chunked"]),
+    }
+    for fault in filter(faults.get, faults):
+        raise ScrapeError("protocol", f"not HTTP: {fault}")
 
 
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -3359,14 +3194,11 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
     # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
     length: Any = math.inf if response.length is None else response.length
     count, reader = 0, cast(Any, response.fp).raw
-    while count < length:
-        with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
-            piece = response.read1(min(PIECE_BYTES, length - count))
-        if not piece:
-            break
-        count += len(piece)
-        check_size(job.tools.limits, count)
-        yield piece
+    with target_errors(job.deadline):  # read1: a stream is passed on as it comes
+        while count < length and (piece := response.read1(min(PIECE_BYTES, length - count))):
+            count += len(piece)
+            check_size(job.tools.limits, count)
+            yield piece
     if count < length < math.inf or (response.chunked and reader.at_end):
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
 
@@ -3419,35 +3251,28 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 
 def check_exit(status: int, killed: bool) -> None:
-    """Raise ScrapeError("command") unless a command has exited with 0."""
+    """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
     names = {number.value: number.name for number in signal.Signals}
     killer = names.get(status, f"signal {status}")
-    if killed or status:
+    if status:
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
         raise ScrapeError("command", f"the command {how}")
 
 
 def exit_descriptor(process_id: int) -> Any:
     """A file that is ready to read when the process exits; a context of None if there is none."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or before 5.3
         return io.FileIO(os.pidfd_open(process_id))
-    except (AttributeError, OSError):  # not Linux, or before 5.3
-        return contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 def scrape_exec(job: Job) -> Scrape:
     """What a command prints, if it then exits with 0. IO; raises ScrapeError."""
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
-    try:
-        arguments, environment = command_arguments(job), command_environment(job)
-    except UnicodeError:
-        message = "cannot start the command: it cannot be written in this locale"
-        raise ScrapeError("command", message) from None
-    process = job.tools.commands.start(arguments, environment)
-    words = bytearray()
+    process, words = job.tools.commands.start(job), bytearray()
     try:
         with process.stdout, process.stderr:
-            body = join_pieces(job, command_pieces(job, process, words))
+            return text_scrape(join_pieces(job, command_pieces(job, process, words)))
     except ChildProcessError:  # reaped at the end of the program, by `Commands.end_all`
         raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
@@ -3455,7 +3280,6 @@ def scrape_exec(job: Job) -> Scrape:
         raise
     finally:
         job.tools.commands.end(process)
-    return text_scrape(body)
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -3469,31 +3293,25 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path = job.module.target.path
+    path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
+        if kind not in (stat.S_IFREG, stat.S_IFIFO):
+            raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
-            if stat.S_ISFIFO(mode):
-                lock_fifo(job, path, cleanup)
+            if kind == stat.S_IFIFO:
+                lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+                acquire(lock, job.deadline)
+                cleanup.callback(lock.release)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
-            if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
-                raise ScrapeError("file", f"{excerpt(path)} was replaced while it was opened")
+            if stat.S_IFMT(found.st_mode) != kind:
+                raise ScrapeError("file", f"{shown} was replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
-            modified = found.st_mtime if stat.S_ISREG(mode) else None
+            modified = found.st_mtime if kind == stat.S_IFREG else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
-
-
-def lock_fifo(job: Job, path: str, cleanup: contextlib.ExitStack) -> None:
-    """Have a FIFO for this request alone, until `cleanup`; ScrapeError at the deadline."""
-    lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
-    if not lock.acquire(timeout=job.deadline.remaining()):
-        raise job.deadline.error()
-    cleanup.callback(lock.release)
+        raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -3526,47 +3344,41 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
-    """The headers, with a usable content type; ScrapeError if the body is no exposition."""
+def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str = "") -> str:
+    """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
     names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
     encoding = names.get("content-encoding", "identity").strip().lower()
-    content_type, strict = names.get("content-type", ""), job.module.verify == "strict"
-    if encoding == "gzip":
-        body = join_pieces(job, gunzip_pieces(body))
-    elif encoding not in ("", "identity"):
+    content_type = configured or names.get("content-type", "")
+    if encoding not in ("", "identity", "gzip"):
         raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
     try:
-        verify_exposition(body, content_type, strict, job.deadline.check)
+        if encoding == "gzip":
+            body = join_pieces(job, gunzip_pieces(body))
+        verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.check)
+    except zlib.error as error:
+        raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
-    is_protobuf = choose_dialect(content_type, strict=False) is None
-    usable = is_protobuf or parse_media_type(content_type)[0] in ("text/plain", OPENMETRICS_TYPE)
-    chosen: str = getattr(job.module.target, "content_type", "")
-    if chosen or usable:
-        return headers
-    return with_content_type(headers, TEXT_CONTENT_TYPE)
+    is_text = choose_dialect(content_type, strict=False) is TEXT
+    is_known = not is_text or parse_media_type(content_type)[0] == "text/plain"
+    return configured or ("" if is_known else TEXT_CONTENT_TYPE)
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
-    """The decoded body, of one gzip member or several; raises ScrapeError("malformed")."""
+    """The decoded body, of one gzip member or several; raises zlib.error."""
     member: Any = None
     for start in range(0, len(body), PIECE_BYTES):  # in parts: what is left over is copied
         part = body[start : start + PIECE_BYTES]
         while part:
             member = member or zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-            try:
-                piece = member.decompress(part, 4 * PIECE_BYTES)
-            except zlib.error as error:
-                why = str(error).rpartition(": ")[2]
-                raise ScrapeError("malformed", f"broken gzip: {why}") from None
-            yield piece
+            yield member.decompress(part, 4 * PIECE_BYTES)
             # Output that is still to come never uses up the input: the checksum follows it.
             part = member.unused_data or member.unconsumed_tail
             member = None if member.eof else member
     if member or not body:
-        raise ScrapeError("malformed", "broken gzip: cut short")
+        raise zlib.error("cut short")
 
 
 SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
@@ -3575,11 +3387,15 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
     result = SCRAPERS[job.module.method](job)
-    headers, body = result.headers, result.body
-    if result.status != http.HTTPStatus.OK or not isinstance(body, bytes):
+    if result.status != http.HTTPStatus.OK:
         return result
+    headers, body = result.headers, cast(bytes, result.body)
+    content_type: str = getattr(job.module.target, "content_type", "")
     if job.module.verify:
-        headers = verify_scrape(job, headers, body)
+        content_type = verify_scrape(job, headers, body, content_type)
+    if content_type:
+        others = [pair for pair in headers if pair[0].lower() != "content-type"]
+        headers = [*others, ("Content-Type", content_type)]
     if result.modified is not None:
         body = with_mtime(body, job.module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
@@ -3735,8 +3551,8 @@ class Application:
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
         }
-        self._add_route("-web.telemetry-path", options.telemetry_path, self._telemetry)
-        self._add_route("-web.proxy-path", options.proxy_path, self._proxy)
+        self._add_route("-web.telemetry-path", options["web.telemetry-path"], self._telemetry)
+        self._add_route("-web.proxy-path", options["web.proxy-path"], self._proxy)
         self.replace_config(config)
 
     def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
@@ -3819,7 +3635,7 @@ class Application:
         self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
     ) -> Job:
         """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options.timeout_offset
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
         seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
         deadline = Deadline(seconds, time.monotonic)
         return Job(module, pairs, request.headers, request.client, deadline, cleanup, self._tools)
@@ -3880,7 +3696,9 @@ class Application:
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(modules, self.options.proxy_path, self.options.telemetry_path)
+        text = render_index(
+            modules, self.options["web.proxy-path"], self.options["web.telemetry-path"]
+        )
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
@@ -3992,104 +3810,110 @@ class Connections:
         return not self._open
 
 
-class HandshakeError(ExpexpError):
-    """There is no request on a TLS connection; `fault` is one of HANDSHAKE_FAULTS."""
-
-    def __init__(self, fault: str, message: str) -> None:
-        """Keep the fault."""
-        super().__init__(message)
-        self.fault = fault
-
-
 HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
-#: What goes wrong in a client's handshake, most special first: part of OpenSSL's reason, the fault.
-SERVER_FAULTS: Final = (
-    ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "no_certificate"),
-    ("ALERT", "refused_by_client"),
-    ("EOF", "closed"),
-)
 
 
-def handshake_error(error: OSError | ScrapeError) -> HandshakeError:
-    """What an error of the system or of TLS means in a handshake with a client."""
-    reason = getattr(error, "reason", None) or ""
-    if isinstance(error, (socket.timeout, TimeoutError, ScrapeError)):
-        return HandshakeError(
-            "timeout", "timed out" if isinstance(error, ScrapeError) else str(error)
-        )
-    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLZeroReturnError):
-        faults = (fault for part, fault in SERVER_FAULTS if part in reason)
-        return HandshakeError(next(faults, tls_fault(error)), words_of(error))
-    return HandshakeError("closed", words_of(error))
+def handshake_fault(error: OSError | ScrapeError) -> str:
+    """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
+    reason = getattr(error, "reason", "") if isinstance(error, ssl.SSLError) else ""
+    faults = {
+        "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
+        "not_allowed": isinstance(error, PermissionError),
+        "closed": not isinstance(error, ssl.SSLError) or "EOF" in reason,
+        "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
+        "refused_by_client": "ALERT" in reason,
+    }
+    return next(filter(faults.get, faults), tls_fault(error))
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one connection, request after request."""
+class ClientConnection(http.server.BaseHTTPRequestHandler):
+    """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
     rfile: io.BufferedReader
-    disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        """Shake hands where the listener speaks TLS; read through a DeadlineReader."""
+        """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
-        self._limits, self._access = self.server.limits, self.server.application.access
-        self._credentials: Credentials = self._access.credentials.current()
-        self._slot, self._plain = self.request, False
-        if self.server.speaks_tls:
-            try:
-                self._shake_hands(Deadline(self._limits.handshake_seconds, time.monotonic))
-            except (OSError, ScrapeError) as error:
-                self._discard()  # else the alert that says why might be lost
-                raise handshake_error(error) from None
-        super().setup()
+        self._limits, self._application = self.server.limits, self.server.application
+        self._credentials: Credentials = self._application.access.credentials.current()
+        self._slot = self.connection = self.request
+        self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._plain = False  # where the listener speaks TLS
+        self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
+
+    def handle(self) -> None:
+        """Shake hands where the listener speaks TLS, then answer request after request."""
+        try:
+            if self.server.speaks_tls:
+                self._shake_hands()
+        except (OSError, ScrapeError) as error:
+            fault = handshake_fault(error)
+            self._application.count_handshake(fault)
+            words = "no answer in time" if fault == "timeout" else words_of(error)
+            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+            if isinstance(error, (ssl.SSLError, PermissionError)):
+                self._discard()  # or else the alert that tells the client why could be lost
+            return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        reader = DeadlineReader(self.rfile.detach(), self.connection, self._remaining)
-        self.rfile = io.BufferedReader(reader)
+        raw = self.connection.makefile("rb", 0)
+        self.rfile = io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining))
+        with self.rfile:
+            super().handle()
 
     def _remaining(self) -> float:
         """Seconds that the next read may take; raises ScrapeError when none remain."""
         return self._deadline.remaining()
 
-    def _shake_hands(self, deadline: Deadline) -> None:
-        """Have a TLS connection to a client that may ask; raises what `setup` makes an error of.
+    def _shake_hands(self) -> None:
+        """Have a TLS connection to a client that may ask; raises OSError or ScrapeError.
 
         Here, in the connection's own thread, since it waits for the client. Plain HTTP stays as it
         is, for an answer that says so. What is wrapped is a duplicate: the server ends a connection
         by its socket, which wrapping would take away.
         """
         self.server.connections.mark(self._slot, idle=True)
-        self._slot.settimeout(deadline.remaining())
+        self._slot.settimeout(self._remaining())
         first, tls = self._slot.recv(1, socket.MSG_PEEK), cast(ServerTls, self._credentials.tls)
-        self._plain = first not in (HANDSHAKE, b"")
         if not first:
             raise ConnectionResetError("closed before the handshake")
-        if self._plain:
-            self.server.application.count_handshake("plain_http")
+        if first != HANDSHAKE:
+            self._plain = True
+            self._application.count_handshake("plain_http")
             return
-        with contextlib.ExitStack() as failed:
-            duplicate = failed.enter_context(self._slot.dup())
-            duplicate.settimeout(deadline.remaining())
-            wrapped = tls.context.wrap_socket(duplicate, server_side=True)
-            names = failed.enter_context(wrapped).getpeercert() or {}
-            pattern = self.server.application.options.tls_certmatch
-            if not tls.admit(names, pattern, self._limits.certmatch_seconds):
-                raise HandshakeError("not_allowed", "no name in the certificate is allowed")
-            failed.pop_all()
-        self.request = wrapped
+        with self._slot.dup() as duplicate:
+            duplicate.settimeout(self._remaining())
+            self.connection = tls.context.wrap_socket(duplicate, server_side=True)
+        certificate = self.connection.getpeercert() or {}
+        pattern = self._application.options["web.tls.certmatch"]
+        if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
+            raise PermissionError("no name in the certificate is allowed")
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
-        super().finish()
-        if self.request is not self._slot:
-            self._say_goodbye()
-            self.request.close()
+        if self.connection is not self._slot:
+            with self.connection:
+                self._say_goodbye()
 
     def _say_goodbye(self) -> None:
         """End TLS in good form, so that nothing seems to be cut off."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # plain ones cannot
-            self.request.settimeout(0)
-            self.request.unwrap()
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # or it is plain
+            self.connection.settimeout(0)
+            self.connection.unwrap()
+
+    def _discard(self) -> None:
+        """Read away what the client still sends: closing now would reset what we answered."""
+        deadline = Deadline(self._limits.unread_seconds, time.monotonic)
+        left = self._limits.unread_bytes
+        with contextlib.suppress(OSError, ScrapeError):
+            self._slot.shutdown(socket.SHUT_WR)
+            while left > 0:
+                self._slot.settimeout(deadline.remaining())
+                left -= len(self._slot.recv(PIECE_BYTES)) or left
+
+
+class Handler(ClientConnection):
+    """Serves one connection, request after request."""
 
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
@@ -4098,11 +3922,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
         connections.mark(self._slot, idle=False)
-        held: Credentials = self._access.credentials.current()
-        # Without a word where the client has closed, or got in by rules that hold no more.
-        if not arrived or (self._credentials.tls and self._credentials.tls.trust) != (
-            held.tls and held.tls.trust
-        ):
+        held: Credentials = self._application.access.credentials.current()
+        # No answer where the client has closed, or got in by rules that hold no more.
+        if not arrived or held.trust != self._credentials.trust:
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
@@ -4116,7 +3938,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
         self.close_connection |= unread or held is not self._credentials
-        self._write(self.server.application.handle(request, refusal), request)
+        self._write(self._application.handle(request, refusal), request)
         if unread:
             self._say_goodbye()
             self._discard()
@@ -4216,18 +4038,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
             self._allowance -= time.monotonic() - begun
 
-    def _discard(self) -> None:
-        """Read away what the client still sends: closing now would reset what we answered."""
-        deadline, left = (
-            Deadline(self._limits.unread_seconds, time.monotonic),
-            self._limits.unread_bytes,
-        )
-        with contextlib.suppress(OSError, ScrapeError):
-            self._slot.shutdown(socket.SHUT_WR)
-            while left > 0:
-                self._slot.settimeout(deadline.remaining())
-                left -= len(self._slot.recv(PIECE_BYTES)) or left
-
 
 def render_head(status: int, headers: Headers) -> bytes:
     """Status line and headers; line breaks in a target's folded header become blanks."""
@@ -4290,10 +4100,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """One line at debug for a client that hangs up; the trace of anything else to the log."""
         error = sys.exc_info()[1]
-        if isinstance(error, HandshakeError):
-            self.application.count_handshake(error.fault)
-            LOGGER.info("%s: TLS handshake failed: %s: %s", client_address[0], error.fault, error)
-        elif isinstance(error, (OSError, ScrapeError)):
+        if isinstance(error, (OSError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
         elif isinstance(error, RuntimeError):  # no thread can be started
             LOGGER.warning("%s: connection closed: %s", client_address[0], error)
@@ -4333,9 +4140,9 @@ class LogFormatter(logging.Formatter):
 def set_up_logging(options: Options, limits: Limits) -> None:
     """Log to stderr, as the flags say."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(options.log_json, limits.log_line_characters))
+    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_characters))
     LOGGER.handlers[:] = [handler]
-    LOGGER.setLevel(options.log_level)
+    LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
@@ -4371,19 +4178,21 @@ class Program:
         """Load and check everything, and bind; raises ConfigError."""
         self._limits, metrics, loader = limits, SelfMetrics(), ConfigLoader(limits)
         set_constant_metrics(metrics)
-        config = loader.load(options.config_file, options.config_dirs, options.config_skip_dirs)
+        config = loader.load(
+            options["config.file"], options["config.dirs"], options["config.skip-dirs"]
+        )
         load = functools.partial(load_credentials, options)
-        reader = DocumentReader(options.web_config_file, [])
-        access = Access(options.allow_net, Watched(load, reader, limits.rotation_seconds))
+        reader = DocumentReader(options["web.config.file"], [])
+        access = Access(options["allow.net"], Watched(load, reader, limits.rotation_seconds))
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, resolver = Budget(limits.held_bytes), Resolver(limits.resolver_threads)
-        tools = Tools(limits, budget, resolver, self.commands, metrics)
+        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
+        tools = Tools(limits, budget, slots, self.commands, metrics)
         self.application = Application(config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
-        own_tls = not options.tls_listen_address and bool(access.credentials.current().tls)
-        self._listen(options.listen_address, own_tls)
-        self._listen(options.tls_listen_address, True)
+        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.current().tls)
+        self._listen(options["web.listen-address"], own_tls)
+        self._listen(options["web.tls.listen-address"], True)
         for warning in loader.warnings:
             LOGGER.warning("%s", warning)
         self._tell_access(config, options, access)
@@ -4403,7 +4212,7 @@ class Program:
 
     def _tell_access(self, config: Config, options: Options, access: Access) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        for network in options.allow_net:
+        for network in options["allow.net"]:
             LOGGER.info("Allowing connections only from %s", network)
         commands = [module for module in config.modules.values() if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
@@ -4413,7 +4222,7 @@ class Program:
         plain = [url for url in exposed if url.startswith("http:")]
         if plain and credentials.tls:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = credentials.demands["authentication"] or options.allow_net
+        demanding = credentials.demands["authentication"] or options["allow.net"]
         certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
         if names and exposed and not demanding and (plain or not certain):
             LOGGER.warning(
@@ -4450,43 +4259,40 @@ class Program:
 def verify_file(name: str, options: Options, limits: Limits) -> int:
     """Check the exposition in a file and tell all findings; the exit code, 2 if that fails. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
+    failure = f"{shown}: cannot be read"
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
             body = file.read(limits.body_bytes + 1)
         check_size(limits, len(body))
-    except (OSError, ScrapeError) as error:
-        tell(f"{shown}: cannot be read: {words_of(error)}\n")
-        return 2
-    text, code = verify_body(shown, body, options, limits)
-    try:
+        text, code = verify_body(shown, body, options, limits)
+        failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
-    except OSError as error:
-        tell(f"<stdout>: cannot be written: {words_of(error)}\n")
+    except (OSError, ScrapeError) as error:
+        tell(f"{failure}: {words_of(error)}\n")
         return 2
     return code
 
 
 def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
     """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
-    report, started, more = Report(limits.findings), time.monotonic(), ""
-    content_type = options.verify_content_type or text_scrape(body).headers[0][1]
+    report, started = Report(limits.findings), time.monotonic()
+    content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
     try:  # first, so that no number of strict findings hides it
         verify_exposition(body, content_type)
     except ExpositionError as error:
         report.limit += 1  # it is found again
         report.add(error, strict=False)
-    try:
-        examine_exposition(body, content_type, report)
-    except ExpositionError:
-        more = " or more"
+    with contextlib.suppress(ExpositionError):
+        judge_exposition(body, content_type, report)
+    more = " or more" if len(report.findings) >= report.limit else ""
     findings = sorted(set(report.findings))
     wanted = {finding.line for finding in findings}
     texts = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in wanted}
     lines = [render_finding(name, texts.get(finding.line, b""), finding) for finding in findings]
     counts = f"{report.families} families, {report.samples} samples, {len(findings)} findings{more}"
     lines.append(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
-    failed = any(options.verify_strict or not finding.strict for finding in findings)
+    failed = any(options["verify.strict"] or not finding.strict for finding in findings)
     return "".join(lines), int(failed)
 
 
@@ -4497,10 +4303,9 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     head = f"{place}: {'strict: ' if strict else ''}{message}\n"
     if not line:
         return head
-    raw = raw.rstrip(b"\n")
     text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
-    start = max(0, column - 60)
-    before, rest = excerpt(text[start : column - 1], 200), excerpt(text[column - 1 :], 60)
+    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    rest = excerpt(text[column - 1 :].rstrip("\n"), 60)
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
@@ -4512,14 +4317,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    if options.help or options.version:
+    if options["help"] or options["version"]:
         version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options.help else version)
+        tell(render_usage() if options["help"] else version)
         return 0
     set_up_logging(options, limits)
-    if options.verify:
-        return max(verify_file(name, options, limits) for name in options.verify)
-    if not (options.listen_address or options.tls_listen_address):
+    if options["verify"]:
+        return max(verify_file(name, options, limits) for name in options["verify"])
+    if not (options["web.listen-address"] or options["web.tls.listen-address"]):
         LOGGER.warning("No web addresses to listen on, nothing to do!")
         return 0
     try:
