@@ -50,6 +50,10 @@ import prometheus_client.metrics_core
 import prometheus_client.openmetrics.exposition
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.registry import Collector
 
@@ -8226,6 +8230,431 @@ def test_fifty_clients_at_once_all_get_their_answer() -> None:
         assert [answer.text for answer in answers] == expected
         assert served.metric('expexp_http_requests_total{path="/proxy",code="200"}') == 50
         wait_until(lambda: served.metric("expexp_open_connections") == 1)
+
+
+# --- TLS towards clients: helpers
+#
+# One authority for everything, and one that nobody trusts. A client's certificate and key are one
+# file; `Secure` is an expexp that speaks TLS, with a client that may always ask.
+
+HEALTH_REQUEST = b"GET /-/healthy HTTP/1.0\r\n\r\n"
+REQUIRED = "RequireAndVerifyClientCert"
+Names = Sequence[x509.GeneralName]
+
+
+class Issuer:
+    """A certificate authority that makes clients' certificates, good and bad, in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.ca = folder, trustme.CA()
+        self.file = str(folder / f"{name}.pem")
+        self.ca.cert_pem.write_to_path(self.file)
+        self._certificate = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
+        key = serialization.load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        self._key = cast("ec.EllipticCurvePrivateKey", key)
+        self._count = itertools.count()
+
+    def server(self, *names: str, rsa: bool = False) -> str:
+        """The file of a certificate for a server, and its key."""
+        kind = trustme.KeyType.RSA if rsa else trustme.KeyType.ECDSA
+        made = self.ca.issue_cert(*(names or ("localhost", "127.0.0.1", "::1")), key_type=kind)
+        return self._write(made.private_key_and_cert_chain_pem.bytes())
+
+    def client(
+        self,
+        common: str = "client",
+        names: Names = (),
+        *,
+        ends_in: float = 3600,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
+        own: bool = False,
+        more: x509.ExtensionType | None = None,
+    ) -> str:
+        """The file of a client's certificate and its key; `own` is whether it signs itself."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+        issuer, signs = (subject, key) if own else (self._certificate.subject, self._key)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=2))
+            .not_valid_after(now + datetime.timedelta(seconds=ends_in))
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if more:
+            builder = builder.add_extension(more, critical=False)
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        signed = builder.sign(signs, hashes.SHA256())
+        return self._write(private + signed.public_bytes(serialization.Encoding.PEM))
+
+    def _write(self, content: bytes) -> str:
+        path = self.folder / f"{Path(self.file).stem}-{next(self._count)}.pem"
+        path.touch(0o600)
+        path.write_bytes(content)
+        return str(path)
+
+
+class Authorities(NamedTuple):
+    """Who makes certificates: one that we trust, one that nobody does."""
+
+    ours: Issuer
+    other: Issuer
+    server: str  # a certificate of ours for the loopback
+
+    def context(self, client: str = "") -> ssl.SSLContext:
+        """That of a client which trusts us, with its certificate, if it has any."""
+        context = ssl.create_default_context(cafile=self.ours.file)
+        if client:
+            context.load_cert_chain(client)
+        return context
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> Authorities:
+    folder = tmp_path_factory.mktemp("authorities")
+    ours = Issuer(folder, "ours")
+    return Authorities(ours, Issuer(folder, "other"), ours.server())
+
+
+@pytest.fixture(scope="module")
+def good_client(authorities: Authorities) -> str:
+    """The file of a client's certificate that is good, in the usual case."""
+    return authorities.ours.client("good", [x509.DNSName("good.example")])
+
+
+class Secure:
+    """An expexp that speaks TLS, and a client of it that may ask."""
+
+    def __init__(self, served: Running, context: ssl.SSLContext) -> None:
+        self.served, self.port, self.context = served, served.port, context
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        connection = self.connection()
+        with contextlib.closing(connection):
+            return ask_on(connection, path, headers)
+
+    def connection(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
+        context = context or self.context
+        return http.client.HTTPSConnection("localhost", self.port, timeout=5, context=context)
+
+    def metric(self, series: str) -> float:
+        lines = self.get("/metrics").text.splitlines()
+        return dict(_series(line) for line in lines if not line.startswith("#"))[series]
+
+    def faults(self) -> dict[str, float]:
+        """The reasons of failed handshakes that were counted, without those at zero."""
+        return {fault: n for fault, n in self.all_faults().items() if n}
+
+    def all_faults(self) -> dict[str, float]:
+        name = "expexp_tls_handshake_failures_total"
+        found = re.findall(rf'(?m)^{name}\{{reason="(.*)"\}} (\S+)$', self.get("/metrics").text)
+        return {fault: float(n) for fault, n in found}
+
+
+def ask_on(
+    connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """One request on a connection that stays open, if the server will have it so."""
+    connection.request("GET", path, headers=dict(headers or {}))
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
+
+
+def web_config(folder: Path, authorities: Authorities, **settings: object) -> str:
+    """The file of a web configuration with our certificate and these settings of TLS."""
+    if settings.get("client_auth_type", "NoClientCert") != "NoClientCert":
+        settings.setdefault("client_ca_file", authorities.ours.file)
+    pair = {"cert_file": authorities.server, "key_file": authorities.server}
+    path = folder / "web.yml"
+    path.touch(0o600)
+    path.write_text(json.dumps({"tls_server_config": {**pair, **settings}}))
+    return str(path)
+
+
+@pytest.fixture
+def secure(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Secure]]:
+    """Starts an expexp with modules, flags, limits and settings of TLS."""
+
+    @contextlib.contextmanager
+    def start(
+        *flags: str,
+        modules: Mapping[str, object] | None = None,
+        limits: expexp.Limits = FAST,
+        **settings: object,
+    ) -> Iterator[Secure]:
+        file = web_config(tmp_path, authorities, **settings)
+        with running(modules or {}, "-web.config.file", file, *flags, limits=limits) as served:
+            yield Secure(served, authorities.context(good_client))
+
+    return start
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Secure]]
+
+
+def said(port: int, context: ssl.SSLContext, request: bytes = HEALTH_REQUEST) -> bytes:
+    """All that the server says over TLS to this client; nothing if it does not let it in."""
+    answer = b""
+    with (
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        connect(port) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(request)
+        for piece in iter(lambda: client.recv(65536), b""):
+            answer += piece
+    return answer
+
+
+def admits(port: int, context: ssl.SSLContext) -> bool:
+    """Whether a client gets an answer; one that does not must not get a byte of any."""
+    answer = said(port, context)
+    assert answer == b"" or answer.endswith(HEALTHY)
+    return bool(answer)
+
+
+def of_version(context: ssl.SSLContext, version: str) -> ssl.SSLContext:
+    """The context, which from now on speaks this version alone."""
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    return context
+
+
+BOTH_VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+
+
+# --- TLS towards clients: who gets in
+
+
+def clients_of(authorities: Authorities) -> dict[str, tuple[str, str]]:
+    """Clients' certificates by what they are, and the fault that each of them has."""
+    ours, other = authorities.ours, authorities.other
+    return {
+        "of a wrong authority": (other.client(), "chain"),
+        "expired": (ours.client(ends_in=-60), "expiry"),
+        "signed by itself": (ours.client(own=True), "chain"),
+        "not for clients": (ours.client(usage=ExtendedKeyUsageOID.SERVER_AUTH), "chain"),
+    }
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize("kind", ["NoClientCert", "VerifyClientCertIfGiven", REQUIRED])
+def test_who_gets_in_is_decided_by_client_auth_type(
+    kind: str, version: str, secure: Start, authorities: Authorities, good_client: str
+) -> None:
+    clients = {"none": ("", "no_certificate"), "good": (good_client, "")}
+    clients |= clients_of(authorities)
+    let_in = {
+        "NoClientCert": set(clients),
+        "VerifyClientCertIfGiven": {"none", "good"},
+        REQUIRED: {"good"},
+    }[kind]
+    with secure(client_auth_type=kind) as served:
+        for what, (file, fault) in clients.items():
+            before = served.faults()
+            context = of_version(authorities.context(file), version)
+            assert admits(served.port, context) == (what in let_in), what
+            if what not in let_in:
+                after = {**before, fault: before.get(fault, 0) + 1}
+                wait_until(lambda after=after: served.faults() == after)  # type: ignore[misc]
+
+
+def test_a_client_without_certificate_is_told_why_it_does_not_get_in(
+    secure: Start, authorities: Authorities
+) -> None:
+    told = r"alert (certificate required|bad certificate)"
+    with secure(client_auth_type=REQUIRED) as served:
+        client = served.connection(authorities.context())
+        with contextlib.closing(client), pytest.raises(ssl.SSLError, match=told):
+            ask_on(client, "/-/healthy")
+
+
+def test_web_tls_verify_asks_for_certificates_as_the_original(
+    authorities: Authorities, good_client: str
+) -> None:
+    flags = ["-web.listen-address", "", "-web.tls.listen-address", "127.0.0.1:0"]
+    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.ca", authorities.ours.file]
+    for verify in ("true", "false"):
+        with running({}, *flags, f"-web.tls.verify={verify}") as served:
+            assert admits(served.port, authorities.context(good_client))
+            assert admits(served.port, authorities.context()) == (verify == "false")
+
+
+def ip(text: str) -> x509.IPAddress:
+    return x509.IPAddress(ipaddress.ip_address(text))
+
+
+#: A name in a certificate, what is allowed, and whether the client gets in.
+ALLOWED_NAMES = {
+    "a DNS name": (x509.DNSName("a.example"), "a.example", True),
+    "another DNS name": (x509.DNSName("a.example"), "b.example", False),
+    "a DNS name in other case": (x509.DNSName("a.example"), "A.example", False),
+    "a part of a DNS name": (x509.DNSName("a.example.org"), "a.example", False),
+    "a DNS name with a wildcard": (x509.DNSName("*.example"), "a.example", False),
+    "a pattern, which it is not": (x509.DNSName("a.example"), ".*", False),
+    "an IPv4 address": (ip("192.0.2.1"), "192.0.2.1", True),
+    "another IPv4 address": (ip("192.0.2.1"), "192.0.2.10", False),
+    "an IPv6 address": (ip("2001:db8::1"), "2001:db8::1", True),
+    "an IPv6 address in another spelling": (ip("2001:db8::1"), "2001:0DB8:0:0::0001", True),
+    "another IPv6 address": (ip("2001:db8::1"), "2001:db8::2", False),
+    "an email address": (x509.RFC822Name("a@example.org"), "a@example.org", True),
+    "another email address": (x509.RFC822Name("a@example.org"), "b@example.org", False),
+    "an email address in other case": (x509.RFC822Name("a@example.org"), "A@example.org", False),
+    "a URI": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a/b", True),
+    "another URI": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a", False),
+    "a URI in other case": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a/B", False),
+    "a registered id, which is none": (x509.RegisteredID(NameOID.COMMON_NAME), "2.5.4.3", False),
+}
+
+
+@pytest.mark.parametrize(("name", "allowed", "expected"), ALLOWED_NAMES.values(), ids=ALLOWED_NAMES)
+def test_client_allowed_sans_is_compared_exactly_with(
+    name: x509.GeneralName,
+    allowed: str,
+    expected: bool,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    file = authorities.ours.client("common", [x509.DNSName("first.example"), name])
+    sans = ["not.this.one", allowed, "good.example"]
+    with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
+        assert admits(served.port, authorities.context(file)) is expected
+        assert served.faults() == ({} if expected else {"not_allowed": 1})
+
+
+def test_client_allowed_sans_does_not_look_at_the_common_name(
+    secure: Start, authorities: Authorities
+) -> None:
+    sans = ["a.example", "good.example"]
+    with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
+        for names in ([], [x509.DNSName("b.example")]):
+            file = authorities.ours.client("a.example", names)
+            assert not admits(served.port, authorities.context(file))
+        assert served.faults() == {"not_allowed": 2}
+
+
+def test_client_allowed_sans_asks_nothing_of_a_client_that_needs_no_certificate(
+    secure: Start, authorities: Authorities
+) -> None:
+    kind, sans = "VerifyClientCertIfGiven", ["good.example"]
+    with secure(client_auth_type=kind, client_allowed_sans=sans) as served:
+        assert admits(served.port, authorities.context())
+        assert not admits(served.port, authorities.context(authorities.ours.client("a.example")))
+
+
+NO_NAMES: Names = ()
+#: The common name and other names in a certificate, the pattern, and whether the client gets in.
+MATCHES = {
+    "the common name": ("a.example", NO_NAMES, r"^a\.example$", True),
+    "another common name": ("b.example", NO_NAMES, r"^a\.example$", False),
+    "a common name in other case": ("A.example", NO_NAMES, r"^a\.example$", False),
+    "any part of a common name": ("host-a.example.org", NO_NAMES, r"a\.example", True),
+    "a DNS name": ("x", [x509.DNSName("a.example")], r"^a\.example$", True),
+    "the second DNS name": (
+        "x",
+        [x509.DNSName("b.example"), x509.DNSName("a.example")],
+        r"^a\.example$",
+        True,
+    ),
+    "another DNS name": ("x", [x509.DNSName("b.example")], r"^a\.example$", False),
+    "an email address": ("x", [x509.RFC822Name("a@example.org")], r"@example\.org$", True),
+    "another email address": ("x", [x509.RFC822Name("a@example.com")], r"@example\.org$", False),
+    "a URI": ("x", [x509.UniformResourceIdentifier("spiffe://a/b")], "^spiffe://a/", True),
+    "another URI": ("x", [x509.UniformResourceIdentifier("spiffe://b/a")], "^spiffe://a/", False),
+    "an IPv4 address": ("x", [ip("192.0.2.7")], r"^192\.0\.2\.\d$", True),
+    "another IPv4 address": ("x", [ip("192.0.3.7")], r"^192\.0\.2\.\d$", False),
+    "an IPv6 address in its short form": ("x", [ip("2001:db8:0:0::1")], "^2001:db8::1$", True),
+    "a name that ends in a line break": ("a.example\n", NO_NAMES, r"^a\.example$", False),
+    "a name of two lines": ("b\na.example", NO_NAMES, r"(?m)^a\.example$", False),
+    "a name that goes on after a NUL": ("a.example\0.b", NO_NAMES, r"^a\.example", False),
+    "a name that looks like an option": ("--help", NO_NAMES, "^--help$", True),
+    "a pattern that looks like an option": ("a-c", NO_NAMES, "-c", True),
+}
+
+
+@pytest.mark.parametrize(("common", "names", "pattern", "expected"), MATCHES.values(), ids=MATCHES)
+def test_certmatch_is_searched_in(
+    common: str,
+    names: Names,
+    pattern: str,
+    expected: bool,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    context = authorities.context(authorities.ours.client(common, names))
+    flags = [f"-web.tls.certmatch={pattern}|^good$"]
+    with secure(*flags, client_auth_type=REQUIRED) as served:
+        assert admits(served.port, context) is expected
+        assert served.faults() == ({} if expected else {"not_allowed": 1})
+
+
+def test_certmatch_does_not_let_in_a_certificate_of_a_wrong_authority_with_the_right_name(
+    secure: Start, authorities: Authorities
+) -> None:
+    with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
+        file = authorities.other.client("good", [x509.DNSName("good.example")])
+        assert not admits(served.port, authorities.context(file))
+        assert served.faults() == {"chain": 1}
+
+
+def test_a_client_must_satisfy_certmatch_and_client_allowed_sans(
+    secure: Start, authorities: Authorities
+) -> None:
+    sans = ["a.example", "good.example"]
+    wanted = {"client_auth_type": REQUIRED, "client_allowed_sans": sans}
+    with secure("-web.tls.certmatch=^(one|good)$", **wanted) as served:
+        for common, name, expected in [
+            ("one", "a.example", True),
+            ("two", "a.example", False),
+            ("one", "b.example", False),
+        ]:
+            file = authorities.ours.client(common, [x509.DNSName(name)])
+            assert admits(served.port, authorities.context(file)) is expected, (common, name)
+
+
+def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
+    secure: Start, authorities: Authorities
+) -> None:
+    pattern, limits = "^([a-z0-9]+[.-]?)+$", fast_limits(certmatch_seconds=0.6)
+    slow = authorities.context(authorities.ours.client("a" * 40 + "!"))
+    flag = f"-web.tls.certmatch={pattern}"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        assert served.get("/-/healthy").body == HEALTHY
+        with ThreadPoolExecutor() as pool, taking(0.5, 4):
+            attempt = pool.submit(admits, served.port, slow)
+            wait_until(lambda: served.metric("expexp_open_connections") == 2)
+            asked = 0
+            while not attempt.done():
+                with taking(0, 0.4):
+                    assert served.get("/-/healthy").body == HEALTHY
+                asked += 1
+        assert attempt.result() is False
+        assert asked >= 3
+        assert served.faults() == {"timeout": 1}
+
+
+def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Authorities) -> None:
+    names = b"\x30\x05\x82\x03a\xff\xfe"  # one DNS name
+    odd = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+    file, records = authorities.ours.client("odd", more=odd), cast("list[logging.LogRecord]", [])
+    with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
+        with socket_recording(records):
+            assert not admits(served.port, authorities.context(file))
+            wait_until(served.faults)
+        assert sum(served.faults().values()) == 1
+    assert not [record for record in records if record.exc_info]
 
 
 # ==================================================================================================
