@@ -3983,9 +3983,11 @@ SERVER_FAULTS: Final = (
 )
 
 
-def handshake_error(error: OSError | ScrapeError) -> HandshakeError:
+def handshake_error(error: OSError | ScrapeError | UnicodeError) -> HandshakeError:
     """What an error of the system or of TLS means in a handshake with a client."""
     reason = getattr(error, "reason", None) or ""
+    if isinstance(error, UnicodeError):
+        return HandshakeError("not_allowed", "a name in the certificate is no text")
     if isinstance(error, (socket.timeout, TimeoutError, ScrapeError)):
         return HandshakeError(
             "timeout", "timed out" if isinstance(error, ScrapeError) else str(error)
@@ -4012,7 +4014,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.speaks_tls:
             try:
                 self._shake_hands(Deadline(self._limits.handshake_seconds, time.monotonic))
-            except (OSError, ScrapeError) as error:
+            except (OSError, ScrapeError, UnicodeError) as error:
                 self._discard()  # else the alert that says why might be lost
                 raise handshake_error(error) from None
         super().setup()
