@@ -8657,6 +8657,396 @@ def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Author
     assert not [record for record in records if record.exc_info]
 
 
+# --- TLS towards clients: handshakes
+
+CLIENT_HELLO_START = b"\x16\x03\x01\x02\x00"  # the head of a record of 512 bytes
+
+
+def test_silent_clients_delay_nobody_and_are_gone_after_the_timeout(secure: Start) -> None:
+    limits = fast_limits(handshake_seconds=1.5, unread_seconds=0.1)
+    modules = {"m": exec_module("echo a 1")}
+    with secure(modules=modules, limits=limits) as served, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(served.port)) for _ in range(100)]
+        wait_until(lambda: served.metric("expexp_open_connections") == 101)
+        with taking(0, 0.8):
+            assert served.get("/proxy?module=m").body == b"a 1\n"
+        assert served.metric("expexp_open_connections") == 101
+        with taking(0, 2.5):
+            assert [client.recv(1) for client in silent] == [b""] * 100
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+        assert served.faults() == {"timeout": 100}
+
+
+def test_a_scrape_gets_in_although_silent_clients_have_taken_all_slots(secure: Start) -> None:
+    with secure(limits=fast_limits(connections=5)) as served, contextlib.ExitStack() as stack:
+        assert served.get("/-/healthy").body == HEALTHY
+        silent = [stack.enter_context(connect(served.port)) for _ in range(5)]
+        wait_until(lambda: len(served.served.program.connections._open) == 5)
+        for _ in range(3):
+            assert served.get("/-/healthy").body == HEALTHY
+        assert silent[0].recv(1) == b""
+        assert served.metric("expexp_rejected_connections_total") == 0
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(b"\x16", id="from its first byte on"),
+        pytest.param(CLIENT_HELLO_START + b"\x01", id="in its hello"),
+    ],
+)
+def test_a_handshake_that_drips_is_cut_at_the_timeout(start: bytes, secure: Start) -> None:
+    limits = fast_limits(handshake_seconds=0.2, unread_seconds=0.1)
+    with secure(limits=limits) as served:
+        with connect(served.port) as client, taking(0.19, 1):
+            client.sendall(start)
+            assert drip_until_closed(client, b"\x03") == b""
+        wait_until(lambda: served.faults() == {"timeout": 1})
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+
+
+def test_plain_http_gets_a_400_that_says_so(secure: Start) -> None:
+    with secure(client_auth_type=REQUIRED) as served:
+        answer = exchange(served.port, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert statuses(answer) == [400]
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert body == b"Client sent an HTTP request to an HTTPS server.\n"
+        assert b"\r\nConnection: close" in head
+        assert served.faults() == {"plain_http": 1}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer right\r\n\r\n", id="token"),
+        pytest.param(b"GET / HTTP/1.1\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n", id="two requests"),
+        pytest.param(b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", id="a body"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="another protocol"),
+        pytest.param(b"\n\nGET /metrics HTTP/1.0\r\n\r\n", id="empty lines first"),
+    ],
+)
+def test_plain_text_gets_nothing_but_that_400_although_it_has(sent: bytes, secure: Start) -> None:
+    with secure("-web.bearer.token", "right", limits=fast_limits(header_seconds=0.3)) as served:
+        answer = exchange(served.port, sent)
+    assert statuses(answer) == [400]
+    assert answer.endswith(b"\r\n\r\nClient sent an HTTP request to an HTTPS server.\n")
+
+
+def with_reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def hang_up(served: Secure, sent: bytes, *, reset: bool = False) -> None:
+    with connect(served.port) as client:
+        client.sendall(sent)
+        if reset:
+            with_reset(client)
+
+
+def send_only(served: Secure, sent: bytes) -> None:
+    """Say this, and wait for the end."""
+    with contextlib.suppress(ConnectionError):
+        exchange(served.port, sent)
+
+
+def refuse_certificate(served: Secure, version: str) -> None:
+    """Shake hands as a client that does not trust us."""
+    context = of_version(ssl.create_default_context(), version)
+    with connect(served.port) as plain, pytest.raises(ssl.SSLCertVerificationError):
+        context.wrap_socket(plain, server_hostname="localhost")
+
+
+def come_with(served: Secure, ours: Issuer, file: str = "") -> None:
+    """Try to get in with a certificate, or with none."""
+    context = ssl.create_default_context(cafile=ours.file)
+    if file:
+        context.load_cert_chain(file)
+    assert not admits(served.port, context)
+
+
+#: What a client does, the fault that is counted for it, and what the log says of it.
+HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
+    "is silent": (lambda s, _: send_only(s, b""), "timeout", "timed out"),
+    "stops in its hello": (
+        lambda s, _: send_only(s, CLIENT_HELLO_START),
+        "timeout",
+        ".*timed out",
+    ),
+    "closes at once": (lambda s, _: hang_up(s, b""), "closed", ".+"),
+    "resets at once": (lambda s, _: hang_up(s, b"", reset=True), "closed", ".+"),
+    "closes in its hello": (lambda s, _: hang_up(s, CLIENT_HELLO_START), "closed", ".+"),
+    "resets in its hello": (
+        lambda s, _: hang_up(s, CLIENT_HELLO_START, reset=True),
+        "closed",
+        ".+",
+    ),
+    "sends garbage": (lambda s, _: send_only(s, b"\x16" + b"\xff" * 600), "protocol", ".+"),
+    "sends a record of length 0": (
+        lambda s, _: send_only(s, b"\x16\x03\x01\0\0" * 50),
+        "protocol",
+        ".+",
+    ),
+    "has no version in common": (
+        lambda s, _: openssl(s.port, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0"),
+        "protocol",
+        "unsupported protocol",
+    ),
+    "does not trust us": (
+        lambda s, _: refuse_certificate(s, "TLSv1_3"),
+        "refused_by_client",
+        ".*alert unknown ca",
+    ),
+    "does not trust us, with TLS 1.2": (
+        lambda s, _: refuse_certificate(s, "TLSv1_2"),
+        "refused_by_client",
+        ".*alert unknown ca",
+    ),
+    "has no certificate": (
+        come_with,
+        "no_certificate",
+        "peer did not return a certificate",
+    ),
+    "has an expired certificate": (
+        lambda s, ours: come_with(s, ours, ours.client(ends_in=-60)),
+        "expiry",
+        "certificate has expired",
+    ),
+    "has a certificate of itself": (
+        lambda s, ours: come_with(s, ours, ours.client(own=True)),
+        "chain",
+        "self[- ]signed certificate",
+    ),
+    "has a name that is not allowed": (
+        lambda s, ours: come_with(s, ours, ours.client("bad")),
+        "not_allowed",
+        "no name in the certificate is allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "fault", "words"), HANDSHAKES.values(), ids=HANDSHAKES)
+def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
+    act: Callable[[Secure, Issuer], object],
+    fault: str,
+    words: str,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    records: list[logging.LogRecord] = []
+    limits = fast_limits(handshake_seconds=0.3, unread_seconds=0.3)
+    flag = "-web.tls.certmatch=^good$"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        with socket_recording(records):
+            act(served, authorities.ours)
+            wait_until(lambda: records)
+        assert served.faults() == {fault: 1}
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+    assert [(record.levelname, record.exc_info) for record in records] == [("INFO", None)]
+    line = rf"127\.0\.0\.1: TLS handshake failed: {fault}: {words}"
+    assert re.fullmatch(line, records[0].getMessage())
+    assert records[0].getMessage().isprintable()
+
+
+def test_every_reason_of_a_failed_handshake_is_on_the_page_and_proven(secure: Start) -> None:
+    with secure() as served:
+        assert set(served.all_faults()) == {fault for _, fault, _ in HANDSHAKES.values()} | {
+            "plain_http"
+        }
+        assert served.faults() == {}
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_failed_handshakes_leave_no_descriptor_and_no_thread(
+    secure: Start, authorities: Authorities
+) -> None:
+    bad, none = authorities.context(authorities.ours.client("bad")), authorities.context()
+    flag, limits = "-web.tls.certmatch=^good$", fast_limits(handshake_seconds=0.2)
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        assert served.get("/-/healthy").body == HEALTHY
+        wait_until(lambda: not served.served.program.connections._open)
+        open_before, threads_before = descriptors(), threading.active_count()
+        for _ in range(10):
+            assert not admits(served.port, bad)
+            assert not admits(served.port, none)
+            hang_up(served, b"")
+            hang_up(served, CLIENT_HELLO_START, reset=True)
+            send_only(served, b"\x16" + b"\xff" * 600)
+            refuse_certificate(served, "TLSv1_3")
+            exchange(served.port, HEALTH_REQUEST)
+        wait_until(lambda: not served.served.program.connections._open)
+        wait_until(lambda: threading.active_count() <= threads_before)
+        assert descriptors() <= open_before
+        assert sum(served.faults().values()) == 70
+
+
+# --- TLS towards clients: versions, suites and sessions
+
+
+class Probe(NamedTuple):
+    """What `openssl s_client` found: version and suite, or nothing where it was refused."""
+
+    version: str
+    suite: str
+    text: str
+
+
+def openssl(port: int, *options: str) -> Probe:
+    """Connect as a client that would take anything, less what its options say; then ask."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-ign_eof", *options]
+    ended = subprocess.run(
+        command,
+        input="GET /-/healthy HTTP/1.0\r\n\r\n",
+        env={**os.environ, "OPENSSL_CONF": "/dev/null"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    text = ended.stdout + ended.stderr
+    found = re.search(r"(?m)^(?:New|Reused), (TLSv[0-9.]+), Cipher is (\S+)$", text)
+    assert ("expexp is healthy." in text) == bool(found), text
+    version = re.search(r"(?m)^ *Protocol *: (\S+)$", text)
+    return (
+        Probe(version[1] if version else found[1], found[2], text) if found else Probe("", "", text)
+    )
+
+
+@pytest.fixture(scope="module", params=["RSA", "ECDSA"])
+def certified(
+    request: pytest.FixtureRequest,
+    authorities: Authorities,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, Secure]]:
+    """An expexp with a certificate of this kind: weak suites need RSA, others either."""
+    pair = authorities.ours.server("localhost", rsa=request.param == "RSA")
+    folder = tmp_path_factory.mktemp("certified")
+    file = web_config(folder, authorities, cert_file=pair, key_file=pair)
+    with running({}, "-web.config.file", file) as served:
+        yield request.param, Secure(served, authorities.context())
+
+
+AEAD = ["AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305"]
+
+
+@pytest.mark.parametrize("suite", AEAD)
+def test_tls_1_2_is_spoken_with_ecdhe_and(suite: str, certified: tuple[str, Secure]) -> None:
+    kind, served = certified
+    probe = openssl(served.port, "-tls1_2", "-cipher", f"ECDHE-{kind}-{suite}")
+    assert (probe.version, probe.suite) == ("TLSv1.2", f"ECDHE-{kind}-{suite}")
+
+
+@pytest.mark.parametrize("suite", ["AES_128_GCM_SHA256", "AES_256_GCM_SHA384"])
+def test_tls_1_3_is_spoken_with(suite: str, certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, "-tls1_3", "-ciphersuites", f"TLS_{suite}")
+    assert (probe.version, probe.suite) == ("TLSv1.3", f"TLS_{suite}")
+
+
+def test_the_newest_version_is_chosen(certified: tuple[str, Secure]) -> None:
+    assert openssl(certified[1].port).version == "TLSv1.3"
+
+
+#: Options of `openssl s_client`; each is something that it can speak, and that we must not.
+WEAK = {
+    "TLS 1.0": ["-tls1", "-cipher", "ALL:@SECLEVEL=0"],
+    "TLS 1.1": ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"],
+    "CBC": ["-tls1_2", "-cipher", "ECDHE+AES+SHA1:ECDHE+AES+SHA256:ECDHE+AES+SHA384"],
+    "no forward secrecy": ["-tls1_2", "-cipher", "kRSA"],
+    "finite fields": ["-tls1_2", "-cipher", "DHE"],
+    "CCM": ["-tls1_2", "-cipher", "AESCCM"],
+    "ARIA and Camellia": ["-tls1_2", "-cipher", "ARIA:CAMELLIA"],
+    "no certificate": ["-tls1_2", "-cipher", "aNULL:@SECLEVEL=0"],
+    "no encryption": ["-tls1_2", "-cipher", "eNULL:@SECLEVEL=0"],
+    "a shared key": ["-tls1_2", "-psk", "00", "-cipher", "PSK"],
+}
+
+
+@pytest.mark.parametrize("options", WEAK.values(), ids=WEAK)
+def test_it_does_not_speak(options: list[str], certified: tuple[str, Secure]) -> None:
+    served, before = certified[1], certified[1].faults().get("protocol", 0)
+    probe = openssl(served.port, *options)
+    assert (probe.version, probe.suite) == ("", "")
+    assert "alert" in probe.text  # it was we who refused
+    wait_until(lambda: served.faults() == {"protocol": before + 1})
+
+
+@pytest.mark.parametrize(
+    ("limits", "spoken"),
+    [
+        pytest.param({"min_version": "TLS13"}, ["TLSv1.3"], id="from 1.3"),
+        pytest.param({"max_version": "TLS12"}, ["TLSv1.2"], id="up to 1.2"),
+        pytest.param({"min_version": "TLS12", "max_version": "TLS12"}, ["TLSv1.2"], id="1.2 only"),
+        pytest.param(
+            {"min_version": "TLS12", "max_version": "TLS13"}, ["TLSv1.2", "TLSv1.3"], id="both"
+        ),
+    ],
+)
+def test_the_versions_spoken_are(
+    limits: dict[str, str], spoken: list[str], secure: Start, authorities: Authorities
+) -> None:
+    with secure(**limits) as served:
+        served.context = authorities.context()
+        probes = [openssl(served.port, option) for option in ("-tls1_2", "-tls1_3")]
+        assert [probe.version for probe in probes if probe.version] == spoken
+        refused = 2 - len(spoken)
+        assert served.faults() == ({"protocol": refused} if refused else {})
+
+
+@pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
+def test_no_session_ticket_is_issued(option: str, certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, option, "-msg")
+    assert probe.version
+    assert "NewSessionTicket" not in probe.text
+    assert "TLS session ticket" not in probe.text
+
+
+def resumable(port: int, context: ssl.SSLContext, session: Any = None) -> tuple[bytes, Any]:
+    """What the server says to a client that tries to go on with a session, and the session."""
+    with (
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        connect(port) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", session=session) as client,
+    ):
+        client.sendall(HEALTH_REQUEST)
+        return read_all(client), client.session
+    return b"", None
+
+
+def test_no_session_outlives_the_clients_certificate(
+    secure: Start, authorities: Authorities
+) -> None:
+    file = authorities.ours.client(ends_in=2)
+    context = of_version(authorities.context(file), "TLSv1_2")  # 1.3 has sessions by ticket alone
+    with secure(client_auth_type=REQUIRED) as served:
+        ends = time.time() + 2
+        answer, session = resumable(served.port, context)
+        assert answer.endswith(HEALTHY)
+        wait_until(lambda: time.time() > ends)
+        assert resumable(served.port, context, session)[0] == b""
+        assert served.faults() == {"expiry": 1}
+
+
+@BOTH_VERSIONS
+def test_no_session_outlives_its_authority(
+    version: str, secure: Start, authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    context = of_version(authorities.context(good_client), version)
+    with secure(client_auth_type=REQUIRED, limits=fast_limits(rotation_seconds=0)) as served:
+        answer, session = resumable(served.port, context)
+        assert answer.endswith(HEALTHY)
+        web_config(
+            tmp_path,
+            authorities,
+            client_auth_type=REQUIRED,
+            client_ca_file=authorities.other.file,
+        )
+        assert resumable(served.port, context, session)[0] == b""
+        served.context = authorities.context(authorities.other.client())
+        assert served.faults() == {"chain": 1}
+
+
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
