@@ -3980,6 +3980,7 @@ SERVER_FAULTS: Final = (
     ("PEER_DID_NOT_RETURN_A_CERTIFICATE", "no_certificate"),
     ("ALERT", "refused_by_client"),
     ("EOF", "closed"),
+    ("Closed before TLS handshake", "closed"),  # so says Python of a reset
 )
 
 
@@ -4047,6 +4048,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             duplicate.settimeout(deadline.remaining())
             wrapped = tls.context.wrap_socket(duplicate, server_side=True)
             names = failed.enter_context(wrapped).getpeercert() or {}
+            # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
+            if names and ssl.cert_time_to_seconds(str(names["notAfter"])) < time.time():
+                raise HandshakeError("expiry", "certificate has expired")
             pattern = self.server.application.options.tls_certmatch
             if not tls.admit(names, pattern, self._limits.certmatch_seconds):
                 raise HandshakeError("not_allowed", "no name in the certificate is allowed")
