@@ -9047,6 +9047,412 @@ def test_no_session_outlives_its_authority(
         assert served.faults() == {"chain": 1}
 
 
+# --- TLS towards clients: rotation
+
+#: bcrypt, at its least cost, of the password `right`.
+HASH = "$2b$04$abcdefghijklmnopqrstuuFmEfrkTQnczNzw475xE2VhDrK1uwJiC"
+AT_ONCE = fast_limits(rotation_seconds=0)
+
+
+def put_in_place(path: Path, content: str) -> None:
+    """Replace a file as careful tools do: at no moment is it missing or half written."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.touch(0o600)
+    beside.write_text(content)
+    beside.replace(path)
+
+
+def basic(user: str, password: str = "right") -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+
+
+class Rotating(NamedTuple):
+    """An expexp with all that can change in files of its own, and a client that may ask."""
+
+    folder: Path
+    secure: Secure
+
+    def put(self, name: str, content: str) -> None:
+        put_in_place(self.folder / name, content)
+
+    def put_pair(self, file: str) -> None:
+        """The certificate and the key of a file that has both, one after the other."""
+        key, mark, certificate = Path(file).read_text().partition("-----BEGIN CERTIFICATE-----")
+        self.put("cert.pem", mark + certificate)
+        self.put("key.pem", key)
+
+    def put_web(self, *users: str, **settings: object) -> None:
+        """The web configuration with these users and settings of TLS."""
+        tls = {"cert_file": "cert.pem", "key_file": "key.pem", "client_ca_file": "ca.pem"}
+        section = {**tls, "client_auth_type": REQUIRED, **settings}
+        document = {"tls_server_config": section, "basic_auth_users": dict.fromkeys(users, HASH)}
+        self.put("web.yml", json.dumps(document if users else {"tls_server_config": section}))
+
+    def serial(self) -> str:
+        """The serial number of the certificate that a new client is shown."""
+        connection = self.secure.connection()
+        with contextlib.closing(connection):
+            connection.connect()
+            return str((connection.sock.getpeercert() or {})["serialNumber"])
+
+
+@pytest.fixture
+def rotating(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> Iterator[Callable[..., contextlib.AbstractContextManager[Rotating]]]:
+    """Starts an expexp with users and flags, that looks at its files whenever a client comes."""
+
+    @contextlib.contextmanager
+    def start(*users: str, flags: Sequence[str] = ()) -> Iterator[Rotating]:
+        (tmp_path / "node.prom").write_bytes(EXPOSITION)
+        files = Rotating(tmp_path, cast(Secure, None))
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.server)
+        files.put_web(*users)
+        modules = {"m": file_module(tmp_path / "node.prom")}
+        web = ["-web.config.file", str(tmp_path / "web.yml"), *flags]
+        with running(modules, *web, limits=AT_ONCE) as served:
+            yield Rotating(tmp_path, Secure(served, authorities.context(good_client)))
+
+    yield start
+
+
+Rotate = Callable[..., contextlib.AbstractContextManager[Rotating]]
+
+
+def change_authority(files: Rotating, authorities: Authorities) -> None:
+    files.put("ca.pem", Path(authorities.other.file).read_text())
+
+
+#: Changes after which a client that was let in by its certificate might not be.
+CHANGES_OF_TRUST: dict[str, Callable[[Rotating, Authorities], None]] = {
+    "another authority": change_authority,
+    "one authority more": lambda files, authorities: files.put(
+        "ca.pem", "".join(Path(each.file).read_text() for each in authorities[:2])
+    ),
+    "another client_auth_type": lambda files, _: files.put_web(
+        client_auth_type="VerifyClientCertIfGiven"
+    ),
+    "other client_allowed_sans": lambda files, _: files.put_web(
+        client_allowed_sans=["good.example"]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_TRUST.values(), ids=CHANGES_OF_TRUST)
+def test_a_kept_connection_ends_without_an_answer_after(
+    change: Callable[[Rotating, Authorities], None], rotating: Rotate, authorities: Authorities
+) -> None:
+    with rotating() as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+            change(files, authorities)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+                ask_on(connection, "/-/healthy")
+
+
+#: Changes after which the client's certificate is as good as it was, and the next answer's status.
+OTHER_CHANGES: dict[str, tuple[Callable[[Rotating, Authorities], None], int]] = {
+    "another token": (lambda files, _: files.put("token", "other"), 401),
+    "another certificate of ours": (
+        lambda files, authorities: files.put_pair(authorities.ours.server()),
+        200,
+    ),
+    "the authority written anew": (
+        lambda files, authorities: files.put("ca.pem", Path(authorities.ours.file).read_text()),
+        200,
+    ),
+    "a user more": (lambda files, _: files.put_web("a", "b"), 200),
+}
+
+
+@pytest.mark.parametrize(("change", "status"), OTHER_CHANGES.values(), ids=OTHER_CHANGES)
+def test_a_kept_connection_is_answered_then_closed_after(
+    change: Callable[[Rotating, Authorities], None],
+    status: int,
+    rotating: Rotate,
+    authorities: Authorities,
+    tmp_path: Path,
+) -> None:
+    put_in_place(tmp_path / "token", "right")
+    flags = ["-web.bearer.token-file", str(tmp_path / "token")]
+    headers = {"Authorization": "Bearer right"}
+    with rotating("a", flags=flags) as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            for _ in range(2):
+                assert ask_on(connection, "/-/healthy", headers).status == 200
+                assert connection.sock is not None
+            change(files, authorities)
+            answer = ask_on(connection, "/-/healthy", headers)
+            assert (answer.status, answer.headers["Connection"]) == (status, "close")
+            assert ask_on(connection, "/-/healthy", headers).status == status
+            assert connection.sock is not None
+
+
+def scrape_like_a_browser(connection: http.client.HTTPSConnection) -> Answer:
+    """A scrape; where a kept connection turns out to be closed, once more on a new one."""
+    was_kept = connection.sock is not None
+    try:
+        return ask_on(connection, "/proxy?module=m")
+    except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
+        connection.close()
+        if not was_kept:
+            raise
+        return ask_on(connection, "/proxy?module=m")
+
+
+@contextlib.contextmanager
+def scraping(secure: Secure) -> Iterator[list[int]]:
+    """Two threads that scrape on new connections and two on kept ones, all without a failure;
+    gives the number of scrapes of each so far."""
+    over, counts = threading.Event(), [0] * 4
+
+    def work(number: int) -> None:
+        connection = secure.connection()
+        with contextlib.closing(connection):
+            while not over.is_set():
+                answer = scrape_like_a_browser(connection)
+                assert (answer.status, answer.body.startswith(EXPOSITION)) == (200, True)
+                counts[number] += 1
+                if number % 2:
+                    connection.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        threads = [pool.submit(work, number) for number in range(4)]
+        try:
+            yield counts
+        finally:
+            over.set()
+        for thread in threads:
+            thread.result()
+
+
+def test_ten_certificates_follow_each_other_under_load_without_a_failed_scrape(
+    rotating: Rotate, authorities: Authorities
+) -> None:
+    pairs = [authorities.ours.server() for _ in range(10)]
+    with rotating() as files, scraping(files.secure) as counts:
+        shown = [files.serial()]
+        for pair in pairs:
+            before = list(counts)
+            files.put_pair(pair)
+            wait_until(lambda: files.serial() != shown[-1])
+            shown.append(files.serial())
+            wait_until(lambda before=before: all(n > m for n, m in zip(counts, before)))  # type: ignore[misc]
+        assert len(set(shown)) == 11
+        assert files.secure.metric("expexp_credentials_last_reload_successful") == 1
+        assert files.secure.faults() == {}
+
+
+def remove(name: str) -> Callable[[Rotating, Authorities], None]:
+    return lambda files, _: (files.folder / name).unlink()
+
+
+#: How what is in use becomes useless, and what the log says of it.
+GARBAGE: dict[str, tuple[Callable[[Rotating, Authorities], None], str]] = {
+    "a certificate that is none": (lambda files, _: files.put("cert.pem", "x\n"), "cert.pem"),
+    "an empty certificate": (lambda files, _: files.put("cert.pem", ""), "cert.pem"),
+    "a key that is none": (lambda files, _: files.put("key.pem", "x\n"), "key.pem"),
+    "the key of another certificate": (
+        lambda files, authorities: files.put(
+            "key.pem", Path(authorities.ours.server()).read_text().partition("-----BEGIN CERT")[0]
+        ),
+        "key.pem: key values mismatch",
+    ),
+    "an encrypted key": (
+        lambda files, _: files.put(
+            "key.pem",
+            ec.generate_private_key(ec.SECP256R1())
+            .private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(b"x"),
+            )
+            .decode(),
+        ),
+        "the key is encrypted",
+    ),
+    "a certificate that is gone": (remove("cert.pem"), "no such file or directory"),
+    "a key that is gone": (remove("key.pem"), "no such file or directory"),
+    "authorities that are none": (lambda files, _: files.put("ca.pem", "x"), "no certificate in"),
+    "authorities that are gone": (remove("ca.pem"), "no such file or directory"),
+    "a web configuration that is none": (lambda files, _: files.put("web.yml", "{"), "web.yml"),
+    "an empty web configuration": (lambda files, _: files.put("web.yml", ""), "web.yml"),
+    "a web configuration that is gone": (remove("web.yml"), "no such file or directory"),
+    "a web configuration without TLS": (
+        lambda files, _: files.put("web.yml", json.dumps({"basic_auth_users": {"a": HASH}})),
+        "TLS cannot be given up without a restart",
+    ),
+    "a web configuration with an unknown key": (
+        lambda files, _: files.put_web(min_versoin="TLS13"),
+        "min_versoin: unknown key",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), GARBAGE.values(), ids=GARBAGE)
+def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
+    spoil: Callable[[Rotating, Authorities], None],
+    words: str,
+    rotating: Rotate,
+    authorities: Authorities,
+    log: list[str],
+) -> None:
+    with rotating() as files:
+        former, working = files.serial(), "expexp_credentials_last_reload_successful"
+        assert files.secure.metric(working) == 1
+        log.clear()
+        with scraping(files.secure) as counts:
+            spoil(files, authorities)
+            wait_until(lambda: files.secure.metric(working) == 0)
+            before = list(counts)
+            wait_until(lambda: all(n > m + 1 for n, m in zip(counts, before)))
+        assert not admits(files.secure.port, authorities.context())
+        assert files.serial() == former
+        assert len(log) == 1, log
+        assert log[0].startswith("changed files are not used, the former stay: ")
+        assert words in log[0]
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.ours.server())
+        files.put_web()
+        wait_until(lambda: files.secure.metric(working) == 1)
+        assert files.serial() != former
+
+
+def test_clients_of_an_authority_that_is_removed_are_shut_out_and_no_others(
+    rotating: Rotate, authorities: Authorities, good_client: str
+) -> None:
+    both = "".join(Path(each.file).read_text() for each in (authorities.ours, authorities.other))
+    removed = authorities.context(authorities.other.client())
+    with rotating() as files:
+        assert not admits(files.secure.port, removed)
+        files.put("ca.pem", both)
+        assert admits(files.secure.port, removed)
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        assert not admits(files.secure.port, removed)
+        assert admits(files.secure.port, authorities.context(good_client))
+        assert files.secure.faults() == {"chain": 2}
+
+
+def test_a_user_that_is_removed_is_shut_out_and_no_other(rotating: Rotate) -> None:
+    with rotating("a", "b") as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert [ask_on(connection, "/", basic(user)).status for user in "ab"] == [200, 200]
+            files.put_web("b")
+            assert [ask_on(connection, "/", basic(user)).status for user in "ab"] == [401, 200]
+        assert [files.secure.get("/", basic(user)).status for user in "ab"] == [401, 200]
+
+
+# --- TLS towards clients: answers
+
+STREAM = b"# TYPE a gauge\n" + b"a 1\n" * 50_000
+
+
+def said_to_its_end(
+    port: int, context: ssl.SSLContext, request: bytes, host: str = "127.0.0.1"
+) -> bytes:
+    """All that the server says; raises unless it says goodbye in the way of TLS."""
+    context.options &= ~expexp.IGNORE_UNEXPECTED_EOF
+    with (
+        socket.create_connection((host, port), timeout=5) as plain,
+        context.wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False
+        ) as client,
+    ):
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
+def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None:
+    with secure(modules={"m": exec_module("echo a 1")}) as served:
+        connection = served.connection()
+        with contextlib.closing(connection):
+            get = ask_on(connection, path)
+            connection.request("HEAD", path)
+            head = connection.getresponse()
+            assert (head.status, head.read()) == (get.status, b"")
+            assert connection.sock is not None
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+
+
+ENDS = {
+    "an answer to HTTP/1.0": HEALTH_REQUEST,
+    "an answer with Connection: close": b"GET / HTTP/1.1\r\n" + CLOSE,
+    "an answer to HEAD": b"HEAD / HTTP/1.0\r\n\r\n",
+    "a refusal": b"GET  / HTTP/1.1\r\n\r\n",
+    "an answer to a request with a body": b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n",
+    "an answer on an idle connection": b"GET / HTTP/1.1\r\n\r\n",
+}
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize("request_", ENDS.values(), ids=ENDS)
+def test_tls_ends_with_a_goodbye_after(request_: bytes, version: str, secure: Start) -> None:
+    with secure(limits=fast_limits(idle_seconds=0.1)) as served:
+        answer = said_to_its_end(served.port, of_version(served.context, version), request_)
+        assert len(statuses(answer)) == 1
+
+
+def test_openssl_sees_the_goodbye(certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, "-msg")
+    assert re.search(r"<<< .*Alert .*, warning close_notify", probe.text)
+    assert "unexpected eof" not in probe.text
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+@BOTH_VERSIONS
+def test_an_unverified_stream_arrives_whole_over_tls(
+    version: str, http_version: str, secure: Start
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+    with target(head + STREAM) as port:
+        modules = {"m": http_module(port) | {"verify": False}}
+        with secure(modules=modules) as served:
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n".encode() + CLOSE
+            context = of_version(served.context, version)
+            answer = said_to_its_end(served.port, context, request)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if http_version == "1.1":
+        assert b"\r\nTransfer-Encoding: chunked" in head
+        assert body.endswith(b"\r\n0\r\n\r\n")
+        body = re.sub(rb"(?:\A|\r\n)[0-9a-f]+\r\n(?:\r\n)?", b"", body)
+    assert body == STREAM
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+@pytest.mark.parametrize("ragged", [True, False], ids=["lenient client", "strict client"])
+def test_a_stream_that_breaks_off_is_an_error_to_the_client_over_tls(
+    ragged: bool, http_version: str, secure: Start
+) -> None:
+    whole = f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(STREAM) + 9:x}\r\n".encode()
+    with target(whole + STREAM) as port:
+        modules = {"m": http_module(port) | {"verify": False}}
+        with (
+            secure(modules=modules) as served,
+            connect(served.port) as plain,
+            served.context.wrap_socket(
+                plain, server_hostname="localhost", suppress_ragged_eofs=ragged
+            ) as client,
+        ):
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n\r\n"
+            client.sendall(request.encode())
+            with pytest.raises((ConnectionResetError, ssl.SSLError)):
+                read_all(client)
+            series = 'expexp_proxy_failures_total{module="m",reason="aborted"}'
+            wait_until(lambda: served.metric(series) == 1)
+
+
+def test_tls_is_served_over_ipv6(secure: Start) -> None:
+    with secure("-web.listen-address", "[::1]:0", client_auth_type=REQUIRED) as served:
+        assert re.fullmatch(r"https://\[::1\]:\d+", served.served.program.servers[0].url)
+        answer = said_to_its_end(served.port, served.context, HEALTH_REQUEST, host="::1")
+        assert answer.endswith(HEALTHY)
+
+
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
@@ -9575,6 +9981,88 @@ def test_commands_get_their_own_limit_of_descriptors_back(
     _, port = odd_parent
     assert fetch(port, "/proxy?module=limit").text == "a 200\n"
     assert b"process_max_fds 3000\n" in fetch(port, "/metrics").body
+
+
+TLS_LISTENER = ["-web.tls.listen-address", LOCAL, "-log.level", "info", "-config", ""]
+
+
+def listeners(process: subprocess.Popen[str], count: int) -> tuple[list[str], list[str]]:
+    """Where an expexp listens, and the lines of its log until it does on so many addresses."""
+    lines: list[str] = []
+    for line in cast("IO[str]", process.stderr):
+        lines.append(line)
+        urls = re.findall(r'msg="listening on (\S+)"', "".join(lines))
+        if len(urls) == count:
+            return urls, lines
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("plain", "warned"),
+    [
+        pytest.param(LOCAL, False, id="on the loopback"),
+        pytest.param(":0", True, id="beyond the loopback"),
+    ],
+)
+def test_plain_http_is_served_beside_tls_with_a_warning_beyond_the_loopback(
+    plain: str, warned: bool, authorities: Authorities
+) -> None:
+    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    with process("-web.listen-address", plain, *TLS_LISTENER, *files) as started:
+        (http_url, https_url), lines = listeners(started, 2)
+        assert [http_url[:7], https_url[:8]] == ["http://", "https://"]
+        assert fetch(int(http_url.rpartition(":")[2]), "/-/healthy").body == HEALTHY
+        port = int(https_url.rpartition(":")[2])
+        assert said_to_its_end(port, authorities.context(), HEALTH_REQUEST).endswith(HEALTHY)
+    warning = f'level=warning msg="plain HTTP is still served beside TLS: {http_url}"'
+    assert any(warning in line for line in lines) is warned
+    assert any("plain HTTP" in line for line in lines) is warned
+
+
+def test_tls_alone_is_served_without_that_warning(authorities: Authorities) -> None:
+    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    with process("-web.listen-address", "", *TLS_LISTENER, *files) as started:
+        (url,), lines = listeners(started, 1)
+    assert url.startswith("https://")
+    assert not any("plain HTTP" in line for line in lines)
+
+
+def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    go_on, asked = threading.Event(), threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        asked.set()
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    web = web_config(tmp_path, authorities, client_auth_type=REQUIRED)
+    flags = ["-web.config.file", web, "-web.listen-address", LOCAL, "-log.level", "info"]
+    context = authorities.context(good_client)
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(target(answer))
+        (tmp_path / "expexp.yaml").write_text(json.dumps({"modules": {"m": http_module(slow)}}))
+        started = stack.enter_context(process(*flags, folder=tmp_path))
+        port = int(listeners(started, 1)[0][0].rpartition(":")[2])
+        silent, plain = (stack.enter_context(connect(port)) for _ in range(2))
+        idle = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+        idle.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        assert read_until(cast(socket.socket, idle), HEALTHY)
+        pool = stack.enter_context(ThreadPoolExecutor())
+        request = b"GET /proxy?module=m HTTP/1.1\r\nHost: a\r\n\r\n"
+        scrape = pool.submit(said_to_its_end, port, context, request)
+        assert asked.wait(5)
+        started.send_signal(signal.SIGTERM)
+        assert idle.recv(1) == b""
+        assert silent.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            connect(port)
+        go_on.set()
+        assert scrape.result().endswith(EXPOSITION)
+        with taking(0, 2):
+            assert started.wait(5) == 0
+        assert "Traceback" not in cast("IO[str]", started.stderr).read()
 
 
 # ==================================================================================================
