@@ -9062,7 +9062,7 @@ def put_in_place(path: Path, content: str) -> None:
     beside.replace(path)
 
 
-def basic(user: str, password: str = "right") -> dict[str, str]:
+def basic(user: str, password: str) -> dict[str, str]:
     return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
 
 
@@ -9099,7 +9099,7 @@ class Rotating(NamedTuple):
 @pytest.fixture
 def rotating(
     authorities: Authorities, good_client: str, tmp_path: Path
-) -> Iterator[Callable[..., contextlib.AbstractContextManager[Rotating]]]:
+) -> Callable[..., contextlib.AbstractContextManager[Rotating]]:
     """Starts an expexp with users and flags, that looks at its files whenever a client comes."""
 
     @contextlib.contextmanager
@@ -9114,7 +9114,7 @@ def rotating(
         with running(modules, *web, limits=AT_ONCE) as served:
             yield Rotating(tmp_path, Secure(served, authorities.context(good_client)))
 
-    yield start
+    return start
 
 
 Rotate = Callable[..., contextlib.AbstractContextManager[Rotating]]
@@ -9340,10 +9340,16 @@ def test_a_user_that_is_removed_is_shut_out_and_no_other(rotating: Rotate) -> No
     with rotating("a", "b") as files:
         connection = files.secure.connection()
         with contextlib.closing(connection):
-            assert [ask_on(connection, "/", basic(user)).status for user in "ab"] == [200, 200]
+            assert [ask_on(connection, "/", basic(user, "right")).status for user in "ab"] == [
+                200,
+                200,
+            ]
             files.put_web("b")
-            assert [ask_on(connection, "/", basic(user)).status for user in "ab"] == [401, 200]
-        assert [files.secure.get("/", basic(user)).status for user in "ab"] == [401, 200]
+            assert [ask_on(connection, "/", basic(user, "right")).status for user in "ab"] == [
+                401,
+                200,
+            ]
+        assert [files.secure.get("/", basic(user, "right")).status for user in "ab"] == [401, 200]
 
 
 # --- TLS towards clients: answers
@@ -9423,27 +9429,41 @@ def test_an_unverified_stream_arrives_whole_over_tls(
     assert body == STREAM
 
 
+def records_until_reset(plain: socket.socket, context: ssl.SSLContext, request: bytes) -> bool:
+    """Ask over TLS, and read what comes without decrypting it; whether the end is a reset: many a
+    client, Python's among them, takes the end of a connection for that of a body."""
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(received, sent, server_hostname="localhost")
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            plain.sendall(sent.read())
+            received.write(plain.recv(65536))
+    tls.write(request)
+    plain.sendall(sent.read())
+    try:
+        return not read_all(plain)
+    except ConnectionResetError:
+        return True
+
+
 @pytest.mark.parametrize("http_version", ["1.0", "1.1"])
-@pytest.mark.parametrize("ragged", [True, False], ids=["lenient client", "strict client"])
 def test_a_stream_that_breaks_off_is_an_error_to_the_client_over_tls(
-    ragged: bool, http_version: str, secure: Start
+    http_version: str, secure: Start
 ) -> None:
-    whole = f"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n{len(STREAM) + 9:x}\r\n".encode()
-    with target(whole + STREAM) as port:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with target(head + b"%x\r\n" % (len(STREAM) + 9) + STREAM) as port:
         modules = {"m": http_module(port) | {"verify": False}}
-        with (
-            secure(modules=modules) as served,
-            connect(served.port) as plain,
-            served.context.wrap_socket(
-                plain, server_hostname="localhost", suppress_ragged_eofs=ragged
-            ) as client,
-        ):
-            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n\r\n"
-            client.sendall(request.encode())
+        with secure(modules=modules) as served:
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n\r\n".encode()
             with pytest.raises((ConnectionResetError, ssl.SSLError)):
-                read_all(client)
+                said_to_its_end(served.port, served.context, request)
+            with connect(served.port) as client:
+                assert records_until_reset(client, served.context, request)
             series = 'expexp_proxy_failures_total{module="m",reason="aborted"}'
-            wait_until(lambda: served.metric(series) == 1)
+            wait_until(lambda: served.metric(series) == 2)
 
 
 def test_tls_is_served_over_ipv6(secure: Start) -> None:
