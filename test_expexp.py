@@ -8743,10 +8743,10 @@ def hang_up(served: Secure, sent: bytes, *, reset: bool = False) -> None:
             with_reset(client)
 
 
-def send_only(served: Secure, sent: bytes) -> None:
+def send_only(port: int, sent: bytes) -> None:
     """Say this, and wait for the end."""
     with contextlib.suppress(ConnectionError):
-        exchange(served.port, sent)
+        exchange(port, sent)
 
 
 def refuse_certificate(served: Secure, version: str) -> None:
@@ -8766,9 +8766,9 @@ def come_with(served: Secure, ours: Issuer, file: str = "") -> None:
 
 #: What a client does, the fault that is counted for it, and what the log says of it.
 HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
-    "is silent": (lambda s, _: send_only(s, b""), "timeout", "timed out"),
+    "is silent": (lambda s, _: send_only(s.port, b""), "timeout", "timed out"),
     "stops in its hello": (
-        lambda s, _: send_only(s, CLIENT_HELLO_START),
+        lambda s, _: send_only(s.port, CLIENT_HELLO_START),
         "timeout",
         ".*timed out",
     ),
@@ -8780,9 +8780,9 @@ HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
         "closed",
         ".+",
     ),
-    "sends garbage": (lambda s, _: send_only(s, b"\x16" + b"\xff" * 600), "protocol", ".+"),
+    "sends garbage": (lambda s, _: send_only(s.port, b"\x16" + b"\xff" * 600), "protocol", ".+"),
     "sends a record of length 0": (
-        lambda s, _: send_only(s, b"\x16\x03\x01\0\0" * 50),
+        lambda s, _: send_only(s.port, b"\x16\x03\x01\0\0" * 50),
         "protocol",
         ".+",
     ),
@@ -8873,7 +8873,7 @@ def test_failed_handshakes_leave_no_descriptor_and_no_thread(
             assert not admits(served.port, none)
             hang_up(served, b"")
             hang_up(served, CLIENT_HELLO_START, reset=True)
-            send_only(served, b"\x16" + b"\xff" * 600)
+            send_only(served.port, b"\x16" + b"\xff" * 600)
             refuse_certificate(served, "TLSv1_3")
             exchange(served.port, HEALTH_REQUEST)
         wait_until(lambda: not served.served.program.connections._open)
@@ -10091,6 +10091,21 @@ def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients
 # One word stands for every secret of a configuration; it must not be in anything that comes out.
 
 SECRET = "s3ntinel"
+#: Its bcrypt hash, at the least cost.
+SECRET_HASH = "$2b$04$abcdefghijklmnopqrstuuQzxyhOK/csqtYEIeXE5N.cBDaallcZe"
+#: All forms in which it could come out: as it is, as a user's hash, in a header.
+SENTINELS = (SECRET, SECRET_HASH[7:], base64.b64encode(f"user:{SECRET}".encode()).decode())
+
+
+def shows_secret(text: str) -> bool:
+    return any(sentinel in text for sentinel in SENTINELS)
+
+
+def put_secret(path: Path, content: str | bytes = SECRET) -> Path:
+    """A file that only its owner can read."""
+    path.touch(0o600)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def secret_modules(port: int, garbage: int) -> dict[str, object]:
@@ -10108,6 +10123,10 @@ def secret_modules(port: int, garbage: int) -> dict[str, object]:
         "unresolved": http_module(1, address="a..b", **secrets),
         "garbage": http_module(garbage, **secrets),
         "tls": {**http_module(port, scheme="https", **secrets), "timeout": "50ms"},
+        "password file": http_module(
+            port, basic_auth_username="user", basic_auth_password_file="password"
+        ),
+        "token file": http_module(garbage, bearer_token_file="bearer"),
         "exec": exec_module("echo up 1", env={"TOKEN": SECRET}),
         "failing": exec_module("head -c 5000 /dev/zero >&2; exit 3", env={"TOKEN": SECRET}),
         "missing": {
@@ -10127,47 +10146,113 @@ class Journal(NamedTuple):
     log: list[str]
 
 
+def secret_web_flags(folder: Path) -> list[str]:
+    """The flags for TLS with users and a token file, a secret in each file of them."""
+    key = put_secret(folder / "key.pem", Path(Issuer(folder, "ca").server()).read_text())
+    put_secret(key, f"{SECRET}\n{key.read_text()}")
+    tls = {"cert_file": "key.pem", "key_file": "key.pem"}
+    web = {"tls_server_config": tls, "basic_auth_users": {"user": SECRET_HASH}}
+    put_secret(folder / "web.yml", json.dumps(web))
+    put_secret(folder / "web-token")
+    return ["-web.config.file=web.yml", "-web.bearer.token-file=web-token"]
+
+
+def ask_for(port: int, path: str, headers: Mapping[str, str], ca: Path) -> Answer:
+    """One request; over TLS if there is an authority for that."""
+    if not ca.exists():
+        return fetch(port, path, headers)
+    context = ssl.create_default_context(cafile=str(ca))
+    connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=context)
+    with contextlib.closing(connection):
+        return ask_on(connection, path, headers)
+
+
+def spoil_secrets(folder: Path, ask: Callable[[str], Answer]) -> None:
+    """Make the files of all credentials useless, and ask until that is noticed."""
+    put_secret(folder / "web-token", f"{SECRET}\xff".encode("latin-1"))
+    put_secret(folder / "key.pem", f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n")
+    put_secret(folder / "web.yml", f"basic_auth_users: {{user: $2b$04${SECRET}}}\n{SECRET}")
+    for name in ("password", "bearer"):
+        put_secret(folder / name, f"{SECRET}\xff".encode("latin-1"))
+    looked_at = time.monotonic() + expexp.Limits.rotation_seconds + 0.05
+    wait_until(lambda: time.monotonic() > looked_at)
+    for module in ("password%20file", "token%20file"):
+        ask(f"/proxy?module={module}")
+    assert "_last_reload_successful 0\n" in ask("/metrics").text
+
+
 def keep_journal(folder: Path, *flags: str) -> Journal:
     """Run expexp as users do, ask it for everything, and stop it."""
     answers: list[str] = []
     statuses: dict[str, int] = {}
     authorized = {"Authorization": f"Bearer {SECRET}"}
+    for name in ("password", "bearer"):
+        put_secret(folder / name)
     with target(ok(b"up 1\n")) as port, target(b"\x1b[31m nonsense\r\n\r\n") as garbage:
         modules = secret_modules(port, garbage)
         (folder / "c.json").write_text(json.dumps({"modules": modules}))
         options = ["-config=c.json", "-web.listen-address=127.0.0.1:0", "-log.level=trace"]
-        with process(*options, f"-web.bearer.token={SECRET}", *flags, folder=folder) as started:
+        with process(*options, *flags, folder=folder) as started:
             assert started.stderr
             log: list[str] = []
-            while not (found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", "".join(log))):
+            while not (
+                found := re.search(r"listening on https?://127\.0\.0\.1:(\d+)", "".join(log))
+            ):
                 line = started.stderr.readline()
                 assert line, f"ended before it listened: {log}"
                 log.append(line)
-            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
-            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
-            requests = [(path, authorized) for path in paths]
-            requests += [("/", {**authorized, "Accept": "application/json"}), ("/", {})]
-            requests += [("/", {"Authorization": "Bearer other"}), ("/metrics", authorized)]
-            for path, headers in requests:
-                answer = fetch(int(found[1]), path, headers)
+
+            def ask_once(path: str, headers: Mapping[str, str] = authorized) -> Answer:
+                answer = ask_for(int(found[1]), path, headers, folder / "ca.pem")
                 answers.append(f"{answer.headers}\n{answer.text}")
                 statuses.setdefault(path, answer.status)
+                return answer
+
+            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
+            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
+            for path in paths:
+                ask_once(path)
+            ask_once("/", {**authorized, "Accept": "application/json"})
+            for given in (
+                "",
+                "Bearer other",
+                f"Bearer x{SECRET}",
+                SECRET,
+                f"Basic {SECRET}",
+                *(basic(*pair)["Authorization"] for pair in TRIED),
+            ):
+                ask_once("/-/healthy", {"Authorization": given} if given else {})
+            if (folder / "ca.pem").exists():
+                refused = exchange(
+                    int(found[1]), f"GET /?a HTTP/1.0\r\nA: {SECRET}\r\n\r\n".encode()
+                )
+                answers.append(refused.decode())
+                send_only(int(found[1]), f"\x16{SECRET}".encode() * 99)
+                spoil_secrets(folder, ask_once)
             started.send_signal(signal.SIGTERM)
             rest = started.stderr.read()
             assert started.wait(20) == 0
     return Journal(answers, statuses, ("".join(log) + rest).splitlines())
 
 
+#: Users and passwords: right, wrong, unknown.
+TRIED = [("user", SECRET), ("user", f"{SECRET}x"), ("other", SECRET), ("user", f"{SECRET}\0")]
+
+
 @pytest.fixture(scope="module")
 def journals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Journal]:
-    folders = [tmp_path_factory.mktemp("journal") for _ in range(2)]
+    forms = {"text": [], "json": ["-log.json"], "text, TLS": [], "json, TLS": ["-log.json"]}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        text = pool.submit(keep_journal, folders[0])
-        as_json = pool.submit(keep_journal, folders[1], "-log.json")
-        return {"text": text.result(), "json": as_json.result()}
+        kept = {}
+        for form, flags in forms.items():
+            folder = tmp_path_factory.mktemp("journal")
+            plain = [f"-web.bearer.token={SECRET}"]
+            secret = secret_web_flags(folder) if "TLS" in form else plain
+            kept[form] = pool.submit(keep_journal, folder, *secret, *flags)
+        return {form: journal.result() for form, journal in kept.items()}
 
 
-FORMS = pytest.mark.parametrize("form", ["text", "json"])
+FORMS = pytest.mark.parametrize("form", ["text", "json", "text, TLS", "json, TLS"])
 
 
 @FORMS
@@ -10175,7 +10260,7 @@ def test_no_secret_comes_out_of_pages_answers_and_logs_bug_6(
     journals: dict[str, Journal], form: str
 ) -> None:
     journal = journals[form]
-    assert not [line for line in journal.answers + journal.log if SECRET in line]
+    assert not [line for line in journal.answers + journal.log if shows_secret(line)]
 
 
 @FORMS
@@ -10196,6 +10281,8 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
         "unresolved": 502,
         "garbage": 502,
         "tls": 504,
+        "password%20file": 200,
+        "token%20file": 502,
         "exec": 200,
         "failing": 500,
         "missing": 500,
@@ -10205,6 +10292,9 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
     log = "\n".join(journal.log)
     for name in ("refused", "unresolved", "garbage", "tls", "failing", "missing", "slow"):
         assert f"module {name}: " in log
+    if "TLS" in form:
+        assert "TLS handshake failed: protocol: " in log
+        assert log.count("changed files are not used, the former stay: ") == 3
     assert log.count("(took ") == len(journal.answers)
 
 
@@ -10229,8 +10319,9 @@ def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Jo
         assert record["level"] in ("debug", "info", "warning", "error")
 
 
-@pytest.mark.usefixtures("here")
-def test_no_repr_shows_a_secret() -> None:
+def test_no_repr_shows_a_secret(here: Path) -> None:
+    for name in ("password", "bearer"):
+        put_secret(here / name)
     config = load(json.dumps({"modules": secret_modules(1, 2)}), "c.json")
     options = expexp.parse_flags([f"-web.bearer.token={SECRET}"])
     for module in config.modules.values():
@@ -10279,6 +10370,69 @@ def test_no_problem_of_a_configuration_shows_a_secret(text: str) -> None:
     messages = problems_of(text)
     assert messages
     assert not [message for message in messages if SECRET in message]
+
+
+#: A file of credentials, what is in it, and where it is named; none of them is usable.
+BAD_CREDENTIALS = {
+    "a hash that is none": ("web.yml", f"basic_auth_users: {{a: $2b$04${SECRET}}}"),
+    "a password in place of a hash": ("web.yml", f"basic_auth_users: {{a: {SECRET}}}"),
+    "a password in place of a user": ("web.yml", f"basic_auth_users: {{'a:{SECRET}': x}}"),
+    "a hash that costs too much": (
+        "web.yml",
+        f"basic_auth_users: {{a: {SECRET_HASH.replace('$04$', '$31$')}}}",
+    ),
+    "a hash that is cut": ("web.yml", f"basic_auth_users: {{a: {SECRET_HASH[:-1]}}}"),
+    "a hash in a list": ("web.yml", f"basic_auth_users: {{a: [{SECRET_HASH}]}}"),
+    "hashes in a list": ("web.yml", f"basic_auth_users: [{SECRET_HASH}, {SECRET}]"),
+    "users that are a text": ("web.yml", f"basic_auth_users: {SECRET}"),
+    "a user twice": ("web.yml", f"basic_auth_users: {{a: {SECRET_HASH}, a: {SECRET_HASH}}}"),
+    "a list that does not end": ("web.yml", f"basic_auth_users: {{a: [{SECRET}, {SECRET_HASH}"),
+    "a key in the file itself": (
+        "web.yml",
+        f"tls_server_config: {{cert_file: a, key_file: b, key: {SECRET}}}",
+    ),
+    "a key of two lines in the file itself": (
+        "web.yml",
+        f"tls_server_config:\n  key: |\n    -----BEGIN\n    {SECRET}\n",
+    ),
+    "a password under an unknown key": ("web.yml", f"password: {SECRET}"),
+    "a web configuration that is a text": ("web.yml", SECRET),
+    "a web configuration that is no UTF-8": ("web.yml", f"a: {SECRET}\xff"),
+    "an empty token": ("web-token", "\n"),
+    "a token that is no UTF-8": ("web-token", f"{SECRET}\xff"),
+    "a token that is too long": ("web-token", SECRET * 20_000),
+    "a key that is none": (
+        "key.pem",
+        f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----\n",
+    ),
+    "a key with words about it alone": ("key.pem", SECRET),
+    "a password of a target that is no UTF-8": ("password", f"{SECRET}\xff"),
+    "a password of a target that is too long": ("password", SECRET * 20_000),
+    "a token of a target that is no UTF-8": ("bearer", f"{SECRET}\xff"),
+    "an empty token of a target": ("bearer", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_CREDENTIALS.values(), ids=BAD_CREDENTIALS)
+def test_no_problem_of_credentials_shows_a_secret(
+    name: str, content: str, here: Path, main_in_process: Callable[..., tuple[int, str]]
+) -> None:
+    flags = secret_web_flags(here)
+    for file in ("password", "bearer"):
+        put_secret(here / file)
+    modules = {
+        "a": http_module(1, basic_auth_username="user", basic_auth_password_file="password"),
+        "b": http_module(1, bearer_token_file="bearer"),
+    }
+    (here / "c.json").write_text(json.dumps({"modules": modules}))
+    put_secret(here / name, content.encode("latin-1"))
+    for form in ("true", "false"):
+        served = [f"-web.listen-address={LOCAL}", "-log.level=trace", f"-log.json={form}"]
+        code, text = main_in_process("-config=c.json", *flags, *served)
+        assert code == 1
+        assert {"password": "modules.a", "bearer": "modules.b"}.get(name, name) in text
+        assert not shows_secret(text)
+        assert "Traceback" not in text
 
 
 # ==================================================================================================
