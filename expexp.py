@@ -2106,7 +2106,8 @@ AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerif
 A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
-read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+")
+# Not shown: behind a colon the password could follow.
+read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
 read_users: Final = mapping_of(read_user, read_hash)
 
@@ -2403,6 +2404,8 @@ class DocumentReader:
     def web_config(self, node: Node) -> WebConfig:
         """The web configuration of a whole file."""
         declared, tls = declared_keys(WebConfig), declared_keys(TlsServer)
+        if node.kind != "mapping":  # a file with a password, named by mistake: it is not shown
+            node = Node(node.kind, "", node.place)
         nodes = self.entries(node, "", (*declared, "tls_server_config"))
         values, section = self.values(declared, nodes, ""), nodes.get("tls_server_config", ABSENT)
         if section.kind == "nothing":
