@@ -8254,10 +8254,12 @@ class Issuer:
         self._key = cast("ec.EllipticCurvePrivateKey", key)
         self._count = itertools.count()
 
-    def server(self, *names: str, rsa: bool = False) -> str:
+    def server(self, *names: str, rsa: bool = False, days: int = 1) -> str:
         """The file of a certificate for a server, and its key."""
         kind = trustme.KeyType.RSA if rsa else trustme.KeyType.ECDSA
-        made = self.ca.issue_cert(*(names or ("localhost", "127.0.0.1", "::1")), key_type=kind)
+        ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        names = names or ("localhost", "127.0.0.1", "::1")
+        made = self.ca.issue_cert(*names, key_type=kind, not_after=ends)
         return self._write(made.private_key_and_cert_chain_pem.bytes())
 
     def client(
@@ -10957,6 +10959,167 @@ def test_prometheus_is_told_why_a_module_is_down(
 def test_the_time_of_modification_arrives_in_prometheus(world: ScrapedWorld) -> None:
     mtime = (world.further.log_path.parent / "body.prom").stat().st_mtime
     assert world.value("expexp_file_mtime_timestamp", "file") == pytest.approx(mtime)
+
+
+# Mutual TLS and users, with real clients.
+
+
+class Guarded(NamedTuple):
+    """A real expexp that wants a client's certificate and a user, and the files for a client."""
+
+    folder: Path
+    port: int
+    ca: str
+    client: str
+    process: subprocess.Popen[str]
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}/proxy?module=m"
+
+
+@pytest.fixture
+def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Iterator[Guarded]:
+    folder = tmp_path / "guarded"
+    folder.mkdir()
+    (folder / "body.prom").write_bytes(COUNTED_BODY)
+    broken = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\na 1\n"
+    with target(broken) as port:
+        modules = {
+            "m": file_module(folder / "body.prom"),
+            "broken": {**http_module(port), "verify": False},
+        }
+        (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
+        files = Rotating(folder, cast(Secure, None))
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.server)
+        files.put_web("scraper")
+        flags = ["-web.config.file=web.yml", f"-web.listen-address={LOCAL}", "-log.level=info"]
+        with process(*flags, folder=folder) as started:
+            (url,), _ = listeners(started, 1)
+            own_port = int(url.rpartition(":")[2])
+            yield Guarded(folder, own_port, authorities.ours.file, good_client, started)
+
+
+def curl(guarded: Guarded, *options: str, url: str = "") -> subprocess.CompletedProcess[str]:
+    """What curl says, which trusts our authority."""
+    command = [peer_program("curl"), "-sSf", "--max-time", "10", "--cacert", guarded.ca, *options]
+    return subprocess.run(
+        [*command, url or guarded.url], capture_output=True, text=True, check=False, timeout=20
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version", [["--tls-max", "1.2"], ["--tlsv1.3"]], ids=["1.2", "1.3"])
+def test_curl_gets_an_exposition_with_a_certificate_and_a_user(
+    version: list[str], guarded: Guarded
+) -> None:
+    ended = curl(guarded, "--cert", guarded.client, "-u", "scraper:right", *version)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(COUNTED_BODY.decode())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("has_certificate", "user", "codes", "words"),
+    [
+        pytest.param(True, [], {22}, "401", id="without a user"),
+        pytest.param(True, ["-u", "scraper:wrong"], {22}, "401", id="with a wrong password"),
+        pytest.param(True, ["-u", "other:right"], {22}, "401", id="with an unknown user"),
+        pytest.param(
+            False, ["-u", "scraper:right"], {35, 56}, "certificate", id="without a certificate"
+        ),
+    ],
+)
+def test_curl_is_refused(
+    has_certificate: bool, user: list[str], codes: set[int], words: str, guarded: Guarded
+) -> None:
+    ended = curl(guarded, *(["--cert", guarded.client] if has_certificate else []), *user)
+    assert ended.returncode in codes
+    assert words in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
+def test_curl_finds_a_stream_that_breaks_off_broken(version: str, guarded: Guarded) -> None:
+    who = ["--cert", guarded.client, "-u", "scraper:right"]
+    ended = curl(guarded, *who, version, url=guarded.url.replace("module=m", "module=broken"))
+    assert ended.returncode in (18, 56)
+
+
+def guarded_jobs(guarded: Guarded) -> str:
+    """Jobs of a Prometheus: one that may scrape, and some that may not."""
+    trust = {"ca_file": guarded.ca, "server_name": "localhost"}
+    known = {**trust, "cert_file": guarded.client, "key_file": guarded.client}
+    right = {"username": "scraper", "password": "right"}
+    common = {
+        "scheme": "https",
+        "metrics_path": "/proxy",
+        "params": {"module": ["m"]},
+        "scrape_interval": "400ms",
+        "scrape_timeout": "400ms",
+        "static_configs": [{"targets": [f"127.0.0.1:{guarded.port}"]}],
+    }
+    jobs: dict[str, dict[str, object]] = {
+        "right": {"tls_config": known, "basic_auth": right},
+        "wrong_password": {"tls_config": known, "basic_auth": {**right, "password": "wrong"}},
+        "no_certificate": {"tls_config": trust, "basic_auth": right},
+        "plain": {"scheme": "http", "basic_auth": right},
+    }
+    return json.dumps(
+        {"scrape_configs": [{**common, "job_name": name, **job} for name, job in jobs.items()]}
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
+    guarded: Guarded, authorities: Authorities
+) -> None:
+    program = peer_program("prometheus")
+    (guarded.folder / "prometheus.yaml").write_text(guarded_jobs(guarded))
+    address = f"127.0.0.1:{free_port()}"
+    command = [program, "--config.file=prometheus.yaml", "--storage.tsdb.path=data"]
+    command += [f"--web.listen-address={address}"]
+    files = Rotating(guarded.folder, cast(Secure, None))
+    secure = authorities.context(guarded.client)
+    with peer_running(command, f"http://{address}", "/-/ready", guarded.folder) as prometheus:
+        world = ScrapedWorld(prometheus, prometheus, prometheus)
+
+        def scrapes() -> float:
+            return world.query("count_over_time(up{job='right'}[5m])").get("right", 0)
+
+        def expiry() -> str:
+            request = b"GET /metrics HTTP/1.0\r\nAuthorization: %b\r\n\r\n"
+            user = basic("scraper", "right")["Authorization"].encode()
+            page = said(guarded.port, secure, request % user).decode()
+            assert "expexp_credentials_last_reload_successful 1\n" in page
+            found = re.search(r"(?m)^expexp_tls_certificate_expiry_.* (\S+)$", page)
+            return found[1] if found else ""
+
+        eventually(lambda: len(world.query("up")) == 4 or None, "all jobs to be scraped")
+
+        def has_changed(former: str) -> bool | None:
+            return expiry() != former or None
+
+        def has_more(former: float) -> bool | None:
+            return scrapes() >= former + 4 or None
+
+        for days in (2, 3, 4):
+            former, before = expiry(), scrapes()
+            files.put_pair(authorities.ours.server("localhost", "127.0.0.1", days=days))
+            eventually(functools.partial(has_changed, former), "the certificate to be new", 5)
+            eventually(functools.partial(has_more, before), "more scrapes", 15)
+        query = "min_over_time(up[5m])"
+        expected = {"right": 1, "wrong_password": 0, "no_certificate": 0, "plain": 0}
+        assert world.query(query) == expected, world.last_errors()
+        assert world.value("scrape_samples_scraped", "right") == count_samples(COUNTED_BODY) + 1
+        errors = world.last_errors()
+    assert errors["right"] == ""
+    assert errors["wrong_password"] == "server returned HTTP status 401 Unauthorized"
+    assert "certificate" in errors["no_certificate"]
+    assert errors["plain"] == "server returned HTTP status 400 Bad Request"
 
 
 if __name__ == "__main__":
