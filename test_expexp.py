@@ -1083,14 +1083,18 @@ def running(
         path.write_text(text)
         arguments = ["-config", str(path), "-web.listen-address", "127.0.0.1:0", *flags]
         program = expexp.Program(expexp.parse_flags(arguments), limits)
-        server = program.servers[0]
-        thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
-        thread.start()
+        threads = [
+            threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
+            for server in program.servers
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            yield Running(program, server.server_address[1])
+            yield Running(program, program.servers[0].server_address[1])
         finally:
             program.stop()
-            thread.join()
+            for thread in threads:
+                thread.join()
 
 
 @contextlib.contextmanager
@@ -9201,6 +9205,22 @@ def test_a_kept_connection_is_answered_then_closed_after(
             assert connection.sock is not None
 
 
+def test_a_kept_plain_connection_beside_tls_is_answered_after_another_authority(
+    authorities: Authorities, tmp_path: Path
+) -> None:
+    put_in_place(tmp_path / "ca.pem", Path(authorities.ours.file).read_text())
+    flags = ["-web.tls.listen-address", LOCAL, "-web.tls.verify"]
+    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.ca", str(tmp_path / "ca.pem")]
+    with running({}, *flags, limits=AT_ONCE) as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").headers["Connection"] == "keep-alive"
+            put_in_place(tmp_path / "ca.pem", Path(authorities.other.file).read_text())
+            answer = ask_on(connection, "/-/healthy")
+            assert (answer.body, answer.headers["Connection"]) == (HEALTHY, "close")
+
+
 def scrape_like_a_browser(connection: http.client.HTTPSConnection) -> Answer:
     """A scrape; where a kept connection turns out to be closed, once more on a new one."""
     was_kept = connection.sock is not None
@@ -9411,6 +9431,22 @@ def test_tls_ends_with_a_goodbye_after(request_: bytes, version: str, secure: St
     with secure(limits=fast_limits(idle_seconds=0.1)) as served:
         answer = said_to_its_end(served.port, of_version(served.context, version), request_)
         assert len(statuses(answer)) == 1
+
+
+def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted(
+    secure: Start,
+) -> None:
+    with (
+        secure() as served,
+        connect_at_once(served.port) as plain,
+        served.context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        with contextlib.suppress(OSError):  # we may have closed before all of it was sent
+            client.sendall(bytes(1_000_000))
+        answer = read_all(client)
+    assert statuses(answer) == [405]
+    assert answer.endswith(b"405 method not allowed\n")
 
 
 def test_openssl_sees_the_goodbye(certified: tuple[str, Secure]) -> None:
