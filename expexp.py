@@ -4081,10 +4081,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         arrived = self.rfile.peek(1)
         connections.mark(self._slot, idle=False)
         held: Credentials = self._access.credentials.current()
+        trusts = [each.tls.trust for each in (self._credentials, held) if each.tls]
         # Without a word where the client has closed, or got in by rules that hold no more.
-        if not arrived or (self._credentials.tls and self._credentials.tls.trust) != (
-            held.tls and held.tls.trust
-        ):
+        if not arrived or (self.server.speaks_tls and trusts[0] != trusts[-1]):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
