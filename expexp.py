@@ -1987,7 +1987,8 @@ AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerif
 A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
-read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+")
+# Not shown: behind a colon the password could follow.
+read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
@@ -2719,7 +2720,10 @@ def load_web_config(options: Options, reader: CredentialReader) -> WebConfig:
         with reader.noting(""):
             parse = parse_json if filename.endswith(".json") else parse_yaml
             text = load_text(reader.watched(filename), Limits.config_bytes)
-            web = reader.section(WebConfig, parse(text), "") or web
+            node = parse(text)
+            if node.kind != "mapping":  # a file with a password, named by mistake, is not shown
+                node = Node(node.kind, "", node.place)
+            web = reader.section(WebConfig, node, "") or web
             if web.basic_auth_users:
                 reader.warn_of_readers(filename)
             elif not (web.tls_server_config or reader.problems):
@@ -3813,17 +3817,27 @@ class Connections:
 HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
 
 
-def handshake_fault(error: OSError | ScrapeError) -> str:
+class HandshakeError(OSError):
+    """A client's certificate is well-formed, but does not let it in; says which fault that is."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        """Keep the fault."""
+        super().__init__(message)
+        self.fault = fault
+
+
+def handshake_fault(error: Any) -> str:
     """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
-    reason = getattr(error, "reason", "") if isinstance(error, ssl.SSLError) else ""
+    reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     faults = {
         "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
-        "not_allowed": isinstance(error, PermissionError),
-        "closed": not isinstance(error, ssl.SSLError) or "EOF" in reason,
+        "not_allowed": isinstance(error, UnicodeError),  # a name that is no text
+        # Of a reset Python says that it was "Closed before TLS handshake".
+        "closed": not isinstance(error, ssl.SSLError) or re.search("EOF|Closed before", reason),
         "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
         "refused_by_client": "ALERT" in reason,
     }
-    return next(filter(faults.get, faults), tls_fault(error))
+    return getattr(error, "fault", "") or next(filter(faults.get, faults), tls_fault(error))
 
 
 class ClientConnection(http.server.BaseHTTPRequestHandler):
@@ -3847,12 +3861,12 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         try:
             if self.server.speaks_tls:
                 self._shake_hands()
-        except (OSError, ScrapeError) as error:
+        except (OSError, ScrapeError, UnicodeError) as error:
             fault = handshake_fault(error)
             self._application.count_handshake(fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
-            if isinstance(error, (ssl.SSLError, PermissionError)):
+            if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
@@ -3885,9 +3899,12 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             duplicate.settimeout(self._remaining())
             self.connection = tls.context.wrap_socket(duplicate, server_side=True)
         certificate = self.connection.getpeercert() or {}
+        # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
+        if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
+            raise HandshakeError("expiry", "certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
         if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
-            raise PermissionError("no name in the certificate is allowed")
+            raise HandshakeError("not_allowed", "no name in the certificate is allowed")
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
@@ -3924,7 +3941,7 @@ class Handler(ClientConnection):
         connections.mark(self._slot, idle=False)
         held: Credentials = self._application.access.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
-        if not arrived or held.trust != self._credentials.trust:
+        if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:

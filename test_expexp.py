@@ -57,6 +57,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.registry import Collector
 
@@ -1145,14 +1146,18 @@ def running(
         path.write_text(text)
         arguments = ["-config", str(path), "-web.listen-address", "127.0.0.1:0", *flags]
         program = expexp.Program(expexp.parse_flags(arguments), limits)
-        server = program.servers[0]
-        thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
-        thread.start()
+        threads = [
+            threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
+            for server in program.servers
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            yield Running(program, server.server_address[1])
+            yield Running(program, program.servers[0].server_address[1])
         finally:
             program.stop()
-            thread.join()
+            for thread in threads:
+                thread.join()
 
 
 @contextlib.contextmanager
@@ -5327,16 +5332,11 @@ WEB_PROBLEMS = {
     ),
     "a user with a colon": (
         with_users(f'"a:b": {HASHED}'),
-        [
-            (
-                "w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon, "
-                'found "a:b"'
-            )
-        ],
+        ["w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon"],
     ),
     "a user without a name": (
         with_users(f'"": {HASHED}'),
-        ['w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon, found ""'],
+        ["w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon"],
     ),
     "a user without a hash": (
         with_users("a:"),
@@ -9923,6 +9923,1301 @@ def test_fifty_clients_at_once_all_get_their_answer() -> None:
         wait_until(lambda: served.metric("expexp_open_connections") == 1)
 
 
+# --- TLS towards clients: helpers
+#
+# One authority for everything, and one that nobody trusts. A client's certificate and key are one
+# file; `Secure` is an expexp that speaks TLS, with a client that may always ask.
+
+HEALTH_REQUEST = b"GET /-/healthy HTTP/1.0\r\n\r\n"
+REQUIRED = "RequireAndVerifyClientCert"
+Names = Sequence[x509.GeneralName]
+
+
+class Issuer:
+    """A certificate authority that makes clients' certificates, good and bad, in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.ca = folder, trustme.CA()
+        self.file = str(folder / f"{name}.pem")
+        self.ca.cert_pem.write_to_path(self.file)
+        self._certificate = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
+        key = serialization.load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        self._key = cast("ec.EllipticCurvePrivateKey", key)
+        self._count = itertools.count()
+
+    def server(self, *names: str, rsa: bool = False, days: int = 1) -> str:
+        """The file of a certificate for a server, and its key."""
+        kind = trustme.KeyType.RSA if rsa else trustme.KeyType.ECDSA
+        ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        names = names or ("localhost", "127.0.0.1", "::1")
+        made = self.ca.issue_cert(*names, key_type=kind, not_after=ends)
+        return self._write(made.private_key_and_cert_chain_pem.bytes())
+
+    def client(
+        self,
+        common: str = "client",
+        names: Names = (),
+        *,
+        ends_in: float = 3600,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
+        own: bool = False,
+        more: x509.ExtensionType | None = None,
+    ) -> str:
+        """The file of a client's certificate and its key; `own` is whether it signs itself."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+        issuer, signs = (subject, key) if own else (self._certificate.subject, self._key)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=2))
+            .not_valid_after(now + datetime.timedelta(seconds=ends_in))
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if more:
+            builder = builder.add_extension(more, critical=False)
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        signed = builder.sign(signs, hashes.SHA256())
+        return self._write(private + signed.public_bytes(serialization.Encoding.PEM))
+
+    def _write(self, content: bytes) -> str:
+        path = self.folder / f"{Path(self.file).stem}-{next(self._count)}.pem"
+        path.touch(0o600)
+        path.write_bytes(content)
+        return str(path)
+
+
+class Authorities(NamedTuple):
+    """Who makes certificates: one that we trust, one that nobody does."""
+
+    ours: Issuer
+    other: Issuer
+    server: str  # a certificate of ours for the loopback
+
+    def context(self, client: str = "") -> ssl.SSLContext:
+        """That of a client which trusts us, with its certificate, if it has any."""
+        context = ssl.create_default_context(cafile=self.ours.file)
+        if client:
+            context.load_cert_chain(client)
+        return context
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> Authorities:
+    folder = tmp_path_factory.mktemp("authorities")
+    ours = Issuer(folder, "ours")
+    return Authorities(ours, Issuer(folder, "other"), ours.server())
+
+
+@pytest.fixture(scope="module")
+def good_client(authorities: Authorities) -> str:
+    """The file of a client's certificate that is good, in the usual case."""
+    return authorities.ours.client("good", [x509.DNSName("good.example")])
+
+
+class Secure:
+    """An expexp that speaks TLS, and a client of it that may ask."""
+
+    def __init__(self, served: Running, context: ssl.SSLContext) -> None:
+        self.served, self.port, self.context = served, served.port, context
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        connection = self.connection()
+        with contextlib.closing(connection):
+            return ask_on(connection, path, headers)
+
+    def connection(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
+        context = context or self.context
+        return http.client.HTTPSConnection("localhost", self.port, timeout=5, context=context)
+
+    def metric(self, series: str) -> float:
+        lines = self.get("/metrics").text.splitlines()
+        return dict(_series(line) for line in lines if not line.startswith("#"))[series]
+
+    def faults(self) -> dict[str, float]:
+        """The reasons of failed handshakes that were counted, without those at zero."""
+        return {fault: n for fault, n in self.all_faults().items() if n}
+
+    def all_faults(self) -> dict[str, float]:
+        name = "expexp_tls_handshake_failures_total"
+        found = re.findall(rf'(?m)^{name}\{{reason="(.*)"\}} (\S+)$', self.get("/metrics").text)
+        return {fault: float(n) for fault, n in found}
+
+
+def ask_on(
+    connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """One request on a connection that stays open, if the server will have it so."""
+    connection.request("GET", path, headers=dict(headers or {}))
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
+
+
+def web_config(folder: Path, authorities: Authorities, **settings: object) -> str:
+    """The file of a web configuration with our certificate and these settings of TLS."""
+    if settings.get("client_auth_type", "NoClientCert") != "NoClientCert":
+        settings.setdefault("client_ca_file", authorities.ours.file)
+    pair = {"cert_file": authorities.server, "key_file": authorities.server}
+    path = folder / "web.yml"
+    path.touch(0o600)
+    path.write_text(json.dumps({"tls_server_config": {**pair, **settings}}))
+    return str(path)
+
+
+@pytest.fixture
+def secure(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Secure]]:
+    """Starts an expexp with modules, flags, limits and settings of TLS."""
+
+    @contextlib.contextmanager
+    def start(
+        *flags: str,
+        modules: Mapping[str, object] | None = None,
+        limits: expexp.Limits = FAST,
+        **settings: object,
+    ) -> Iterator[Secure]:
+        file = web_config(tmp_path, authorities, **settings)
+        with running(modules or {}, "-web.config.file", file, *flags, limits=limits) as served:
+            yield Secure(served, authorities.context(good_client))
+
+    return start
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Secure]]
+
+
+def connect_at_once(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """A client's socket that sends at once, as those of all HTTP clients do."""
+    client = socket.create_connection((host, port), timeout=5)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def said(port: int, context: ssl.SSLContext, request: bytes = HEALTH_REQUEST) -> bytes:
+    """All that the server says over TLS to this client; nothing if it does not let it in."""
+    answer = b""
+    with (
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        connect_at_once(port) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(request)
+        for piece in iter(lambda: client.recv(65536), b""):
+            answer += piece
+    return answer
+
+
+def admits(port: int, context: ssl.SSLContext) -> bool:
+    """Whether a client gets an answer; one that does not must not get a byte of any."""
+    answer = said(port, context)
+    assert answer == b"" or answer.endswith(HEALTHY)
+    return bool(answer)
+
+
+def of_version(context: ssl.SSLContext, version: str) -> ssl.SSLContext:
+    """The context, which from now on speaks this version alone."""
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    return context
+
+
+BOTH_VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+
+
+# --- TLS towards clients: who gets in
+
+
+def clients_of(authorities: Authorities) -> dict[str, tuple[str, str]]:
+    """Clients' certificates by what they are, and the fault that each of them has."""
+    ours, other = authorities.ours, authorities.other
+    return {
+        "of a wrong authority": (other.client(), "chain"),
+        "expired": (ours.client(ends_in=-60), "expiry"),
+        "signed by itself": (ours.client(own=True), "chain"),
+        "not for clients": (ours.client(usage=ExtendedKeyUsageOID.SERVER_AUTH), "chain"),
+    }
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize("kind", ["NoClientCert", "VerifyClientCertIfGiven", REQUIRED])
+def test_who_gets_in_is_decided_by_client_auth_type(
+    kind: str, version: str, secure: Start, authorities: Authorities, good_client: str
+) -> None:
+    clients = {"none": ("", "no_certificate"), "good": (good_client, "")}
+    clients |= clients_of(authorities)
+    let_in = {
+        "NoClientCert": set(clients),
+        "VerifyClientCertIfGiven": {"none", "good"},
+        REQUIRED: {"good"},
+    }[kind]
+    with secure(client_auth_type=kind) as served:
+        for what, (file, fault) in clients.items():
+            before = served.faults()
+            context = of_version(authorities.context(file), version)
+            assert admits(served.port, context) == (what in let_in), what
+            if what not in let_in:
+                after = {**before, fault: before.get(fault, 0) + 1}
+                wait_until(lambda after=after: served.faults() == after)  # type: ignore[misc]
+
+
+def test_a_client_without_certificate_is_told_why_it_does_not_get_in(
+    secure: Start, authorities: Authorities
+) -> None:
+    told = r"alert (certificate required|bad certificate)"
+    with secure(client_auth_type=REQUIRED) as served:
+        client = served.connection(authorities.context())
+        with contextlib.closing(client), pytest.raises(ssl.SSLError, match=told):
+            ask_on(client, "/-/healthy")
+
+
+def test_web_tls_verify_asks_for_certificates_as_the_original(
+    authorities: Authorities, good_client: str
+) -> None:
+    flags = ["-web.listen-address", "", "-web.tls.listen-address", "127.0.0.1:0"]
+    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.ca", authorities.ours.file]
+    for verify in ("true", "false"):
+        with running({}, *flags, f"-web.tls.verify={verify}") as served:
+            assert admits(served.port, authorities.context(good_client))
+            assert admits(served.port, authorities.context()) == (verify == "false")
+
+
+def ip(text: str) -> x509.IPAddress:
+    return x509.IPAddress(ipaddress.ip_address(text))
+
+
+#: A name in a certificate, what is allowed, and whether the client gets in.
+ALLOWED_NAMES = {
+    "a DNS name": (x509.DNSName("a.example"), "a.example", True),
+    "another DNS name": (x509.DNSName("a.example"), "b.example", False),
+    "a DNS name in other case": (x509.DNSName("a.example"), "A.example", False),
+    "a part of a DNS name": (x509.DNSName("a.example.org"), "a.example", False),
+    "a DNS name with a wildcard": (x509.DNSName("*.example"), "a.example", False),
+    "a pattern, which it is not": (x509.DNSName("a.example"), ".*", False),
+    "an IPv4 address": (ip("192.0.2.1"), "192.0.2.1", True),
+    "another IPv4 address": (ip("192.0.2.1"), "192.0.2.10", False),
+    "an IPv6 address": (ip("2001:db8::1"), "2001:db8::1", True),
+    "an IPv6 address in another spelling": (ip("2001:db8::1"), "2001:0DB8:0:0::0001", True),
+    "another IPv6 address": (ip("2001:db8::1"), "2001:db8::2", False),
+    "an email address": (x509.RFC822Name("a@example.org"), "a@example.org", True),
+    "another email address": (x509.RFC822Name("a@example.org"), "b@example.org", False),
+    "an email address in other case": (x509.RFC822Name("a@example.org"), "A@example.org", False),
+    "a URI": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a/b", True),
+    "another URI": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a", False),
+    "a URI in other case": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a/B", False),
+    "a registered id, which is none": (x509.RegisteredID(NameOID.COMMON_NAME), "2.5.4.3", False),
+}
+
+
+@pytest.mark.parametrize(("name", "allowed", "expected"), ALLOWED_NAMES.values(), ids=ALLOWED_NAMES)
+def test_client_allowed_sans_is_compared_exactly_with(
+    name: x509.GeneralName,
+    allowed: str,
+    expected: bool,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    file = authorities.ours.client("common", [x509.DNSName("first.example"), name])
+    sans = ["not.this.one", allowed, "good.example"]
+    with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
+        assert admits(served.port, authorities.context(file)) is expected
+        assert served.faults() == ({} if expected else {"not_allowed": 1})
+
+
+def test_client_allowed_sans_does_not_look_at_the_common_name(
+    secure: Start, authorities: Authorities
+) -> None:
+    sans = ["a.example", "good.example"]
+    with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
+        for names in ([], [x509.DNSName("b.example")]):
+            file = authorities.ours.client("a.example", names)
+            assert not admits(served.port, authorities.context(file))
+        assert served.faults() == {"not_allowed": 2}
+
+
+def test_client_allowed_sans_asks_nothing_of_a_client_that_needs_no_certificate(
+    secure: Start, authorities: Authorities
+) -> None:
+    kind, sans = "VerifyClientCertIfGiven", ["good.example"]
+    with secure(client_auth_type=kind, client_allowed_sans=sans) as served:
+        assert admits(served.port, authorities.context())
+        assert not admits(served.port, authorities.context(authorities.ours.client("a.example")))
+
+
+NO_NAMES: Names = ()
+#: The common name and other names in a certificate, the pattern, and whether the client gets in.
+MATCHES = {
+    "the common name": ("a.example", NO_NAMES, r"^a\.example$", True),
+    "another common name": ("b.example", NO_NAMES, r"^a\.example$", False),
+    "a common name in other case": ("A.example", NO_NAMES, r"^a\.example$", False),
+    "any part of a common name": ("host-a.example.org", NO_NAMES, r"a\.example", True),
+    "a DNS name": ("x", [x509.DNSName("a.example")], r"^a\.example$", True),
+    "the second DNS name": (
+        "x",
+        [x509.DNSName("b.example"), x509.DNSName("a.example")],
+        r"^a\.example$",
+        True,
+    ),
+    "another DNS name": ("x", [x509.DNSName("b.example")], r"^a\.example$", False),
+    "an email address": ("x", [x509.RFC822Name("a@example.org")], r"@example\.org$", True),
+    "another email address": ("x", [x509.RFC822Name("a@example.com")], r"@example\.org$", False),
+    "a URI": ("x", [x509.UniformResourceIdentifier("spiffe://a/b")], "^spiffe://a/", True),
+    "another URI": ("x", [x509.UniformResourceIdentifier("spiffe://b/a")], "^spiffe://a/", False),
+    "an IPv4 address": ("x", [ip("192.0.2.7")], r"^192\.0\.2\.\d$", True),
+    "another IPv4 address": ("x", [ip("192.0.3.7")], r"^192\.0\.2\.\d$", False),
+    "an IPv6 address in its short form": ("x", [ip("2001:db8:0:0::1")], "^2001:db8::1$", True),
+    "a name that ends in a line break": ("a.example\n", NO_NAMES, r"^a\.example$", False),
+    "a name of two lines": ("b\na.example", NO_NAMES, r"(?m)^a\.example$", False),
+    "a name that goes on after a NUL": ("a.example\0.b", NO_NAMES, r"^a\.example", False),
+    "a name that looks like an option": ("--help", NO_NAMES, "^--help$", True),
+    "a pattern that looks like an option": ("a-c", NO_NAMES, "-c", True),
+}
+
+
+@pytest.mark.parametrize(("common", "names", "pattern", "expected"), MATCHES.values(), ids=MATCHES)
+def test_certmatch_is_searched_in(
+    common: str,
+    names: Names,
+    pattern: str,
+    expected: bool,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    context = authorities.context(authorities.ours.client(common, names))
+    flags = [f"-web.tls.certmatch={pattern}|^good$"]
+    with secure(*flags, client_auth_type=REQUIRED) as served:
+        assert admits(served.port, context) is expected
+        if not expected:
+            assert served.faults() == {"not_allowed": 1}
+
+
+def test_certmatch_does_not_let_in_a_certificate_of_a_wrong_authority_with_the_right_name(
+    secure: Start, authorities: Authorities
+) -> None:
+    with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
+        file = authorities.other.client("good", [x509.DNSName("good.example")])
+        assert not admits(served.port, authorities.context(file))
+        assert served.faults() == {"chain": 1}
+
+
+def test_a_client_must_satisfy_certmatch_and_client_allowed_sans(
+    secure: Start, authorities: Authorities
+) -> None:
+    sans = ["a.example", "good.example"]
+    wanted = {"client_auth_type": REQUIRED, "client_allowed_sans": sans}
+    with secure("-web.tls.certmatch=^(one|good)$", **wanted) as served:
+        for common, name, expected in [
+            ("one", "a.example", True),
+            ("two", "a.example", False),
+            ("one", "b.example", False),
+        ]:
+            file = authorities.ours.client(common, [x509.DNSName(name)])
+            assert admits(served.port, authorities.context(file)) is expected, (common, name)
+
+
+def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
+    secure: Start, authorities: Authorities
+) -> None:
+    pattern, limits = "^([a-z0-9]+[.-]?)+$", fast_limits(certmatch_seconds=0.6)
+    slow = authorities.context(authorities.ours.client("a" * 40 + "!"))
+    flag = f"-web.tls.certmatch={pattern}"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        assert served.get("/-/healthy").body == HEALTHY
+        with ThreadPoolExecutor() as pool, taking(0.5, 4):
+            attempt = pool.submit(admits, served.port, slow)
+            wait_until(lambda: served.metric("expexp_open_connections") == 2)
+            asked = 0
+            while not attempt.done():
+                with taking(0, 0.4):
+                    assert served.get("/-/healthy").body == HEALTHY
+                asked += 1
+        assert attempt.result() is False
+        assert asked >= 3
+        assert served.faults() == {"timeout": 1}
+
+
+def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Authorities) -> None:
+    names = b"\x30\x05\x82\x03a\xff\xfe"  # one DNS name
+    odd = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+    file, records = authorities.ours.client("odd", more=odd), cast("list[logging.LogRecord]", [])
+    with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
+        with socket_recording(records):
+            assert not admits(served.port, authorities.context(file))
+            wait_until(served.faults)
+        assert sum(served.faults().values()) == 1
+    assert not [record for record in records if record.exc_info]
+
+
+# --- TLS towards clients: handshakes
+
+CLIENT_HELLO_START = b"\x16\x03\x01\x02\x00"  # the head of a record of 512 bytes
+
+
+def test_silent_clients_delay_nobody_and_are_gone_after_the_timeout(secure: Start) -> None:
+    limits = fast_limits(handshake_seconds=1.5, unread_seconds=0.1)
+    modules = {"m": exec_module("echo a 1")}
+    with secure(modules=modules, limits=limits) as served, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(served.port)) for _ in range(100)]
+        wait_until(lambda: served.metric("expexp_open_connections") == 101)
+        with taking(0, 0.8):
+            assert served.get("/proxy?module=m").body == b"a 1\n"
+        assert served.metric("expexp_open_connections") == 101
+        with taking(0, 2.5):
+            assert [client.recv(1) for client in silent] == [b""] * 100
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+        assert served.faults() == {"timeout": 100}
+
+
+def test_a_scrape_gets_in_although_silent_clients_have_taken_all_slots(secure: Start) -> None:
+    with secure(limits=fast_limits(connections=5)) as served, contextlib.ExitStack() as stack:
+        assert served.get("/-/healthy").body == HEALTHY
+        silent = [stack.enter_context(connect(served.port)) for _ in range(5)]
+        wait_until(lambda: len(served.served.program.connections._open) == 5)
+        for _ in range(3):
+            assert served.get("/-/healthy").body == HEALTHY
+        assert silent[0].recv(1) == b""
+        assert served.metric("expexp_rejected_connections_total") == 0
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(b"\x16", id="from its first byte on"),
+        pytest.param(CLIENT_HELLO_START + b"\x01", id="in its hello"),
+    ],
+)
+def test_a_handshake_that_drips_is_cut_at_the_timeout(start: bytes, secure: Start) -> None:
+    limits = fast_limits(handshake_seconds=0.2, unread_seconds=0.1)
+    with secure(limits=limits) as served:
+        with connect(served.port) as client, taking(0.19, 1):
+            client.sendall(start)
+            assert drip_until_closed(client, b"\x03") == b""
+        wait_until(lambda: served.faults() == {"timeout": 1})
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+
+
+def test_plain_http_gets_a_400_that_says_so(secure: Start) -> None:
+    with secure(client_auth_type=REQUIRED) as served:
+        answer = exchange(served.port, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert statuses(answer) == [400]
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert body == b"Client sent an HTTP request to an HTTPS server.\n"
+        assert b"\r\nConnection: close" in head
+        assert served.faults() == {"plain_http": 1}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer right\r\n\r\n", id="token"),
+        pytest.param(b"GET / HTTP/1.1\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n", id="two requests"),
+        pytest.param(b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", id="a body"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="another protocol"),
+        pytest.param(b"\n\nGET /metrics HTTP/1.0\r\n\r\n", id="empty lines first"),
+    ],
+)
+def test_plain_text_gets_nothing_but_that_400_although_it_has(sent: bytes, secure: Start) -> None:
+    with secure("-web.bearer.token", "right", limits=fast_limits(header_seconds=0.3)) as served:
+        answer = exchange(served.port, sent)
+    assert statuses(answer) == [400]
+    assert answer.endswith(b"\r\n\r\nClient sent an HTTP request to an HTTPS server.\n")
+
+
+def with_reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def hang_up(served: Secure, sent: bytes, *, reset: bool = False) -> None:
+    with connect(served.port) as client:
+        client.sendall(sent)
+        if reset:
+            with_reset(client)
+
+
+def send_only(port: int, sent: bytes) -> None:
+    """Say this, and wait for the end."""
+    with contextlib.suppress(ConnectionError):
+        exchange(port, sent)
+
+
+def refuse_certificate(served: Secure, version: str) -> None:
+    """Shake hands as a client that does not trust us."""
+    context = of_version(ssl.create_default_context(), version)
+    with connect(served.port) as plain, pytest.raises(ssl.SSLCertVerificationError):
+        context.wrap_socket(plain, server_hostname="localhost")
+
+
+def come_with(served: Secure, ours: Issuer, file: str = "") -> None:
+    """Try to get in with a certificate, or with none."""
+    context = ssl.create_default_context(cafile=ours.file)
+    if file:
+        context.load_cert_chain(file)
+    assert not admits(served.port, context)
+
+
+#: What a client does, the fault that is counted for it, and what the log says of it.
+HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
+    "is silent": (lambda s, _: send_only(s.port, b""), "timeout", "no answer in time"),
+    "stops in its hello": (
+        lambda s, _: send_only(s.port, CLIENT_HELLO_START),
+        "timeout",
+        "no answer in time",
+    ),
+    "closes at once": (lambda s, _: hang_up(s, b""), "closed", ".+"),
+    "resets at once": (lambda s, _: hang_up(s, b"", reset=True), "closed", ".+"),
+    "closes in its hello": (lambda s, _: hang_up(s, CLIENT_HELLO_START), "closed", ".+"),
+    "resets in its hello": (
+        lambda s, _: hang_up(s, CLIENT_HELLO_START, reset=True),
+        "closed",
+        ".+",
+    ),
+    "sends garbage": (lambda s, _: send_only(s.port, b"\x16" + b"\xff" * 600), "protocol", ".+"),
+    "sends a record of length 0": (
+        lambda s, _: send_only(s.port, b"\x16\x03\x01\0\0" * 50),
+        "protocol",
+        ".+",
+    ),
+    "has no version in common": (
+        lambda s, _: openssl(s.port, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0"),
+        "protocol",
+        "unsupported protocol",
+    ),
+    "does not trust us": (
+        lambda s, _: refuse_certificate(s, "TLSv1_3"),
+        "refused_by_client",
+        ".*alert unknown ca",
+    ),
+    "does not trust us, with TLS 1.2": (
+        lambda s, _: refuse_certificate(s, "TLSv1_2"),
+        "refused_by_client",
+        ".*alert unknown ca",
+    ),
+    "has no certificate": (
+        come_with,
+        "no_certificate",
+        "peer did not return a certificate",
+    ),
+    "has an expired certificate": (
+        lambda s, ours: come_with(s, ours, ours.client(ends_in=-60)),
+        "expiry",
+        "certificate has expired",
+    ),
+    "has a certificate of itself": (
+        lambda s, ours: come_with(s, ours, ours.client(own=True)),
+        "chain",
+        "self[- ]signed certificate",
+    ),
+    "has a name that is not allowed": (
+        lambda s, ours: come_with(s, ours, ours.client("bad")),
+        "not_allowed",
+        "no name in the certificate is allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "fault", "words"), HANDSHAKES.values(), ids=HANDSHAKES)
+def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
+    act: Callable[[Secure, Issuer], object],
+    fault: str,
+    words: str,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    records: list[logging.LogRecord] = []
+    limits = fast_limits(handshake_seconds=0.3, unread_seconds=0.3)
+    flag = "-web.tls.certmatch=^good$"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        with socket_recording(records):
+            act(served, authorities.ours)
+            wait_until(lambda: records)
+        assert served.faults() == {fault: 1}
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+    assert [(record.levelname, record.exc_info) for record in records] == [("INFO", None)]
+    line = rf"127\.0\.0\.1: TLS handshake failed: {fault}: {words}"
+    assert re.fullmatch(line, records[0].getMessage())
+    assert records[0].getMessage().isprintable()
+
+
+def test_every_reason_of_a_failed_handshake_is_on_the_page_and_proven(secure: Start) -> None:
+    with secure() as served:
+        assert set(served.all_faults()) == {fault for _, fault, _ in HANDSHAKES.values()} | {
+            "plain_http"
+        }
+        assert served.faults() == {}
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_failed_handshakes_leave_no_descriptor_and_no_thread(
+    secure: Start, authorities: Authorities
+) -> None:
+    bad, none = authorities.context(authorities.ours.client("bad")), authorities.context()
+    flag, limits = "-web.tls.certmatch=^good$", fast_limits(handshake_seconds=0.2)
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        assert served.get("/-/healthy").body == HEALTHY
+        wait_until(lambda: not served.served.program.connections._open)
+        open_before, threads_before = descriptors(), threading.active_count()
+        for _ in range(10):
+            assert not admits(served.port, bad)
+            assert not admits(served.port, none)
+            hang_up(served, b"")
+            hang_up(served, CLIENT_HELLO_START, reset=True)
+            send_only(served.port, b"\x16" + b"\xff" * 600)
+            refuse_certificate(served, "TLSv1_3")
+            exchange(served.port, HEALTH_REQUEST)
+        wait_until(lambda: not served.served.program.connections._open)
+        wait_until(lambda: threading.active_count() <= threads_before)
+        assert descriptors() <= open_before
+        assert sum(served.faults().values()) == 70
+
+
+# --- TLS towards clients: versions, suites and sessions
+
+
+class Probe(NamedTuple):
+    """What `openssl s_client` found: version and suite, or nothing where it was refused."""
+
+    version: str
+    suite: str
+    text: str
+
+
+def openssl(port: int, *options: str) -> Probe:
+    """Connect as a client that would take anything, less what its options say; then ask."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-ign_eof", *options]
+    ended = subprocess.run(
+        command,
+        input="GET /-/healthy HTTP/1.0\r\n\r\n",
+        env={**os.environ, "OPENSSL_CONF": "/dev/null"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    text = ended.stdout + ended.stderr
+    found = re.search(r"(?m)^(?:New|Reused), (TLSv[0-9.]+), Cipher is (\S+)$", text)
+    assert ("expexp is healthy." in text) == bool(found), text
+    version = re.search(r"(?m)^ *Protocol *: (\S+)$", text)
+    return (
+        Probe(version[1] if version else found[1], found[2], text) if found else Probe("", "", text)
+    )
+
+
+@pytest.fixture(scope="module", params=["RSA", "ECDSA"])
+def certified(
+    request: pytest.FixtureRequest,
+    authorities: Authorities,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, Secure]]:
+    """An expexp with a certificate of this kind: weak suites need RSA, others either."""
+    pair = authorities.ours.server("localhost", rsa=request.param == "RSA")
+    folder = tmp_path_factory.mktemp("certified")
+    file = web_config(folder, authorities, cert_file=pair, key_file=pair)
+    with running({}, "-web.config.file", file) as served:
+        yield request.param, Secure(served, authorities.context())
+
+
+AEAD = ["AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305"]
+
+
+@pytest.mark.parametrize("suite", AEAD)
+def test_tls_1_2_is_spoken_with_ecdhe_and(suite: str, certified: tuple[str, Secure]) -> None:
+    kind, served = certified
+    probe = openssl(served.port, "-tls1_2", "-cipher", f"ECDHE-{kind}-{suite}")
+    assert (probe.version, probe.suite) == ("TLSv1.2", f"ECDHE-{kind}-{suite}")
+
+
+@pytest.mark.parametrize("suite", ["AES_128_GCM_SHA256", "AES_256_GCM_SHA384"])
+def test_tls_1_3_is_spoken_with(suite: str, certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, "-tls1_3", "-ciphersuites", f"TLS_{suite}")
+    assert (probe.version, probe.suite) == ("TLSv1.3", f"TLS_{suite}")
+
+
+def test_the_newest_version_is_chosen(certified: tuple[str, Secure]) -> None:
+    assert openssl(certified[1].port).version == "TLSv1.3"
+
+
+#: Options of `openssl s_client`; each is something that it can speak, and that we must not.
+WEAK = {
+    "TLS 1.0": ["-tls1", "-cipher", "ALL:@SECLEVEL=0"],
+    "TLS 1.1": ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"],
+    "CBC": ["-tls1_2", "-cipher", "ECDHE+AES+SHA1:ECDHE+AES+SHA256:ECDHE+AES+SHA384"],
+    "no forward secrecy": ["-tls1_2", "-cipher", "kRSA"],
+    "finite fields": ["-tls1_2", "-cipher", "DHE"],
+    "CCM": ["-tls1_2", "-cipher", "AESCCM"],
+    "ARIA and Camellia": ["-tls1_2", "-cipher", "ARIA:CAMELLIA"],
+    "no certificate": ["-tls1_2", "-cipher", "aNULL:@SECLEVEL=0"],
+    "no encryption": ["-tls1_2", "-cipher", "eNULL:@SECLEVEL=0"],
+    "a shared key": ["-tls1_2", "-psk", "00", "-cipher", "PSK"],
+}
+
+
+@pytest.mark.parametrize("options", WEAK.values(), ids=WEAK)
+def test_it_does_not_speak(options: list[str], certified: tuple[str, Secure]) -> None:
+    served, before = certified[1], certified[1].faults().get("protocol", 0)
+    probe = openssl(served.port, *options)
+    assert (probe.version, probe.suite) == ("", "")
+    assert "alert" in probe.text  # it was we who refused
+    wait_until(lambda: served.faults() == {"protocol": before + 1})
+
+
+@pytest.mark.parametrize(
+    ("limits", "spoken"),
+    [
+        pytest.param({"min_version": "TLS13"}, ["TLSv1.3"], id="from 1.3"),
+        pytest.param({"max_version": "TLS12"}, ["TLSv1.2"], id="up to 1.2"),
+        pytest.param({"min_version": "TLS12", "max_version": "TLS12"}, ["TLSv1.2"], id="1.2 only"),
+        pytest.param(
+            {"min_version": "TLS12", "max_version": "TLS13"}, ["TLSv1.2", "TLSv1.3"], id="both"
+        ),
+    ],
+)
+def test_the_versions_spoken_are(
+    limits: dict[str, str], spoken: list[str], secure: Start, authorities: Authorities
+) -> None:
+    with secure(**limits) as served:
+        served.context = authorities.context()
+        probes = [openssl(served.port, option) for option in ("-tls1_2", "-tls1_3")]
+        assert [probe.version for probe in probes if probe.version] == spoken
+        refused = 2 - len(spoken)
+        assert served.faults() == ({"protocol": refused} if refused else {})
+
+
+@pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
+def test_no_session_ticket_is_issued(option: str, certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, option, "-msg")
+    assert probe.version
+    assert "NewSessionTicket" not in probe.text
+    assert "TLS session ticket" not in probe.text
+
+
+def resumable(port: int, context: ssl.SSLContext, session: Any = None) -> tuple[bytes, Any]:
+    """What the server says to a client that tries to go on with a session, and the session."""
+    with (
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        connect_at_once(port) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", session=session) as client,
+    ):
+        client.sendall(HEALTH_REQUEST)
+        return read_all(client), client.session
+    return b"", None
+
+
+def test_no_session_outlives_the_clients_certificate(
+    secure: Start, authorities: Authorities
+) -> None:
+    file = authorities.ours.client(ends_in=2)
+    context = of_version(authorities.context(file), "TLSv1_2")  # 1.3 has sessions by ticket alone
+    with secure(client_auth_type=REQUIRED) as served:
+        ends = time.time() + 2
+        answer, session = resumable(served.port, context)
+        assert answer.endswith(HEALTHY)
+        wait_until(lambda: time.time() > ends)
+        assert resumable(served.port, context, session)[0] == b""
+        assert served.faults() == {"expiry": 1}
+
+
+@BOTH_VERSIONS
+def test_no_session_outlives_its_authority(
+    version: str, secure: Start, authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    context = of_version(authorities.context(good_client), version)
+    with secure(client_auth_type=REQUIRED, limits=fast_limits(rotation_seconds=0)) as served:
+        answer, session = resumable(served.port, context)
+        assert answer.endswith(HEALTHY)
+        web_config(
+            tmp_path,
+            authorities,
+            client_auth_type=REQUIRED,
+            client_ca_file=authorities.other.file,
+        )
+        assert resumable(served.port, context, session)[0] == b""
+        served.context = authorities.context(authorities.other.client())
+        assert served.faults() == {"chain": 1}
+
+
+# --- TLS towards clients: rotation
+
+#: bcrypt, at its least cost, of the password `right`.
+HASH = "$2b$04$abcdefghijklmnopqrstuuFmEfrkTQnczNzw475xE2VhDrK1uwJiC"
+AT_ONCE = fast_limits(rotation_seconds=0)
+
+
+def put_in_place(path: Path, content: str) -> None:
+    """Replace a file as careful tools do: at no moment is it missing or half written."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.touch(0o600)
+    beside.write_text(content)
+    beside.replace(path)
+
+
+def signed_in(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+
+
+class Rotating(NamedTuple):
+    """An expexp with all that can change in files of its own, and a client that may ask."""
+
+    folder: Path
+    secure: Secure
+
+    def put(self, name: str, content: str) -> None:
+        put_in_place(self.folder / name, content)
+
+    def put_pair(self, file: str) -> None:
+        """The certificate and the key of a file that has both, one after the other."""
+        key, mark, certificate = Path(file).read_text().partition("-----BEGIN CERTIFICATE-----")
+        self.put("cert.pem", mark + certificate)
+        self.put("key.pem", key)
+
+    def put_web(self, *users: str, **settings: object) -> None:
+        """The web configuration with these users and settings of TLS."""
+        tls = {"cert_file": "cert.pem", "key_file": "key.pem", "client_ca_file": "ca.pem"}
+        section = {**tls, "client_auth_type": REQUIRED, **settings}
+        document = {"tls_server_config": section, "basic_auth_users": dict.fromkeys(users, HASH)}
+        self.put("web.yml", json.dumps(document if users else {"tls_server_config": section}))
+
+    def serial(self) -> str:
+        """The serial number of the certificate that a new client is shown."""
+        connection = self.secure.connection()
+        with contextlib.closing(connection):
+            connection.connect()
+            return str((connection.sock.getpeercert() or {})["serialNumber"])
+
+
+@pytest.fixture
+def rotating(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Rotating]]:
+    """Starts an expexp with users and flags, that looks at its files whenever a client comes."""
+
+    @contextlib.contextmanager
+    def start(*users: str, flags: Sequence[str] = (), **settings: object) -> Iterator[Rotating]:
+        (tmp_path / "node.prom").write_bytes(EXPOSITION)
+        files = Rotating(tmp_path, cast(Secure, None))
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.server)
+        files.put_web(*users, **settings)
+        modules = {"m": file_module(tmp_path / "node.prom")}
+        web = ["-web.config.file", str(tmp_path / "web.yml"), *flags]
+        with running(modules, *web, limits=AT_ONCE) as served:
+            yield Rotating(tmp_path, Secure(served, authorities.context(good_client)))
+
+    return start
+
+
+Rotate = Callable[..., contextlib.AbstractContextManager[Rotating]]
+
+
+def change_authority(files: Rotating, authorities: Authorities) -> None:
+    files.put("ca.pem", Path(authorities.other.file).read_text())
+
+
+#: Changes after which a client that was let in by its certificate might not be.
+CHANGES_OF_TRUST: dict[str, Callable[[Rotating, Authorities], None]] = {
+    "another authority": change_authority,
+    "one authority more": lambda files, authorities: files.put(
+        "ca.pem", "".join(Path(each.file).read_text() for each in authorities[:2])
+    ),
+    "other client_allowed_sans": lambda files, _: files.put_web(
+        client_allowed_sans=["good.example"]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_TRUST.values(), ids=CHANGES_OF_TRUST)
+def test_a_kept_connection_ends_without_an_answer_after(
+    change: Callable[[Rotating, Authorities], None], rotating: Rotate, authorities: Authorities
+) -> None:
+    with rotating() as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+            change(files, authorities)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+                ask_on(connection, "/-/healthy")
+
+
+def test_a_kept_connection_ends_without_an_answer_when_certificates_are_required_from_now_on(
+    rotating: Rotate,
+) -> None:
+    with rotating(client_auth_type="VerifyClientCertIfGiven") as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+            files.put_web(client_auth_type=REQUIRED)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+                ask_on(connection, "/-/healthy")
+
+
+#: Changes after which the client's certificate is as good as it was, and the next answer's status.
+OTHER_CHANGES: dict[str, tuple[Callable[[Rotating, Authorities], None], int]] = {
+    "another token": (lambda files, _: files.put("token", "other"), 401),
+    "another certificate of ours": (
+        lambda files, authorities: files.put_pair(authorities.ours.server()),
+        200,
+    ),
+    "the authority written anew": (
+        lambda files, authorities: files.put("ca.pem", Path(authorities.ours.file).read_text()),
+        200,
+    ),
+    "a user more": (lambda files, _: files.put_web("a", "b"), 200),
+}
+
+
+@pytest.mark.parametrize(("change", "status"), OTHER_CHANGES.values(), ids=OTHER_CHANGES)
+def test_a_kept_connection_is_answered_then_closed_after(
+    change: Callable[[Rotating, Authorities], None],
+    status: int,
+    rotating: Rotate,
+    authorities: Authorities,
+    tmp_path: Path,
+) -> None:
+    put_in_place(tmp_path / "token", "right")
+    flags = ["-web.bearer.token-file", str(tmp_path / "token")]
+    headers = {"Authorization": "Bearer right"}
+    with rotating("a", flags=flags) as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            for _ in range(2):
+                assert ask_on(connection, "/-/healthy", headers).status == 200
+                assert connection.sock is not None
+            change(files, authorities)
+            answer = ask_on(connection, "/-/healthy", headers)
+            assert (answer.status, answer.headers["Connection"]) == (status, "close")
+            assert ask_on(connection, "/-/healthy", headers).status == status
+            assert connection.sock is not None
+
+
+def test_a_kept_plain_connection_beside_tls_is_answered_after_another_authority(
+    authorities: Authorities, tmp_path: Path
+) -> None:
+    put_in_place(tmp_path / "ca.pem", Path(authorities.ours.file).read_text())
+    flags = ["-web.tls.listen-address", LOCAL, "-web.tls.verify"]
+    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.ca", str(tmp_path / "ca.pem")]
+    with running({}, *flags, limits=AT_ONCE) as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").headers["Connection"] == "keep-alive"
+            put_in_place(tmp_path / "ca.pem", Path(authorities.other.file).read_text())
+            answer = ask_on(connection, "/-/healthy")
+            assert (answer.body, answer.headers["Connection"]) == (HEALTHY, "close")
+
+
+def scrape_like_a_browser(connection: http.client.HTTPSConnection) -> Answer:
+    """A scrape; where a kept connection turns out to be closed, once more on a new one."""
+    was_kept = connection.sock is not None
+    try:
+        return ask_on(connection, "/proxy?module=m")
+    except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
+        connection.close()
+        if not was_kept:
+            raise
+        return ask_on(connection, "/proxy?module=m")
+
+
+@contextlib.contextmanager
+def scraping(secure: Secure) -> Iterator[list[int]]:
+    """Two threads that scrape on new connections and two on kept ones, all without a failure;
+    gives the number of scrapes of each so far."""
+    over, counts = threading.Event(), [0] * 4
+
+    def work(number: int) -> None:
+        connection = secure.connection()
+        with contextlib.closing(connection):
+            while not over.is_set():
+                answer = scrape_like_a_browser(connection)
+                assert (answer.status, answer.body.startswith(EXPOSITION)) == (200, True)
+                counts[number] += 1
+                if number % 2:
+                    connection.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        threads = [pool.submit(work, number) for number in range(4)]
+        try:
+            yield counts
+        finally:
+            over.set()
+        for thread in threads:
+            thread.result()
+
+
+def test_ten_certificates_follow_each_other_under_load_without_a_failed_scrape(
+    rotating: Rotate, authorities: Authorities
+) -> None:
+    pairs = [authorities.ours.server() for _ in range(10)]
+    with rotating() as files, scraping(files.secure) as counts:
+        shown = [files.serial()]
+        for pair in pairs:
+            before = list(counts)
+            files.put_pair(pair)
+            wait_until(lambda: files.serial() != shown[-1])
+            shown.append(files.serial())
+            wait_until(lambda before=before: all(n > m for n, m in zip(counts, before)))  # type: ignore[misc]
+        assert len(set(shown)) == 11
+        assert files.secure.metric("expexp_credentials_last_reload_successful") == 1
+        assert files.secure.faults() == {}
+
+
+def remove(name: str) -> Callable[[Rotating, Authorities], None]:
+    return lambda files, _: (files.folder / name).unlink()
+
+
+#: How what is in use becomes useless, and what the log says of it.
+GARBAGE: dict[str, tuple[Callable[[Rotating, Authorities], None], str]] = {
+    "a certificate that is none": (lambda files, _: files.put("cert.pem", "x\n"), "cert.pem"),
+    "an empty certificate": (lambda files, _: files.put("cert.pem", ""), "cert.pem"),
+    "a key that is none": (lambda files, _: files.put("key.pem", "x\n"), "key.pem"),
+    "the key of another certificate": (
+        lambda files, authorities: files.put(
+            "key.pem", Path(authorities.ours.server()).read_text().partition("-----BEGIN CERT")[0]
+        ),
+        "key.pem: key values mismatch",
+    ),
+    "an encrypted key": (
+        lambda files, _: files.put(
+            "key.pem",
+            ec.generate_private_key(ec.SECP256R1())
+            .private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(b"x"),
+            )
+            .decode(),
+        ),
+        "the key is encrypted",
+    ),
+    "a certificate that is gone": (remove("cert.pem"), "no such file or directory"),
+    "a key that is gone": (remove("key.pem"), "no such file or directory"),
+    "authorities that are none": (lambda files, _: files.put("ca.pem", "x"), "no certificate in"),
+    "authorities that are gone": (remove("ca.pem"), "no such file or directory"),
+    "a web configuration that is none": (lambda files, _: files.put("web.yml", "{"), "web.yml"),
+    "an empty web configuration": (lambda files, _: files.put("web.yml", ""), "web.yml"),
+    "a web configuration that is gone": (remove("web.yml"), "no such file or directory"),
+    "a web configuration without TLS": (
+        lambda files, _: files.put("web.yml", json.dumps({"basic_auth_users": {"a": HASH}})),
+        "TLS cannot be given up without a restart",
+    ),
+    "a web configuration with an unknown key": (
+        lambda files, _: files.put_web(min_versoin="TLS13"),
+        "min_versoin: unknown key",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), GARBAGE.values(), ids=GARBAGE)
+def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
+    spoil: Callable[[Rotating, Authorities], None],
+    words: str,
+    rotating: Rotate,
+    authorities: Authorities,
+    log: list[str],
+) -> None:
+    with rotating() as files:
+        former, working = files.serial(), "expexp_credentials_last_reload_successful"
+        assert files.secure.metric(working) == 1
+        log.clear()
+        with scraping(files.secure) as counts:
+            spoil(files, authorities)
+            wait_until(lambda: files.secure.metric(working) == 0)
+            before = list(counts)
+            wait_until(lambda: all(n > m for n, m in zip(counts, before)))
+        assert not admits(files.secure.port, authorities.context())
+        assert files.serial() == former
+        assert len(log) == 1, log
+        assert log[0].startswith("changed files are not used, the former stay: ")
+        assert words in log[0]
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.ours.server())
+        files.put_web()
+        wait_until(lambda: files.secure.metric(working) == 1)
+        assert files.serial() != former
+
+
+def test_clients_of_an_authority_that_is_removed_are_shut_out_and_no_others(
+    rotating: Rotate, authorities: Authorities, good_client: str
+) -> None:
+    both = "".join(Path(each.file).read_text() for each in (authorities.ours, authorities.other))
+    removed = authorities.context(authorities.other.client())
+    with rotating() as files:
+        assert not admits(files.secure.port, removed)
+        files.put("ca.pem", both)
+        assert admits(files.secure.port, removed)
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        assert not admits(files.secure.port, removed)
+        assert admits(files.secure.port, authorities.context(good_client))
+        assert files.secure.faults() == {"chain": 2}
+
+
+def test_a_user_that_is_removed_is_shut_out_and_no_other(rotating: Rotate) -> None:
+    with rotating("a", "b") as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert [ask_on(connection, "/", signed_in(user, "right")).status for user in "ab"] == [
+                200,
+                200,
+            ]
+            files.put_web("b")
+            assert [ask_on(connection, "/", signed_in(user, "right")).status for user in "ab"] == [
+                401,
+                200,
+            ]
+        assert [files.secure.get("/", signed_in(user, "right")).status for user in "ab"] == [
+            401,
+            200,
+        ]
+
+
+# --- TLS towards clients: answers
+
+STREAM = b"# TYPE a gauge\n" + b"a 1\n" * 50_000
+
+
+def said_to_its_end(
+    port: int, context: ssl.SSLContext, request: bytes, host: str = "127.0.0.1"
+) -> bytes:
+    """All that the server says; raises unless it says goodbye in the way of TLS."""
+    context.options &= ~expexp.IGNORE_UNEXPECTED_EOF
+    with (
+        connect_at_once(port, host) as plain,
+        context.wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False
+        ) as client,
+    ):
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
+def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None:
+    with secure(modules={"m": exec_module("echo a 1")}) as served:
+        connection = served.connection()
+        with contextlib.closing(connection):
+            get = ask_on(connection, path)
+            connection.request("HEAD", path)
+            head = connection.getresponse()
+            assert (head.status, head.read()) == (get.status, b"")
+            assert connection.sock is not None
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+
+
+ENDS = {
+    "an answer to HTTP/1.0": HEALTH_REQUEST,
+    "an answer with Connection: close": b"GET / HTTP/1.1\r\n" + CLOSE,
+    "an answer to HEAD": b"HEAD / HTTP/1.0\r\n\r\n",
+    "a refusal": b"GET  / HTTP/1.1\r\n\r\n",
+    "an answer to a request with a body": b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n",
+    "an answer on an idle connection": b"GET / HTTP/1.1\r\n\r\n",
+}
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize("request_", ENDS.values(), ids=ENDS)
+def test_tls_ends_with_a_goodbye_after(request_: bytes, version: str, secure: Start) -> None:
+    with secure(limits=fast_limits(idle_seconds=0.1)) as served:
+        answer = said_to_its_end(served.port, of_version(served.context, version), request_)
+        assert len(statuses(answer)) == 1
+
+
+def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted(
+    secure: Start,
+) -> None:
+    with (
+        secure() as served,
+        connect_at_once(served.port) as plain,
+        served.context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        with contextlib.suppress(OSError):  # we may have closed before all of it was sent
+            client.sendall(bytes(1_000_000))
+        answer = read_all(client)
+    assert statuses(answer) == [405]
+    assert answer.endswith(b"405 method not allowed\n")
+
+
+def test_openssl_sees_the_goodbye(certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, "-msg")
+    assert re.search(r"<<< .*Alert .*, warning close_notify", probe.text)
+    assert "unexpected eof" not in probe.text
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+@BOTH_VERSIONS
+def test_an_unverified_stream_arrives_whole_over_tls(
+    version: str, http_version: str, secure: Start
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+    with target(head + STREAM) as port:
+        modules = {"m": http_module(port) | {"verify": False}}
+        with secure(modules=modules) as served:
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n".encode() + CLOSE
+            context = of_version(served.context, version)
+            answer = said_to_its_end(served.port, context, request)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if http_version == "1.1":
+        assert b"\r\nTransfer-Encoding: chunked" in head
+        assert body.endswith(b"\r\n0\r\n\r\n")
+        body = re.sub(rb"(?:\A|\r\n)[0-9a-f]+\r\n(?:\r\n)?", b"", body)
+    assert body == STREAM
+
+
+def records_until_reset(plain: socket.socket, context: ssl.SSLContext, request: bytes) -> bool:
+    """Ask over TLS, and read what comes without decrypting it; whether the end is a reset: many a
+    client, Python's among them, takes the end of a connection for that of a body."""
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(received, sent, server_hostname="localhost")
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            plain.sendall(sent.read())
+            received.write(plain.recv(65536))
+    tls.write(request)
+    plain.sendall(sent.read())
+    try:
+        return not read_all(plain)
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+def test_a_stream_that_breaks_off_is_an_error_to_the_client_over_tls(
+    http_version: str, secure: Start
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with target(head + b"%x\r\n" % (len(STREAM) + 9) + STREAM) as port:
+        modules = {"m": http_module(port) | {"verify": False}}
+        with secure(modules=modules) as served:
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n\r\n".encode()
+            with pytest.raises((ConnectionResetError, ssl.SSLError)):
+                said_to_its_end(served.port, served.context, request)
+            with connect(served.port) as client:
+                assert records_until_reset(client, served.context, request)
+            series = 'expexp_proxy_failures_total{module="m",reason="aborted"}'
+            wait_until(lambda: served.metric(series) == 2)
+
+
+def test_tls_is_served_over_ipv6(secure: Start) -> None:
+    with secure("-web.listen-address", "[::1]:0", client_auth_type=REQUIRED) as served:
+        assert re.fullmatch(r"https://\[::1\]:\d+", served.served.program.servers[0].url)
+        answer = said_to_its_end(served.port, served.context, HEALTH_REQUEST, host="::1")
+        assert answer.endswith(HEALTHY)
+
+
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
@@ -10470,12 +11765,109 @@ def test_commands_get_their_own_limit_of_descriptors_back(
     assert b"process_max_fds 3000\n" in fetch(port, "/metrics").body
 
 
+TLS_LISTENER = ["-web.tls.listen-address", LOCAL, "-log.level", "info", "-config", ""]
+
+
+def listeners(process: subprocess.Popen[str], count: int) -> tuple[list[str], list[str]]:
+    """Where an expexp listens, and the lines of its log until it does on so many addresses."""
+    lines: list[str] = []
+    for line in cast("IO[str]", process.stderr):
+        lines.append(line)
+        urls = re.findall(r'msg="listening on (\S+)"', "".join(lines))
+        if len(urls) == count:
+            return urls, lines
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("plain", "warned"),
+    [
+        pytest.param(LOCAL, False, id="on the loopback"),
+        pytest.param(":0", True, id="beyond the loopback"),
+    ],
+)
+def test_plain_http_is_served_beside_tls_with_a_warning_beyond_the_loopback(
+    plain: str, warned: bool, authorities: Authorities
+) -> None:
+    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    with process("-web.listen-address", plain, *TLS_LISTENER, *files) as started:
+        (http_url, https_url), lines = listeners(started, 2)
+        assert [http_url[:7], https_url[:8]] == ["http://", "https://"]
+        assert fetch(int(http_url.rpartition(":")[2]), "/-/healthy").body == HEALTHY
+        port = int(https_url.rpartition(":")[2])
+        assert said_to_its_end(port, authorities.context(), HEALTH_REQUEST).endswith(HEALTHY)
+    warning = f'level=warning msg="plain HTTP is still served beside TLS: {http_url}"'
+    assert any(warning in line for line in lines) is warned
+    assert any("plain HTTP" in line for line in lines) is warned
+
+
+def test_tls_alone_is_served_without_that_warning(authorities: Authorities) -> None:
+    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    with process("-web.listen-address", "", *TLS_LISTENER, *files) as started:
+        (url,), lines = listeners(started, 1)
+    assert url.startswith("https://")
+    assert not any("plain HTTP" in line for line in lines)
+
+
+def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    go_on, asked = threading.Event(), threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        asked.set()
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    web = web_config(tmp_path, authorities, client_auth_type=REQUIRED)
+    flags = ["-web.config.file", web, "-web.listen-address", LOCAL, "-log.level", "info"]
+    context = authorities.context(good_client)
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(target(answer))
+        (tmp_path / "expexp.yaml").write_text(json.dumps({"modules": {"m": http_module(slow)}}))
+        started = stack.enter_context(process(*flags, folder=tmp_path))
+        port = int(listeners(started, 1)[0][0].rpartition(":")[2])
+        silent, plain = (stack.enter_context(connect(port)) for _ in range(2))
+        idle = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+        idle.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        assert read_until(cast(socket.socket, idle), HEALTHY)
+        pool = stack.enter_context(ThreadPoolExecutor())
+        request = b"GET /proxy?module=m HTTP/1.1\r\nHost: a\r\n\r\n"
+        scrape = pool.submit(said_to_its_end, port, context, request)
+        assert asked.wait(5)
+        started.send_signal(signal.SIGTERM)
+        assert idle.recv(1) == b""
+        assert silent.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            connect(port)
+        go_on.set()
+        assert scrape.result().endswith(EXPOSITION)
+        with taking(0, 2):
+            assert started.wait(5) == 0
+        assert "Traceback" not in cast("IO[str]", started.stderr).read()
+
+
 # ==================================================================================================
 # S  Secrets
 # ==================================================================================================
 # One word stands for every secret of a configuration; it must not be in anything that comes out.
 
 SECRET = "s3ntinel"
+#: Its bcrypt hash, at the least cost.
+SECRET_HASH = "$2b$04$abcdefghijklmnopqrstuuQzxyhOK/csqtYEIeXE5N.cBDaallcZe"
+#: All forms in which it could come out: as it is, as a user's hash, in a header.
+SENTINELS = (SECRET, SECRET_HASH[7:], base64.b64encode(f"user:{SECRET}".encode()).decode())
+
+
+def shows_secret(text: str) -> bool:
+    return any(sentinel in text for sentinel in SENTINELS)
+
+
+def put_secret(path: Path, content: str | bytes = SECRET) -> Path:
+    """A file that only its owner can read."""
+    path.touch(0o600)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def secret_modules(port: int, garbage: int) -> dict[str, object]:
@@ -10493,6 +11885,10 @@ def secret_modules(port: int, garbage: int) -> dict[str, object]:
         "unresolved": http_module(1, address="a..b", **secrets),
         "garbage": http_module(garbage, **secrets),
         "tls": {**http_module(port, scheme="https", **secrets), "timeout": "50ms"},
+        "password file": http_module(
+            port, basic_auth_username="user", basic_auth_password_file="password"
+        ),
+        "token file": http_module(garbage, bearer_token_file="bearer"),
         "exec": exec_module("echo up 1", env={"TOKEN": SECRET}),
         "failing": exec_module("head -c 5000 /dev/zero >&2; exit 3", env={"TOKEN": SECRET}),
         "missing": {
@@ -10512,43 +11908,102 @@ class Journal(NamedTuple):
     log: list[str]
 
 
+def secret_web_flags(folder: Path) -> list[str]:
+    """The flag for TLS with users, a secret in each file that belongs to it, and a token's file."""
+    key = put_secret(folder / "key.pem", Path(Issuer(folder, "ca").server()).read_text())
+    put_secret(key, f"{SECRET}\n{key.read_text()}")
+    tls = {"cert_file": "key.pem", "key_file": "key.pem"}
+    web = {"tls_server_config": tls, "basic_auth_users": {"user": SECRET_HASH}}
+    put_secret(folder / "web.yml", json.dumps(web))
+    put_secret(folder / "web-token")
+    return ["-web.config.file=web.yml"]
+
+
+def ask_for(port: int, path: str, headers: Mapping[str, str], ca: Path) -> Answer:
+    """One request over TLS."""
+    context = ssl.create_default_context(cafile=str(ca))
+    connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=context)
+    with contextlib.closing(connection):
+        return ask_on(connection, path, headers)
+
+
+def spoil_secrets(folder: Path, ask: Callable[[str], Answer]) -> None:
+    """Make the files of all credentials useless, and ask until that is noticed."""
+    put_secret(folder / "web-token", f"{SECRET}\xff".encode("latin-1"))
+    put_secret(folder / "key.pem", f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n")
+    put_secret(folder / "web.yml", f"basic_auth_users: {{user: $2b$04${SECRET}}}\n{SECRET}")
+    for name in ("password", "bearer"):
+        put_secret(folder / name, f"{SECRET}\xff".encode("latin-1"))
+    looked_at = time.monotonic() + expexp.Limits.rotation_seconds + 0.05
+    wait_until(lambda: time.monotonic() > looked_at)
+    for module in ("password%20file", "token%20file"):
+        ask(f"/proxy?module={module}")
+    assert "_last_reload_successful 0\n" in ask("/metrics").text
+
+
 def keep_journal(folder: Path, *flags: str) -> Journal:
     """Run expexp as users do, ask it for everything, and stop it."""
     answers: list[str] = []
     statuses: dict[str, int] = {}
     authorized = {"Authorization": f"Bearer {SECRET}"}
+    for name in ("password", "bearer"):
+        put_secret(folder / name)
     with target(ok(b"up 1\n")) as port, target(b"\x1b[31m nonsense\r\n\r\n") as garbage:
         modules = secret_modules(port, garbage)
         (folder / "c.json").write_text(json.dumps({"modules": modules}))
         options = ["-config=c.json", "-web.listen-address=127.0.0.1:0", "-log.level=trace"]
-        with process(*options, f"-web.bearer.token={SECRET}", *flags, folder=folder) as started:
+        with process(*options, *flags, folder=folder) as started:
             assert started.stderr
             log: list[str] = []
-            while not (found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", "".join(log))):
+            while not (
+                found := re.search(r"listening on https://127\.0\.0\.1:(\d+)", "".join(log))
+            ):
                 line = started.stderr.readline()
                 assert line, f"ended before it listened: {log}"
                 log.append(line)
-            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
-            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
-            requests = [(path, authorized) for path in paths]
-            requests += [("/", {**authorized, "Accept": "application/json"}), ("/", {})]
-            requests += [("/", {"Authorization": "Bearer other"}), ("/metrics", authorized)]
-            for path, headers in requests:
-                answer = fetch(int(found[1]), path, headers)
+
+            def ask_once(path: str, headers: Mapping[str, str] = authorized) -> Answer:
+                answer = ask_for(int(found[1]), path, headers, folder / "ca.pem")
                 answers.append(f"{answer.headers}\n{answer.text}")
                 statuses.setdefault(path, answer.status)
+                return answer
+
+            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
+            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
+            for path in paths:
+                ask_once(path)
+            ask_once("/", {**authorized, "Accept": "application/json"})
+            for given in (
+                "",
+                "Bearer other",
+                f"Bearer x{SECRET}",
+                SECRET,
+                f"Basic {SECRET}",
+                *(signed_in(*pair)["Authorization"] for pair in TRIED),
+            ):
+                ask_once("/-/healthy", {"Authorization": given} if given else {})
+            plain = f"GET /?a HTTP/1.0\r\nA: {SECRET}\r\n\r\n".encode()
+            answers.append(exchange(int(found[1]), plain).decode())
+            send_only(int(found[1]), f"\x16{SECRET}".encode() * 99)
+            spoil_secrets(folder, ask_once)
             started.send_signal(signal.SIGTERM)
             rest = started.stderr.read()
             assert started.wait(20) == 0
     return Journal(answers, statuses, ("".join(log) + rest).splitlines())
 
 
+#: Users and passwords: right, wrong, unknown.
+TRIED = [("user", SECRET), ("user", f"{SECRET}x"), ("other", SECRET), ("user", f"{SECRET}\0")]
+
+
 @pytest.fixture(scope="module")
 def journals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Journal]:
     folders = [tmp_path_factory.mktemp("journal") for _ in range(2)]
+    token = ["-web.bearer.token-file=web-token"], [f"-web.bearer.token={SECRET}"]
+    flags = [[*secret_web_flags(folder), *given] for folder, given in zip(folders, token)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        text = pool.submit(keep_journal, folders[0])
-        as_json = pool.submit(keep_journal, folders[1], "-log.json")
+        text = pool.submit(keep_journal, folders[0], *flags[0])
+        as_json = pool.submit(keep_journal, folders[1], *flags[1], "-log.json")
         return {"text": text.result(), "json": as_json.result()}
 
 
@@ -10560,7 +12015,7 @@ def test_no_secret_comes_out_of_pages_answers_and_logs_bug_6(
     journals: dict[str, Journal], form: str
 ) -> None:
     journal = journals[form]
-    assert not [line for line in journal.answers + journal.log if SECRET in line]
+    assert not [line for line in journal.answers + journal.log if shows_secret(line)]
 
 
 @FORMS
@@ -10581,6 +12036,8 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
         "unresolved": 502,
         "garbage": 502,
         "tls": 504,
+        "password%20file": 200,
+        "token%20file": 502,
         "exec": 200,
         "failing": 500,
         "missing": 500,
@@ -10590,6 +12047,8 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
     log = "\n".join(journal.log)
     for name in ("refused", "unresolved", "garbage", "tls", "failing", "missing", "slow"):
         assert f"module {name}: " in log
+    assert "TLS handshake failed: protocol: " in log
+    assert log.count("changed files are not used, the former stay: ") == 3
     assert log.count("(took ") == len(journal.answers)
 
 
@@ -10614,8 +12073,9 @@ def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Jo
         assert record["level"] in ("debug", "info", "warning", "error")
 
 
-@pytest.mark.usefixtures("here")
-def test_no_repr_shows_a_secret() -> None:
+def test_no_repr_shows_a_secret(here: Path) -> None:
+    for name in ("password", "bearer"):
+        put_secret(here / name)
     config = load(json.dumps({"modules": secret_modules(1, 2)}), "c.json")
     options = expexp.parse_flags([f"-web.bearer.token={SECRET}"])
     for module in config.modules.values():
@@ -10664,6 +12124,69 @@ def test_no_problem_of_a_configuration_shows_a_secret(text: str) -> None:
     messages = problems_of(text)
     assert messages
     assert not [message for message in messages if SECRET in message]
+
+
+#: A file of credentials, what is in it, and where it is named; none of them is usable.
+BAD_CREDENTIALS = {
+    "a hash that is none": ("web.yml", f"basic_auth_users: {{a: $2b$04${SECRET}}}"),
+    "a password in place of a hash": ("web.yml", f"basic_auth_users: {{a: {SECRET}}}"),
+    "a password in place of a user": ("web.yml", f"basic_auth_users: {{'a:{SECRET}': x}}"),
+    "a hash that costs too much": (
+        "web.yml",
+        f"basic_auth_users: {{a: {SECRET_HASH.replace('$04$', '$31$')}}}",
+    ),
+    "a hash that is cut": ("web.yml", f"basic_auth_users: {{a: {SECRET_HASH[:-1]}}}"),
+    "a hash in a list": ("web.yml", f"basic_auth_users: {{a: [{SECRET_HASH}]}}"),
+    "hashes in a list": ("web.yml", f"basic_auth_users: [{SECRET_HASH}, {SECRET}]"),
+    "users that are a text": ("web.yml", f"basic_auth_users: {SECRET}"),
+    "a user twice": ("web.yml", f"basic_auth_users: {{a: {SECRET_HASH}, a: {SECRET_HASH}}}"),
+    "a list that does not end": ("web.yml", f"basic_auth_users: {{a: [{SECRET}, {SECRET_HASH}"),
+    "a key in the file itself": (
+        "web.yml",
+        f"tls_server_config: {{cert_file: a, key_file: b, key: {SECRET}}}",
+    ),
+    "a key of two lines in the file itself": (
+        "web.yml",
+        f"tls_server_config:\n  key: |\n    -----BEGIN\n    {SECRET}\n",
+    ),
+    "a password under an unknown key": ("web.yml", f"password: {SECRET}"),
+    "a web configuration that is a text": ("web.yml", SECRET),
+    "a web configuration that is no UTF-8": ("web.yml", f"a: {SECRET}\xff"),
+    "an empty token": ("web-token", "\n"),
+    "a token that is no UTF-8": ("web-token", f"{SECRET}\xff"),
+    "a token that is too long": ("web-token", SECRET * 20_000),
+    "a key that is none": (
+        "key.pem",
+        f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----\n",
+    ),
+    "a key with words about it alone": ("key.pem", SECRET),
+    "a password of a target that is no UTF-8": ("password", f"{SECRET}\xff"),
+    "a password of a target that is too long": ("password", SECRET * 20_000),
+    "a token of a target that is no UTF-8": ("bearer", f"{SECRET}\xff"),
+    "an empty token of a target": ("bearer", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_CREDENTIALS.values(), ids=BAD_CREDENTIALS)
+def test_no_problem_of_credentials_shows_a_secret(
+    name: str, content: str, here: Path, main_in_process: Callable[..., tuple[int, str]]
+) -> None:
+    flags = [*secret_web_flags(here), "-web.bearer.token-file=web-token"]
+    for file in ("password", "bearer"):
+        put_secret(here / file)
+    modules = {
+        "a": http_module(1, basic_auth_username="user", basic_auth_password_file="password"),
+        "b": http_module(1, bearer_token_file="bearer"),
+    }
+    (here / "c.json").write_text(json.dumps({"modules": modules}))
+    put_secret(here / name, content.encode("latin-1"))
+    for form in ("true", "false"):
+        served = [f"-web.listen-address={LOCAL}", "-log.level=trace", f"-log.json={form}"]
+        code, text = main_in_process("-config=c.json", *flags, *served)
+        assert code == 1
+        assert {"password": "modules.a", "bearer": "modules.b"}.get(name, name) in text
+        assert not shows_secret(text)
+        assert "Traceback" not in text
 
 
 # ==================================================================================================
@@ -11188,6 +12711,167 @@ def test_prometheus_is_told_why_a_module_is_down(
 def test_the_time_of_modification_arrives_in_prometheus(world: ScrapedWorld) -> None:
     mtime = (world.further.log_path.parent / "body.prom").stat().st_mtime
     assert world.value("expexp_file_mtime_timestamp", "file") == pytest.approx(mtime)
+
+
+# Mutual TLS and users, with real clients.
+
+
+class Guarded(NamedTuple):
+    """A real expexp that wants a client's certificate and a user, and the files for a client."""
+
+    folder: Path
+    port: int
+    ca: str
+    client: str
+    process: subprocess.Popen[str]
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}/proxy?module=m"
+
+
+@pytest.fixture
+def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Iterator[Guarded]:
+    folder = tmp_path / "guarded"
+    folder.mkdir()
+    (folder / "body.prom").write_bytes(COUNTED_BODY)
+    broken = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\na 1\n"
+    with target(broken) as port:
+        modules = {
+            "m": file_module(folder / "body.prom"),
+            "broken": {**http_module(port), "verify": False},
+        }
+        (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
+        files = Rotating(folder, cast(Secure, None))
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.server)
+        files.put_web("scraper")
+        flags = ["-web.config.file=web.yml", f"-web.listen-address={LOCAL}", "-log.level=info"]
+        with process(*flags, folder=folder) as started:
+            (url,), _ = listeners(started, 1)
+            own_port = int(url.rpartition(":")[2])
+            yield Guarded(folder, own_port, authorities.ours.file, good_client, started)
+
+
+def curl(guarded: Guarded, *options: str, url: str = "") -> subprocess.CompletedProcess[str]:
+    """What curl says, which trusts our authority."""
+    command = [peer_program("curl"), "-sSf", "--max-time", "10", "--cacert", guarded.ca, *options]
+    return subprocess.run(
+        [*command, url or guarded.url], capture_output=True, text=True, check=False, timeout=20
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version", [["--tls-max", "1.2"], ["--tlsv1.3"]], ids=["1.2", "1.3"])
+def test_curl_gets_an_exposition_with_a_certificate_and_a_user(
+    version: list[str], guarded: Guarded
+) -> None:
+    ended = curl(guarded, "--cert", guarded.client, "-u", "scraper:right", *version)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(COUNTED_BODY.decode())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("has_certificate", "user", "codes", "words"),
+    [
+        pytest.param(True, [], {22}, "401", id="without a user"),
+        pytest.param(True, ["-u", "scraper:wrong"], {22}, "401", id="with a wrong password"),
+        pytest.param(True, ["-u", "other:right"], {22}, "401", id="with an unknown user"),
+        pytest.param(
+            False, ["-u", "scraper:right"], {35, 56}, "certificate", id="without a certificate"
+        ),
+    ],
+)
+def test_curl_is_refused(
+    has_certificate: bool, user: list[str], codes: set[int], words: str, guarded: Guarded
+) -> None:
+    ended = curl(guarded, *(["--cert", guarded.client] if has_certificate else []), *user)
+    assert ended.returncode in codes
+    assert words in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
+def test_curl_finds_a_stream_that_breaks_off_broken(version: str, guarded: Guarded) -> None:
+    who = ["--cert", guarded.client, "-u", "scraper:right"]
+    ended = curl(guarded, *who, version, url=guarded.url.replace("module=m", "module=broken"))
+    assert ended.returncode in (18, 56)
+
+
+def guarded_jobs(guarded: Guarded) -> str:
+    """Jobs of a Prometheus: one that may scrape, and some that may not."""
+    trust = {"ca_file": guarded.ca, "server_name": "localhost"}
+    known = {**trust, "cert_file": guarded.client, "key_file": guarded.client}
+    right = {"username": "scraper", "password": "right"}
+    common = {
+        "scheme": "https",
+        "metrics_path": "/proxy",
+        "params": {"module": ["m"]},
+        "scrape_interval": "400ms",
+        "scrape_timeout": "400ms",
+        "static_configs": [{"targets": [f"127.0.0.1:{guarded.port}"]}],
+    }
+    jobs: dict[str, dict[str, object]] = {
+        "right": {"tls_config": known, "basic_auth": right},
+        "wrong_password": {"tls_config": known, "basic_auth": {**right, "password": "wrong"}},
+        "no_certificate": {"tls_config": trust, "basic_auth": right},
+        "plain": {"scheme": "http", "basic_auth": right},
+    }
+    return json.dumps(
+        {"scrape_configs": [{**common, "job_name": name, **job} for name, job in jobs.items()]}
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
+    guarded: Guarded, authorities: Authorities
+) -> None:
+    program = peer_program("prometheus")
+    (guarded.folder / "prometheus.yaml").write_text(guarded_jobs(guarded))
+    address = f"127.0.0.1:{free_port()}"
+    command = [program, "--config.file=prometheus.yaml", "--storage.tsdb.path=data"]
+    command += [f"--web.listen-address={address}"]
+    files = Rotating(guarded.folder, cast(Secure, None))
+    secure = authorities.context(guarded.client)
+    with peer_running(command, f"http://{address}", "/-/ready", guarded.folder) as prometheus:
+        world = ScrapedWorld(prometheus, prometheus, prometheus)
+
+        def scrapes() -> float:
+            return world.query("count_over_time(up{job='right'}[5m])").get("right", 0)
+
+        def expiry() -> str:
+            request = b"GET /metrics HTTP/1.0\r\nAuthorization: %b\r\n\r\n"
+            user = signed_in("scraper", "right")["Authorization"].encode()
+            page = said(guarded.port, secure, request % user).decode()
+            assert "expexp_credentials_last_reload_successful 1\n" in page
+            found = re.search(r"(?m)^expexp_tls_certificate_expiry_.* (\S+)$", page)
+            return found[1] if found else ""
+
+        eventually(lambda: len(world.query("up")) == 4 or None, "all jobs to be scraped")
+
+        def has_changed(former: str) -> bool | None:
+            return expiry() != former or None
+
+        def has_more(former: float) -> bool | None:
+            return scrapes() >= former + 4 or None
+
+        for days in (2, 3, 4):
+            former, before = expiry(), scrapes()
+            files.put_pair(authorities.ours.server("localhost", "127.0.0.1", days=days))
+            eventually(functools.partial(has_changed, former), "the certificate to be new", 5)
+            eventually(functools.partial(has_more, before), "more scrapes", 15)
+        query = "min_over_time(up[5m])"
+        expected = {"right": 1, "wrong_password": 0, "no_certificate": 0, "plain": 0}
+        assert world.query(query) == expected, world.last_errors()
+        assert world.value("scrape_samples_scraped", "right") == count_samples(COUNTED_BODY) + 1
+        errors = world.last_errors()
+    assert errors["right"] == ""
+    assert errors["wrong_password"] == "server returned HTTP status 401 Unauthorized"
+    assert "certificate" in errors["no_certificate"]
+    assert errors["plain"] == "server returned HTTP status 400 Bad Request"
 
 
 if __name__ == "__main__":
