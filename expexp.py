@@ -1689,11 +1689,13 @@ def parse_path(text: str) -> str:
 def parse_pattern(text: str) -> str:
     """A regular expression, "" for none; ValueError if Python reads it differently, or not."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # `[[:alpha:]]` compiles, but means something else
+        warnings.simplefilter("error")  # `[a&&b]` compiles, but might mean something else
         try:
             re.compile(text, re.ASCII)
-        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+        except (re.error, Warning, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression of Python: {error}") from None
+    if re.search(r"\[:\^?\w+:]", text):  # not always warned of
+        raise ValueError("not a regular expression of Python: there are no classes of POSIX")
     return text
 
 
@@ -1818,8 +1820,8 @@ Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 class NodeError(ExpexpError):
     """A node is not what it should be; who reads the document adds its file and the path."""
 
-    def __init__(self, message: str, place: Place = (0, 0)) -> None:
-        """Keep the place."""
+    def __init__(self, message: str, place: Place | None = None) -> None:
+        """Keep the place, if it has one of its own."""
         super().__init__(message)
         self.place = place
 
@@ -2028,7 +2030,8 @@ AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerif
 A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
-read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+")
+# Not shown: behind a colon the password could follow.
+read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
@@ -2039,6 +2042,14 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
         # Arguments may be secret: what was found is not shown.
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
     return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
+
+
+def read_names(node: Node) -> tuple[str, ...]:
+    """Names of which one is needed; without any, as a template may leave them, all would do."""
+    names = read_list(node)
+    if not names:
+        raise NodeError("names nobody", node.place)
+    return names
 
 
 def or_boolean(read: Read) -> Read:
@@ -2178,7 +2189,7 @@ class TlsServer:
     key_file: str = key(read_something, REQUIRED, "its key")
     client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "who needs one", "client_ca_file")
     client_ca_file: str = key(read_text, "", "authorities of clients", "client_auth_type")
-    client_allowed_sans: tuple[str, ...] = key(read_list, (), "clients' names", "client_auth_type")
+    client_allowed_sans: tuple[str, ...] = key(read_names, (), "clients' names", "client_auth_type")
     min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
     max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
 
@@ -2363,27 +2374,34 @@ class FileReader(DocumentReader):
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
-    def watched(self, filename: str, *, private: bool = False) -> str:
-        """The name of a file that is about to be read; one that others can read is warned of."""
+    def watched(self, filename: str) -> str:
+        """The name of a file that is about to be read."""
         self.seen[filename] = fingerprint(filename)
+        return filename
+
+    def warn_of_readers(self, filename: str) -> None:
+        """Have a warning if others can read a file that holds secrets."""
         with contextlib.suppress(OSError):
-            if private and os.stat(filename).st_mode & stat.S_IROTH:
+            if os.stat(filename).st_mode & stat.S_IROTH:
                 file = excerpt(filename, 200)
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
-        return filename
 
     def secret(self, filename: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
-        text = load_text(self.watched(filename, private=True), Limits.secret_bytes).strip()
+        self.warn_of_readers(filename)
+        try:
+            text = load_text(self.watched(filename), Limits.secret_bytes).strip()
+        except NodeError as error:  # its place is one in that file
+            raise NodeError(f"the file is {error}") from None
         if not text:
             raise NodeError("the file should not be empty")
         return Secret(text)
 
     def certificates(self, filename: str) -> list[str]:
-        """The certificates in a file, in PEM; raises OSError and NodeError."""
+        """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
         found = CERTIFICATE.findall(load_text(self.watched(filename), Limits.config_bytes))
         if not found:
-            raise NodeError(f"no certificate in {excerpt(filename)}")
+            raise ValueError("there is no certificate in it")
         return found
 
 
@@ -2582,7 +2600,8 @@ def load_key_pair(
 ) -> None:
     """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
     with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
-        certificate, private = reader.watched(files[0]), reader.watched(files[1], private=True)
+        reader.warn_of_readers(files[1])
+        certificate, private = map(reader.watched, files)
         context.load_cert_chain(certificate, private, password=no_password)
 
 
@@ -2608,6 +2627,9 @@ def load_target_credentials(
         scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
     elif target.bearer_token_file:
         scheme, text = "Bearer ", secret.reveal()
+        if not re.fullmatch(LINE, text):  # http.client would show it in its error
+            message = "token file should hold one line of Latin-1 text"
+            reader.problem(f"{path}.bearer_token_file", message)
     return TargetCredentials(load_target_context(target, path, reader), scheme + text)
 
 
@@ -2675,7 +2697,7 @@ class Users:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
             return False
-        raw_name, _, password = pair.partition(b":")
+        raw_name, colon, password = pair.partition(b":")
         name, proof = raw_name.decode("utf-8", "replace"), hmac.digest(self._key, pair, "sha256")
         if hmac.compare_digest(self._proved.get(name, b""), proof):
             return True
@@ -2684,9 +2706,10 @@ class Users:
             hashed = hash_password(self._crypt_rn, password, stored)
         # A NUL would end the password for bcrypt.
         right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
-        if right and name in self._hashes:
+        if right and colon and name in self._hashes:
             self._proved[name] = proof
-        return right and name in self._hashes
+            return True
+        return False
 
 
 SEARCH_NAMES: Final = (
@@ -2773,7 +2796,13 @@ class Credentials:
     @property
     def demands(self) -> dict[str, bool]:
         """What clients must do to get in."""
-        return {"TLS": bool(self.tls), "authentication": bool(self.token or self.users)}
+        asked = self.tls and self.tls.context.verify_mode == ssl.CERT_REQUIRED
+        return {
+            "TLS": bool(self.tls),
+            "client certificates": bool(asked),
+            "client_allowed_sans": bool(self.tls and self.tls.settings.client_allowed_sans),
+            "authentication": bool(self.token or self.users),
+        }
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2781,9 +2810,15 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
     filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
-            text = load_text(reader.watched(filename, private=True), Limits.config_bytes)
-            web = reader.section(WebConfig, parse_yaml(text), "") or web
-            if not (web.basic_auth_users or web.tls_server_config or reader.problems):
+            parse = parse_json if filename.endswith(".json") else parse_yaml
+            text = load_text(reader.watched(filename), Limits.config_bytes)
+            node = parse(text)
+            if node.kind != "mapping":  # a file with a password, named by mistake, is not shown
+                node = Node(node.kind, "", node.place)
+            web = reader.section(WebConfig, node, "") or web
+            if web.basic_auth_users:
+                reader.warn_of_readers(filename)
+            elif not (web.tls_server_config or reader.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
     if web.tls_server_config and options["web.tls.listen-address"]:
         reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
@@ -2854,9 +2889,11 @@ def load_credentials(
     served = load_server_tls(path, tls, reader) if tls else None
     credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.
-    for what, demanded in former.demands.items() if former else ():
+    for what, demanded in former.demands.items() if former and not reader.problems else ():
         if demanded and not credentials.demands[what]:
             reader.problem("", f"{what} cannot be given up without a restart")
+    if former and served and not former.tls:  # its listener is plain
+        reader.problem("", "TLS cannot be turned on without a restart")
     return credentials
 
 
@@ -4139,17 +4176,27 @@ class Connections:
 HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
 
 
-def handshake_fault(error: OSError | ScrapeError) -> str:
+class HandshakeError(OSError):
+    """A client's certificate is well-formed, but does not let it in; says which fault that is."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        """Keep the fault."""
+        super().__init__(message)
+        self.fault = fault
+
+
+def handshake_fault(error: Any) -> str:
     """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
-    reason = getattr(error, "reason", "") if isinstance(error, ssl.SSLError) else ""
+    reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     faults = {
         "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
-        "not_allowed": isinstance(error, PermissionError),
-        "closed": not isinstance(error, ssl.SSLError) or "EOF" in reason,
+        "not_allowed": isinstance(error, UnicodeError),  # a name that is no text
+        # Of a reset Python says that it was "Closed before TLS handshake".
+        "closed": not isinstance(error, ssl.SSLError) or re.search("EOF|Closed before", reason),
         "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
         "refused_by_client": "ALERT" in reason,
     }
-    return next(filter(faults.get, faults), tls_fault(error))
+    return getattr(error, "fault", "") or next(filter(faults.get, faults), tls_fault(error))
 
 
 class ClientConnection(http.server.BaseHTTPRequestHandler):
@@ -4174,12 +4221,12 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         try:
             if self.server.speaks_tls:
                 self._shake_hands()
-        except (OSError, ScrapeError) as error:
+        except (OSError, ScrapeError, UnicodeError) as error:
             fault = handshake_fault(error)
             self._application.count_handshake(fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
-            if isinstance(error, (ssl.SSLError, PermissionError)):
+            if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
@@ -4212,9 +4259,12 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             duplicate.settimeout(self._remaining())
             self.connection = tls.context.wrap_socket(duplicate, server_side=True)
         certificate = self.connection.getpeercert() or {}
+        # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
+        if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
+            raise HandshakeError("expiry", "certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
         if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
-            raise PermissionError("no name in the certificate is allowed")
+            raise HandshakeError("not_allowed", "no name in the certificate is allowed")
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
@@ -4251,7 +4301,7 @@ class Handler(ClientConnection):
         connections.mark(self._slot, idle=False)
         held: Credentials = self._application.access.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
-        if not arrived or held.trust != self._credentials.trust:
+        if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:

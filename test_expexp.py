@@ -7,6 +7,7 @@ import base64
 import codecs
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import email.utils
@@ -37,7 +38,9 @@ import threading
 import time
 import tokenize
 import tracemalloc
+import types
 import urllib.parse
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +54,10 @@ import prometheus_client.metrics_core
 import prometheus_client.openmetrics.exposition
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from hypothesis import HealthCheck, given, settings, strategies
 from prometheus_client.registry import Collector
 
@@ -1151,14 +1158,18 @@ def running(
         arguments = ["-config", str(path), "-web.listen-address", "127.0.0.1:0", *flags]
         program = expexp.Program(expexp.parse_flags(arguments), limits)
         program.listen()
-        server = program.servers[0]
-        thread = threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
-        thread.start()
+        threads = [
+            threading.Thread(target=server.serve_forever, args=(0.005,), daemon=True)
+            for server in program.servers
+        ]
+        for thread in threads:
+            thread.start()
         try:
-            yield Running(program, server.server_address[1])
+            yield Running(program, program.servers[0].server_address[1])
         finally:
             program.stop()
-            thread.join()
+            for thread in threads:
+                thread.join()
 
 
 @contextlib.contextmanager
@@ -3869,6 +3880,33 @@ FLAG_FORMS = {
     "a path above the root": (["-web.telemetry-path=/../../a"], "web.telemetry-path", "/a"),
     "help": (["-h"], "help", True),
     "help in full": (["--help"], "help", True),
+    "no TLS": ([], "web.tls.listen-address", None),
+    "an address for TLS": (
+        ["-web.tls.listen-address", "[::1]:443"],
+        "web.tls.listen-address",
+        ("::1", 443),
+    ),
+    "an address for TLS taken back": (
+        ["-web.tls.listen-address=:1", "-web.tls.listen-address="],
+        "web.tls.listen-address",
+        None,
+    ),
+    "the usual certificate": ([], "web.tls.cert", "cert.pem"),
+    "a certificate": (["--web.tls.cert=x"], "web.tls.cert", "x"),
+    "the usual key": ([], "web.tls.key", "key.pem"),
+    "a key": (["-web.tls.key", "x"], "web.tls.key", "x"),
+    "the usual authority": ([], "web.tls.ca", "ca.pem"),
+    "an authority": (["-web.tls.ca=x"], "web.tls.ca", "x"),
+    "no certificate asked for": ([], "web.tls.verify", False),
+    "certificates asked for": (["-web.tls.verify"], "web.tls.verify", True),
+    "any name in a certificate": ([], "web.tls.certmatch", ""),
+    "a pattern for the names": (
+        ["-web.tls.certmatch", r"^prom[0-9]+\.example$"],
+        "web.tls.certmatch",
+        r"^prom[0-9]+\.example$",
+    ),
+    "no web configuration": ([], "web.config.file", ""),
+    "a web configuration": (["--web.config.file=x"], "web.config.file", "x"),
 }
 
 
@@ -3938,6 +3976,17 @@ FLAG_ERRORS = {
         ["-winsvc", "install"],
         'invalid value "install" for flag -winsvc: not supported',
     ),
+    "a TLS port that is none": (
+        ["-web.tls.listen-address=443"],
+        (
+            'invalid value "443" for flag -web.tls.listen-address: expected an address such as '
+            '":9999" or "[::1]:9999", found "443"'
+        ),
+    ),
+    "a bare boolean for TLS with another word": (
+        ["-web.tls.verify", "yes"],
+        'unexpected argument "yes"',
+    ),
 }
 
 
@@ -3946,6 +3995,43 @@ def test_flags_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags(arguments)
     assert str(caught.value) == message
+
+
+#: Patterns of Go that Python does not take, or takes for something else without an error.
+UNUSABLE_PATTERNS = {
+    "a bracket that is not closed": "(",
+    "nothing to repeat": "*",
+    "too many repetitions": "a{1,99999999999}",
+    "brackets nested too deeply": "(" * 10000,
+    "a class of POSIX": "[[:alpha:]]",
+    "a class of POSIX, negated": "[^[:alpha:]]",
+    "a class of POSIX behind others": "[-_[:alpha:]]",
+    "a class of POSIX that is negated itself": "[_[:^alpha:]]",
+    "a class of Unicode": r"\pL",
+    "a quotation": r"\Qa.b\E",
+    "a code point in braces": r"\x{41}",
+    "a flag of Go": "(?U)a",
+    "a flag for what comes behind it": "a(?i)b",
+    "an intersection of sets": "[a&&b]",
+    "a difference of sets": "[a--b]",
+}
+
+
+@pytest.mark.parametrize("pattern", UNUSABLE_PATTERNS.values(), ids=UNUSABLE_PATTERNS)
+def test_a_pattern_for_certificates_is_refused_with(pattern: str) -> None:
+    with pytest.raises(expexp.FlagError) as caught:
+        expexp.parse_flags([f"-web.tls.certmatch={pattern}"])
+    beginning = f'invalid value "{expexp.excerpt(pattern)}" for flag -web.tls.certmatch: '
+    message = str(caught.value)
+    assert re.fullmatch(re.escape(beginning) + "not a regular expression of Python: .+", message)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a", "^a$", "a|b", "(?i)a", "(?i:a)", r"[\w.-]+\.example", r"\[:a:\]", "[:a]", "(?P<n>a)"],
+)
+def test_a_pattern_for_certificates_is_taken(pattern: str) -> None:
+    assert expexp.parse_flags([f"-web.tls.certmatch={pattern}"])["web.tls.certmatch"] == pattern
 
 
 @pytest.mark.parametrize(
@@ -4355,6 +4441,70 @@ PROBLEMS = {
     "a lone password": (
         of_http("port: 1", "basic_auth_password: x"),
         ["c.yaml:6:28: modules.a.http.basic_auth_password: needs basic_auth_username beside it"],
+    ),
+    "a file with a password without a user": (
+        of_http("port: 1", "basic_auth_password_file: c.yaml"),
+        [
+            (
+                "c.yaml:6:33: modules.a.http.basic_auth_password_file: needs basic_auth_username "
+                "beside it"
+            )
+        ],
+    ),
+    "a password and a file with one": (
+        of_http(
+            "port: 1",
+            "basic_auth_username: u",
+            "basic_auth_password: p",
+            "basic_auth_password_file: c.yaml",
+        ),
+        [
+            (
+                "c.yaml:8:33: modules.a.http.basic_auth_password_file: there is another password "
+                "or token already"
+            )
+        ],
+    ),
+    "a token beside a user": (
+        of_http(
+            "port: 1",
+            "basic_auth_username: u",
+            "basic_auth_password: p",
+            "bearer_token_file: c.yaml",
+        ),
+        [
+            (
+                "c.yaml:8:26: modules.a.http.bearer_token_file: there is another password or "
+                "token already"
+            )
+        ],
+    ),
+    "a token beside a user with a file": (
+        of_http(
+            "port: 1",
+            "bearer_token_file: c.yaml",
+            "basic_auth_password_file: c.yaml",
+            "basic_auth_username: u",
+        ),
+        [
+            (
+                "c.yaml:6:26: modules.a.http.bearer_token_file: there is another password or "
+                "token already"
+            )
+        ],
+    ),
+    "a token in the configuration itself": (
+        of_http("port: 1", "bearer_token: t"),
+        [
+            (
+                "c.yaml:6:7: modules.a.http.bearer_token: unknown key; did you mean "
+                '"bearer_token_file"?'
+            )
+        ],
+    ),
+    "a file with a token, of a command": (
+        of_exec("bearer_token_file: f"),
+        ["c.yaml:6:7: modules.a.exec.bearer_token_file: unknown key"],
     ),
     # YAML itself
     "a tab": (
@@ -4945,6 +5095,629 @@ def test_files_for_tls_are_checked_at_the_start(
     (message,) = problems_of(of_http("port: 1", "scheme: https", *lines))
     assert message.startswith(beginning)  # the rest is OpenSSL's, by version
 
+
+# --- certificates and secrets
+
+
+@pytest.fixture(scope="module")
+def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate, keys and authorities, as people get them right and wrong."""
+    folder, ca = tmp_path_factory.mktemp("pems"), trustme.CA()
+    own, other = ca.issue_cert("localhost"), ca.issue_cert("localhost")
+    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+    own.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    own.private_key_pem.write_to_path(str(folder / "key.pem"))
+    other.private_key_pem.write_to_path(str(folder / "other.pem"))
+    key = serialization.load_pem_private_key(own.private_key_pem.bytes(), None)
+    encrypted = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"s3ntinel"),
+    )
+    (folder / "encrypted.pem").write_bytes(encrypted)
+    (folder / "junk.pem").write_text("-----BEGIN CERTIFICATE-----\nanVuaw==\n")
+    (folder / "write-only.pem").symlink_to("/proc/sys/vm/compact_memory")
+    (folder / "folder.pem").mkdir()
+    return folder
+
+
+@pytest.fixture
+def here_with_pems(here: Path, pems: Path) -> Path:
+    """The current folder, with these files."""
+    shutil.copytree(pems, here, symlinks=True, dirs_exist_ok=True)
+    for path in here.glob("*.pem"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o600)
+    return here
+
+
+def web_program(*flags: str, name: str = "w.yaml") -> expexp.Program:
+    """An expexp that listens nowhere, with a web configuration."""
+    nothing = ["-config=", "-web.listen-address="]
+    options = expexp.parse_flags([*nothing, f"-web.config.file={name}", *flags])
+    return expexp.Program(options, FAST)
+
+
+def web_problems(text: str | bytes, *flags: str) -> list[str]:
+    """All messages about the text of a web configuration."""
+    Path("w.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(expexp.ConfigError) as caught:
+        web_program(*flags)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def serving_tls(*lines: str) -> str:
+    """A web configuration with TLS; the first line given is line 4."""
+    own = ["cert_file: cert.pem", "key_file: key.pem"]
+    return "tls_server_config:\n" + "".join(f"  {line}\n" for line in [*own, *lines])
+
+
+def with_users(*lines: str) -> str:
+    """A web configuration with users; the first line given is line 2."""
+    return "basic_auth_users:\n" + "".join(f"  {line}\n" for line in lines)
+
+
+#: Hashes and their passwords, from the tests of bcrypt's implementation in C (crypt_blowfish).
+BCRYPT_VECTORS = {
+    "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW": b"U*U",
+    "$2a$05$XXXXXXXXXXXXXXXXXXXXXOAcXxm9kjPGEMsLznoKqmqw7tc8WCx4a": b"U*U*U",
+    "$2a$05$CCCCCCCCCCCCCCCCCCCCC.7uG0VCzI2bS7j6ymqJi9CdcdxiRTWNy": b"",
+    "$2y$05$/OK.fbVrR/bpIqNJ5ianF.CE5elHaaO4EbggVDjb8P19RukzXSM3e": b"\xff\xff\xa3",
+    "$2b$05$/OK.fbVrR/bpIqNJ5ianF.Sa7shbm4.OzKpvFnX1pQLmQW96oUlCq": b"\xa3",
+    "$2a$05$abcdefghijklmnopqrstuu5s2v8.iXieOjg/.AySBTTZIIVFJeBui": (
+        b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    ),
+}
+HASHED = next(iter(BCRYPT_VECTORS))
+NO_HASH = "w.yaml:2:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14"
+TLS_AT = "tls_server_config"
+AUTH_TYPE_AT = (
+    f"w.yaml:4:21: {TLS_AT}.client_auth_type: expected NoClientCert or VerifyClientCertIfGiven or "
+    "RequireAndVerifyClientCert, found "
+)
+ASKING = ["client_ca_file: ca.pem", "client_auth_type: RequireAndVerifyClientCert"]
+
+WEB_PROBLEMS = {
+    # the whole file
+    "an empty file": ("", ["w.yaml:1:1: expected a mapping, found nothing"]),
+    "a file with comments only": ("# x\n", ["w.yaml:1:1: expected a mapping, found nothing"]),
+    "a list": ("- x\n", ["w.yaml:1:1: expected a mapping, found the list"]),
+    "neither TLS nor users": (
+        "basic_auth_users: {}\ntls_server_config:\n",
+        ["w.yaml: neither tls_server_config nor basic_auth_users is set"],
+    ),
+    "a bracket that is not closed": (
+        "tls_server_config: {",
+        [
+            (
+                "w.yaml:1:21: not YAML: while parsing a flow node expected the node content, but "
+                "found '<stream end>'"
+            )
+        ],
+    ),
+    "bytes that are not UTF-8": (b"a: \xff\n", ["w.yaml:1:4: not UTF-8"]),
+    "an unknown key at the top": (
+        serving_tls() + "xyz: 1\n",
+        ["w.yaml:4:1: xyz: unknown key"],
+    ),
+    "a key at the top that is almost right": (
+        serving_tls() + "basic_auth_user: {}\n",
+        ['w.yaml:4:1: basic_auth_user: unknown key; did you mean "basic_auth_users"?'],
+    ),
+    "HTTP/2": (
+        serving_tls() + "http_server_config:\n  http2: true\n",
+        ['w.yaml:4:1: http_server_config: unknown key; did you mean "tls_server_config"?'],
+    ),
+    "a limit of requests": (
+        serving_tls() + "rate_limit: {interval: 1s, burst: 9}\n",
+        ["w.yaml:4:1: rate_limit: unknown key"],
+    ),
+    "TLS given twice": (
+        serving_tls() + serving_tls(),
+        [f"w.yaml:4:1: {TLS_AT}: given twice; first on line 2"],
+    ),
+    # keys of TLS
+    "no TLS settings": (
+        "tls_server_config: {}\n",
+        [
+            f"w.yaml:1:20: {TLS_AT}.cert_file: required: certificate, and the chain behind it",
+            f"w.yaml:1:20: {TLS_AT}.key_file: required: its key",
+        ],
+    ),
+    "no certificate": (
+        "tls_server_config:\n  key_file: key.pem\n",
+        [f"w.yaml:2:3: {TLS_AT}.cert_file: required: certificate, and the chain behind it"],
+    ),
+    "no key": (
+        "tls_server_config:\n  cert_file: cert.pem\n",
+        [f"w.yaml:2:3: {TLS_AT}.key_file: required: its key"],
+    ),
+    "an empty name of a certificate": (
+        'tls_server_config:\n  cert_file: ""\n  key_file: key.pem\n',
+        [f'w.yaml:2:14: {TLS_AT}.cert_file: expected text that is not empty, found ""'],
+    ),
+    "an unknown key of TLS": (
+        serving_tls("certfile: x"),
+        [f'w.yaml:4:3: {TLS_AT}.certfile: unknown key; did you mean "cert_file"?'],
+    ),
+    "a key of TLS given twice": (
+        serving_tls("key_file: x"),
+        [f"w.yaml:4:3: {TLS_AT}.key_file: given twice; first on line 3"],
+    ),
+    "a certificate within the file": (
+        serving_tls("cert: x"),
+        [f'w.yaml:4:3: {TLS_AT}.cert: unknown key; did you mean "cert_file"?'],
+    ),
+    "a key within the file": (
+        serving_tls("key: s3ntinel"),
+        [f"w.yaml:4:3: {TLS_AT}.key: unknown key"],
+    ),
+    "an authority within the file": (
+        serving_tls("client_ca: x"),
+        [f'w.yaml:4:3: {TLS_AT}.client_ca: unknown key; did you mean "client_ca_file"?'],
+    ),
+    "suites": (
+        serving_tls("cipher_suites: [TLS_RSA_WITH_RC4_128_SHA]"),
+        [f"w.yaml:4:3: {TLS_AT}.cipher_suites: unknown key"],
+    ),
+    "whose order of suites": (
+        serving_tls("prefer_server_cipher_suites: false"),
+        [f"w.yaml:4:3: {TLS_AT}.prefer_server_cipher_suites: unknown key"],
+    ),
+    "curves": (
+        serving_tls("curve_preferences: [X25519]"),
+        [f"w.yaml:4:3: {TLS_AT}.curve_preferences: unknown key"],
+    ),
+    # values of TLS
+    "certificates asked for and not verified": (
+        serving_tls("client_auth_type: RequestClientCert"),
+        [f'{AUTH_TYPE_AT}"RequestClientCert"'],
+    ),
+    "certificates required and not verified": (
+        serving_tls("client_auth_type: RequireAnyClientCert"),
+        [f'{AUTH_TYPE_AT}"RequireAnyClientCert"'],
+    ),
+    "a way to ask in small letters": (
+        serving_tls("client_auth_type: requireandverifyclientcert"),
+        [f'{AUTH_TYPE_AT}"requireandverifyclientcert"'],
+    ),
+    "certificates required of no authority": (
+        serving_tls("client_auth_type: RequireAndVerifyClientCert"),
+        [f"w.yaml:4:21: {TLS_AT}.client_auth_type: needs client_ca_file beside it"],
+    ),
+    "certificates verified if given, of no authority": (
+        serving_tls("client_auth_type: VerifyClientCertIfGiven"),
+        [f"w.yaml:4:21: {TLS_AT}.client_auth_type: needs client_ca_file beside it"],
+    ),
+    "an authority of certificates that nobody asks for": (
+        serving_tls("client_ca_file: ca.pem"),
+        [f"w.yaml:4:19: {TLS_AT}.client_ca_file: needs client_auth_type beside it"],
+    ),
+    "names in certificates that nobody asks for": (
+        serving_tls("client_auth_type: NoClientCert", "client_allowed_sans: [a]"),
+        [f"w.yaml:5:24: {TLS_AT}.client_allowed_sans: needs client_auth_type beside it"],
+    ),
+    "a name that is no list": (
+        serving_tls(*ASKING, "client_allowed_sans: a"),
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: expected a list, found the string"],
+    ),
+    "names that are none": (
+        serving_tls(*ASKING, "client_allowed_sans: [~]"),
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: names nobody"],
+    ),
+    "no names": (
+        serving_tls(*ASKING, "client_allowed_sans: []"),
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: names nobody"],
+    ),
+    "TLS 1.0": (
+        serving_tls("min_version: TLS10"),
+        [f'w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found "TLS10"'],
+    ),
+    "TLS 1.1": (
+        serving_tls("max_version: TLS11"),
+        [f'w.yaml:4:16: {TLS_AT}.max_version: expected TLS12 or TLS13, found "TLS11"'],
+    ),
+    "a version that is a number": (
+        serving_tls("min_version: 1.2"),
+        [f"w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found the number 1.2"],
+    ),
+    "a lowest version above the highest": (
+        serving_tls("min_version: TLS13", "max_version: TLS12"),
+        [f"w.yaml:4:16: {TLS_AT}.min_version: is above max_version"],
+    ),
+    "several problems": (
+        serving_tls("min_version: TLS10", "zzz: 1") + with_users("a: x"),
+        [
+            f'w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found "TLS10"',
+            f"w.yaml:5:3: {TLS_AT}.zzz: unknown key",
+            "w.yaml:7:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+        ],
+    ),
+    # users
+    "users that are a list": (
+        with_users("- a"),
+        ["w.yaml:2:3: basic_auth_users: expected a mapping, found the list"],
+    ),
+    "a user given twice": (
+        with_users(f"a: {HASHED}", f"a: {HASHED}"),
+        ['w.yaml:3:3: basic_auth_users: "a" is given twice'],
+    ),
+    "a user with a colon": (
+        with_users(f'"a:b": {HASHED}'),
+        ["w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon"],
+    ),
+    "a user without a name": (
+        with_users(f'"": {HASHED}'),
+        ["w.yaml:2:3: basic_auth_users: expected the name of a user, without a colon"],
+    ),
+    "a user without a hash": (
+        with_users("a:"),
+        ["w.yaml:2:5: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14"],
+    ),
+    "a password instead of its hash": (with_users("a: s3ntinel"), [NO_HASH]),
+    "a hash of MD5": (with_users("a: $1$saltsalt$S4zQrBzzCE0tXGtbHfMZC."), [NO_HASH]),
+    "a hash of Apache's MD5": (with_users("a: $apr1$saltsalt$S4zQrBzzCE0tXGtbHfMZC."), [NO_HASH]),
+    "a hash of SHA-512": (with_users(f"a: $6$saltsalt${'x' * 86}"), [NO_HASH]),
+    "a hash of yescrypt": (with_users(f"a: $y$j9T$saltsalt${'x' * 43}"), [NO_HASH]),
+    "a hash of the old bcrypt": (with_users(f"a: {HASHED.replace('2a', '2x')}"), [NO_HASH]),
+    "a hash of the first bcrypt": (with_users(f"a: {HASHED.replace('2a', '2')}"), [NO_HASH]),
+    "a hash that is too short": (with_users(f"a: {HASHED[:-1]}"), [NO_HASH]),
+    "a hash that is too long": (with_users(f"a: {HASHED}x"), [NO_HASH]),
+    "a hash with a line break behind": (with_users(f'a: "{HASHED}\\n"'), [NO_HASH]),
+    "a hash with a letter that is none of its base64": (
+        with_users(f"a: {HASHED[:-1]}="),
+        [NO_HASH],
+    ),
+    "a cost of one digit": (with_users(f"a: {HASHED.replace('05', '5')}"), [NO_HASH]),
+    **{
+        f"a cost of {cost}": (with_users(f"a: {HASHED.replace('05', cost)}"), [NO_HASH])
+        for cost in ("00", "03", "15", "31", "99")
+    },
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("text", "messages"), WEB_PROBLEMS.values(), ids=WEB_PROBLEMS)
+def test_a_web_configuration_is_refused_with(text: str | bytes, messages: list[str]) -> None:
+    assert web_problems(text) == messages
+
+
+#: Files that a web configuration names, and the beginning of what is said of them.
+PEM_PROBLEMS = {
+    "a certificate that is not there": (
+        ["cert_file: no.pem", "key_file: key.pem"],
+        "cannot use certificate no.pem with key key.pem: no such file or directory",
+    ),
+    "a certificate that is junk": (
+        ["cert_file: junk.pem", "key_file: key.pem"],
+        "cannot use certificate junk.pem with key key.pem: ",
+    ),
+    "a key that is not there": (
+        ["cert_file: cert.pem", "key_file: no.pem"],
+        "cannot use certificate cert.pem with key no.pem: no such file or directory",
+    ),
+    "a key that nobody may read": (
+        ["cert_file: cert.pem", "key_file: write-only.pem"],
+        "cannot use certificate cert.pem with key write-only.pem: permission denied",
+    ),
+    "a key that is junk": (
+        ["cert_file: cert.pem", "key_file: junk.pem"],
+        "cannot use certificate cert.pem with key junk.pem: ",
+    ),
+    "a key that is a folder": (
+        ["cert_file: cert.pem", "key_file: folder.pem"],
+        "cannot use certificate cert.pem with key folder.pem: ",
+    ),
+    "the key of another certificate": (
+        ["cert_file: cert.pem", "key_file: other.pem"],
+        "cannot use certificate cert.pem with key other.pem: key values mismatch",
+    ),
+    "a key that is encrypted": (
+        ["cert_file: cert.pem", "key_file: encrypted.pem"],
+        "cannot use certificate cert.pem with key encrypted.pem: the key is encrypted",
+    ),
+    "an authority that is not there": (
+        [*ASKING[1:], "client_ca_file: no.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in no.pem: no such file or directory",
+    ),
+    "an authority that is a folder": (
+        [*ASKING[1:], "client_ca_file: folder.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in folder.pem: is a directory",
+    ),
+    "an authority that is junk": (
+        [*ASKING[1:], "client_ca_file: junk.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in junk.pem: ",
+    ),
+    "an authority that is a key": (
+        [*ASKING[1:], "client_ca_file: key.pem", "cert_file: cert.pem", "key_file: key.pem"],
+        "cannot use the authorities in key.pem: ",
+    ),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("lines", "beginning"), PEM_PROBLEMS.values(), ids=PEM_PROBLEMS)
+def test_a_web_configuration_is_refused_that_names(lines: list[str], beginning: str) -> None:
+    messages = web_problems("tls_server_config:\n" + "".join(f"  {line}\n" for line in lines))
+    where = f"w.yaml:2:3: {TLS_AT}: "
+    assert [m for m in messages if m.startswith(where + beginning)]
+    assert [m for m in messages if not m.startswith(where)] == []
+
+
+WEB_CONFIGURATIONS = {
+    "TLS alone": serving_tls(),
+    "TLS and users": serving_tls() + with_users(f"a: {HASHED}"),
+    "users alone": with_users(f"a: {HASHED}"),
+    "several users": with_users(*(f"a{n}: {text}" for n, text in enumerate(BCRYPT_VECTORS))),
+    "a user whose name is a number": with_users(f"1: {HASHED}"),
+    "the lowest cost": with_users(f"a: {HASHED.replace('05', '04')}"),
+    "the highest cost": with_users(f"a: {HASHED.replace('05', '14')}"),
+    "a section with nothing in it": serving_tls() + "basic_auth_users:\n",
+    "keys with nothing behind them": serving_tls(
+        "min_version:", "client_auth_type:", "client_allowed_sans:"
+    ),
+    "nobody asked for a certificate": serving_tls("client_auth_type: NoClientCert"),
+    "certificates verified if given": serving_tls(
+        "client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"
+    ),
+    "certificates required": serving_tls(*ASKING),
+    "names in certificates": serving_tls(*ASKING, "client_allowed_sans: [a, 10.0.0.1, a@b, c:d]"),
+    "TLS 1.3 alone": serving_tls("min_version: TLS13"),
+    "TLS 1.2 alone": serving_tls("min_version: TLS12", "max_version: TLS12"),
+    "JSON": json.dumps({"basic_auth_users": {"a": HASHED}}),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize("text", WEB_CONFIGURATIONS.values(), ids=WEB_CONFIGURATIONS)
+def test_a_web_configuration_is_taken_with(text: str) -> None:
+    Path("w.yaml").write_text(text)
+    web_program()
+
+
+@pytest.mark.usefixtures("here")
+def test_without_pyyaml_a_web_configuration_in_json_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("w.json").write_text(json.dumps({"basic_auth_users": {"a": HASHED}}))
+    monkeypatch.setattr(expexp, "yaml", None)
+    web_program(name="w.json")
+    Path("w.json").write_text('{"basic_auth_users": {}')
+    with pytest.raises(expexp.ConfigError, match=r"^w\.json:1:24: not JSON: "):
+        web_program(name="w.json")
+
+
+@pytest.mark.usefixtures("here_with_pems")
+def test_tls_by_a_file_and_by_flags_do_not_go_together() -> None:
+    assert web_problems(serving_tls(), "-web.tls.listen-address=127.0.0.1:0") == [
+        f"w.yaml:2:3: {TLS_AT}: does not go with -web.tls.listen-address"
+    ]
+
+
+OWN_TLS = ["-web.tls.listen-address=127.0.0.1:0", "-web.tls.cert=cert.pem", "-web.tls.key=key.pem"]
+CERTMATCH = "-web.tls.verify must be set to use -web.tls.certmatch"
+CERTMATCHES = {
+    "by flags, without asking for certificates": (None, OWN_TLS, False),
+    "by flags, with asking": (None, [*OWN_TLS, "-web.tls.verify", "-web.tls.ca=ca.pem"], True),
+    "without TLS": (with_users(f"a: {HASHED}"), [], False),
+    "by a file, without asking": (serving_tls(), [], False),
+    "by a file, for certificates that need not be": (
+        serving_tls("client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"),
+        [],
+        False,
+    ),
+    "by a file, with asking": (serving_tls(*ASKING), [], True),
+    "by a file, with the flag for the other listener": (serving_tls(), ["-web.tls.verify"], False),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("text", "flags", "taken"), CERTMATCHES.values(), ids=CERTMATCHES)
+def test_a_pattern_for_certificates_needs_them(
+    text: str | None, flags: list[str], taken: bool
+) -> None:
+    Path("w.yaml").write_text(text or "")
+    name = "w.yaml" if text else ""
+    if taken:
+        for server in web_program("-web.tls.certmatch=a", *flags, name=name).servers:
+            server.server_close()
+    else:
+        with pytest.raises(expexp.ConfigError, match=f"{CERTMATCH}$"):
+            web_program("-web.tls.certmatch=a", *flags, name=name)
+
+
+@pytest.mark.parametrize("name", ["web/w.yaml", "web/../web/w.yaml", "{}/web/w.yaml"])
+def test_paths_in_a_web_configuration_are_relative_to_it(name: str, here_with_pems: Path) -> None:
+    folder = here_with_pems / "web"
+    folder.mkdir()
+    for file in ("cert.pem", "key.pem", "ca.pem"):
+        Path(file).rename(folder / file)
+    (folder / "w.yaml").write_text(serving_tls(*ASKING))
+    web_program(name=name.format(here_with_pems))
+    (folder / "key.pem").rename("key.pem")
+    with pytest.raises(expexp.ConfigError, match=r"with key \S*web/key\.pem: no such file"):
+        web_program(name=name.format(here_with_pems))
+
+
+def test_absolute_paths_in_a_web_configuration_are_as_they_are(here_with_pems: Path) -> None:
+    (here_with_pems / "web").mkdir()
+    text = serving_tls().replace("cert.pem", str(here_with_pems / "cert.pem"))
+    text = text.replace(" key.pem", f" {here_with_pems / 'key.pem'}")
+    (here_with_pems / "web" / "w.yaml").write_text(text)
+    web_program(name="web/w.yaml")
+
+
+def test_paths_of_flags_are_relative_to_the_current_folder(here_with_pems: Path) -> None:
+    (here_with_pems / "web").mkdir()
+    (here_with_pems / "web" / "w.yaml").write_text(with_users(f"a: {HASHED}"))
+    program = web_program(*OWN_TLS, name="web/w.yaml")
+    assert program.servers[0].url.startswith("https://127.0.0.1:")
+    program.servers[0].server_close()
+
+
+WITHOUT_BCRYPT = {
+    "no library": {},
+    "a library without crypt_rn": {"libcrypt.so.2": object(), "libcrypt.so.1": object()},
+    "a library that knows no bcrypt": {
+        "libcrypt.so.1": types.SimpleNamespace(crypt_rn=lambda *_: None)
+    },
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("libraries", WITHOUT_BCRYPT.values(), ids=WITHOUT_BCRYPT)
+def test_without_bcrypt_users_are_refused_at_the_start(
+    libraries: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_library(name: str) -> object:
+        if name not in libraries:
+            raise OSError(f"{name}: cannot open shared object file")
+        return libraries[name]
+
+    monkeypatch.setattr(ctypes, "CDLL", load_library)
+    (message,) = web_problems(with_users(f"a: {HASHED}"))
+    assert message == (
+        "w.yaml:2:3: basic_auth_users: needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, "
+        "Ubuntu), libxcrypt (RHEL, Fedora)"
+    )
+
+
+def test_without_bcrypt_tls_works(here_with_pems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ctypes, "CDLL")
+    (here_with_pems / "w.yaml").write_text(serving_tls())
+    web_program()
+
+
+WORLD_READABLE = "{} holds secrets and can be read by everybody"
+
+
+@pytest.mark.parametrize("name", ["w.yaml", "key.pem", "token", "password", "bearer"])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644, 0o604])
+def test_a_file_with_secrets_that_everybody_can_read_is_a_warning(
+    name: str, mode: int, here_with_pems: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    modules = {
+        "a": http_module(1, basic_auth_username="u", basic_auth_password_file="password"),
+        "b": http_module(1, bearer_token_file="bearer"),
+    }
+    (here_with_pems / "c.json").write_text(json.dumps({"modules": modules}))
+    (here_with_pems / "w.yaml").write_text(serving_tls(*ASKING) + with_users(f"a: {HASHED}"))
+    for file in ("token", "password", "bearer"):
+        (here_with_pems / file).write_text("x")
+    for file in ("w.yaml", "token", "password", "bearer"):
+        (here_with_pems / file).chmod(0o600)
+    for file in ("cert.pem", "ca.pem"):
+        (here_with_pems / file).chmod(0o644)  # no secrets
+    (here_with_pems / name).chmod(mode)
+    with caplog.at_level(logging.WARNING, "expexp"):
+        web_program("-config=c.json", "-web.bearer.token-file=token")
+    assert caplog.messages == ([WORLD_READABLE.format(name)] if mode & 0o004 else [])
+
+
+def test_a_web_configuration_without_users_holds_no_secrets(
+    here_with_pems: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here_with_pems / "w.yaml").write_text(serving_tls())
+    (here_with_pems / "w.yaml").chmod(0o644)
+    with caplog.at_level(logging.WARNING, "expexp"):
+        web_program()
+    assert caplog.messages == ["no modules loaded from any config file"]
+
+
+def test_a_file_with_secrets_that_everybody_can_read_from_now_on_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = secret_file(tmp_path / "token", "t")
+    app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    caplog.clear()
+    path.chmod(0o644)
+    for _ in range(2):
+        assert ask(app, "/", bearer("t")).status == 200
+    assert caplog.messages == [WORLD_READABLE.format(path)]
+
+
+SECRET_FILES = {
+    "is not there": ("no", "cannot be read: no such file or directory"),
+    "is a folder": ("folder.pem", "cannot be read: is a directory"),
+    "nobody may read": ("write-only.pem", "cannot be read: permission denied"),
+    "is empty": ("empty", "the file should not be empty"),
+    "holds only blanks": ("blanks", "the file should not be empty"),
+    "is not UTF-8": ("bytes", "the file is not UTF-8"),
+    "is too large": ("large", "the file is larger than 65536 bytes"),
+}
+
+
+@pytest.mark.parametrize(("name", "message"), SECRET_FILES.values(), ids=SECRET_FILES)
+@pytest.mark.parametrize("key", ["basic_auth_password_file", "bearer_token_file"])
+def test_a_module_is_refused_whose_file_with_a_secret(
+    key: str, name: str, message: str, here_with_pems: Path
+) -> None:
+    (here_with_pems / "empty").write_text("")
+    (here_with_pems / "blanks").write_text(" \n")
+    (here_with_pems / "bytes").write_bytes(b"a\n\xff")
+    (here_with_pems / "large").write_text("x" * 65537)
+    users = ["basic_auth_username: u"] if key.startswith("basic") else []
+    column = len(f"      {key}: ") + 1
+    assert problems_of(of_http("port: 1", f"{key}: {name}", *users)) == [
+        f"c.yaml:6:{column}: modules.a.http.{key}: {message}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "token",
+    ["s3n\ntinel", "s3n\r\ntinel", "s3ntinel\0", "s3n\x7ftinel", "s3ntinel \u2192"],
+    ids=["is two lines", "is two lines of DOS", "has a NUL", "has a control", "is not Latin-1"],
+)
+def test_a_module_is_refused_whose_token(token: str, here: Path) -> None:
+    secret_file(here / "token", token)
+    (message,) = problems_of(of_http("port: 1", "bearer_token_file: token"))
+    assert message == (
+        "c.yaml:6:26: modules.a.http.bearer_token_file: token file should hold one line of "
+        "Latin-1 text"
+    )
+
+
+# --- files that change
+
+#: Every request looks at the files, so that no test waits for a second to pass.
+WATCHFUL = dataclasses.replace(FAST, rotation_seconds=0)
+RELOADED = "expexp_credentials_last_reload_successful"
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def secret_file(path: Path, text: str | bytes) -> Path:
+    """A file that only its owner can read, as if written long ago."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.chmod(0o600)
+    os.utime(path, (1, 1))
+    return path
+
+
+def in_place(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def by_renaming(path: Path, text: str) -> None:
+    os.replace(secret_file(path.with_name("new"), text), path)
+
+
+def by_removing_it_first(path: Path, text: str) -> None:
+    path.unlink()
+    path.write_text(text)
+    path.chmod(0o600)
+
+
+def by_swapping_a_link(path: Path, text: str) -> None:
+    new = path.with_name("link")
+    new.symlink_to(secret_file(path.with_name(f"{time.monotonic_ns()}"), text))
+    os.replace(new, path)
+
+
+REPLACEMENTS = [in_place, by_renaming, by_removing_it_first, by_swapping_a_link]
+
+
+# --- without PyYAML, and the original's examples
 
 WITHOUT_PYYAML = """\
 import sys
@@ -6063,6 +6836,143 @@ def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
             "module m: TLS: protocol: wrong version number\n",
         )
         assert served.failures("m") == {"unreachable": 1}
+
+
+def self_signed(folder: Path, name: str = "localhost") -> ssl.SSLContext:
+    """A server's context with a certificate that vouches for itself, also left in own.pem."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    named = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
+    certificate = (
+        x509.CertificateBuilder(named, named, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - day)
+        .not_valid_after(now + day)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    text = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
+    secret_file(folder / "own.pem", text + certificate.public_bytes(pem))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "own.pem")
+    return context
+
+
+def test_a_certificate_that_vouches_for_itself_is_no_chain(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    trust = {"tls_ca_cert_file": certificates.ca_file}
+    with (
+        tls_target(self_signed(tmp_path), ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **trust)}) as served,
+    ):
+        answer = served.scrape("m")
+    expected = r"module m: TLS: chain: self.signed certificate\n"
+    assert answer.status == 502
+    assert re.fullmatch(expected, answer.text)
+
+
+def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(certificates: Certificates) -> None:
+    context = certificates.server("localhost")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    trust = {"tls_ca_cert_file": certificates.ca_file}
+    with (
+        tls_target(context, ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **trust)}) as served,
+    ):
+        answer = served.scrape("m")
+    assert (answer.status, answer.text[:24]) == (502, "module m: TLS: protocol:")
+
+
+def sent_authorization(heads: list[bytes]) -> str:
+    """What the last request to a target had."""
+    return "".join(re.findall(r"(?m)^Authorization: (.*)\r$", heads[-1].decode("latin-1")))
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_a_token_for_a_target_is_read_from_its_file_and_again(
+    replace: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    heads: list[bytes] = []
+    path = secret_file(tmp_path / "token", " one \n")
+    with target(recording(heads)) as port:
+        module = http_module(port, bearer_token_file=str(path))
+        app = application({"m": module}, limits=WATCHFUL)
+        for text, token in (("", "one"), ("two\n", "two"), ("\ufefft\u00f6ken", "t\u00f6ken")):
+            if text:
+                replace(path, text)
+            assert ask(app, "/proxy?module=m", bearer("own")).status == 200
+            assert sent_authorization(heads) == f"Bearer {token}"
+
+
+@pytest.mark.parametrize("password", ["p", "a:b", "p\u00e4\u20ac", "two\nlines", "b l a n k"])
+def test_a_password_for_a_target_is_read_from_its_file(password: str, tmp_path: Path) -> None:
+    heads: list[bytes] = []
+    path = secret_file(tmp_path / "password", "old")
+    own = {"basic_auth_username": "u", "basic_auth_password_file": str(path)}
+    with target(recording(heads)) as port:
+        app = application({"m": http_module(port, **own)}, limits=WATCHFUL)
+        for text in ("old", password):
+            by_renaming(path, f"{text}\n")
+            assert ask(app, "/proxy?module=m").status == 200
+            assert sent_authorization(heads) == basic(f"u:{text}")
+
+
+def test_a_broken_file_for_a_target_leaves_what_it_held(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    heads: list[bytes] = []
+    path = secret_file(tmp_path / "token", "one")
+    with target(recording(heads)) as port:
+        modules = {"m": http_module(port, bearer_token_file=str(path)), "n": http_module(port)}
+        app = application(modules, limits=WATCHFUL)
+        for broken in ("", "s3n\ntinel"):
+            caplog.clear()
+            by_renaming(path, broken)
+            for _ in range(2):
+                assert ask(app, "/proxy?module=m").status == 200
+                assert sent_authorization(heads) == "Bearer one"
+            assert metric(app, RELOADED) == 0
+            (message,) = caplog.messages
+            assert re.search(
+                r"modules\.m\.http\.bearer_token_file: (the|token) file should ", message
+            )
+            assert SECRET not in message
+        by_renaming(path, "two")
+        assert ask(app, "/proxy?module=m").status == 200
+        assert sent_authorization(heads) == "Bearer two"
+        assert metric(app, RELOADED) == 1
+
+
+def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    one, two = map(Authority, folders)
+    server, client = two.issue("localhost"), two.issue("client@example.org")
+    secret_file(tmp_path / "server.pem", server.certificate + server.key)
+    former = one.issue("client@example.org")
+    secret_file(tmp_path / "client.pem", former.certificate + former.key)
+    secret_file(tmp_path / "ca.pem", (folders[0] / "ca.pem").read_text())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    context.load_verify_locations(folders[1] / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = ssl.TLSVersion.TLSv1_2  # see above
+    own = {key: str(tmp_path / "client.pem") for key in ("tls_cert_file", "tls_key_file")}
+    settings = {"tls_ca_cert_file": str(tmp_path / "ca.pem"), **own}
+    with (
+        tls_target(context, ok(EXPOSITION)) as port,
+        running({"m": https_module(port, **settings)}, limits=WATCHFUL) as served,
+    ):
+        assert served.scrape("m").text.startswith("module m: TLS: chain: ")
+        by_renaming(tmp_path / "ca.pem", (folders[1] / "ca.pem").read_text())
+        assert served.scrape("m").text.startswith("module m: TLS: protocol: ")
+        by_renaming(tmp_path / "client.pem", client.certificate + client.key)
+        assert served.scrape("m").body == EXPOSITION
 
 
 @pytest.mark.parametrize("where", ["handshake", "records"])
@@ -7572,6 +8482,709 @@ def test_there_is_a_warning_where_anyone_may_add_arguments(
     assert caplog.messages == ([warning] if warned else [])
 
 
+# --- access: users and their passwords
+
+
+@functools.cache
+def bcrypt(password: bytes, kind: str = "2b", cost: int = 4) -> str:
+    """A hash, quickly made; by the system's library, which BCRYPT_VECTORS prove to be right."""
+    setting = f"${kind}${cost:02}$" + "/OK.fbVrR/bpIqNJ5ianF." + "." * 31
+    hashed = expexp.hash_password(expexp.load_bcrypt(), password, setting)
+    assert hashed
+    return hashed.decode()
+
+
+def write_users(path: Path, **passwords: str) -> str:
+    """Write a web configuration with these users; the flag that names it."""
+    users = {name: bcrypt(password.encode()) for name, password in passwords.items()}
+    path.write_text(json.dumps({"basic_auth_users": users}))
+    path.chmod(0o600)
+    return f"-web.config.file={path}"
+
+
+def basic(pair: str | bytes) -> str:
+    """The header's value for `user:password`."""
+    return "Basic " + base64.b64encode(pair if isinstance(pair, bytes) else pair.encode()).decode()
+
+
+def login(pair: str | bytes) -> dict[str, str]:
+    return {"Authorization": basic(pair)}
+
+
+WRONG = "Invalid user or password\n"
+OTHER_SCHEME = "Authorization header not of Basic type\n"
+BASICS = {
+    "the password": (basic("u:right"), 200, ""),
+    "a scheme in small letters": (basic("u:right").replace("Basic", "basic"), 200, ""),
+    "a scheme in capitals": (basic("u:right").replace("Basic", "BASIC"), 200, ""),
+    "several blanks": (basic("u:right").replace(" ", "   "), 200, ""),
+    "a blank behind": (basic("u:right") + " ", 200, ""),
+    "a password with a colon": (basic("colon:a:b:"), 200, ""),
+    "an empty password that is right": (basic("empty:"), 200, ""),
+    "a name and a password beyond ASCII": (basic("\u00fc:p\u00e4\u20ac"), 200, ""),
+    "the same in Latin-1": (basic("\u00fc:p\u00e4".encode("latin-1")), 401, WRONG),
+    "another password": (basic("u:wrong"), 401, WRONG),
+    "a part of the password": (basic("u:righ"), 401, WRONG),
+    "more than the password": (basic("u:right "), 401, WRONG),
+    "the password in capitals": (basic("u:RIGHT"), 401, WRONG),
+    "another user's password": (basic("u:a:b:"), 401, WRONG),
+    "an empty password": (basic("u:"), 401, WRONG),
+    "an unknown user": (basic("nobody:right"), 401, WRONG),
+    "the user in capitals": (basic("U:right"), 401, WRONG),
+    "no user": (basic(":right"), 401, WRONG),
+    "neither user nor password": (basic(":"), 401, WRONG),
+    "no colon": (basic("u"), 401, WRONG),
+    "no colon, where the password is empty": (basic("empty"), 401, WRONG),
+    "nothing": ("Basic", 401, WRONG),
+    "nothing in base64": (basic(""), 401, WRONG),
+    "the hash instead of the password": (basic("u:" + bcrypt(b"right")), 401, WRONG),
+    "a NUL behind the password": (basic("u:right\0"), 401, WRONG),
+    "a NUL within the password": (basic("u:right\0x"), 401, WRONG),
+    "a NUL for an empty password": (basic("empty:\0x"), 401, WRONG),
+    "a NUL in the name": (basic("u\0:right"), 401, WRONG),
+    "bytes that are not UTF-8": (basic(b"\xff:\xff"), 401, WRONG),
+    "what is not base64": ("Basic u:right", 401, WRONG),
+    "base64 with a letter that is none of it": (basic("u:right") + "!", 401, WRONG),
+    "base64 cut short": (basic("u:right1").rstrip("="), 401, WRONG),
+    "two pairs": (basic("u:right") + "," + basic("u:right"), 401, WRONG),
+    "letters beyond ASCII": ("Basic \xff\xfe", 401, WRONG),
+    "no header": (None, 401, "Authorization header is missing\n"),
+    "an empty header": ("", 401, "Authorization header is missing\n"),
+    "another scheme": ("Bearer right", 401, OTHER_SCHEME),
+    "a scheme run together with it": (basic("u:right").replace(" ", ""), 401, OTHER_SCHEME),
+}
+
+
+@pytest.fixture(scope="module")
+def app_with_users(tmp_path_factory: pytest.TempPathFactory) -> expexp.Application:
+    path = tmp_path_factory.mktemp("users") / "w.json"
+    people = {"u": "right", "colon": "a:b:", "empty": "", "\u00fc": "p\u00e4\u20ac"}
+    return application({}, write_users(path, **people))
+
+
+@pytest.mark.parametrize(("header", "status", "text"), BASICS.values(), ids=BASICS)
+def test_a_user_and_the_password(
+    header: str | None, status: int, text: str, app_with_users: expexp.Application
+) -> None:
+    for _ in range(2):  # the second time from memory, if at all
+        headers = {} if header is None else {"authorization": header}
+        reply = ask(app_with_users, "/-/healthy", headers)
+        assert reply.status == status
+        if status == 401:
+            challenge = 'Basic realm="expexp"'
+            assert (reply.text, reply.headers["www-authenticate"]) == (text, challenge)
+
+
+@pytest.mark.parametrize("hashed", BCRYPT_VECTORS)
+def test_hashes_of_other_programs_are_understood(hashed: str, tmp_path: Path) -> None:
+    password = BCRYPT_VECTORS[hashed]
+    (tmp_path / "w.yaml").write_text(with_users(f"a: {hashed}"))
+    app = application({}, f"-web.config.file={tmp_path / 'w.yaml'}")
+    assert ask(app, "/", login(b"a:x" + password)).status == 401
+    assert ask(app, "/", login(b"a:" + password)).status == 200
+
+
+@pytest.mark.parametrize("kind", ["2a", "2b", "2y"])
+def test_each_kind_of_bcrypt_is_understood(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text(with_users(f"a: {bcrypt(b'right', kind)}"))
+    app = application({}, f"-web.config.file={tmp_path / 'w.yaml'}")
+    assert ask(app, "/", login("a:wrong")).status == 401
+    assert ask(app, "/", login("a:right")).status == 200
+
+
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [(71, 401), (72, 200), (73, 200), (100, 200), (10_000, 401), (1_000_000, 401)],
+)
+def test_bcrypt_heeds_72_bytes_of_a_password_and_refuses_endless_ones(
+    length: int, status: int, tmp_path: Path
+) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="x" * 72))
+    assert ask(app, "/", login("u:" + "x" * length)).status == status
+
+
+EITHER = {
+    "the token": ("Bearer t", 200, ""),
+    "a password": (basic("u:right"), 200, ""),
+    "another token": ("Bearer right", 401, "Invalid Bearer Token\n"),
+    "another password": (basic("u:t"), 401, WRONG),
+    "another scheme": ("Digest t", 401, "Authorization header not of Bearer or Basic type\n"),
+    "no header": (None, 401, "Authorization header is missing\n"),
+}
+
+
+@pytest.mark.parametrize(("header", "status", "text"), EITHER.values(), ids=EITHER)
+def test_with_a_token_and_users_either_suffices(
+    header: str | None, status: int, text: str, tmp_path: Path
+) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right"), "-web.bearer.token=t")
+    reply = ask(app, "/", {} if header is None else {"Authorization": header})
+    assert reply.status == status
+    if status == 401:
+        challenge = 'Bearer realm="expexp", Basic realm="expexp"'
+        assert (reply.text, reply.headers["www-authenticate"]) == (text, challenge)
+
+
+@pytest.mark.parametrize("path", ALL_PATHS)
+def test_networks_come_before_users_and_both_before_every_route(path: str, tmp_path: Path) -> None:
+    flags = [write_users(tmp_path / "w.json", u="p"), "-allow.net=10.0.0.0/8"]
+    app = application({"e": exec_module("echo up 1")}, *flags)
+    assert ask(app, path, login("u:p"), client="192.0.2.1").text == "Forbidden\n"
+    for method in ("GET", "HEAD", "POST"):
+        assert ask(app, path, client="10.0.0.1", method=method).status == 401
+        assert ask(app, path, login("u:x"), client="10.0.0.1", method=method).status == 401
+    assert ask(app, path, login("u:p"), client="10.0.0.1").status in (200, 404)
+
+
+FORWARDED = {
+    "nothing is asked for": ([], "a", "Bearer own", "Bearer own"),
+    "only networks are": (["-allow.net=127.0.0.0/8"], "a", "Bearer own", "Bearer own"),
+    "the token was for us": (["-web.bearer.token=t"], "a", "Bearer t", None),
+    "the password was for us": (["USERS"], "a", basic("u:p"), None),
+    "the token was, of both": (["USERS", "-web.bearer.token=t"], "a", "Bearer t", None),
+    "the password was, of both": (["USERS", "-web.bearer.token=t"], "a", basic("u:p"), None),
+    "the module has its own": ([], "b", "Bearer own", basic("target:s3ntinel")),
+    "the module has its own, too": (["USERS"], "b", basic("u:p"), basic("target:s3ntinel")),
+}
+
+
+@pytest.mark.parametrize(("flags", "module", "sent", "expected"), FORWARDED.values(), ids=FORWARDED)
+def test_authorization_is_forwarded_to_a_target_unless(
+    flags: list[str], module: str, sent: str, expected: str | None, tmp_path: Path
+) -> None:
+    heads: list[bytes] = []
+    users = write_users(tmp_path / "w.json", u="p")
+    own = {"basic_auth_username": "target", "basic_auth_password": "s3ntinel"}
+    with target(recording(heads)) as port:
+        modules = {"a": http_module(port), "b": http_module(port, **own)}
+        app = application(modules, *(users if flag == "USERS" else flag for flag in flags))
+        assert ask(app, f"/proxy?module={module}", {"authorization": sent}).status == 200
+    found = re.findall(r"(?im)^authorization: (.*)\r$", heads[0].decode())
+    assert found == ([expected] if expected else [])
+
+
+def test_16_threads_with_right_and_wrong_passwords_get_no_wrong_answer(tmp_path: Path) -> None:
+    people = {f"user{n}": f"password{n}" for n in range(16)}
+    pairs = [
+        (f"{name}:{password}", people[name] == password)
+        for name, password in itertools.product(people, people.values())
+    ]
+    with (
+        running({}, write_users(tmp_path / "w.json", **people)) as served,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        answers = pool.map(lambda pair: served.get("/-/healthy", login(pair[0])).status, pairs)
+        assert [status == 200 for status in answers] == [right for _, right in pairs]
+
+
+Hashed = list[tuple[bytes, bytes]]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Hashed:
+    """Each password that libxcrypt is asked to hash, and like which hash."""
+    calls: Hashed = []
+    load_library = ctypes.CDLL
+
+    def load_counting(name: str) -> object:
+        real = load_library(name).crypt_rn
+        real.restype = ctypes.c_char_p
+
+        def crypt_rn(password: bytes, setting: bytes, buffer: object, size: int) -> bytes | None:
+            calls.append((password, setting))
+            return cast("bytes | None", real(password, setting, buffer, size))
+
+        return types.SimpleNamespace(crypt_rn=crypt_rn)
+
+    monkeypatch.setattr(ctypes, "CDLL", load_counting)
+    return calls
+
+
+def test_an_unknown_user_costs_one_hash_as_a_known_one_does(hashed: Hashed, tmp_path: Path) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right"))
+    costs = []
+    for pair in ("u:wrong", "nobody:wrong", "nobody:right", ":", "nobody:\0", "u:a\0b"):
+        hashed.clear()
+        assert ask(app, "/", login(pair)).status == 401
+        costs.append([setting[:7] for _, setting in hashed])
+    assert costs == [[b"$2b$04$"]] * 6
+
+
+def test_an_unknown_user_costs_as_much_as_the_costliest(hashed: Hashed, tmp_path: Path) -> None:
+    users = [f"user{cost}: {bcrypt(b'right', cost=cost)}" for cost in (4, 6, 5)]
+    (tmp_path / "w.yaml").write_text(with_users(*users))
+    app = application({}, f"-web.config.file={tmp_path / 'w.yaml'}")
+    hashed.clear()
+    assert ask(app, "/", login("nobody:right")).status == 401
+    assert [setting[:7] for _, setting in hashed] == [b"$2b$06$"]
+
+
+def test_a_password_that_was_right_is_not_hashed_again(hashed: Hashed, tmp_path: Path) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right", v="other"))
+    hashed.clear()
+    for _ in range(3):
+        assert ask(app, "/", login("u:right")).status == 200
+        assert ask(app, "/", login("v:other")).status == 200
+    assert [password for password, _ in hashed] == [b"right", b"other"]
+    for pair in ("u:wrong", "u:wrong", "v:right", "u:right"):
+        ask(app, "/", login(pair))
+    assert [password for password, _ in hashed[2:]] == [b"wrong", b"wrong", b"right"]
+
+
+def test_strangers_keep_at_most_two_cores_busy_and_nobody_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = application({}, write_users(tmp_path / "w.json", u="right"))
+    assert ask(app, "/", login("u:right")).status == 200
+    busy, release = threading.Semaphore(0), threading.Event()
+    active, counts = set[int](), list[int]()
+
+    def hash_slowly(*_: object) -> None:
+        active.add(threading.get_ident())
+        counts.append(len(active))
+        busy.release()
+        assert release.wait(5)
+        active.discard(threading.get_ident())
+
+    monkeypatch.setattr(expexp, "hash_password", hash_slowly)
+    with ThreadPoolExecutor(6) as pool:
+        strangers = [pool.submit(ask, app, "/", login(f"u:{n}")) for n in range(6)]
+        assert busy.acquire(timeout=5)
+        assert busy.acquire(timeout=5)
+        assert ask(app, "/", login("u:right")).status == 200
+        release.set()
+        assert [stranger.result().status for stranger in strangers] == [401] * 6
+    assert (len(counts), max(counts)) == (6, 2)
+
+
+# --- rotation
+
+
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+def test_a_token_in_a_file_is_replaced(
+    replace: Callable[[Path, str], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    assert ask(app, "/", bearer("one")).status == 200
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "expexp"):
+        for old, new in (("one", "two"), ("two", "three"), ("three", "one")):
+            replace(path, new)
+            assert ask(app, "/", bearer(old)).status == 401
+            assert ask(app, "/", bearer(new)).status == 200
+    assert [m for m in caplog.messages if "took" not in m] == [f"read again: {path}"] * 3
+    assert metric_with(app, RELOADED, bearer("one")) == 1
+
+
+def metric_with(app: expexp.Application, series: str, headers: Mapping[str, str]) -> float:
+    return samples(ask(app, "/metrics", headers).text)[series]
+
+
+def test_files_of_a_kubernetes_secret_are_replaced(tmp_path: Path) -> None:
+    def mount(version: str, token: str) -> None:
+        (tmp_path / version).mkdir()
+        secret_file(tmp_path / version / "token", token)
+        (tmp_path / "..data_tmp").symlink_to(version)
+        os.replace(tmp_path / "..data_tmp", tmp_path / "..data")
+
+    mount("..2026_1", "one")
+    (tmp_path / "token").symlink_to("..data/token")
+    app = application({}, f"-web.bearer.token-file={tmp_path / 'token'}", limits=WATCHFUL)
+    assert ask(app, "/", bearer("one")).status == 200
+    mount("..2026_2", "two")
+    shutil.rmtree(tmp_path / "..2026_1")
+    assert ask(app, "/", bearer("one")).status == 401
+    assert ask(app, "/", bearer("two")).status == 200
+
+
+def become_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def become_a_link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nofile")
+
+
+BROKEN_TOKENS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "an empty file": (lambda path: path.write_text(""), "the file should not be empty"),
+    "blanks": (lambda path: path.write_text(" \n\n"), "the file should not be empty"),
+    "bytes that are not UTF-8": (lambda path: path.write_bytes(b"a\n\xff"), "not UTF-8"),
+    "too much": (lambda path: path.write_text("x" * 65537), "larger than 65536 bytes"),
+    "nothing": (Path.unlink, "cannot be read: no such file or directory"),
+    "a folder": (become_a_folder, "cannot be read: is a directory"),
+    "a link to nothing": (become_a_link_to_nothing, "cannot be read: no such file or directory"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BROKEN_TOKENS.values(), ids=BROKEN_TOKENS)
+def test_the_former_token_stays_when_its_file_becomes(
+    spoil: Callable[[Path], object],
+    message: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    assert metric_with(app, RELOADED, bearer("one")) == 1
+    caplog.clear()
+    spoil(path)
+    for _ in range(3):
+        assert ask(app, "/", bearer("one")).status == 200
+        assert ask(app, "/", bearer("")).status == 401
+    assert metric_with(app, RELOADED, bearer("one")) == 0
+    (record,) = caplog.records
+    assert (record.levelno, record.exc_info) == (logging.ERROR, None)
+    assert record.getMessage().startswith("changed files are not used, the former stay: ")
+    assert record.getMessage().endswith(message)
+    assert str(path) in record.getMessage()
+    if path.is_dir():
+        path.rmdir()
+    by_renaming(path, "two")
+    assert ask(app, "/", bearer("one")).status == 401
+    assert metric_with(app, RELOADED, bearer("two")) == 1
+
+
+def test_a_token_that_comes_through_a_pipe_is_read_once(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    os.mkfifo(path)
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(path.write_text, "one")
+        app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+        assert writer.result(5) == 3
+    for _ in range(2):
+        assert ask(app, "/", bearer("one")).status == 200
+    assert metric_with(app, RELOADED, bearer("one")) == 1
+
+
+def test_files_are_looked_at_once_in_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, looks = [time.monotonic() + 10], list[str]()
+    path = secret_file(tmp_path / "token", "one")
+    users = write_users(tmp_path / "w.json", u="p")
+    app = application({}, f"-web.bearer.token-file={path}", users)
+    look = os.stat
+
+    def count(name: Any, *arguments: Any, **named: Any) -> os.stat_result:
+        looks.append(str(name))
+        return look(name, *arguments, **named)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "stat", count)
+    found = []
+    for seconds in (0, 0, 0.5, 0.49, 0.02, 0, 0.9, 3600, 0):
+        now[0] += seconds
+        looks.clear()
+        for _ in range(3):
+            assert ask(app, "/", bearer("one")).status == 200
+        found.append(sum(name in (str(path), str(tmp_path / "w.json")) for name in looks))
+    assert found == [2, 0, 0, 0, 2, 0, 0, 2, 0]
+
+
+def test_users_are_added_and_removed(
+    hashed: Hashed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "w.json"
+    app = application({}, write_users(path, a="p", b="q"), limits=WATCHFUL)
+    for _ in range(2):
+        assert ask(app, "/", login("a:p")).status == 200
+        assert ask(app, "/", login("b:q")).status == 200
+        assert ask(app, "/", login("c:r")).status == 401
+    write_users(path, b="q", c="r")
+    hashed.clear()
+    for _ in range(2):
+        assert ask(app, "/", login("b:q")).status == 200
+        assert ask(app, "/", login("c:r")).status == 200
+    right = [password for password, setting in hashed if password in (b"q", b"r")]
+    assert right == [b"q", b"r"]  # what was remembered is forgotten
+    assert ask(app, "/", login("a:p")).status == 401
+    assert caplog.messages == ["no modules loaded from any config file"]
+
+
+@pytest.mark.parametrize(("pair", "status"), [("a:p", 401), ("b:q", 200)])
+def test_a_kept_connection_heeds_new_users_at_its_next_request_and_closes(
+    pair: str, status: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.json"
+    with running({}, write_users(path, a="p", b="q"), limits=WATCHFUL) as served:
+        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+        with contextlib.closing(client):
+
+            def attempt() -> tuple[int, bool]:
+                client.request("GET", "/-/healthy", headers=login(pair))
+                response = client.getresponse()
+                response.read()
+                return response.status, response.will_close
+
+            assert [attempt(), attempt()] == [(200, False)] * 2
+            write_users(path, b="q")
+            assert attempt() == (status, True)
+            assert attempt() == (status, False)  # on a new one
+
+
+def test_requests_from_many_threads_see_no_gap_while_a_token_is_replaced(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    users = write_users(tmp_path / "w.json", u="p")
+    app = application({}, users, f"-web.bearer.token-file={path}", limits=WATCHFUL)
+    over, statuses_seen = threading.Event(), set[int]()
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            statuses_seen.add(ask(app, "/-/healthy", login("u:p")).status)
+
+    with ThreadPoolExecutor(4) as pool:
+        askers = [pool.submit(keep_asking) for _ in range(4)]
+        try:
+            for token in ("two", "", "three", "four"):
+                by_renaming(path, token)
+                if token:
+                    wait_until(lambda: ask(app, "/", bearer(token)).status == 200)  # noqa: B023
+        finally:
+            over.set()
+        for asker in askers:
+            asker.result()
+    assert statuses_seen == {200}
+
+
+def test_a_password_is_changed(tmp_path: Path) -> None:
+    app = application({}, write_users(tmp_path / "w.json", a="old"), limits=WATCHFUL)
+    assert ask(app, "/", login("a:old")).status == 200
+    write_users(tmp_path / "w.json", a="new")
+    assert ask(app, "/", login("a:old")).status == 401
+    assert ask(app, "/", login("a:new")).status == 200
+
+
+BROKEN_WEB = {
+    "nothing": ("", "1:1: expected a mapping, found nothing"),
+    "no YAML": ("basic_auth_users: {", "1:20: not YAML: "),
+    "a password instead of its hash": (
+        with_users("a: s3ntinel"),
+        "2:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+    ),
+    "a hash cut short": (
+        with_users(f"a: {HASHED}", f"b: {HASHED[:30]}"),
+        "3:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+    ),
+    "an unknown key": (with_users(f"a: {HASHED}") + "b: 1\n", "3:1: b: unknown key"),
+    "no users": (
+        "basic_auth_users:\n",
+        " neither tls_server_config nor basic_auth_users is set",
+    ),
+    "no users, but TLS": (serving_tls(), " authentication cannot be given up without a restart"),
+    "TLS beside the users": (
+        serving_tls() + with_users(f"a: {HASHED}"),
+        " TLS cannot be turned on without a restart",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BROKEN_WEB.values(), ids=BROKEN_WEB)
+def test_the_former_users_stay_when_their_file_becomes(
+    text: str, message: str, here_with_pems: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here_with_pems / "w.yaml").write_text(with_users(f"old: {bcrypt(b'p')}"))
+    app = application({}, "-web.config.file=w.yaml", limits=WATCHFUL)
+    caplog.clear()
+    (here_with_pems / "w.yaml").write_text(text)
+    for _ in range(3):
+        assert ask(app, "/", login("old:p")).status == 200
+        assert ask(app, "/", login("a:U*U")).status == 401
+        assert ask(app, "/").status == 401
+    (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert error.startswith("changed files are not used, the former stay: w.yaml:")
+    assert f"w.yaml:{message}" in error
+    assert SECRET not in caplog.text
+    assert metric_with(app, RELOADED, login("old:p")) == 0
+    (here_with_pems / "w.yaml").write_text(with_users(f"a: {HASHED}"))
+    assert ask(app, "/", login("old:p")).status == 401
+    assert metric_with(app, RELOADED, login("a:U*U")) == 1
+
+
+def test_users_may_go_where_a_token_stays(tmp_path: Path) -> None:
+    path = tmp_path / "w.json"
+    token = secret_file(tmp_path / "token", "t")
+    flags = [write_users(path, a="p"), f"-web.bearer.token-file={token}"]
+    app = application({}, *flags, limits=WATCHFUL)
+    assert ask(app, "/", login("a:p")).status == 200
+    write_users(path, b="p")
+    assert ask(app, "/", login("a:p")).status == 401
+    token.unlink()
+    assert ask(app, "/", bearer("t")).status == 200
+
+
+class Issued(NamedTuple):
+    """A certificate, its key, and its end in seconds since 1970."""
+
+    certificate: str
+    key: str
+    end: float
+
+
+class Authority:
+    """A certificate authority that writes certificates, and trusts what it has made."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._ca = folder, trustme.CA()
+        self._ca.cert_pem.write_to_path(str(folder / "ca.pem"))
+
+    def issue(self, *names: str, days: int = 1) -> Issued:
+        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        end = end.replace(microsecond=0)
+        made = self._ca.issue_cert(*names, not_after=end)
+        certificate, key = made.cert_chain_pems[0], made.private_key_pem
+        return Issued(certificate.bytes().decode(), key.bytes().decode(), end.timestamp())
+
+    def serve(self, days: int = 1) -> Issued:
+        """The same, in the files of a server."""
+        made = self.issue("localhost", days=days)
+        (self.folder / "cert.pem").write_text(made.certificate)
+        secret_file(self.folder / "key.pem", made.key)
+        return made
+
+    def client(self, issuer: Authority | None = None) -> ssl.SSLContext:
+        """What a client of ours needs, with a certificate of an issuer, if there is one."""
+        context = ssl.create_default_context()
+        self._ca.configure_trust(context)
+        if issuer:
+            made = issuer.issue("client@example.org")
+            context.load_cert_chain(
+                secret_file(self.folder / "own.pem", made.certificate + made.key)
+            )
+        return context
+
+
+def fetch_tls(port: int, path: str, context: ssl.SSLContext) -> tuple[int, bytes]:
+    """Status, and the certificate that the server has shown."""
+    client = http.client.HTTPSConnection("localhost", port, timeout=5, context=context)
+    with contextlib.closing(client):
+        client.request("GET", path)
+        shown = cast("ssl.SSLSocket", client.sock).getpeercert(True)
+        return client.getresponse().status, shown or b""
+
+
+TLS_ALONE = ["-web.listen-address=", *OWN_TLS]
+EXPIRY = "expexp_tls_certificate_expiry_timestamp_seconds"
+
+
+def test_a_tls_listener_alone_serves(here: Path) -> None:
+    authority = Authority(here)
+    made = authority.serve()
+    with running({"m": exec_module("echo up 1")}, *TLS_ALONE) as served:
+        assert len(served.program.servers) == 1
+        shown = fetch_tls(served.port, "/proxy?module=m", authority.client())
+        assert shown == (200, ssl.PEM_cert_to_DER_cert(made.certificate))
+        assert metric(served.program.application, EXPIRY) == made.end
+
+
+def test_certificate_and_key_are_replaced_one_after_the_other(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(here)
+    client = authority.client()
+    pairs = [authority.serve(), *(authority.issue("localhost", days=days) for days in (2, 3))]
+
+    def is_shown(number: int) -> bool:
+        expected = ssl.PEM_cert_to_DER_cert(pairs[number].certificate)
+        return fetch_tls(served.port, "/-/healthy", client) == (200, expected)
+
+    with running({}, *TLS_ALONE, limits=WATCHFUL) as served:
+        app = served.program.application
+        assert is_shown(0)
+        for number, names in ((1, ["key.pem", "cert.pem"]), (2, ["cert.pem", "key.pem"])):
+            caplog.clear()
+            new = {"cert.pem": pairs[number].certificate, "key.pem": pairs[number].key}
+            by_renaming(here / names[0], new[names[0]])
+            wait_until(lambda: metric(app, RELOADED) == 0)
+            assert is_shown(number - 1)
+            assert metric(app, EXPIRY) == pairs[number - 1].end
+            by_renaming(here / names[1], new[names[1]])
+            wait_until(functools.partial(is_shown, number))
+            wait_until(lambda: metric(app, RELOADED) == 1)
+            assert metric(app, EXPIRY) == pairs[number].end
+            (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+            assert error.endswith(
+                "cannot use certificate cert.pem with key key.pem: key values mismatch"
+            )
+
+
+def test_tls_stays_when_its_files_are_gone(here: Path) -> None:
+    authority = Authority(here)
+    authority.serve()
+    secret_file(here / "w.yaml", serving_tls() + with_users(f"a: {HASHED}"))
+    with running({}, "-web.config.file=w.yaml", limits=WATCHFUL) as served:
+        for name in ("cert.pem", "key.pem", "w.yaml"):
+            (here / name).unlink()
+            assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
+        secret_file(here / "w.yaml", with_users(f"a: {HASHED}"))
+        assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
+        assert metric_with(served.program.application, RELOADED, login("a:U*U")) == 0
+
+
+#: What a web configuration with certificates may become without a restart.
+REQUIRED_OF = "client certificates cannot be given up without a restart"
+NAMES_OF = "client_allowed_sans cannot be given up without a restart"
+WEAKER = {
+    "without asking for certificates": (ASKING, [], REQUIRED_OF),
+    "with certificates only if given": (
+        ASKING,
+        ["client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"],
+        REQUIRED_OF,
+    ),
+    "without the names that it had": ([*ASKING, "client_allowed_sans: [a]"], ASKING, NAMES_OF),
+    "with other names": (
+        [*ASKING, "client_allowed_sans: [a]"],
+        [*ASKING, "client_allowed_sans: [b]"],
+        "",
+    ),
+    "with names": (ASKING, [*ASKING, "client_allowed_sans: [a]"], ""),
+    "with certificates asked for": ([], ASKING, ""),
+}
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize(("before", "after", "message"), WEAKER.values(), ids=WEAKER)
+def test_a_web_configuration_goes_on(
+    before: list[str], after: list[str], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret_file(Path("w.yaml"), serving_tls(*before))
+    app = application({}, "-web.config.file=w.yaml", limits=WATCHFUL)
+    caplog.clear()
+    secret_file(Path("w.yaml"), serving_tls(*after))
+    assert metric(app, RELOADED) == (0 if message else 1)
+    assert [m.rpartition(": ")[2] for m in caplog.messages] == ([message] if message else [])
+
+
+def is_let_in(port: int, context: ssl.SSLContext) -> bool:
+    try:
+        return fetch_tls(port, "/-/healthy", context)[0] == 200
+    except OSError:
+        return False
+
+
+def test_an_authority_is_replaced(here: Path) -> None:
+    (here / "other").mkdir()
+    authority, other = Authority(here), Authority(here / "other")
+    authority.serve()
+    secret_file(here / "w.yaml", serving_tls(*ASKING))
+    old, new, none = (authority.client(issuer) for issuer in (authority, other, None))
+    with running({}, "-web.config.file=w.yaml", limits=WATCHFUL) as served:
+        assert [is_let_in(served.port, client) for client in (old, new, none)] == [
+            True,
+            False,
+            False,
+        ]
+        by_renaming(here / "ca.pem", (here / "other" / "ca.pem").read_text())
+        wait_until(lambda: is_let_in(served.port, new))
+        assert [is_let_in(served.port, client) for client in (old, new, none)] == [
+            False,
+            True,
+            False,
+        ]
+
+
 # --- logs
 
 FAILURE_NEWS = {
@@ -8326,6 +9939,1301 @@ def test_fifty_clients_at_once_all_get_their_answer() -> None:
         wait_until(lambda: served.metric("expexp_open_connections") == 1)
 
 
+# --- TLS towards clients: helpers
+#
+# One authority for everything, and one that nobody trusts. A client's certificate and key are one
+# file; `Secure` is an expexp that speaks TLS, with a client that may always ask.
+
+HEALTH_REQUEST = b"GET /-/healthy HTTP/1.0\r\n\r\n"
+REQUIRED = "RequireAndVerifyClientCert"
+Names = Sequence[x509.GeneralName]
+
+
+class Issuer:
+    """A certificate authority that makes clients' certificates, good and bad, in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.ca = folder, trustme.CA()
+        self.file = str(folder / f"{name}.pem")
+        self.ca.cert_pem.write_to_path(self.file)
+        self._certificate = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
+        key = serialization.load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        self._key = cast("ec.EllipticCurvePrivateKey", key)
+        self._count = itertools.count()
+
+    def server(self, *names: str, rsa: bool = False, days: int = 1) -> str:
+        """The file of a certificate for a server, and its key."""
+        kind = trustme.KeyType.RSA if rsa else trustme.KeyType.ECDSA
+        ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        names = names or ("localhost", "127.0.0.1", "::1")
+        made = self.ca.issue_cert(*names, key_type=kind, not_after=ends)
+        return self._write(made.private_key_and_cert_chain_pem.bytes())
+
+    def client(
+        self,
+        common: str = "client",
+        names: Names = (),
+        *,
+        ends_in: float = 3600,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
+        own: bool = False,
+        more: x509.ExtensionType | None = None,
+    ) -> str:
+        """The file of a client's certificate and its key; `own` is whether it signs itself."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+        issuer, signs = (subject, key) if own else (self._certificate.subject, self._key)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=2))
+            .not_valid_after(now + datetime.timedelta(seconds=ends_in))
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if more:
+            builder = builder.add_extension(more, critical=False)
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        signed = builder.sign(signs, hashes.SHA256())
+        return self._write(private + signed.public_bytes(serialization.Encoding.PEM))
+
+    def _write(self, content: bytes) -> str:
+        path = self.folder / f"{Path(self.file).stem}-{next(self._count)}.pem"
+        path.touch(0o600)
+        path.write_bytes(content)
+        return str(path)
+
+
+class Authorities(NamedTuple):
+    """Who makes certificates: one that we trust, one that nobody does."""
+
+    ours: Issuer
+    other: Issuer
+    server: str  # a certificate of ours for the loopback
+
+    def context(self, client: str = "") -> ssl.SSLContext:
+        """That of a client which trusts us, with its certificate, if it has any."""
+        context = ssl.create_default_context(cafile=self.ours.file)
+        if client:
+            context.load_cert_chain(client)
+        return context
+
+
+@pytest.fixture(scope="module")
+def authorities(tmp_path_factory: pytest.TempPathFactory) -> Authorities:
+    folder = tmp_path_factory.mktemp("authorities")
+    ours = Issuer(folder, "ours")
+    return Authorities(ours, Issuer(folder, "other"), ours.server())
+
+
+@pytest.fixture(scope="module")
+def good_client(authorities: Authorities) -> str:
+    """The file of a client's certificate that is good, in the usual case."""
+    return authorities.ours.client("good", [x509.DNSName("good.example")])
+
+
+class Secure:
+    """An expexp that speaks TLS, and a client of it that may ask."""
+
+    def __init__(self, served: Running, context: ssl.SSLContext) -> None:
+        self.served, self.port, self.context = served, served.port, context
+
+    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
+        connection = self.connection()
+        with contextlib.closing(connection):
+            return ask_on(connection, path, headers)
+
+    def connection(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
+        context = context or self.context
+        return http.client.HTTPSConnection("localhost", self.port, timeout=5, context=context)
+
+    def metric(self, series: str) -> float:
+        lines = self.get("/metrics").text.splitlines()
+        return dict(_series(line) for line in lines if not line.startswith("#"))[series]
+
+    def faults(self) -> dict[str, float]:
+        """The reasons of failed handshakes that were counted, without those at zero."""
+        return {fault: n for fault, n in self.all_faults().items() if n}
+
+    def all_faults(self) -> dict[str, float]:
+        name = "expexp_tls_handshake_failures_total"
+        found = re.findall(rf'(?m)^{name}\{{reason="(.*)"\}} (\S+)$', self.get("/metrics").text)
+        return {fault: float(n) for fault, n in found}
+
+
+def ask_on(
+    connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str] | None = None
+) -> Answer:
+    """One request on a connection that stays open, if the server will have it so."""
+    connection.request("GET", path, headers=dict(headers or {}))
+    response = connection.getresponse()
+    return Answer(response.status, response.headers, response.read())
+
+
+def web_config(folder: Path, authorities: Authorities, **settings: object) -> str:
+    """The file of a web configuration with our certificate and these settings of TLS."""
+    if settings.get("client_auth_type", "NoClientCert") != "NoClientCert":
+        settings.setdefault("client_ca_file", authorities.ours.file)
+    pair = {"cert_file": authorities.server, "key_file": authorities.server}
+    path = folder / "web.yml"
+    path.touch(0o600)
+    path.write_text(json.dumps({"tls_server_config": {**pair, **settings}}))
+    return str(path)
+
+
+@pytest.fixture
+def secure(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Secure]]:
+    """Starts an expexp with modules, flags, limits and settings of TLS."""
+
+    @contextlib.contextmanager
+    def start(
+        *flags: str,
+        modules: Mapping[str, object] | None = None,
+        limits: expexp.Limits = FAST,
+        **settings: object,
+    ) -> Iterator[Secure]:
+        file = web_config(tmp_path, authorities, **settings)
+        with running(modules or {}, "-web.config.file", file, *flags, limits=limits) as served:
+            yield Secure(served, authorities.context(good_client))
+
+    return start
+
+
+Start = Callable[..., contextlib.AbstractContextManager[Secure]]
+
+
+def connect_at_once(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """A client's socket that sends at once, as those of all HTTP clients do."""
+    client = socket.create_connection((host, port), timeout=5)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def said(port: int, context: ssl.SSLContext, request: bytes = HEALTH_REQUEST) -> bytes:
+    """All that the server says over TLS to this client; nothing if it does not let it in."""
+    answer = b""
+    with (
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        connect_at_once(port) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(request)
+        for piece in iter(lambda: client.recv(65536), b""):
+            answer += piece
+    return answer
+
+
+def admits(port: int, context: ssl.SSLContext) -> bool:
+    """Whether a client gets an answer; one that does not must not get a byte of any."""
+    answer = said(port, context)
+    assert answer == b"" or answer.endswith(HEALTHY)
+    return bool(answer)
+
+
+def of_version(context: ssl.SSLContext, version: str) -> ssl.SSLContext:
+    """The context, which from now on speaks this version alone."""
+    context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
+    return context
+
+
+BOTH_VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+
+
+# --- TLS towards clients: who gets in
+
+
+def clients_of(authorities: Authorities) -> dict[str, tuple[str, str]]:
+    """Clients' certificates by what they are, and the fault that each of them has."""
+    ours, other = authorities.ours, authorities.other
+    return {
+        "of a wrong authority": (other.client(), "chain"),
+        "expired": (ours.client(ends_in=-60), "expiry"),
+        "signed by itself": (ours.client(own=True), "chain"),
+        "not for clients": (ours.client(usage=ExtendedKeyUsageOID.SERVER_AUTH), "chain"),
+    }
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize("kind", ["NoClientCert", "VerifyClientCertIfGiven", REQUIRED])
+def test_who_gets_in_is_decided_by_client_auth_type(
+    kind: str, version: str, secure: Start, authorities: Authorities, good_client: str
+) -> None:
+    clients = {"none": ("", "no_certificate"), "good": (good_client, "")}
+    clients |= clients_of(authorities)
+    let_in = {
+        "NoClientCert": set(clients),
+        "VerifyClientCertIfGiven": {"none", "good"},
+        REQUIRED: {"good"},
+    }[kind]
+    with secure(client_auth_type=kind) as served:
+        for what, (file, fault) in clients.items():
+            before = served.faults()
+            context = of_version(authorities.context(file), version)
+            assert admits(served.port, context) == (what in let_in), what
+            if what not in let_in:
+                after = {**before, fault: before.get(fault, 0) + 1}
+                wait_until(lambda after=after: served.faults() == after)  # type: ignore[misc]
+
+
+def test_a_client_without_certificate_is_told_why_it_does_not_get_in(
+    secure: Start, authorities: Authorities
+) -> None:
+    told = r"alert (certificate required|bad certificate)"
+    with secure(client_auth_type=REQUIRED) as served:
+        client = served.connection(authorities.context())
+        with contextlib.closing(client), pytest.raises(ssl.SSLError, match=told):
+            ask_on(client, "/-/healthy")
+
+
+def test_web_tls_verify_asks_for_certificates_as_the_original(
+    authorities: Authorities, good_client: str
+) -> None:
+    flags = ["-web.listen-address", "", "-web.tls.listen-address", "127.0.0.1:0"]
+    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.ca", authorities.ours.file]
+    for verify in ("true", "false"):
+        with running({}, *flags, f"-web.tls.verify={verify}") as served:
+            assert admits(served.port, authorities.context(good_client))
+            assert admits(served.port, authorities.context()) == (verify == "false")
+
+
+def ip(text: str) -> x509.IPAddress:
+    return x509.IPAddress(ipaddress.ip_address(text))
+
+
+#: A name in a certificate, what is allowed, and whether the client gets in.
+ALLOWED_NAMES = {
+    "a DNS name": (x509.DNSName("a.example"), "a.example", True),
+    "another DNS name": (x509.DNSName("a.example"), "b.example", False),
+    "a DNS name in other case": (x509.DNSName("a.example"), "A.example", False),
+    "a part of a DNS name": (x509.DNSName("a.example.org"), "a.example", False),
+    "a DNS name with a wildcard": (x509.DNSName("*.example"), "a.example", False),
+    "a pattern, which it is not": (x509.DNSName("a.example"), ".*", False),
+    "an IPv4 address": (ip("192.0.2.1"), "192.0.2.1", True),
+    "another IPv4 address": (ip("192.0.2.1"), "192.0.2.10", False),
+    "an IPv6 address": (ip("2001:db8::1"), "2001:db8::1", True),
+    "an IPv6 address in another spelling": (ip("2001:db8::1"), "2001:0DB8:0:0::0001", True),
+    "another IPv6 address": (ip("2001:db8::1"), "2001:db8::2", False),
+    "an email address": (x509.RFC822Name("a@example.org"), "a@example.org", True),
+    "another email address": (x509.RFC822Name("a@example.org"), "b@example.org", False),
+    "an email address in other case": (x509.RFC822Name("a@example.org"), "A@example.org", False),
+    "a URI": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a/b", True),
+    "another URI": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a", False),
+    "a URI in other case": (x509.UniformResourceIdentifier("spiffe://a/b"), "spiffe://a/B", False),
+    "a registered id, which is none": (x509.RegisteredID(NameOID.COMMON_NAME), "2.5.4.3", False),
+}
+
+
+@pytest.mark.parametrize(("name", "allowed", "expected"), ALLOWED_NAMES.values(), ids=ALLOWED_NAMES)
+def test_client_allowed_sans_is_compared_exactly_with(
+    name: x509.GeneralName,
+    allowed: str,
+    expected: bool,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    file = authorities.ours.client("common", [x509.DNSName("first.example"), name])
+    sans = ["not.this.one", allowed, "good.example"]
+    with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
+        assert admits(served.port, authorities.context(file)) is expected
+        assert served.faults() == ({} if expected else {"not_allowed": 1})
+
+
+def test_client_allowed_sans_does_not_look_at_the_common_name(
+    secure: Start, authorities: Authorities
+) -> None:
+    sans = ["a.example", "good.example"]
+    with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
+        for names in ([], [x509.DNSName("b.example")]):
+            file = authorities.ours.client("a.example", names)
+            assert not admits(served.port, authorities.context(file))
+        assert served.faults() == {"not_allowed": 2}
+
+
+def test_client_allowed_sans_asks_nothing_of_a_client_that_needs_no_certificate(
+    secure: Start, authorities: Authorities
+) -> None:
+    kind, sans = "VerifyClientCertIfGiven", ["good.example"]
+    with secure(client_auth_type=kind, client_allowed_sans=sans) as served:
+        assert admits(served.port, authorities.context())
+        assert not admits(served.port, authorities.context(authorities.ours.client("a.example")))
+
+
+NO_NAMES: Names = ()
+#: The common name and other names in a certificate, the pattern, and whether the client gets in.
+MATCHES = {
+    "the common name": ("a.example", NO_NAMES, r"^a\.example$", True),
+    "another common name": ("b.example", NO_NAMES, r"^a\.example$", False),
+    "a common name in other case": ("A.example", NO_NAMES, r"^a\.example$", False),
+    "any part of a common name": ("host-a.example.org", NO_NAMES, r"a\.example", True),
+    "a DNS name": ("x", [x509.DNSName("a.example")], r"^a\.example$", True),
+    "the second DNS name": (
+        "x",
+        [x509.DNSName("b.example"), x509.DNSName("a.example")],
+        r"^a\.example$",
+        True,
+    ),
+    "another DNS name": ("x", [x509.DNSName("b.example")], r"^a\.example$", False),
+    "an email address": ("x", [x509.RFC822Name("a@example.org")], r"@example\.org$", True),
+    "another email address": ("x", [x509.RFC822Name("a@example.com")], r"@example\.org$", False),
+    "a URI": ("x", [x509.UniformResourceIdentifier("spiffe://a/b")], "^spiffe://a/", True),
+    "another URI": ("x", [x509.UniformResourceIdentifier("spiffe://b/a")], "^spiffe://a/", False),
+    "an IPv4 address": ("x", [ip("192.0.2.7")], r"^192\.0\.2\.\d$", True),
+    "another IPv4 address": ("x", [ip("192.0.3.7")], r"^192\.0\.2\.\d$", False),
+    "an IPv6 address in its short form": ("x", [ip("2001:db8:0:0::1")], "^2001:db8::1$", True),
+    "a name that ends in a line break": ("a.example\n", NO_NAMES, r"^a\.example$", False),
+    "a name of two lines": ("b\na.example", NO_NAMES, r"(?m)^a\.example$", False),
+    "a name that goes on after a NUL": ("a.example\0.b", NO_NAMES, r"^a\.example", False),
+    "a name that looks like an option": ("--help", NO_NAMES, "^--help$", True),
+    "a pattern that looks like an option": ("a-c", NO_NAMES, "-c", True),
+}
+
+
+@pytest.mark.parametrize(("common", "names", "pattern", "expected"), MATCHES.values(), ids=MATCHES)
+def test_certmatch_is_searched_in(
+    common: str,
+    names: Names,
+    pattern: str,
+    expected: bool,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    context = authorities.context(authorities.ours.client(common, names))
+    flags = [f"-web.tls.certmatch={pattern}|^good$"]
+    with secure(*flags, client_auth_type=REQUIRED) as served:
+        assert admits(served.port, context) is expected
+        if not expected:
+            assert served.faults() == {"not_allowed": 1}
+
+
+def test_certmatch_does_not_let_in_a_certificate_of_a_wrong_authority_with_the_right_name(
+    secure: Start, authorities: Authorities
+) -> None:
+    with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
+        file = authorities.other.client("good", [x509.DNSName("good.example")])
+        assert not admits(served.port, authorities.context(file))
+        assert served.faults() == {"chain": 1}
+
+
+def test_a_client_must_satisfy_certmatch_and_client_allowed_sans(
+    secure: Start, authorities: Authorities
+) -> None:
+    sans = ["a.example", "good.example"]
+    wanted = {"client_auth_type": REQUIRED, "client_allowed_sans": sans}
+    with secure("-web.tls.certmatch=^(one|good)$", **wanted) as served:
+        for common, name, expected in [
+            ("one", "a.example", True),
+            ("two", "a.example", False),
+            ("one", "b.example", False),
+        ]:
+            file = authorities.ours.client(common, [x509.DNSName(name)])
+            assert admits(served.port, authorities.context(file)) is expected, (common, name)
+
+
+def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
+    secure: Start, authorities: Authorities
+) -> None:
+    pattern, limits = "^([a-z0-9]+[.-]?)+$", fast_limits(certmatch_seconds=0.6)
+    slow = authorities.context(authorities.ours.client("a" * 40 + "!"))
+    flag = f"-web.tls.certmatch={pattern}"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        assert served.get("/-/healthy").body == HEALTHY
+        with ThreadPoolExecutor() as pool, taking(0.5, 4):
+            attempt = pool.submit(admits, served.port, slow)
+            wait_until(lambda: served.metric("expexp_open_connections") == 2)
+            asked = 0
+            while not attempt.done():
+                with taking(0, 0.4):
+                    assert served.get("/-/healthy").body == HEALTHY
+                asked += 1
+        assert attempt.result() is False
+        assert asked >= 3
+        assert served.faults() == {"timeout": 1}
+
+
+def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Authorities) -> None:
+    names = b"\x30\x05\x82\x03a\xff\xfe"  # one DNS name
+    odd = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+    file, records = authorities.ours.client("odd", more=odd), cast("list[logging.LogRecord]", [])
+    with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
+        with socket_recording(records):
+            assert not admits(served.port, authorities.context(file))
+            wait_until(served.faults)
+        assert sum(served.faults().values()) == 1
+    assert not [record for record in records if record.exc_info]
+
+
+# --- TLS towards clients: handshakes
+
+CLIENT_HELLO_START = b"\x16\x03\x01\x02\x00"  # the head of a record of 512 bytes
+
+
+def test_silent_clients_delay_nobody_and_are_gone_after_the_timeout(secure: Start) -> None:
+    limits = fast_limits(handshake_seconds=1.5, unread_seconds=0.1)
+    modules = {"m": exec_module("echo a 1")}
+    with secure(modules=modules, limits=limits) as served, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(served.port)) for _ in range(100)]
+        wait_until(lambda: served.metric("expexp_open_connections") == 101)
+        with taking(0, 0.8):
+            assert served.get("/proxy?module=m").body == b"a 1\n"
+        assert served.metric("expexp_open_connections") == 101
+        with taking(0, 2.5):
+            assert [client.recv(1) for client in silent] == [b""] * 100
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+        assert served.faults() == {"timeout": 100}
+
+
+def test_a_scrape_gets_in_although_silent_clients_have_taken_all_slots(secure: Start) -> None:
+    with secure(limits=fast_limits(connections=5)) as served, contextlib.ExitStack() as stack:
+        assert served.get("/-/healthy").body == HEALTHY
+        silent = [stack.enter_context(connect(served.port)) for _ in range(5)]
+        wait_until(lambda: len(served.served.program.connections._open) == 5)
+        for _ in range(3):
+            assert served.get("/-/healthy").body == HEALTHY
+        assert silent[0].recv(1) == b""
+        assert served.metric("expexp_rejected_connections_total") == 0
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(b"\x16", id="from its first byte on"),
+        pytest.param(CLIENT_HELLO_START + b"\x01", id="in its hello"),
+    ],
+)
+def test_a_handshake_that_drips_is_cut_at_the_timeout(start: bytes, secure: Start) -> None:
+    limits = fast_limits(handshake_seconds=0.2, unread_seconds=0.1)
+    with secure(limits=limits) as served:
+        with connect(served.port) as client, taking(0.19, 1):
+            client.sendall(start)
+            assert drip_until_closed(client, b"\x03") == b""
+        wait_until(lambda: served.faults() == {"timeout": 1})
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+
+
+def test_plain_http_gets_a_400_that_says_so(secure: Start) -> None:
+    with secure(client_auth_type=REQUIRED) as served:
+        answer = exchange(served.port, b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert statuses(answer) == [400]
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert body == b"Client sent an HTTP request to an HTTPS server.\n"
+        assert b"\r\nConnection: close" in head
+        assert served.faults() == {"plain_http": 1}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer right\r\n\r\n", id="token"),
+        pytest.param(b"GET / HTTP/1.1\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n", id="two requests"),
+        pytest.param(b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", id="a body"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="another protocol"),
+        pytest.param(b"\n\nGET /metrics HTTP/1.0\r\n\r\n", id="empty lines first"),
+    ],
+)
+def test_plain_text_gets_nothing_but_that_400_although_it_has(sent: bytes, secure: Start) -> None:
+    with secure("-web.bearer.token", "right", limits=fast_limits(header_seconds=0.3)) as served:
+        answer = exchange(served.port, sent)
+    assert statuses(answer) == [400]
+    assert answer.endswith(b"\r\n\r\nClient sent an HTTP request to an HTTPS server.\n")
+
+
+def with_reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def hang_up(served: Secure, sent: bytes, *, reset: bool = False) -> None:
+    with connect(served.port) as client:
+        client.sendall(sent)
+        if reset:
+            with_reset(client)
+
+
+def send_only(port: int, sent: bytes) -> None:
+    """Say this, and wait for the end."""
+    with contextlib.suppress(ConnectionError):
+        exchange(port, sent)
+
+
+def refuse_certificate(served: Secure, version: str) -> None:
+    """Shake hands as a client that does not trust us."""
+    context = of_version(ssl.create_default_context(), version)
+    with connect(served.port) as plain, pytest.raises(ssl.SSLCertVerificationError):
+        context.wrap_socket(plain, server_hostname="localhost")
+
+
+def come_with(served: Secure, ours: Issuer, file: str = "") -> None:
+    """Try to get in with a certificate, or with none."""
+    context = ssl.create_default_context(cafile=ours.file)
+    if file:
+        context.load_cert_chain(file)
+    assert not admits(served.port, context)
+
+
+#: What a client does, the fault that is counted for it, and what the log says of it.
+HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
+    "is silent": (lambda s, _: send_only(s.port, b""), "timeout", "no answer in time"),
+    "stops in its hello": (
+        lambda s, _: send_only(s.port, CLIENT_HELLO_START),
+        "timeout",
+        "no answer in time",
+    ),
+    "closes at once": (lambda s, _: hang_up(s, b""), "closed", ".+"),
+    "resets at once": (lambda s, _: hang_up(s, b"", reset=True), "closed", ".+"),
+    "closes in its hello": (lambda s, _: hang_up(s, CLIENT_HELLO_START), "closed", ".+"),
+    "resets in its hello": (
+        lambda s, _: hang_up(s, CLIENT_HELLO_START, reset=True),
+        "closed",
+        ".+",
+    ),
+    "sends garbage": (lambda s, _: send_only(s.port, b"\x16" + b"\xff" * 600), "protocol", ".+"),
+    "sends a record of length 0": (
+        lambda s, _: send_only(s.port, b"\x16\x03\x01\0\0" * 50),
+        "protocol",
+        ".+",
+    ),
+    "has no version in common": (
+        lambda s, _: openssl(s.port, "-tls1_1", "-cipher", "ALL:@SECLEVEL=0"),
+        "protocol",
+        "unsupported protocol",
+    ),
+    "does not trust us": (
+        lambda s, _: refuse_certificate(s, "TLSv1_3"),
+        "refused_by_client",
+        ".*alert unknown ca",
+    ),
+    "does not trust us, with TLS 1.2": (
+        lambda s, _: refuse_certificate(s, "TLSv1_2"),
+        "refused_by_client",
+        ".*alert unknown ca",
+    ),
+    "has no certificate": (
+        come_with,
+        "no_certificate",
+        "peer did not return a certificate",
+    ),
+    "has an expired certificate": (
+        lambda s, ours: come_with(s, ours, ours.client(ends_in=-60)),
+        "expiry",
+        "certificate has expired",
+    ),
+    "has a certificate of itself": (
+        lambda s, ours: come_with(s, ours, ours.client(own=True)),
+        "chain",
+        "self[- ]signed certificate",
+    ),
+    "has a name that is not allowed": (
+        lambda s, ours: come_with(s, ours, ours.client("bad")),
+        "not_allowed",
+        "no name in the certificate is allowed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "fault", "words"), HANDSHAKES.values(), ids=HANDSHAKES)
+def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
+    act: Callable[[Secure, Issuer], object],
+    fault: str,
+    words: str,
+    secure: Start,
+    authorities: Authorities,
+) -> None:
+    records: list[logging.LogRecord] = []
+    limits = fast_limits(handshake_seconds=0.3, unread_seconds=0.3)
+    flag = "-web.tls.certmatch=^good$"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        with socket_recording(records):
+            act(served, authorities.ours)
+            wait_until(lambda: records)
+        assert served.faults() == {fault: 1}
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+    assert [(record.levelname, record.exc_info) for record in records] == [("INFO", None)]
+    line = rf"127\.0\.0\.1: TLS handshake failed: {fault}: {words}"
+    assert re.fullmatch(line, records[0].getMessage())
+    assert records[0].getMessage().isprintable()
+
+
+def test_every_reason_of_a_failed_handshake_is_on_the_page_and_proven(secure: Start) -> None:
+    with secure() as served:
+        assert set(served.all_faults()) == {fault for _, fault, _ in HANDSHAKES.values()} | {
+            "plain_http"
+        }
+        assert served.faults() == {}
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_failed_handshakes_leave_no_descriptor_and_no_thread(
+    secure: Start, authorities: Authorities
+) -> None:
+    bad, none = authorities.context(authorities.ours.client("bad")), authorities.context()
+    flag, limits = "-web.tls.certmatch=^good$", fast_limits(handshake_seconds=0.2)
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        assert served.get("/-/healthy").body == HEALTHY
+        wait_until(lambda: not served.served.program.connections._open)
+        open_before, threads_before = descriptors(), threading.active_count()
+        for _ in range(10):
+            assert not admits(served.port, bad)
+            assert not admits(served.port, none)
+            hang_up(served, b"")
+            hang_up(served, CLIENT_HELLO_START, reset=True)
+            send_only(served.port, b"\x16" + b"\xff" * 600)
+            refuse_certificate(served, "TLSv1_3")
+            exchange(served.port, HEALTH_REQUEST)
+        wait_until(lambda: not served.served.program.connections._open)
+        wait_until(lambda: threading.active_count() <= threads_before)
+        assert descriptors() <= open_before
+        assert sum(served.faults().values()) == 70
+
+
+# --- TLS towards clients: versions, suites and sessions
+
+
+class Probe(NamedTuple):
+    """What `openssl s_client` found: version and suite, or nothing where it was refused."""
+
+    version: str
+    suite: str
+    text: str
+
+
+def openssl(port: int, *options: str) -> Probe:
+    """Connect as a client that would take anything, less what its options say; then ask."""
+    command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-ign_eof", *options]
+    ended = subprocess.run(
+        command,
+        input="GET /-/healthy HTTP/1.0\r\n\r\n",
+        env={**os.environ, "OPENSSL_CONF": "/dev/null"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    )
+    text = ended.stdout + ended.stderr
+    found = re.search(r"(?m)^(?:New|Reused), (TLSv[0-9.]+), Cipher is (\S+)$", text)
+    assert ("expexp is healthy." in text) == bool(found), text
+    version = re.search(r"(?m)^ *Protocol *: (\S+)$", text)
+    return (
+        Probe(version[1] if version else found[1], found[2], text) if found else Probe("", "", text)
+    )
+
+
+@pytest.fixture(scope="module", params=["RSA", "ECDSA"])
+def certified(
+    request: pytest.FixtureRequest,
+    authorities: Authorities,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[str, Secure]]:
+    """An expexp with a certificate of this kind: weak suites need RSA, others either."""
+    pair = authorities.ours.server("localhost", rsa=request.param == "RSA")
+    folder = tmp_path_factory.mktemp("certified")
+    file = web_config(folder, authorities, cert_file=pair, key_file=pair)
+    with running({}, "-web.config.file", file) as served:
+        yield request.param, Secure(served, authorities.context())
+
+
+AEAD = ["AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305"]
+
+
+@pytest.mark.parametrize("suite", AEAD)
+def test_tls_1_2_is_spoken_with_ecdhe_and(suite: str, certified: tuple[str, Secure]) -> None:
+    kind, served = certified
+    probe = openssl(served.port, "-tls1_2", "-cipher", f"ECDHE-{kind}-{suite}")
+    assert (probe.version, probe.suite) == ("TLSv1.2", f"ECDHE-{kind}-{suite}")
+
+
+@pytest.mark.parametrize("suite", ["AES_128_GCM_SHA256", "AES_256_GCM_SHA384"])
+def test_tls_1_3_is_spoken_with(suite: str, certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, "-tls1_3", "-ciphersuites", f"TLS_{suite}")
+    assert (probe.version, probe.suite) == ("TLSv1.3", f"TLS_{suite}")
+
+
+def test_the_newest_version_is_chosen(certified: tuple[str, Secure]) -> None:
+    assert openssl(certified[1].port).version == "TLSv1.3"
+
+
+#: Options of `openssl s_client`; each is something that it can speak, and that we must not.
+WEAK = {
+    "TLS 1.0": ["-tls1", "-cipher", "ALL:@SECLEVEL=0"],
+    "TLS 1.1": ["-tls1_1", "-cipher", "ALL:@SECLEVEL=0"],
+    "CBC": ["-tls1_2", "-cipher", "ECDHE+AES+SHA1:ECDHE+AES+SHA256:ECDHE+AES+SHA384"],
+    "no forward secrecy": ["-tls1_2", "-cipher", "kRSA"],
+    "finite fields": ["-tls1_2", "-cipher", "DHE"],
+    "CCM": ["-tls1_2", "-cipher", "AESCCM"],
+    "ARIA and Camellia": ["-tls1_2", "-cipher", "ARIA:CAMELLIA"],
+    "no certificate": ["-tls1_2", "-cipher", "aNULL:@SECLEVEL=0"],
+    "no encryption": ["-tls1_2", "-cipher", "eNULL:@SECLEVEL=0"],
+    "a shared key": ["-tls1_2", "-psk", "00", "-cipher", "PSK"],
+}
+
+
+@pytest.mark.parametrize("options", WEAK.values(), ids=WEAK)
+def test_it_does_not_speak(options: list[str], certified: tuple[str, Secure]) -> None:
+    served, before = certified[1], certified[1].faults().get("protocol", 0)
+    probe = openssl(served.port, *options)
+    assert (probe.version, probe.suite) == ("", "")
+    assert "alert" in probe.text  # it was we who refused
+    wait_until(lambda: served.faults() == {"protocol": before + 1})
+
+
+@pytest.mark.parametrize(
+    ("limits", "spoken"),
+    [
+        pytest.param({"min_version": "TLS13"}, ["TLSv1.3"], id="from 1.3"),
+        pytest.param({"max_version": "TLS12"}, ["TLSv1.2"], id="up to 1.2"),
+        pytest.param({"min_version": "TLS12", "max_version": "TLS12"}, ["TLSv1.2"], id="1.2 only"),
+        pytest.param(
+            {"min_version": "TLS12", "max_version": "TLS13"}, ["TLSv1.2", "TLSv1.3"], id="both"
+        ),
+    ],
+)
+def test_the_versions_spoken_are(
+    limits: dict[str, str], spoken: list[str], secure: Start, authorities: Authorities
+) -> None:
+    with secure(**limits) as served:
+        served.context = authorities.context()
+        probes = [openssl(served.port, option) for option in ("-tls1_2", "-tls1_3")]
+        assert [probe.version for probe in probes if probe.version] == spoken
+        refused = 2 - len(spoken)
+        assert served.faults() == ({"protocol": refused} if refused else {})
+
+
+@pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
+def test_no_session_ticket_is_issued(option: str, certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, option, "-msg")
+    assert probe.version
+    assert "NewSessionTicket" not in probe.text
+    assert "TLS session ticket" not in probe.text
+
+
+def resumable(port: int, context: ssl.SSLContext, session: Any = None) -> tuple[bytes, Any]:
+    """What the server says to a client that tries to go on with a session, and the session."""
+    with (
+        contextlib.suppress(ssl.SSLError, ConnectionError),
+        connect_at_once(port) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", session=session) as client,
+    ):
+        client.sendall(HEALTH_REQUEST)
+        return read_all(client), client.session
+    return b"", None
+
+
+def test_no_session_outlives_the_clients_certificate(
+    secure: Start, authorities: Authorities
+) -> None:
+    file = authorities.ours.client(ends_in=2)
+    context = of_version(authorities.context(file), "TLSv1_2")  # 1.3 has sessions by ticket alone
+    with secure(client_auth_type=REQUIRED) as served:
+        ends = time.time() + 2
+        answer, session = resumable(served.port, context)
+        assert answer.endswith(HEALTHY)
+        wait_until(lambda: time.time() > ends)
+        assert resumable(served.port, context, session)[0] == b""
+        assert served.faults() == {"expiry": 1}
+
+
+@BOTH_VERSIONS
+def test_no_session_outlives_its_authority(
+    version: str, secure: Start, authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    context = of_version(authorities.context(good_client), version)
+    with secure(client_auth_type=REQUIRED, limits=fast_limits(rotation_seconds=0)) as served:
+        answer, session = resumable(served.port, context)
+        assert answer.endswith(HEALTHY)
+        web_config(
+            tmp_path,
+            authorities,
+            client_auth_type=REQUIRED,
+            client_ca_file=authorities.other.file,
+        )
+        assert resumable(served.port, context, session)[0] == b""
+        served.context = authorities.context(authorities.other.client())
+        assert served.faults() == {"chain": 1}
+
+
+# --- TLS towards clients: rotation
+
+#: bcrypt, at its least cost, of the password `right`.
+HASH = "$2b$04$abcdefghijklmnopqrstuuFmEfrkTQnczNzw475xE2VhDrK1uwJiC"
+AT_ONCE = fast_limits(rotation_seconds=0)
+
+
+def put_in_place(path: Path, content: str) -> None:
+    """Replace a file as careful tools do: at no moment is it missing or half written."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.touch(0o600)
+    beside.write_text(content)
+    beside.replace(path)
+
+
+def signed_in(user: str, password: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+
+
+class Rotating(NamedTuple):
+    """An expexp with all that can change in files of its own, and a client that may ask."""
+
+    folder: Path
+    secure: Secure
+
+    def put(self, name: str, content: str) -> None:
+        put_in_place(self.folder / name, content)
+
+    def put_pair(self, file: str) -> None:
+        """The certificate and the key of a file that has both, one after the other."""
+        key, mark, certificate = Path(file).read_text().partition("-----BEGIN CERTIFICATE-----")
+        self.put("cert.pem", mark + certificate)
+        self.put("key.pem", key)
+
+    def put_web(self, *users: str, **settings: object) -> None:
+        """The web configuration with these users and settings of TLS."""
+        tls = {"cert_file": "cert.pem", "key_file": "key.pem", "client_ca_file": "ca.pem"}
+        section = {**tls, "client_auth_type": REQUIRED, **settings}
+        document = {"tls_server_config": section, "basic_auth_users": dict.fromkeys(users, HASH)}
+        self.put("web.yml", json.dumps(document if users else {"tls_server_config": section}))
+
+    def serial(self) -> str:
+        """The serial number of the certificate that a new client is shown."""
+        connection = self.secure.connection()
+        with contextlib.closing(connection):
+            connection.connect()
+            return str((connection.sock.getpeercert() or {})["serialNumber"])
+
+
+@pytest.fixture
+def rotating(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Rotating]]:
+    """Starts an expexp with users and flags, that looks at its files whenever a client comes."""
+
+    @contextlib.contextmanager
+    def start(*users: str, flags: Sequence[str] = (), **settings: object) -> Iterator[Rotating]:
+        (tmp_path / "node.prom").write_bytes(EXPOSITION)
+        files = Rotating(tmp_path, cast(Secure, None))
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.server)
+        files.put_web(*users, **settings)
+        modules = {"m": file_module(tmp_path / "node.prom")}
+        web = ["-web.config.file", str(tmp_path / "web.yml"), *flags]
+        with running(modules, *web, limits=AT_ONCE) as served:
+            yield Rotating(tmp_path, Secure(served, authorities.context(good_client)))
+
+    return start
+
+
+Rotate = Callable[..., contextlib.AbstractContextManager[Rotating]]
+
+
+def change_authority(files: Rotating, authorities: Authorities) -> None:
+    files.put("ca.pem", Path(authorities.other.file).read_text())
+
+
+#: Changes after which a client that was let in by its certificate might not be.
+CHANGES_OF_TRUST: dict[str, Callable[[Rotating, Authorities], None]] = {
+    "another authority": change_authority,
+    "one authority more": lambda files, authorities: files.put(
+        "ca.pem", "".join(Path(each.file).read_text() for each in authorities[:2])
+    ),
+    "other client_allowed_sans": lambda files, _: files.put_web(
+        client_allowed_sans=["good.example"]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_TRUST.values(), ids=CHANGES_OF_TRUST)
+def test_a_kept_connection_ends_without_an_answer_after(
+    change: Callable[[Rotating, Authorities], None], rotating: Rotate, authorities: Authorities
+) -> None:
+    with rotating() as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+            change(files, authorities)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+                ask_on(connection, "/-/healthy")
+
+
+def test_a_kept_connection_ends_without_an_answer_when_certificates_are_required_from_now_on(
+    rotating: Rotate,
+) -> None:
+    with rotating(client_auth_type="VerifyClientCertIfGiven") as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+            files.put_web(client_auth_type=REQUIRED)
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+                ask_on(connection, "/-/healthy")
+
+
+#: Changes after which the client's certificate is as good as it was, and the next answer's status.
+OTHER_CHANGES: dict[str, tuple[Callable[[Rotating, Authorities], None], int]] = {
+    "another token": (lambda files, _: files.put("token", "other"), 401),
+    "another certificate of ours": (
+        lambda files, authorities: files.put_pair(authorities.ours.server()),
+        200,
+    ),
+    "the authority written anew": (
+        lambda files, authorities: files.put("ca.pem", Path(authorities.ours.file).read_text()),
+        200,
+    ),
+    "a user more": (lambda files, _: files.put_web("a", "b"), 200),
+}
+
+
+@pytest.mark.parametrize(("change", "status"), OTHER_CHANGES.values(), ids=OTHER_CHANGES)
+def test_a_kept_connection_is_answered_then_closed_after(
+    change: Callable[[Rotating, Authorities], None],
+    status: int,
+    rotating: Rotate,
+    authorities: Authorities,
+    tmp_path: Path,
+) -> None:
+    put_in_place(tmp_path / "token", "right")
+    flags = ["-web.bearer.token-file", str(tmp_path / "token")]
+    headers = {"Authorization": "Bearer right"}
+    with rotating("a", flags=flags) as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            for _ in range(2):
+                assert ask_on(connection, "/-/healthy", headers).status == 200
+                assert connection.sock is not None
+            change(files, authorities)
+            answer = ask_on(connection, "/-/healthy", headers)
+            assert (answer.status, answer.headers["Connection"]) == (status, "close")
+            assert ask_on(connection, "/-/healthy", headers).status == status
+            assert connection.sock is not None
+
+
+def test_a_kept_plain_connection_beside_tls_is_answered_after_another_authority(
+    authorities: Authorities, tmp_path: Path
+) -> None:
+    put_in_place(tmp_path / "ca.pem", Path(authorities.ours.file).read_text())
+    flags = ["-web.tls.listen-address", LOCAL, "-web.tls.verify"]
+    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.ca", str(tmp_path / "ca.pem")]
+    with running({}, *flags, limits=AT_ONCE) as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+        with contextlib.closing(connection):
+            assert ask_on(connection, "/-/healthy").headers["Connection"] == "keep-alive"
+            put_in_place(tmp_path / "ca.pem", Path(authorities.other.file).read_text())
+            answer = ask_on(connection, "/-/healthy")
+            assert (answer.body, answer.headers["Connection"]) == (HEALTHY, "close")
+
+
+def scrape_like_a_browser(connection: http.client.HTTPSConnection) -> Answer:
+    """A scrape; where a kept connection turns out to be closed, once more on a new one."""
+    was_kept = connection.sock is not None
+    try:
+        return ask_on(connection, "/proxy?module=m")
+    except (http.client.RemoteDisconnected, ConnectionError, ssl.SSLError):
+        connection.close()
+        if not was_kept:
+            raise
+        return ask_on(connection, "/proxy?module=m")
+
+
+@contextlib.contextmanager
+def scraping(secure: Secure) -> Iterator[list[int]]:
+    """Two threads that scrape on new connections and two on kept ones, all without a failure;
+    gives the number of scrapes of each so far."""
+    over, counts = threading.Event(), [0] * 4
+
+    def work(number: int) -> None:
+        connection = secure.connection()
+        with contextlib.closing(connection):
+            while not over.is_set():
+                answer = scrape_like_a_browser(connection)
+                assert (answer.status, answer.body.startswith(EXPOSITION)) == (200, True)
+                counts[number] += 1
+                if number % 2:
+                    connection.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        threads = [pool.submit(work, number) for number in range(4)]
+        try:
+            yield counts
+        finally:
+            over.set()
+        for thread in threads:
+            thread.result()
+
+
+def test_ten_certificates_follow_each_other_under_load_without_a_failed_scrape(
+    rotating: Rotate, authorities: Authorities
+) -> None:
+    pairs = [authorities.ours.server() for _ in range(10)]
+    with rotating() as files, scraping(files.secure) as counts:
+        shown = [files.serial()]
+        for pair in pairs:
+            before = list(counts)
+            files.put_pair(pair)
+            wait_until(lambda: files.serial() != shown[-1])
+            shown.append(files.serial())
+            wait_until(lambda before=before: all(n > m for n, m in zip(counts, before)))  # type: ignore[misc]
+        assert len(set(shown)) == 11
+        assert files.secure.metric("expexp_credentials_last_reload_successful") == 1
+        assert files.secure.faults() == {}
+
+
+def remove(name: str) -> Callable[[Rotating, Authorities], None]:
+    return lambda files, _: (files.folder / name).unlink()
+
+
+#: How what is in use becomes useless, and what the log says of it.
+GARBAGE: dict[str, tuple[Callable[[Rotating, Authorities], None], str]] = {
+    "a certificate that is none": (lambda files, _: files.put("cert.pem", "x\n"), "cert.pem"),
+    "an empty certificate": (lambda files, _: files.put("cert.pem", ""), "cert.pem"),
+    "a key that is none": (lambda files, _: files.put("key.pem", "x\n"), "key.pem"),
+    "the key of another certificate": (
+        lambda files, authorities: files.put(
+            "key.pem", Path(authorities.ours.server()).read_text().partition("-----BEGIN CERT")[0]
+        ),
+        "key.pem: key values mismatch",
+    ),
+    "an encrypted key": (
+        lambda files, _: files.put(
+            "key.pem",
+            ec.generate_private_key(ec.SECP256R1())
+            .private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.BestAvailableEncryption(b"x"),
+            )
+            .decode(),
+        ),
+        "the key is encrypted",
+    ),
+    "a certificate that is gone": (remove("cert.pem"), "no such file or directory"),
+    "a key that is gone": (remove("key.pem"), "no such file or directory"),
+    "authorities that are none": (lambda files, _: files.put("ca.pem", "x"), "no certificate in"),
+    "authorities that are gone": (remove("ca.pem"), "no such file or directory"),
+    "a web configuration that is none": (lambda files, _: files.put("web.yml", "{"), "web.yml"),
+    "an empty web configuration": (lambda files, _: files.put("web.yml", ""), "web.yml"),
+    "a web configuration that is gone": (remove("web.yml"), "no such file or directory"),
+    "a web configuration without TLS": (
+        lambda files, _: files.put("web.yml", json.dumps({"basic_auth_users": {"a": HASH}})),
+        "TLS cannot be given up without a restart",
+    ),
+    "a web configuration with an unknown key": (
+        lambda files, _: files.put_web(min_versoin="TLS13"),
+        "min_versoin: unknown key",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), GARBAGE.values(), ids=GARBAGE)
+def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
+    spoil: Callable[[Rotating, Authorities], None],
+    words: str,
+    rotating: Rotate,
+    authorities: Authorities,
+    log: list[str],
+) -> None:
+    with rotating() as files:
+        former, working = files.serial(), "expexp_credentials_last_reload_successful"
+        assert files.secure.metric(working) == 1
+        log.clear()
+        with scraping(files.secure) as counts:
+            spoil(files, authorities)
+            wait_until(lambda: files.secure.metric(working) == 0)
+            before = list(counts)
+            wait_until(lambda: all(n > m for n, m in zip(counts, before)))
+        assert not admits(files.secure.port, authorities.context())
+        assert files.serial() == former
+        assert len(log) == 1, log
+        assert log[0].startswith("changed files are not used, the former stay: ")
+        assert words in log[0]
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.ours.server())
+        files.put_web()
+        wait_until(lambda: files.secure.metric(working) == 1)
+        assert files.serial() != former
+
+
+def test_clients_of_an_authority_that_is_removed_are_shut_out_and_no_others(
+    rotating: Rotate, authorities: Authorities, good_client: str
+) -> None:
+    both = "".join(Path(each.file).read_text() for each in (authorities.ours, authorities.other))
+    removed = authorities.context(authorities.other.client())
+    with rotating() as files:
+        assert not admits(files.secure.port, removed)
+        files.put("ca.pem", both)
+        assert admits(files.secure.port, removed)
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        assert not admits(files.secure.port, removed)
+        assert admits(files.secure.port, authorities.context(good_client))
+        assert files.secure.faults() == {"chain": 2}
+
+
+def test_a_user_that_is_removed_is_shut_out_and_no_other(rotating: Rotate) -> None:
+    with rotating("a", "b") as files:
+        connection = files.secure.connection()
+        with contextlib.closing(connection):
+            assert [ask_on(connection, "/", signed_in(user, "right")).status for user in "ab"] == [
+                200,
+                200,
+            ]
+            files.put_web("b")
+            assert [ask_on(connection, "/", signed_in(user, "right")).status for user in "ab"] == [
+                401,
+                200,
+            ]
+        assert [files.secure.get("/", signed_in(user, "right")).status for user in "ab"] == [
+            401,
+            200,
+        ]
+
+
+# --- TLS towards clients: answers
+
+STREAM = b"# TYPE a gauge\n" + b"a 1\n" * 50_000
+
+
+def said_to_its_end(
+    port: int, context: ssl.SSLContext, request: bytes, host: str = "127.0.0.1"
+) -> bytes:
+    """All that the server says; raises unless it says goodbye in the way of TLS."""
+    context.options &= ~expexp.IGNORE_UNEXPECTED_EOF
+    with (
+        connect_at_once(port, host) as plain,
+        context.wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False
+        ) as client,
+    ):
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
+def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None:
+    with secure(modules={"m": exec_module("echo a 1")}) as served:
+        connection = served.connection()
+        with contextlib.closing(connection):
+            get = ask_on(connection, path)
+            connection.request("HEAD", path)
+            head = connection.getresponse()
+            assert (head.status, head.read()) == (get.status, b"")
+            assert connection.sock is not None
+            assert ask_on(connection, "/-/healthy").body == HEALTHY
+
+
+ENDS = {
+    "an answer to HTTP/1.0": HEALTH_REQUEST,
+    "an answer with Connection: close": b"GET / HTTP/1.1\r\n" + CLOSE,
+    "an answer to HEAD": b"HEAD / HTTP/1.0\r\n\r\n",
+    "a refusal": b"GET  / HTTP/1.1\r\n\r\n",
+    "an answer to a request with a body": b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n",
+    "an answer on an idle connection": b"GET / HTTP/1.1\r\n\r\n",
+}
+
+
+@BOTH_VERSIONS
+@pytest.mark.parametrize("request_", ENDS.values(), ids=ENDS)
+def test_tls_ends_with_a_goodbye_after(request_: bytes, version: str, secure: Start) -> None:
+    with secure(limits=fast_limits(idle_seconds=0.1)) as served:
+        answer = said_to_its_end(served.port, of_version(served.context, version), request_)
+        assert len(statuses(answer)) == 1
+
+
+def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted(
+    secure: Start,
+) -> None:
+    with (
+        secure() as served,
+        connect_at_once(served.port) as plain,
+        served.context.wrap_socket(plain, server_hostname="localhost") as client,
+    ):
+        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        with contextlib.suppress(OSError):  # we may have closed before all of it was sent
+            client.sendall(bytes(1_000_000))
+        answer = read_all(client)
+    assert statuses(answer) == [405]
+    assert answer.endswith(b"405 method not allowed\n")
+
+
+def test_openssl_sees_the_goodbye(certified: tuple[str, Secure]) -> None:
+    probe = openssl(certified[1].port, "-msg")
+    assert re.search(r"<<< .*Alert .*, warning close_notify", probe.text)
+    assert "unexpected eof" not in probe.text
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+@BOTH_VERSIONS
+def test_an_unverified_stream_arrives_whole_over_tls(
+    version: str, http_version: str, secure: Start
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\n"
+    with target(head + STREAM) as port:
+        modules = {"m": http_module(port) | {"verify": False}}
+        with secure(modules=modules) as served:
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n".encode() + CLOSE
+            context = of_version(served.context, version)
+            answer = said_to_its_end(served.port, context, request)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    if http_version == "1.1":
+        assert b"\r\nTransfer-Encoding: chunked" in head
+        assert body.endswith(b"\r\n0\r\n\r\n")
+        body = re.sub(rb"(?:\A|\r\n)[0-9a-f]+\r\n(?:\r\n)?", b"", body)
+    assert body == STREAM
+
+
+def records_until_reset(plain: socket.socket, context: ssl.SSLContext, request: bytes) -> bool:
+    """Ask over TLS, and read what comes without decrypting it; whether the end is a reset: many a
+    client, Python's among them, takes the end of a connection for that of a body."""
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(received, sent, server_hostname="localhost")
+    while True:
+        try:
+            tls.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            plain.sendall(sent.read())
+            received.write(plain.recv(65536))
+    tls.write(request)
+    plain.sendall(sent.read())
+    try:
+        return not read_all(plain)
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("http_version", ["1.0", "1.1"])
+def test_a_stream_that_breaks_off_is_an_error_to_the_client_over_tls(
+    http_version: str, secure: Start
+) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with target(head + b"%x\r\n" % (len(STREAM) + 9) + STREAM) as port:
+        modules = {"m": http_module(port) | {"verify": False}}
+        with secure(modules=modules) as served:
+            request = f"GET /proxy?module=m HTTP/{http_version}\r\nHost: a\r\n\r\n".encode()
+            with pytest.raises((ConnectionResetError, ssl.SSLError)):
+                said_to_its_end(served.port, served.context, request)
+            with connect(served.port) as client:
+                assert records_until_reset(client, served.context, request)
+            series = 'expexp_proxy_failures_total{module="m",reason="aborted"}'
+            wait_until(lambda: served.metric(series) == 2)
+
+
+def test_tls_is_served_over_ipv6(secure: Start) -> None:
+    with secure("-web.listen-address", "[::1]:0", client_auth_type=REQUIRED) as served:
+        assert re.fullmatch(r"https://\[::1\]:\d+", served.served.program.servers[0].url)
+        answer = said_to_its_end(served.port, served.context, HEALTH_REQUEST, host="::1")
+        assert answer.endswith(HEALTHY)
+
+
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
@@ -8353,6 +11261,14 @@ STARTS = {
         'invalid value "start" for flag -winsvc: not supported\nUsage of expexp:\n',
     ),
     "a stray argument": (["-config", "", "x"], 2, 'unexpected argument "x"\nUsage of expexp:\n'),
+    "a pattern that Python reads differently": (
+        ["-web.tls.certmatch=[[:alpha:]]"],
+        2,
+        (
+            'invalid value "[[:alpha:]]" for flag -web.tls.certmatch: not a regular expression of '
+            "Python: "
+        ),
+    ),
 }
 
 
@@ -8413,6 +11329,14 @@ REFUSED_STARTS = {
     "a host that is none": (
         ["-web.listen-address=" + "x" * 64 + ":9"],
         "cannot listen on " + "x" * 64 + ":9: ",
+    ),
+    "a pattern for certificates that nobody asks for": (
+        ["-web.tls.certmatch=a"],
+        "-web.tls.verify must be set to use -web.tls.certmatch",
+    ),
+    "a web configuration that is not there": (
+        ["-web.config.file=nofile"],
+        "nofile: cannot be read: no such file or directory",
     ),
     "a file name with control characters": (
         ["-config=a\x1b\nb"],
@@ -8857,12 +11781,109 @@ def test_commands_get_their_own_limit_of_descriptors_back(
     assert b"process_max_fds 3000\n" in fetch(port, "/metrics").body
 
 
+TLS_LISTENER = ["-web.tls.listen-address", LOCAL, "-log.level", "info", "-config", ""]
+
+
+def listeners(process: subprocess.Popen[str], count: int) -> tuple[list[str], list[str]]:
+    """Where an expexp listens, and the lines of its log until it does on so many addresses."""
+    lines: list[str] = []
+    for line in cast("IO[str]", process.stderr):
+        lines.append(line)
+        urls = re.findall(r'msg="listening on (\S+)"', "".join(lines))
+        if len(urls) == count:
+            return urls, lines
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("plain", "warned"),
+    [
+        pytest.param(LOCAL, False, id="on the loopback"),
+        pytest.param(":0", True, id="beyond the loopback"),
+    ],
+)
+def test_plain_http_is_served_beside_tls_with_a_warning_beyond_the_loopback(
+    plain: str, warned: bool, authorities: Authorities
+) -> None:
+    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    with process("-web.listen-address", plain, *TLS_LISTENER, *files) as started:
+        (http_url, https_url), lines = listeners(started, 2)
+        assert [http_url[:7], https_url[:8]] == ["http://", "https://"]
+        assert fetch(int(http_url.rpartition(":")[2]), "/-/healthy").body == HEALTHY
+        port = int(https_url.rpartition(":")[2])
+        assert said_to_its_end(port, authorities.context(), HEALTH_REQUEST).endswith(HEALTHY)
+    warning = f'level=warning msg="plain HTTP is still served beside TLS: {http_url}"'
+    assert any(warning in line for line in lines) is warned
+    assert any("plain HTTP" in line for line in lines) is warned
+
+
+def test_tls_alone_is_served_without_that_warning(authorities: Authorities) -> None:
+    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    with process("-web.listen-address", "", *TLS_LISTENER, *files) as started:
+        (url,), lines = listeners(started, 1)
+    assert url.startswith("https://")
+    assert not any("plain HTTP" in line for line in lines)
+
+
+def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients(
+    authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    go_on, asked = threading.Event(), threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        asked.set()
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    web = web_config(tmp_path, authorities, client_auth_type=REQUIRED)
+    flags = ["-web.config.file", web, "-web.listen-address", LOCAL, "-log.level", "info"]
+    context = authorities.context(good_client)
+    with contextlib.ExitStack() as stack:
+        slow = stack.enter_context(target(answer))
+        (tmp_path / "expexp.yaml").write_text(json.dumps({"modules": {"m": http_module(slow)}}))
+        started = stack.enter_context(process(*flags, folder=tmp_path))
+        port = int(listeners(started, 1)[0][0].rpartition(":")[2])
+        silent, plain = (stack.enter_context(connect(port)) for _ in range(2))
+        idle = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+        idle.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        assert read_until(cast(socket.socket, idle), HEALTHY)
+        pool = stack.enter_context(ThreadPoolExecutor())
+        request = b"GET /proxy?module=m HTTP/1.1\r\nHost: a\r\n\r\n"
+        scrape = pool.submit(said_to_its_end, port, context, request)
+        assert asked.wait(5)
+        started.send_signal(signal.SIGTERM)
+        assert idle.recv(1) == b""
+        assert silent.recv(1) == b""
+        with pytest.raises(ConnectionRefusedError):
+            connect(port)
+        go_on.set()
+        assert scrape.result().endswith(EXPOSITION)
+        with taking(0, 2):
+            assert started.wait(5) == 0
+        assert "Traceback" not in cast("IO[str]", started.stderr).read()
+
+
 # ==================================================================================================
 # S  Secrets
 # ==================================================================================================
 # One word stands for every secret of a configuration; it must not be in anything that comes out.
 
 SECRET = "s3ntinel"
+#: Its bcrypt hash, at the least cost.
+SECRET_HASH = "$2b$04$abcdefghijklmnopqrstuuQzxyhOK/csqtYEIeXE5N.cBDaallcZe"
+#: All forms in which it could come out: as it is, as a user's hash, in a header.
+SENTINELS = (SECRET, SECRET_HASH[7:], base64.b64encode(f"user:{SECRET}".encode()).decode())
+
+
+def shows_secret(text: str) -> bool:
+    return any(sentinel in text for sentinel in SENTINELS)
+
+
+def put_secret(path: Path, content: str | bytes = SECRET) -> Path:
+    """A file that only its owner can read."""
+    path.touch(0o600)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
 
 
 def secret_modules(port: int, garbage: int) -> dict[str, object]:
@@ -8880,6 +11901,10 @@ def secret_modules(port: int, garbage: int) -> dict[str, object]:
         "unresolved": http_module(1, address="a..b", **secrets),
         "garbage": http_module(garbage, **secrets),
         "tls": {**http_module(port, scheme="https", **secrets), "timeout": "50ms"},
+        "password file": http_module(
+            port, basic_auth_username="user", basic_auth_password_file="password"
+        ),
+        "token file": http_module(garbage, bearer_token_file="bearer"),
         "exec": exec_module("echo up 1", env={"TOKEN": SECRET}),
         "failing": exec_module("head -c 5000 /dev/zero >&2; exit 3", env={"TOKEN": SECRET}),
         "missing": {
@@ -8899,43 +11924,102 @@ class Journal(NamedTuple):
     log: list[str]
 
 
+def secret_web_flags(folder: Path) -> list[str]:
+    """The flag for TLS with users, a secret in each file that belongs to it, and a token's file."""
+    key = put_secret(folder / "key.pem", Path(Issuer(folder, "ca").server()).read_text())
+    put_secret(key, f"{SECRET}\n{key.read_text()}")
+    tls = {"cert_file": "key.pem", "key_file": "key.pem"}
+    web = {"tls_server_config": tls, "basic_auth_users": {"user": SECRET_HASH}}
+    put_secret(folder / "web.yml", json.dumps(web))
+    put_secret(folder / "web-token")
+    return ["-web.config.file=web.yml"]
+
+
+def ask_for(port: int, path: str, headers: Mapping[str, str], ca: Path) -> Answer:
+    """One request over TLS."""
+    context = ssl.create_default_context(cafile=str(ca))
+    connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=context)
+    with contextlib.closing(connection):
+        return ask_on(connection, path, headers)
+
+
+def spoil_secrets(folder: Path, ask: Callable[[str], Answer]) -> None:
+    """Make the files of all credentials useless, and ask until that is noticed."""
+    put_secret(folder / "web-token", f"{SECRET}\xff".encode("latin-1"))
+    put_secret(folder / "key.pem", f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n")
+    put_secret(folder / "web.yml", f"basic_auth_users: {{user: $2b$04${SECRET}}}\n{SECRET}")
+    for name in ("password", "bearer"):
+        put_secret(folder / name, f"{SECRET}\xff".encode("latin-1"))
+    looked_at = time.monotonic() + expexp.Limits.rotation_seconds + 0.05
+    wait_until(lambda: time.monotonic() > looked_at)
+    for module in ("password%20file", "token%20file"):
+        ask(f"/proxy?module={module}")
+    assert "_last_reload_successful 0\n" in ask("/metrics").text
+
+
 def keep_journal(folder: Path, *flags: str) -> Journal:
     """Run expexp as users do, ask it for everything, and stop it."""
     answers: list[str] = []
     statuses: dict[str, int] = {}
     authorized = {"Authorization": f"Bearer {SECRET}"}
+    for name in ("password", "bearer"):
+        put_secret(folder / name)
     with target(ok(b"up 1\n")) as port, target(b"\x1b[31m nonsense\r\n\r\n") as garbage:
         modules = secret_modules(port, garbage)
         (folder / "c.json").write_text(json.dumps({"modules": modules}))
         options = ["-config=c.json", "-web.listen-address=127.0.0.1:0", "-log.level=trace"]
-        with process(*options, f"-web.bearer.token={SECRET}", *flags, folder=folder) as started:
+        with process(*options, *flags, folder=folder) as started:
             assert started.stderr
             log: list[str] = []
-            while not (found := re.search(r"listening on http://127\.0\.0\.1:(\d+)", "".join(log))):
+            while not (
+                found := re.search(r"listening on https://127\.0\.0\.1:(\d+)", "".join(log))
+            ):
                 line = started.stderr.readline()
                 assert line, f"ended before it listened: {log}"
                 log.append(line)
-            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
-            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
-            requests = [(path, authorized) for path in paths]
-            requests += [("/", {**authorized, "Accept": "application/json"}), ("/", {})]
-            requests += [("/", {"Authorization": "Bearer other"}), ("/metrics", authorized)]
-            for path, headers in requests:
-                answer = fetch(int(found[1]), path, headers)
+
+            def ask_once(path: str, headers: Mapping[str, str] = authorized) -> Answer:
+                answer = ask_for(int(found[1]), path, headers, folder / "ca.pem")
                 answers.append(f"{answer.headers}\n{answer.text}")
                 statuses.setdefault(path, answer.status)
+                return answer
+
+            paths = ["/", "/metrics", "/-/ready", "/nope", "/proxy", "/proxy?module=nope"]
+            paths += [f"/proxy?module={urllib.parse.quote(name)}" for name in modules]
+            for path in paths:
+                ask_once(path)
+            ask_once("/", {**authorized, "Accept": "application/json"})
+            for given in (
+                "",
+                "Bearer other",
+                f"Bearer x{SECRET}",
+                SECRET,
+                f"Basic {SECRET}",
+                *(signed_in(*pair)["Authorization"] for pair in TRIED),
+            ):
+                ask_once("/-/healthy", {"Authorization": given} if given else {})
+            plain = f"GET /?a HTTP/1.0\r\nA: {SECRET}\r\n\r\n".encode()
+            answers.append(exchange(int(found[1]), plain).decode())
+            send_only(int(found[1]), f"\x16{SECRET}".encode() * 99)
+            spoil_secrets(folder, ask_once)
             started.send_signal(signal.SIGTERM)
             rest = started.stderr.read()
             assert started.wait(20) == 0
     return Journal(answers, statuses, ("".join(log) + rest).splitlines())
 
 
+#: Users and passwords: right, wrong, unknown.
+TRIED = [("user", SECRET), ("user", f"{SECRET}x"), ("other", SECRET), ("user", f"{SECRET}\0")]
+
+
 @pytest.fixture(scope="module")
 def journals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Journal]:
     folders = [tmp_path_factory.mktemp("journal") for _ in range(2)]
+    token = ["-web.bearer.token-file=web-token"], [f"-web.bearer.token={SECRET}"]
+    flags = [[*secret_web_flags(folder), *given] for folder, given in zip(folders, token)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        text = pool.submit(keep_journal, folders[0])
-        as_json = pool.submit(keep_journal, folders[1], "-log.json")
+        text = pool.submit(keep_journal, folders[0], *flags[0])
+        as_json = pool.submit(keep_journal, folders[1], *flags[1], "-log.json")
         return {"text": text.result(), "json": as_json.result()}
 
 
@@ -8947,7 +12031,7 @@ def test_no_secret_comes_out_of_pages_answers_and_logs_bug_6(
     journals: dict[str, Journal], form: str
 ) -> None:
     journal = journals[form]
-    assert not [line for line in journal.answers + journal.log if SECRET in line]
+    assert not [line for line in journal.answers + journal.log if shows_secret(line)]
 
 
 @FORMS
@@ -8968,6 +12052,8 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
         "unresolved": 502,
         "garbage": 502,
         "tls": 504,
+        "password%20file": 200,
+        "token%20file": 502,
         "exec": 200,
         "failing": 500,
         "missing": 500,
@@ -8977,6 +12063,8 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
     log = "\n".join(journal.log)
     for name in ("refused", "unresolved", "garbage", "tls", "failing", "missing", "slow"):
         assert f"module {name}: " in log
+    assert "TLS handshake failed: protocol: " in log
+    assert log.count("changed files are not used, the former stay: ") == 3
     assert log.count("(took ") == len(journal.answers)
 
 
@@ -9001,8 +12089,9 @@ def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Jo
         assert record["level"] in ("debug", "info", "warning", "error")
 
 
-@pytest.mark.usefixtures("here")
-def test_no_repr_shows_a_secret() -> None:
+def test_no_repr_shows_a_secret(here: Path) -> None:
+    for name in ("password", "bearer"):
+        put_secret(here / name)
     config = load(json.dumps({"modules": secret_modules(1, 2)}), "c.json")
     options = expexp.parse_flags([f"-web.bearer.token={SECRET}"])
     for module in config.modules.values():
@@ -9051,6 +12140,69 @@ def test_no_problem_of_a_configuration_shows_a_secret(text: str) -> None:
     messages = problems_of(text)
     assert messages
     assert not [message for message in messages if SECRET in message]
+
+
+#: A file of credentials, what is in it, and where it is named; none of them is usable.
+BAD_CREDENTIALS = {
+    "a hash that is none": ("web.yml", f"basic_auth_users: {{a: $2b$04${SECRET}}}"),
+    "a password in place of a hash": ("web.yml", f"basic_auth_users: {{a: {SECRET}}}"),
+    "a password in place of a user": ("web.yml", f"basic_auth_users: {{'a:{SECRET}': x}}"),
+    "a hash that costs too much": (
+        "web.yml",
+        f"basic_auth_users: {{a: {SECRET_HASH.replace('$04$', '$31$')}}}",
+    ),
+    "a hash that is cut": ("web.yml", f"basic_auth_users: {{a: {SECRET_HASH[:-1]}}}"),
+    "a hash in a list": ("web.yml", f"basic_auth_users: {{a: [{SECRET_HASH}]}}"),
+    "hashes in a list": ("web.yml", f"basic_auth_users: [{SECRET_HASH}, {SECRET}]"),
+    "users that are a text": ("web.yml", f"basic_auth_users: {SECRET}"),
+    "a user twice": ("web.yml", f"basic_auth_users: {{a: {SECRET_HASH}, a: {SECRET_HASH}}}"),
+    "a list that does not end": ("web.yml", f"basic_auth_users: {{a: [{SECRET}, {SECRET_HASH}"),
+    "a key in the file itself": (
+        "web.yml",
+        f"tls_server_config: {{cert_file: a, key_file: b, key: {SECRET}}}",
+    ),
+    "a key of two lines in the file itself": (
+        "web.yml",
+        f"tls_server_config:\n  key: |\n    -----BEGIN\n    {SECRET}\n",
+    ),
+    "a password under an unknown key": ("web.yml", f"password: {SECRET}"),
+    "a web configuration that is a text": ("web.yml", SECRET),
+    "a web configuration that is no UTF-8": ("web.yml", f"a: {SECRET}\xff"),
+    "an empty token": ("web-token", "\n"),
+    "a token that is no UTF-8": ("web-token", f"{SECRET}\xff"),
+    "a token that is too long": ("web-token", SECRET * 20_000),
+    "a key that is none": (
+        "key.pem",
+        f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n-----END PRIVATE KEY-----\n",
+    ),
+    "a key with words about it alone": ("key.pem", SECRET),
+    "a password of a target that is no UTF-8": ("password", f"{SECRET}\xff"),
+    "a password of a target that is too long": ("password", SECRET * 20_000),
+    "a token of a target that is no UTF-8": ("bearer", f"{SECRET}\xff"),
+    "an empty token of a target": ("bearer", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), BAD_CREDENTIALS.values(), ids=BAD_CREDENTIALS)
+def test_no_problem_of_credentials_shows_a_secret(
+    name: str, content: str, here: Path, main_in_process: Callable[..., tuple[int, str]]
+) -> None:
+    flags = [*secret_web_flags(here), "-web.bearer.token-file=web-token"]
+    for file in ("password", "bearer"):
+        put_secret(here / file)
+    modules = {
+        "a": http_module(1, basic_auth_username="user", basic_auth_password_file="password"),
+        "b": http_module(1, bearer_token_file="bearer"),
+    }
+    (here / "c.json").write_text(json.dumps({"modules": modules}))
+    put_secret(here / name, content.encode("latin-1"))
+    for form in ("true", "false"):
+        served = [f"-web.listen-address={LOCAL}", "-log.level=trace", f"-log.json={form}"]
+        code, text = main_in_process("-config=c.json", *flags, *served)
+        assert code == 1
+        assert {"password": "modules.a", "bearer": "modules.b"}.get(name, name) in text
+        assert not shows_secret(text)
+        assert "Traceback" not in text
 
 
 # ==================================================================================================
@@ -9575,6 +12727,167 @@ def test_prometheus_is_told_why_a_module_is_down(
 def test_the_time_of_modification_arrives_in_prometheus(world: ScrapedWorld) -> None:
     mtime = (world.further.log_path.parent / "body.prom").stat().st_mtime
     assert world.value("expexp_file_mtime_timestamp", "file") == pytest.approx(mtime)
+
+
+# Mutual TLS and users, with real clients.
+
+
+class Guarded(NamedTuple):
+    """A real expexp that wants a client's certificate and a user, and the files for a client."""
+
+    folder: Path
+    port: int
+    ca: str
+    client: str
+    process: subprocess.Popen[str]
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}/proxy?module=m"
+
+
+@pytest.fixture
+def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Iterator[Guarded]:
+    folder = tmp_path / "guarded"
+    folder.mkdir()
+    (folder / "body.prom").write_bytes(COUNTED_BODY)
+    broken = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\na 1\n"
+    with target(broken) as port:
+        modules = {
+            "m": file_module(folder / "body.prom"),
+            "broken": {**http_module(port), "verify": False},
+        }
+        (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
+        files = Rotating(folder, cast(Secure, None))
+        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put_pair(authorities.server)
+        files.put_web("scraper")
+        flags = ["-web.config.file=web.yml", f"-web.listen-address={LOCAL}", "-log.level=info"]
+        with process(*flags, folder=folder) as started:
+            (url,), _ = listeners(started, 1)
+            own_port = int(url.rpartition(":")[2])
+            yield Guarded(folder, own_port, authorities.ours.file, good_client, started)
+
+
+def curl(guarded: Guarded, *options: str, url: str = "") -> subprocess.CompletedProcess[str]:
+    """What curl says, which trusts our authority."""
+    command = [peer_program("curl"), "-sSf", "--max-time", "10", "--cacert", guarded.ca, *options]
+    return subprocess.run(
+        [*command, url or guarded.url], capture_output=True, text=True, check=False, timeout=20
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version", [["--tls-max", "1.2"], ["--tlsv1.3"]], ids=["1.2", "1.3"])
+def test_curl_gets_an_exposition_with_a_certificate_and_a_user(
+    version: list[str], guarded: Guarded
+) -> None:
+    ended = curl(guarded, "--cert", guarded.client, "-u", "scraper:right", *version)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout.startswith(COUNTED_BODY.decode())
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("has_certificate", "user", "codes", "words"),
+    [
+        pytest.param(True, [], {22}, "401", id="without a user"),
+        pytest.param(True, ["-u", "scraper:wrong"], {22}, "401", id="with a wrong password"),
+        pytest.param(True, ["-u", "other:right"], {22}, "401", id="with an unknown user"),
+        pytest.param(
+            False, ["-u", "scraper:right"], {35, 56}, "certificate", id="without a certificate"
+        ),
+    ],
+)
+def test_curl_is_refused(
+    has_certificate: bool, user: list[str], codes: set[int], words: str, guarded: Guarded
+) -> None:
+    ended = curl(guarded, *(["--cert", guarded.client] if has_certificate else []), *user)
+    assert ended.returncode in codes
+    assert words in ended.stderr
+    assert ended.stdout == ""
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("version", ["--http1.0", "--http1.1"])
+def test_curl_finds_a_stream_that_breaks_off_broken(version: str, guarded: Guarded) -> None:
+    who = ["--cert", guarded.client, "-u", "scraper:right"]
+    ended = curl(guarded, *who, version, url=guarded.url.replace("module=m", "module=broken"))
+    assert ended.returncode in (18, 56)
+
+
+def guarded_jobs(guarded: Guarded) -> str:
+    """Jobs of a Prometheus: one that may scrape, and some that may not."""
+    trust = {"ca_file": guarded.ca, "server_name": "localhost"}
+    known = {**trust, "cert_file": guarded.client, "key_file": guarded.client}
+    right = {"username": "scraper", "password": "right"}
+    common = {
+        "scheme": "https",
+        "metrics_path": "/proxy",
+        "params": {"module": ["m"]},
+        "scrape_interval": "400ms",
+        "scrape_timeout": "400ms",
+        "static_configs": [{"targets": [f"127.0.0.1:{guarded.port}"]}],
+    }
+    jobs: dict[str, dict[str, object]] = {
+        "right": {"tls_config": known, "basic_auth": right},
+        "wrong_password": {"tls_config": known, "basic_auth": {**right, "password": "wrong"}},
+        "no_certificate": {"tls_config": trust, "basic_auth": right},
+        "plain": {"scheme": "http", "basic_auth": right},
+    }
+    return json.dumps(
+        {"scrape_configs": [{**common, "job_name": name, **job} for name, job in jobs.items()]}
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
+    guarded: Guarded, authorities: Authorities
+) -> None:
+    program = peer_program("prometheus")
+    (guarded.folder / "prometheus.yaml").write_text(guarded_jobs(guarded))
+    address = f"127.0.0.1:{free_port()}"
+    command = [program, "--config.file=prometheus.yaml", "--storage.tsdb.path=data"]
+    command += [f"--web.listen-address={address}"]
+    files = Rotating(guarded.folder, cast(Secure, None))
+    secure = authorities.context(guarded.client)
+    with peer_running(command, f"http://{address}", "/-/ready", guarded.folder) as prometheus:
+        world = ScrapedWorld(prometheus, prometheus, prometheus)
+
+        def scrapes() -> float:
+            return world.query("count_over_time(up{job='right'}[5m])").get("right", 0)
+
+        def expiry() -> str:
+            request = b"GET /metrics HTTP/1.0\r\nAuthorization: %b\r\n\r\n"
+            user = signed_in("scraper", "right")["Authorization"].encode()
+            page = said(guarded.port, secure, request % user).decode()
+            assert "expexp_credentials_last_reload_successful 1\n" in page
+            found = re.search(r"(?m)^expexp_tls_certificate_expiry_.* (\S+)$", page)
+            return found[1] if found else ""
+
+        eventually(lambda: len(world.query("up")) == 4 or None, "all jobs to be scraped")
+
+        def has_changed(former: str) -> bool | None:
+            return expiry() != former or None
+
+        def has_more(former: float) -> bool | None:
+            return scrapes() >= former + 4 or None
+
+        for days in (2, 3, 4):
+            former, before = expiry(), scrapes()
+            files.put_pair(authorities.ours.server("localhost", "127.0.0.1", days=days))
+            eventually(functools.partial(has_changed, former), "the certificate to be new", 5)
+            eventually(functools.partial(has_more, before), "more scrapes", 15)
+        query = "min_over_time(up[5m])"
+        expected = {"right": 1, "wrong_password": 0, "no_certificate": 0, "plain": 0}
+        assert world.query(query) == expected, world.last_errors()
+        assert world.value("scrape_samples_scraped", "right") == count_samples(COUNTED_BODY) + 1
+        errors = world.last_errors()
+    assert errors["right"] == ""
+    assert errors["wrong_password"] == "server returned HTTP status 401 Unauthorized"
+    assert "certificate" in errors["no_certificate"]
+    assert errors["plain"] == "server returned HTTP status 400 Bad Request"
 
 
 if __name__ == "__main__":
