@@ -159,6 +159,9 @@ class Limits:
     rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
     bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
     bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
+    certmatch_processes: int = limit(
+        2, "that match such names at once: they must not take all cores"
+    )
     certmatch_seconds: float = limit(2, "for the operator's pattern on a client's names")
     secret_bytes: int = limit(65536, "a file with a password or token")
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
@@ -2452,10 +2455,10 @@ class Watched:
         """Read the files again; log, and return, the problems that there are instead of a value."""
         with self._lock:
             problems = self._replace()
-        names = excerpt(", ".join(self._seen), 400)
-        LOGGER.info("%s: %s", "not usable" if problems else "read again", names)
         for problem in problems:
-            LOGGER.error("what was read before stays in use: %s", problem)
+            LOGGER.error("changed files are not used, the former stay: %s", problem)
+        if not problems:
+            LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
         return problems
 
     def has_changed(self) -> bool:
@@ -2719,6 +2722,9 @@ SEARCH_NAMES: Final = (
 NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
 
 
+MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
+
+
 @functools.lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     """Whether one of a certificate's names matches; raises OSError, not only if it takes too long.
@@ -2727,12 +2733,16 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
     """
     command, null = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names], subprocess.DEVNULL
+    if not MATCHING.acquire(timeout=seconds):
+        raise TimeoutError("too many names are being matched")
     try:
         done = subprocess.run(  # noqa: S603 - no shell; after -c nothing is taken for an option
             command, stdin=null, stdout=null, stderr=null, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
+    finally:
+        MATCHING.release()
     return done.returncode == 0
 
 
@@ -2853,8 +2863,9 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
     load_key_pair(context, (tls.cert_file, tls.key_file), reader, path)
-    with reader.noting(path, f"cannot use {tls.cert_file}"):
-        ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
+    if not reader.problems:
+        with reader.noting(path, f"cannot use {tls.cert_file}"):
+            ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
     if tls.client_ca_file:
         with reader.noting(path, f"cannot use the authorities in {tls.client_ca_file}"):
             authorities = "\n".join(reader.certificates(tls.client_ca_file))

@@ -4460,8 +4460,8 @@ PROBLEMS = {
         ),
         [
             (
-                "c.yaml:8:33: modules.a.http.basic_auth_password_file: there is another password "
-                "or token already"
+                "c.yaml:8:33: modules.a.http.basic_auth_password_file: does not go with "
+                "basic_auth_password"
             )
         ],
     ),
@@ -4472,12 +4472,7 @@ PROBLEMS = {
             "basic_auth_password: p",
             "bearer_token_file: c.yaml",
         ),
-        [
-            (
-                "c.yaml:8:26: modules.a.http.bearer_token_file: there is another password or "
-                "token already"
-            )
-        ],
+        ["c.yaml:8:26: modules.a.http.bearer_token_file: does not go with basic_auth_password"],
     ),
     "a token beside a user with a file": (
         of_http(
@@ -4488,8 +4483,8 @@ PROBLEMS = {
         ),
         [
             (
-                "c.yaml:6:26: modules.a.http.bearer_token_file: there is another password or "
-                "token already"
+                "c.yaml:6:26: modules.a.http.bearer_token_file: does not go with "
+                "basic_auth_password_file"
             )
         ],
     ),
@@ -5135,7 +5130,9 @@ def web_program(*flags: str, name: str = "w.yaml") -> expexp.Program:
     """An expexp that listens nowhere, with a web configuration."""
     nothing = ["-config=", "-web.listen-address="]
     options = expexp.parse_flags([*nothing, f"-web.config.file={name}", *flags])
-    return expexp.Program(options, FAST)
+    program = expexp.Program(options, FAST)
+    program.listen()
+    return program
 
 
 def web_problems(text: str | bytes, *flags: str) -> list[str]:
@@ -8901,7 +8898,7 @@ def test_users_are_added_and_removed(
     right = [password for password, setting in hashed if password in (b"q", b"r")]
     assert right == [b"q", b"r"]  # what was remembered is forgotten
     assert ask(app, "/", login("a:p")).status == 401
-    assert caplog.messages == ["no modules loaded from any config file"]
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(("pair", "status"), [("a:p", 401), ("b:q", 200)])
@@ -8993,9 +8990,10 @@ def test_the_former_users_stay_when_their_file_becomes(
         assert ask(app, "/", login("old:p")).status == 200
         assert ask(app, "/", login("a:U*U")).status == 401
         assert ask(app, "/").status == 401
-    (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
-    assert error.startswith("changed files are not used, the former stay: w.yaml:")
-    assert f"w.yaml:{message}" in error
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert all(e.startswith("changed files are not used, the former stay: w.yaml") for e in errors)
+    assert len(errors) == len(set(errors))
+    assert f"w.yaml:{message}" in "".join(errors)
     assert SECRET not in caplog.text
     assert metric_with(app, RELOADED, login("old:p")) == 0
     (here_with_pems / "w.yaml").write_text(with_users(f"a: {HASHED}"))
@@ -11053,9 +11051,9 @@ def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
             wait_until(lambda: all(n > m for n, m in zip(counts, before)))
         assert not admits(files.secure.port, authorities.context())
         assert files.serial() == former
-        assert len(log) == 1, log
-        assert log[0].startswith("changed files are not used, the former stay: ")
-        assert words in log[0]
+        assert len(log) == len(set(log)), log
+        assert all(e.startswith("changed files are not used, the former stay: ") for e in log)
+        assert words in "\n".join(log)
         files.put("ca.pem", Path(authorities.ours.file).read_text())
         files.put_pair(authorities.ours.server())
         files.put_web()
@@ -12064,7 +12062,7 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
     for name in ("refused", "unresolved", "garbage", "tls", "failing", "missing", "slow"):
         assert f"module {name}: " in log
     assert "TLS handshake failed: protocol: " in log
-    assert log.count("changed files are not used, the former stay: ") == 3
+    assert len(set(re.findall("changed files are not used, the former stay: .*", log))) >= 3
     assert log.count("(took ") == len(journal.answers)
 
 
