@@ -762,7 +762,7 @@ def main() -> int:
 
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
-LANGUAGES = {"yaml expexp", "yaml prometheus", "yaml web", "ini", "json", "sh", "text"}
+LANGUAGES = {"yaml expexp", "yaml prometheus", "yaml web", "json", "sh", "text"}
 
 #: A configuration with one problem for each line that README.md shows under "Configuration".
 README_PROBLEMS = """\
@@ -12201,6 +12201,208 @@ def test_no_problem_of_credentials_shows_a_secret(
         assert {"password": "modules.a", "bearer": "modules.b"}.get(name, name) in text
         assert not shows_secret(text)
         assert "Traceback" not in text
+
+
+# ==================================================================================================
+# C  Contrib
+# ==================================================================================================
+# What contrib/ says must hold of this expexp: its metrics, flags, limits and paths. The files are
+# read here as their programs read them; where these are missing, the tests of them are skipped.
+
+CONTRIB = FOLDER / "contrib"
+UNIT = CONTRIB / "expexp.service"
+DROP_IN = CONTRIB / "expexp.service.d" / "scripts.conf"
+
+Rule = dict[str, Any]
+
+
+def contrib_files() -> list[Path]:
+    """All files of contrib/."""
+    return sorted(path for path in CONTRIB.rglob("*") if path.is_file())
+
+
+def contrib_yaml(name: str) -> Any:
+    """The content of a YAML file."""
+    yaml = pytest.importorskip("yaml")
+    return yaml.safe_load((CONTRIB / name).read_text(encoding="utf-8"))
+
+
+def contrib_alerts() -> list[Rule]:
+    """The rules of alerts.yml."""
+    return [rule for group in contrib_yaml("alerts.yml")["groups"] for rule in group["rules"]]
+
+
+def unit_settings(path: Path) -> dict[str, list[str]]:
+    """The settings of a unit with their values, in the order of the file."""
+    found: dict[str, list[str]] = {}
+    for key, value in re.findall(r"(?m)^(\w+)=(.*)$", path.read_text(encoding="utf-8")):
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def metric_names(text: str) -> set[str]:
+    """The names of metrics of ours in a text: not those of jobs, nor of samples of a summary."""
+    names = set(re.findall(r"\bexpexp_\w+", text))
+    jobs = {job["job_name"] for job in contrib_yaml("prometheus.yml")["scrape_configs"]}
+    summaries = {d.name for d in expexp.SELF_METRICS if d.kind == "summary"}
+    samples = {f"{name}_{suffix}": name for name in summaries for suffix in ("count", "sum")}
+    return {samples.get(name, name) for name in names - jobs}
+
+
+@pytest.mark.parametrize("path", contrib_files(), ids=lambda path: path.name)
+def test_every_metric_that_contrib_names_exists(path: Path) -> None:
+    named = metric_names(path.read_text(encoding="utf-8"))
+    assert named <= {d.name for d in expexp.SELF_METRICS}
+
+
+@pytest.mark.parametrize("path", contrib_files(), ids=lambda path: path.name)
+def test_every_flag_that_contrib_names_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"(?<![\w-])-((?:config|log|web|verify|allow)[\w.-]*\w)", text)
+    assert set(named) <= {name for flag in expexp.FLAGS for name in flag.names}
+
+
+def test_the_contrib_unit_starts_expexp_with_flags_that_it_takes() -> None:
+    (start,) = unit_settings(UNIT)["ExecStart"]
+    python, program, *flags = shlex.split(start)
+    assert (Path(python).name, Path(program).name) == ("python3", SOURCE.name)
+    assert expexp.parse_flags(flags)["config.file"] == "/etc/expexp/expexp.yaml"
+
+
+def test_the_readme_installs_what_the_contrib_unit_starts() -> None:
+    settings = unit_settings(UNIT)
+    install = readme_section("Installation")
+    for path in re.findall(r"\S*/expexp\.(?:py|yaml)", settings["ExecStart"][0]):
+        assert f" {path}\n" in install
+    assert f"/usr/sbin/nologin {settings['User'][0]}\n" in install
+    assert f" contrib/{UNIT.name} " in install
+
+
+def test_the_contrib_unit_gives_expexp_more_time_to_stop_than_it_takes() -> None:
+    (seconds,) = unit_settings(UNIT)["TimeoutStopSec"]
+    limits = expexp.Limits()
+    assert int(seconds.rstrip("s")) > limits.drain_seconds + limits.term_to_kill_seconds
+
+
+def test_the_contrib_alerts_count_the_slots_that_there_are() -> None:
+    text = (CONTRIB / "alerts.yml").read_text(encoding="utf-8")
+    slots = re.findall(r"(\d+) (?:slots|connections)|\* (\d+)\n|of (\d+) connections", text)
+    counted = {number for found in slots for number in found if number} - {"86400"}
+    assert counted == {str(expexp.Limits().connections)}
+
+
+def test_the_contrib_alerts_name_reasons_that_there_are() -> None:
+    text = (CONTRIB / "alerts.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r'reason!?="(\w+)"', text))
+    assert named
+    assert named <= {*expexp.REASONS, *expexp.HANDSHAKE_FAULTS}
+
+
+def test_the_contrib_alerts_watch_jobs_that_there_are() -> None:
+    jobs = {job["job_name"] for job in contrib_yaml("prometheus.yml")["scrape_configs"]}
+    watched = {re.search(r'job=~"([^"]+)"', rule["expr"]) for rule in contrib_alerts()} - {None}
+    patterns = {found[1] for found in watched if found}
+    assert patterns
+    for pattern in patterns:
+        assert any(re.fullmatch(pattern, job) for job in jobs), pattern
+
+
+@pytest.mark.parametrize("key", ["summary", "description"])
+def test_every_contrib_alert_says_what_happened_and_where_to_look(key: str) -> None:
+    texts = [rule["annotations"][key] for rule in contrib_alerts()]
+    assert all(texts)
+    assert {rule["labels"]["severity"] for rule in contrib_alerts()} == {"warning", "critical"}
+
+
+def test_every_contrib_alert_is_seen_to_fire_and_not_to_fire() -> None:
+    expected: dict[tuple[str, str], set[bool]] = {
+        (rule["alert"], rule["labels"]["severity"]): set() for rule in contrib_alerts()
+    }
+    for case in chain.from_iterable(
+        test["alert_rule_test"] for test in contrib_yaml("alerts_test.yml")["tests"]
+    ):
+        firing = {alert["exp_labels"]["severity"] for alert in case["exp_alerts"]}
+        for (name, severity), seen in expected.items():
+            if name == case["alertname"]:
+                seen.add(severity in firing)
+    assert [name for name, seen in expected.items() if seen != {True, False}] == []
+
+
+def test_the_contrib_jobs_ask_for_paths_that_expexp_serves() -> None:
+    jobs = contrib_yaml("prometheus.yml")["scrape_configs"]
+    asked = {job.get("metrics_path", "/metrics") for job in jobs}
+    urls = [sd["url"] for job in jobs for sd in job.get("http_sd_configs", ())]
+    asked |= {urllib.parse.urlsplit(url).path for url in urls}
+    assert asked <= set(silent_program("").application._routes)
+    assert "/sd" in asked
+
+
+def run_peer(folder: Path, name: str, *arguments: str) -> str:
+    """What a peer program prints; it must exit with 0."""
+    command = [peer_program(name), *arguments]
+    environment = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_PAGER": "cat"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return done.stdout + done.stderr
+
+
+def installed_unit(folder: Path, *, with_drop_in: bool) -> str:
+    """A copy of the unit in a folder, where systemd-analyze finds a drop-in beside it, or none."""
+    shutil.copy(UNIT, folder)
+    if with_drop_in:
+        (folder / DROP_IN.parent.name).mkdir()
+        shutil.copy(DROP_IN, folder / DROP_IN.parent.name)
+    return str(folder / UNIT.name)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("with_drop_in", [False, True], ids=["unit", "unit and drop-in"])
+def test_systemd_finds_nothing_wrong_with_the_contrib(tmp_path: Path, with_drop_in: bool) -> None:
+    unit = installed_unit(tmp_path, with_drop_in=with_drop_in)
+    verify = ("verify", "--man=no", "--recursive-errors=yes", unit)
+    assert run_peer(tmp_path, "systemd-analyze", *verify) == ""
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize("with_drop_in", [False, True], ids=["unit", "unit and drop-in"])
+def test_systemd_measures_the_exposure_of_the_contrib(tmp_path: Path, with_drop_in: bool) -> None:
+    """As the drop-in says, or less by another version of systemd; at most 4.0 in any case."""
+    unit = installed_unit(tmp_path, with_drop_in=with_drop_in)
+    security = ("security", "--offline=true", "--threshold=40", "--no-pager", unit)
+    printed = run_peer(tmp_path, "systemd-analyze", *security)
+    measured = re.search(r"Overall exposure level for \S+: ([\d.]+)", printed)
+    said = re.search(r"says ([\d.]+) without this file and ([\d.]+) with", DROP_IN.read_text())
+    assert measured
+    assert said
+    assert float(measured[1]) == pytest.approx(float(said[1 + with_drop_in]), abs=0.5)
+
+
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "config", "--syntax-only", "prometheus.yml"],
+        ["check", "rules", "alerts.yml"],
+        ["test", "rules", "alerts_test.yml"],
+    ],
+    ids=" ".join,
+)
+def test_prometheus_takes_the_files_of_contrib(tmp_path: Path, arguments: list[str]) -> None:
+    for path in CONTRIB.glob("*.yml"):
+        shutil.copy(path, tmp_path)
+    assert "SUCCESS" in run_peer(tmp_path, "promtool", *arguments)
+
+
+@pytest.mark.peer
+def test_the_contrib_alerts_are_tested_so_that_a_wrong_one_fails(tmp_path: Path) -> None:
+    text = (CONTRIB / "alerts.yml").read_text(encoding="utf-8")
+    shutil.copy(CONTRIB / "alerts_test.yml", tmp_path)
+    (tmp_path / "alerts.yml").write_text(text.replace('reason="malformed"', 'reason="timeout"'))
+    command = [peer_program("promtool"), "test", "rules", "alerts_test.yml"]
+    done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1
 
 
 # ==================================================================================================
