@@ -5054,6 +5054,13 @@ def listening(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") ->
     """The port of a server that lets a function talk on the socket of each connection."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family)
+    with accepting(listener, talk):
+        yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def accepting(listener: socket.socket, talk: Callable[[socket.socket], None]) -> Iterator[None]:
+    """Lets a function talk on the socket of each connection; closes the listener at the end."""
 
     def serve(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -5068,7 +5075,7 @@ def listening(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") ->
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
     try:
-        yield listener.getsockname()[1]
+        yield
     finally:
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
@@ -6140,6 +6147,551 @@ def test_an_unverified_body_is_reset_when_it_is(answer: bytes | Answerer, versio
             exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
         wait_until(lambda: served.failures("m") == {"aborted": 1})
         assert counters(served, "m") == {ERRORS}
+
+
+# --- containers, asked of an engine that the tests play: for faults that a real one does not show
+
+
+class Engine:
+    """A container engine on a unix socket: what it says of each container, and what it is asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.address = path, f"unix://{path}"
+        self.says: dict[str, bytes | Answerer] = {}
+        self.asked: list[str] = []
+
+    def talk(self, connection: socket.socket) -> None:
+        head = read_head(connection)
+        self.asked.append(head.split(b"\r\n")[0].decode())
+        answer = self.says[self.asked[-1].split("/")[2]]
+        if callable(answer):
+            answer(connection, head)
+        else:
+            connection.sendall(answer)
+
+    def module(self, container: str, port: int = 9100, **settings: object) -> dict[str, object]:
+        """A module for a container of this engine."""
+        return http_module(port, container=container, container_host=self.address, **settings)
+
+
+@contextlib.contextmanager
+def engine_at(path: Path) -> Iterator[Engine]:
+    """An engine that listens there."""
+    engine, listener = Engine(path), socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    with accepting(listener, engine.talk):
+        yield engine
+
+
+@pytest.fixture
+def folder_of_sockets() -> Iterator[Path]:
+    """A folder that anybody may enter, its name short enough for the address of a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)  # noqa: S103 - not root alone is to get at the socket
+        yield Path(folder)
+
+
+@pytest.fixture
+def engine(folder_of_sockets: Path) -> Iterator[Engine]:
+    """An engine that knows no container yet."""
+    with engine_at(folder_of_sockets / "engine.sock") as engine:
+        yield engine
+
+
+def container(
+    *ports: str, own: str = "", network: str = "", mode: str = "bridge", running: bool = True
+) -> dict[str, Any]:
+    """What Docker says of a container: where 9100 is published, and what addresses it has."""
+    published = [dict(zip(("HostIp", "HostPort"), port.rsplit(":", 1))) for port in ports]
+    networks = {"none": {"IPAddress": ""}, "some": {"IPAddress": network}} if network else {}
+    return {
+        "Id": "4fa6e0f0c678",
+        "State": {"Status": "running" if running else "exited", "Running": running},
+        "HostConfig": {"NetworkMode": mode},
+        "NetworkSettings": {
+            "Ports": {"80/tcp": None, "9100/udp": None, "9100/tcp": published or None},
+            "IPAddress": own,
+            "Networks": networks,
+        },
+    }
+
+
+def in_json(described: object) -> bytes:
+    """An engine's answer."""
+    return ok(json.dumps(described).encode(), content_type="application/json")
+
+
+def in_chunks(described: object) -> bytes:
+    """The same as Docker sends it when it is long."""
+    text = json.dumps(described).encode()
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (text[:9], text[9:], b""))
+    return CHUNKED + chunks
+
+
+#: Where the exporter listens, the port in the configuration, and what the engine says, where PORT
+#: stands for the exporter's port and GONE for one on which nobody listens.
+CONTAINERS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "published on 127.0.0.1": ("127.0.0.1", 9100, container("127.0.0.1:PORT")),
+    "published on another address of this host": ("127.0.0.2", 9100, container("127.0.0.2:PORT")),
+    "published on 0.0.0.0": ("127.0.0.1", 9100, container("0.0.0.0:PORT")),
+    "published on ::": ("::1", 9100, container(":::PORT")),
+    "published on every address, as podman has it": ("127.0.0.1", 9100, container(":PORT")),
+    "published on IPv4 and IPv6": ("127.0.0.1", 9100, container("0.0.0.0:PORT", ":::PORT")),
+    "published twice": ("127.0.0.1", 9100, container("0.0.0.0:PORT", "0.0.0.0:GONE")),
+    "published, and has an address": ("127.0.0.1", 9100, container(":PORT", own="127.0.0.9")),
+    "published, in the host's network": ("127.0.0.1", 9100, container(":PORT", mode="host")),
+    "at its own address": ("127.0.0.3", 0, container(own="127.0.0.3")),
+    "at its address in a network": ("127.0.0.3", 0, container(network="127.0.0.3", mode="some")),
+    "in the host's network": ("127.0.0.1", 0, container(mode="host")),
+}
+
+
+@pytest.fixture(scope="module")
+def found_containers() -> Iterator[Running]:
+    """An expexp with a module for each of CONTAINERS."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(engine_at(folder / "engine.sock"))
+        modules, gone = {}, str(closed_port())
+        for number, (host, inside, said) in enumerate(CONTAINERS.values()):
+            body = b"a %d\n" % number
+            talk = functools.partial(answer_any, ok(body))
+            port = stack.enter_context(listening(talk, host))
+            text = json.dumps(said).replace("PORT", str(port)).replace("GONE", gone)
+            engine.says[f"m{number}"] = in_json(json.loads(text))
+            modules[f"m{number}"] = engine.module(f"m{number}", inside or port)
+        yield stack.enter_context(running(modules))
+
+
+def answer_any(answer: bytes, connection: socket.socket) -> None:
+    """Read a request, whatever it is, and answer it."""
+    read_head(connection)
+    connection.sendall(answer)
+
+
+@pytest.mark.parametrize("where", CONTAINERS)
+def test_a_container_is_found(where: str, found_containers: Running) -> None:
+    number = list(CONTAINERS).index(where)
+    answer = found_containers.scrape(f"m{number}")
+    assert (answer.status, answer.text) == (200, f"a {number}\n")
+
+
+@pytest.mark.parametrize("render", [in_json, in_chunks])
+def test_an_engine_is_asked_once(render: Callable[[object], bytes], engine: Engine) -> None:
+    echo = Echo()
+    with target(echo.answer) as port:
+        engine.says["web.1_a-b"] = render(container(f"127.0.0.1:{port}"))
+        with running({"m": engine.module("web.1_a-b")}) as served:
+            assert [served.scrape("m").body for _ in range(3)] == [EXPOSITION] * 3
+    assert engine.asked == ["GET /containers/web.1_a-b/json HTTP/1.1"]
+    assert len(echo.heads) == 3
+    assert b"\r\nHost: web.1_a-b:9100\r\n" in echo.heads[0]
+
+
+def test_two_ports_of_a_container_are_two_places(engine: Engine) -> None:
+    with target(ok(b"a 1\n")) as one, target(ok(b"a 2\n")) as two:
+        said = container(f"127.0.0.1:{one}")
+        said["NetworkSettings"]["Ports"]["9200/tcp"] = [
+            {"HostIp": "127.0.0.1", "HostPort": str(two)}
+        ]
+        engine.says["web"] = in_json(said)
+        modules = {"one": engine.module("web", 9100), "two": engine.module("web", 9200)}
+        with running(modules) as served:
+            assert [served.scrape(name).text for name in ("one", "two", "one", "two")] == [
+                *("a 1\n", "a 2\n") * 2
+            ]
+    assert len(engine.asked) == 2
+
+
+def test_containers_of_two_engines_may_have_the_same_name(folder_of_sockets: Path) -> None:
+    with (
+        engine_at(folder_of_sockets / "one.sock") as first,
+        engine_at(folder_of_sockets / "two.sock") as second,
+        target(ok(b"a 1\n")) as one,
+        target(ok(b"a 2\n")) as two,
+    ):
+        first.says["web"] = in_json(container(f"127.0.0.1:{one}"))
+        second.says["web"] = in_json(container(f"127.0.0.1:{two}"))
+        with running({"one": first.module("web"), "two": second.module("web")}) as served:
+            assert [served.scrape(name).text for name in ("one", "two")] == ["a 1\n", "a 2\n"]
+
+
+def test_a_container_that_was_made_anew_is_found(engine: Engine) -> None:
+    with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
+        with target(ok(b"a 1\n")) as port:
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            assert served.scrape("m").text == "a 1\n"
+        engine.says["web"] = in_json(container(running=False))
+        assert served.scrape("m").text == "module m: container web is not running\n"
+        with target(ok(b"a 2\n")) as port:
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            assert [served.scrape("m").text for _ in range(3)] == ["a 2\n"] * 3
+    assert len(engine.asked) == 3
+
+
+def test_a_container_is_found_whose_former_place_does_not_answer(engine: Engine) -> None:
+    """The address of a container that is gone is one from which nothing comes, not even a no."""
+    module = engine.module("web") | {"timeout": "300ms"}
+    with running({"m": module}) as served, full_listener() as full:
+        engine.says["web"] = in_json(container(f"127.0.0.1:{full}"))
+        assert served.scrape("m").status == 504
+        with target(ok(EXPOSITION)) as port:
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            wait_until(lambda: served.scrape("m").body == EXPOSITION, 2)
+
+
+def test_a_container_may_speak_tls_in_its_own_name(
+    engine: Engine, certificates: Certificates
+) -> None:
+    with tls_target(certificates.server("web"), ok(EXPOSITION)) as port:
+        for name in ("web", "other"):
+            engine.says[name] = in_json(container(f"127.0.0.1:{port}"))
+        settings: Any = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file}
+        modules = {name: engine.module(name, **settings) for name in ("web", "other")}
+        with running(modules) as served:
+            assert served.scrape("web").body == EXPOSITION
+            words = "hostname mismatch, certificate is not valid for 'other'."
+            assert served.scrape("other").text == f"module other: TLS: name: {words}\n"
+
+
+NOT_PUBLISHED = "port 9100 is not published, and there is no address of its own"
+UNCLEAR = "cannot understand what the container engine says of container {0}: "
+NO_ENGINE = "cannot ask the container engine: "
+
+
+def with_ports(*ports: object) -> bytes:
+    """An engine's answer where these are what 9100 is published as."""
+    said = container(own="127.0.0.1")
+    said["NetworkSettings"]["Ports"]["9100/tcp"] = ports
+    return in_json(said)
+
+
+def without(*path: str) -> bytes:
+    """An engine's answer where something is missing."""
+    said = found = container(own="127.0.0.1")
+    for step in path[:-1]:
+        found = found[step]
+    del found[path[-1]]
+    return in_json(said)
+
+
+#: What an engine does when it is asked, and the reason, and how the message begins; {0} stands for
+#: the container.
+ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
+    "knows no such container": (
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        "unreachable",
+        "there is no container {0}\n",
+    ),
+    "fails": (
+        b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}",
+        "unreachable",
+        "the container engine answers with status 500\n",
+    ),
+    "redirects": (
+        b"HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+        "unreachable",
+        "the container engine answers with status 301\n",
+    ),
+    "says that it is not running": (
+        in_json(container(running=False)),
+        "unreachable",
+        "container {0} is not running\n",
+    ),
+    "says that it is not running, but its port published": (
+        in_json(container("127.0.0.1:1", running=False)),
+        "unreachable",
+        "container {0} is not running\n",
+    ),
+    "knows no address": (
+        in_json(container()),
+        "unreachable",
+        "container {0}: " + NOT_PUBLISHED + "\n",
+    ),
+    "knows no address of one without networks": (
+        in_json(container(mode="none")),
+        "unreachable",
+        "container {0}: " + NOT_PUBLISHED + "\n",
+    ),
+    "knows an address where nobody listens": (
+        in_json(container("127.0.0.1:1")),
+        "unreachable",
+        "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
+    ),
+    "knows an IPv6 address where nobody listens": (
+        in_json(container(":::1")),
+        "unreachable",
+        "container {0} is not reachable at [::1]:1: connection refused\n",
+    ),
+    "closes without an answer": (b"", "unreachable", NO_ENGINE),
+    "resets the connection": (reset_after(b""), "unreachable", NO_ENGINE),
+    "closes within its headers": (HEAD, "unreachable", NO_ENGINE),
+    "closes within its body": (HUNDRED + b"{}", "unreachable", NO_ENGINE),
+    "closes within a chunk": (CHUNKED + b"64\r\n{", "unreachable", NO_ENGINE),
+    "does not speak HTTP": (b"SSH-2.0-OpenSSH\r\n", "unreachable", NO_ENGINE),
+    "announces two lengths": (
+        HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}\n",
+        "unreachable",
+        NO_ENGINE,
+    ),
+    "never ends its body": (endless(ENDLESS, b"a 1\n"), "unreachable", NO_ENGINE),
+    "says nothing": (silent_after(), "timeout", LATE),
+    "drips its headers": (dripping(HEAD, b"X: y\r\n"), "timeout", LATE),
+    "drips its body": (dripping(HUNDRED), "timeout", LATE),
+    "drips its chunks": (dripping(CHUNKED, b"1\r\n \r\n"), "timeout", LATE),
+    "says nothing in JSON": (ok(b""), "unreachable", UNCLEAR),
+    "does not speak JSON": (ok(b"hello"), "unreachable", UNCLEAR),
+    "does not speak UTF-8": (ok(b'{"State": "\xff"}'), "unreachable", UNCLEAR),
+    "nests what it says": (ok(b"[" * 60_000), "unreachable", UNCLEAR),
+    "says null": (in_json(None), "unreachable", UNCLEAR),
+    "says a list": (in_json([container()]), "unreachable", UNCLEAR),
+    "says nothing of a state": (without("State"), "unreachable", UNCLEAR),
+    "says nothing of its running": (without("State", "Running"), "unreachable", UNCLEAR),
+    "says nothing of a network": (without("NetworkSettings"), "unreachable", UNCLEAR),
+    "says that the state is a text": (
+        in_json({**container(), "State": "running"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that the network is a list": (
+        in_json({**container(), "NetworkSettings": []}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a port is a text": (with_ports("127.0.0.1:9100"), "unreachable", UNCLEAR),
+    "says that a port is a word": (
+        with_ports({"HostIp": "127.0.0.1", "HostPort": "http"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "knows a port without an address": (with_ports({"HostPort": "1"}), "unreachable", UNCLEAR),
+    "knows a port without a number": (with_ports({"HostIp": ""}), "unreachable", UNCLEAR),
+    "says that a host is null": (
+        with_ports({"HostIp": None, "HostPort": "1"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a host is a number": (
+        with_ports({"HostIp": 1, "HostPort": "1"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that an address is a number": (
+        in_json(container(own=cast("str", 1))),
+        "unreachable",
+        UNCLEAR,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def failing_engine() -> Iterator[tuple[Running, list[Future[Timed]]]]:
+    """An expexp with a module for each of ENGINE_FAILURES, all being scraped at once."""
+    limits = dataclasses.replace(FAST, body_bytes=65536)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(engine_at(folder / "engine.sock"))
+        modules = {}
+        for number, (answer, reason, _) in enumerate(ENGINE_FAILURES.values()):
+            engine.says[f"m{number}"] = answer
+            timeout = {"timeout": TABLE_TIMEOUTS.get(reason, "5s")}
+            modules[f"m{number}"] = engine.module(f"m{number}") | timeout
+        served = stack.enter_context(running(modules, limits=limits))
+        pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
+        yield served, [pool.submit(timed_scrape, served, name) for name in modules]
+
+
+@pytest.mark.parametrize("what", ENGINE_FAILURES)
+def test_an_engine_that(what: str, failing_engine: tuple[Running, list[Future[Timed]]]) -> None:
+    served, scrapes = failing_engine
+    number = list(ENGINE_FAILURES).index(what)
+    module, (_, reason, begin) = f"m{number}", ENGINE_FAILURES[what]
+    answer, seconds = scrapes[number].result()
+    least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
+    assert least <= seconds <= most
+    message = f"module {module}: {begin.format(module)}"
+    assert (answer.status, answer.text[: len(message)]) == (expexp.REASONS[reason].status, message)
+    assert answer.text.count("\n") == 1
+    assert len(answer.text) < 300
+    assert served.failures(module) == {reason: 1}
+    assert counters(served, module) == {ERRORS} | HTTP_COUNTERS.get(reason, set())
+
+
+@contextlib.contextmanager
+def without_the_rights_of_root() -> Iterator[None]:
+    """For a while this process, if it is root's, is nobody's: root may use every socket."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_an_engine_that_does_not_let_expexp_ask(engine: Engine) -> None:
+    engine.path.chmod(0)
+    with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
+        with without_the_rights_of_root():
+            answer = served.scrape("m")
+        message = f"module m: {NO_ENGINE}{engine.address}: permission denied\n"
+        assert (answer.status, answer.text) == (502, message)
+        assert served.failures("m") == {"unreachable": 1}
+    assert not engine.asked
+
+
+@pytest.mark.parametrize(
+    ("is_left", "why"),
+    [
+        pytest.param(False, "no such file or directory", id="without a trace"),
+        pytest.param(True, "connection refused", id="but for its socket"),
+    ],
+)
+def test_an_engine_that_is_gone(is_left: bool, why: str, folder_of_sockets: Path) -> None:
+    with engine_at(folder_of_sockets / "engine.sock") as engine:
+        pass
+    assert engine.path.exists()
+    if not is_left:
+        engine.path.unlink()
+    with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
+        answer = served.scrape("m")
+        message = f"module m: {NO_ENGINE}{engine.address}: {why}\n"
+        assert (answer.status, answer.text) == (502, message)
+        assert served.failures("m") == {"unreachable": 1}
+
+
+def test_a_container_that_was_found_needs_no_engine_any_more(folder_of_sockets: Path) -> None:
+    with target(ok(EXPOSITION)) as port, contextlib.ExitStack() as stack:
+        engine = stack.enter_context(engine_at(folder_of_sockets / "engine.sock"))
+        engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+        with running({"m": engine.module("web")}) as served:
+            assert served.scrape("m").body == EXPOSITION
+            stack.close()
+            assert served.scrape("m").body == EXPOSITION
+
+
+class Engines(NamedTuple):
+    """Where the engines listen that are asked where no other is configured."""
+
+    docker: Path
+    podman: Path
+
+
+@pytest.fixture
+def engines(folder_of_sockets: Path, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    """Docker's and podman's usual sockets, in a folder of the test; neither is there yet."""
+    paths = Engines(folder_of_sockets / "docker.sock", folder_of_sockets / "podman.sock")
+    monkeypatch.setattr(expexp, "ENGINES", tuple(f"unix://{path}" for path in paths))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"), [("docker", "a 1\n"), ("podman", "a 2\n"), ("docker, podman", "a 1\n")]
+)
+def test_podman_is_asked_where_docker_is_not_there(
+    there: str, expected: str, engines: Engines
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for number, path in enumerate(engines, 1):
+            if path.stem in there:
+                engine = stack.enter_context(engine_at(path))
+                port = stack.enter_context(target(ok(b"a %d\n" % number)))
+                engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+        with running({"m": Engine(engines.docker).module("web")}) as served:
+            assert served.scrape("m").text == expected
+
+
+def test_podman_is_not_asked_instead_of_an_engine_that_is_configured(engines: Engines) -> None:
+    other = Engine(engines.docker.with_name("other.sock"))
+    with engine_at(engines.podman) as podman, running({"m": other.module("web")}) as served:
+        message = f"module m: {NO_ENGINE}{other.address}: no such file or directory\n"
+        assert served.scrape("m").text == message
+    assert not podman.asked
+
+
+def test_podman_is_not_asked_where_docker_does_not_know_the_container(engines: Engines) -> None:
+    with engine_at(engines.docker) as docker, engine_at(engines.podman) as podman:
+        docker.says["web"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        with running({"m": docker.module("web")}) as served:
+            assert served.scrape("m").text == "module m: there is no container web\n"
+    assert not podman.asked
+
+
+def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Engines) -> None:
+    docker, podman = Engine(engines.docker), Engine(engines.podman)
+    with engine_at(engines.podman), running({"m": docker.module("web")}) as served:
+        engines.podman.chmod(0)
+        with without_the_rights_of_root():
+            answer = served.scrape("m")
+    words = f"{docker.address}: no such file or directory; {podman.address}: permission denied"
+    assert (answer.status, answer.text) == (502, f"module m: {NO_ENGINE}{words}\n")
+
+
+def a_container(*lines: str) -> list[str]:
+    """The problems of an http module with a port and these lines, from line 6 on."""
+    return problems_of(of_http("port: 9100", *lines))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("../images", id="a way up"),
+        pytest.param("a/../../images", id="a way up behind a name"),
+        pytest.param("/web", id="a slash before it"),
+        pytest.param("web/json?", id="the end of the path"),
+        pytest.param("web?size=1", id="a query"),
+        pytest.param("web#", id="a fragment"),
+        pytest.param("web%2f..", id="an escape"),
+        pytest.param("web a", id="a blank"),
+        pytest.param("w\u00e9b", id="a letter that is not ASCII"),
+        pytest.param(".web", id="a dot before it"),
+        pytest.param("-web", id="a dash before it"),
+        pytest.param("w" * 129, id="too much"),
+    ],
+)
+def test_the_name_of_a_container_cannot_be(name: str) -> None:
+    shown = expexp.excerpt(name)
+    assert a_container(f"container: {json.dumps(name, ensure_ascii=False)}") == [
+        f'c.yaml:6:18: modules.a.http.container: expected the name of a container, found "{shown}"'
+    ]
+
+
+def test_the_name_of_a_container_cannot_break_the_request() -> None:
+    for name in (r"web\r\nX: y", r"web\0", r"web\n"):
+        (problem,) = a_container(f'container: "{name}"')
+        assert problem.startswith(
+            "c.yaml:6:18: modules.a.http.container: expected the name of a container, found "
+        )
+
+
+@pytest.mark.parametrize(
+    "socket_of_engine", ["", "/run/x.sock", "unix://run/x.sock", "unix:///", "tcp://127.0.0.1:2375"]
+)
+def test_an_engine_is_a_unix_socket(socket_of_engine: str) -> None:
+    message = f'expected a socket such as unix:///run/x.sock, found "{socket_of_engine}"'
+    assert a_container("container: web", f'container_host: "{socket_of_engine}"') == [
+        f"c.yaml:7:23: modules.a.http.container_host: {message}"
+    ]
+
+
+@pytest.mark.parametrize(("other", "value"), [("address", "host"), ("unix_socket", "/run/x.sock")])
+def test_a_container_does_not_go_with(other: str, value: str) -> None:
+    assert a_container(f"{other}: {value}", "container: web") == [
+        f"c.yaml:7:18: modules.a.http.container: does not go with {other}"
+    ]
+
+
+def test_a_container_needs_a_port() -> None:
+    assert problems_of(of_http("container: web")) == [
+        "c.yaml:5:7: modules.a.http.port: required: port of the exporter"
+    ]
+
+
+def test_the_name_of_a_container_is_one_of_dockers() -> None:
+    for name in ("web", "Web_1.a-b", "4fa6e0f0c678", "w" * 128):
+        assert http_target(of_http("port: 9100", f"container: '{name}'")).container == name
 
 
 # --- exec
