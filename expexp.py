@@ -3420,17 +3420,19 @@ def find_container(job: Job) -> tuple[str, int]:
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
             raise ScrapeError("unreachable", f"{who} is not running")
-        for one in (network.get("Ports") or {}).get(f"{port}/tcp") or ():
-            return ANY_ADDRESS.get(one["HostIp"], one["HostIp"]), int(one["HostPort"])
+        ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
+        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
-        own = [each["IPAddress"] for each in networks if each.get("IPAddress")]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
+        places += [("", port)] if mode == "host" else []
+        hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of {who}: {error!r}"
         raise ScrapeError("unreachable", excerpt(words, 200)) from None
-    if not own and mode != "host":
+    if not places:
         why = f"port {port} is not published, and there is no address of its own"
         raise ScrapeError("unreachable", f"{who}: {why}")
-    return own[0] if own else "127.0.0.1", port
+    return str(hosts[0]), places[0][1]
 
 
 def connect_container(job: Job) -> socket.socket:
