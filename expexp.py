@@ -3439,9 +3439,9 @@ def connect_container(job: Job) -> socket.socket:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
-    if place in known:
-        with contextlib.suppress(OSError):
-            return connect_socket(job, *known[place])
+    with contextlib.suppress(KeyError, OSError):
+        return connect_socket(job, *known[place])
+    known.pop(place, None)  # now: an address that does not answer has used up all the time
     known[place] = find_container(job)
     try:
         return connect_socket(job, *known[place])
