@@ -32,6 +32,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -9768,7 +9769,7 @@ def serving(target: Target, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-# expexp as a black box between real programs: Debian's prometheus and prometheus-node-exporter.
+# expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter, podman.
 # Where one of them is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
 
 ORIGINAL_SCRIPT = Path("/tmp/myscript.sh")
@@ -10127,6 +10128,475 @@ def test_prometheus_is_told_why_a_module_is_down(
 def test_the_time_of_modification_arrives_in_prometheus(world: ScrapedWorld) -> None:
     mtime = (world.further.log_path.parent / "body.prom").stat().st_mtime
     assert world.value("expexp_file_mtime_timestamp", "file") == pytest.approx(mtime)
+
+
+# What a real Prometheus makes of /sd: of one expexp, of a reload, and of several in namespaces.
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A Prometheus that discovers the modules of an expexp, and of more where it is told to."""
+
+    prometheus: PeerRunning
+    expexp: PeerRunning
+    config: Path
+    prometheus_config: Path
+
+    def targets(self, job: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """The targets of a job that Prometheus scrapes, by their labels instance and module."""
+        answer = get(f"{self.prometheus.url}/api/v1/targets?state=active")
+        active = json.loads(answer.body)["data"]["activeTargets"]
+        ours = [target for target in active if target["scrapePool"] == job]
+        return {(one["labels"]["instance"], one["labels"]["module"]): one for one in ours}
+
+    def modules(self) -> set[str]:
+        """The modules of this expexp that Prometheus scrapes."""
+        return {module for _, module in self.targets("expexp")}
+
+    def query(self, query: str) -> list[dict[str, Any]]:
+        """What Prometheus answers to a query."""
+        text = urllib.parse.urlencode({"query": query})
+        answer = get(f"{self.prometheus.url}/api/v1/query?{text}")
+        assert answer.status == 200, answer.body
+        return cast("list[dict[str, Any]]", json.loads(answer.body)["data"]["result"])
+
+    def up(self, job: str) -> dict[tuple[str, str], str]:
+        """Whether each target of a job is up, by its labels instance and module."""
+        found = [(one["metric"], one["value"][1]) for one in self.query(f'up{{job="{job}"}}')]
+        return {(labels["instance"], labels["module"]): value for labels, value in found}
+
+    def discover(self, job: str, *addresses: str) -> None:
+        """Tell Prometheus of one more job, and of the expexp whose modules are its targets."""
+        with self.prometheus_config.open("a") as config:
+            config.write(discovery_job(job, *addresses))
+        self.prometheus.process.send_signal(signal.SIGHUP)
+
+
+def discovery_job(name: str, *addresses: str) -> str:
+    """A job with one URL a host, as the README has it."""
+    urls = (
+        f"      - url: http://{address}/sd\n        refresh_interval: 1s\n" for address in addresses
+    )
+    return f"  - job_name: {name}\n    http_sd_configs:\n{''.join(urls)}"
+
+
+def discovered_modules(node_port: int | None, folder: Path) -> dict[str, Any]:
+    """Modules of each method, some of which say how often they are to be scraped."""
+    body = folder / "body.prom"
+    body.write_bytes(COUNTED_BODY)
+    return {
+        "node": http_module(node_port or 0, address="127.0.0.1"),
+        "script": exec_module("echo a 1", accept_args=False) | {"scrape_interval": "5s"},
+        "batch": file_module(body) | {"scrape_interval": "4s", "timeout": "1500ms"},
+        "leaving": file_module(body),
+    }
+
+
+@pytest.fixture(scope="module")
+def discovery(
+    node_exporter: PeerRunning, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Discovery]:
+    """An expexp with http, exec and file modules, all of which Prometheus has scraped."""
+    program, folder = peer_program("prometheus"), tmp_path_factory.mktemp("discovery")
+    config, prometheus_config = folder / "expexp.json", folder / "prometheus.yaml"
+    modules = discovered_modules(urllib.parse.urlsplit(node_exporter.url).port, folder)
+    config.write_text(json.dumps({"modules": modules}))
+    with running_expexp(folder, "-config", str(config)) as expexp:
+        head = "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n"
+        own = urllib.parse.urlsplit(expexp.url).netloc
+        prometheus_config.write_text(head + discovery_job("expexp", own))
+        address = f"127.0.0.1:{free_port()}"
+        command = [program, f"--config.file={prometheus_config}"]
+        command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+        with peer_running(command, f"http://{address}", "/-/ready", folder) as prometheus:
+            found = Discovery(prometheus, expexp, config, prometheus_config)
+
+            def all_scraped() -> bool | None:
+                missing = set(modules) - {module for _, module in found.up("expexp")}
+                assert not missing, f"not scraped yet: {sorted(missing)}"
+                return True
+
+            eventually(all_scraped, "Prometheus to discover and scrape every module", 30)
+            yield found
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("module", "samples"), [("node", "node_uname_info"), ("script", "a"), ("batch", "a")]
+)
+def test_prometheus_discovers_a_module_and_finds_it_up(
+    discovery: Discovery, module: str, samples: str
+) -> None:
+    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    assert discovery.up("expexp")[own, module] == "1", discovery.expexp.log()[-2000:]
+    assert discovery.query(f'{samples}{{job="expexp",instance="{own}",module="{module}"}}')
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("module", "interval", "timeout"),
+    [
+        pytest.param("node", 1, 1, id="the job's where a module says nothing"),
+        pytest.param("script", 5, 5, id="the module's"),
+        pytest.param("batch", 4, 2, id="no longer than the module's timeout and the offset"),
+    ],
+)
+def test_prometheus_scrapes_a_module_at_an_interval(
+    discovery: Discovery, module: str, interval: float, timeout: float
+) -> None:
+    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    found = discovery.targets("expexp")[own, module]
+    assert expexp.parse_duration(found["scrapeInterval"]) == interval
+    assert expexp.parse_duration(found["scrapeTimeout"]) == timeout
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_follows_a_reload(discovery: Discovery) -> None:
+    config = json.loads(discovery.config.read_text())
+    added = config["modules"]["added"] = config["modules"].pop("leaving")
+    assert added["method"] == "file"
+    discovery.config.write_text(json.dumps(config))
+    discovery.expexp.process.send_signal(signal.SIGHUP)
+    wanted = {"node", "script", "batch", "added"}
+    # Prometheus hands on what it has discovered at most every 5 seconds.
+    eventually(lambda: discovery.modules() == wanted or None, "the targets of the new modules", 20)
+    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    eventually(
+        lambda: discovery.up("expexp").get((own, "added")) == "1" or None, "a scrape of one", 10
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_keeps_to_the_interval_of_a_module(discovery: Discovery) -> None:
+    def two_scrapes() -> list[float] | None:
+        (series,) = discovery.query('up{job="expexp",module="script"}[1m]')
+        times = [float(when) for when, _ in series["values"]]
+        return times if len(times) > 1 else None
+
+    times = eventually(two_scrapes, "two scrapes", 15)
+    apart = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert apart == pytest.approx([5] * len(apart), abs=0.5)
+
+
+@contextmanager
+def namespace(number: int) -> Iterator[tuple[list[str], str]]:
+    """A network namespace: what runs a command in it, and its address, which is seen from here."""
+    name = f"expexp-{os.getpid()}-{number}"
+    # Two addresses for each pair; several test runs of a host hardly ever choose the same.
+    first = 4 * ((os.getpid() * 3 + number) % 64)
+    here, there = f"198.51.100.{first + 1}", f"198.51.100.{first + 2}"
+    outside, inside = f"ex{os.getpid()}-{number}", "expexp0"
+    ip = peer_program("ip")
+
+    def run_ip(*arguments: str) -> None:
+        done = subprocess.run([ip, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    with peer("network namespaces are needed, which root may make"):
+        run_ip("netns", "add", name)
+    try:
+        with peer("network namespaces are needed, with an interface to this one"):
+            run_ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", name)
+            run_ip("address", "add", f"{here}/30", "dev", outside)
+            run_ip("link", "set", outside, "up")
+            run_ip("-n", name, "address", "add", f"{there}/30", "dev", inside)
+            run_ip("-n", name, "link", "set", inside, "up")
+            run_ip("-n", name, "link", "set", "lo", "up")
+        yield [ip, "netns", "exec", name], there
+    finally:
+        run_ip("netns", "delete", name)
+        # The kernel takes its interfaces away a little later; they go at once where one is told to.
+        subprocess.run([ip, "link", "delete", outside], capture_output=True, check=False)
+
+
+@contextmanager
+def expexp_in_namespace(number: int, folder: Path) -> Iterator[str]:
+    """An expexp on port 9999 of a namespace of its own; gives its address."""
+    config = folder / "expexp.json"
+    modules = {
+        "self": http_module(9999, address="127.0.0.1"),
+        "script": exec_module(f"echo number {number}"),
+    }
+    config.write_text(json.dumps({"modules": modules}))
+    with namespace(number) as (inside, host):
+        address = f"{host}:9999"
+        command = [*inside, sys.executable, str(SOURCE), "-web.listen-address", ":9999"]
+        command += ["-config", str(config)]
+        with peer_running(command, f"http://{address}", "/-/ready", folder):
+            yield address
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_one_prometheus_discovers_several_expexp_in_namespaces(
+    discovery: Discovery, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        addresses = []
+        for number in range(3):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            addresses.append(stack.enter_context(expexp_in_namespace(number, folder)))
+        discovery.discover("fleet", *addresses)
+        wanted = {(address, module) for address in addresses for module in ("self", "script")}
+
+        def all_up() -> bool | None:
+            assert discovery.up("fleet") == dict.fromkeys(wanted, "1")
+            return True
+
+        eventually(all_up, "all modules of all of them to be up", 30)
+        numbers = {one["metric"]["instance"]: one["value"][1] for one in discovery.query("number")}
+        assert numbers == {address: str(number) for number, address in enumerate(addresses)}
+        started = discovery.query('process_start_time_seconds{job="fleet",module="self"}')
+        assert len({one["value"][1] for one in started}) == 3, "each is asked for itself"
+
+
+# Real containers: podman's, whose service speaks the API of Docker.
+
+IN_CONTAINER: Final = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
+
+
+@dataclass(frozen=True)
+class Podman:
+    """A podman with a storage of its own, the service that answers for it, and expexp's modules."""
+
+    command: list[str]
+    network: str
+    folder: Path
+
+    @property
+    def socket(self) -> Path:
+        """Where its service listens."""
+        return self.folder / "podman.sock"
+
+    @property
+    def second_socket(self) -> Path:
+        """Where a test may let a second one listen."""
+        return self.folder / "second.sock"
+
+    def __call__(self, *arguments: str) -> str:
+        """Run it; gives what it prints."""
+        done = subprocess.run(
+            [*self.command, *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+        if done.returncode:
+            raise OSError(f"podman {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def start(self, name: str, *flags: str, port: int = 9100) -> None:
+        """A container with an exporter at this port, whose only sample has the container's name."""
+        script = f"echo '{name} 1' >/www/metrics && exec /bin/busybox httpd -f -p {port} -h /www"
+        command = ["expexp-test", "/bin/busybox", "sh", "-c", script]
+        self("run", "--detach", f"--name={name}", *IN_CONTAINER, *flags, *command)
+
+    @contextmanager
+    def service(self, path: Path) -> Iterator[None]:
+        """Its service, on this socket."""
+        command = [*self.command, "system", "service", "--time=0", f"unix://{path}"]
+        with path.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            eventually(lambda: path.exists() or None, "the socket of podman's service", 15)
+            yield
+        finally:
+            process.terminate()
+            process.wait(15)
+
+    def module(self, name: str, port: int = 9100, engine: Path | None = None) -> dict[str, object]:
+        """A module for this container."""
+        host = f"unix://{engine or self.socket}"
+        return http_module(port, container=name, container_host=host) | {"timeout": "5s"}
+
+
+def make_image(podman: Podman, folder: Path) -> None:
+    """Import an image that has busybox and an empty folder to serve files from."""
+    image = folder / "image.tar"
+    with tarfile.open(image, "w") as archive:
+        for name in ("bin", "www", "tmp"):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(entry)
+        archive.add(os.path.realpath(peer_program("busybox")), "bin/busybox")
+    podman("import", "--quiet", str(image), "expexp-test")
+    image.unlink()
+
+
+def still_there(folder: Path) -> list[str]:
+    """Processes and mounts that have to do with a folder."""
+    found = Path("/proc/mounts").read_text().splitlines()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.append((process / "cmdline").read_text().replace("\0", " "))
+    return [line for line in found if str(folder) in line]
+
+
+def bridges_of_podman() -> set[Path]:
+    """The bridges that podman makes for its default network, and leaves behind."""
+    return {path for path in Path("/sys/class/net").glob("*podman0") if (path / "brif").exists()}
+
+
+def remove_bridges(but: set[Path]) -> None:
+    """Remove those that were not there before, unless somebody else uses them."""
+    for bridge in bridges_of_podman() - but:
+        if not list((bridge / "brif").iterdir()):
+            subprocess.run([peer_program("ip"), "link", "delete", bridge.name], check=False)
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Podman]:
+    """All that podman makes is in one folder, and gone at the end."""
+    program, network = peer_program("podman"), f"expexp{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="expexp-") as name, ExitStack() as stack:
+        folder = Path(name)
+        places = {"root": "s", "runroot": "r", "tmpdir": "t", "network-config-dir": "n"}
+        command = [program, *(f"--{flag}={folder / place}" for flag, place in places.items())]
+        command += ["--storage-driver=vfs", "--cgroup-manager=cgroupfs", "--events-backend=none"]
+        command += ["--runtime=runc", "--log-level=error"]
+        podman = Podman(command, network, folder)
+        with peer("podman must be able to make networks and images"):
+            stack.callback(lambda: eventually(lambda: not still_there(folder) or None, "its end"))
+            stack.callback(remove_bridges, bridges_of_podman())
+            podman("network", "create", network)
+            # Of a network that is gone podman keeps an empty folder outside of its own ones.
+            leases = Path("/var/lib/cni/networks", network)
+            stack.callback(shutil.rmtree, leases, ignore_errors=True)
+            stack.callback(podman, "network", "rm", "--force", network)
+            make_image(podman, folder)
+        stack.callback(podman, "rm", "--all", "--force", "--time=0")
+        stack.enter_context(podman.service(podman.socket))
+        yield podman
+
+
+WAYS_TO_CONTAINERS: Final = {
+    "published on the loopback": ["--publish=127.0.0.1:{free}:9100"],
+    "published on all addresses": ["--publish={free}:9100"],
+    "published, in a network": ["--publish=127.0.0.1:{free}:9100", "--network={network}"],
+    "at its own address": [],
+    "at its address in a network": ["--network={network}"],
+    "in the network of the host": ["--network=host"],
+}
+
+
+@pytest.fixture(scope="module")
+def contained(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerRunning]:
+    """An expexp with modules for containers; those of WAYS_TO_CONTAINERS run."""
+    folder, modules = tmp_path_factory.mktemp("contained"), {}
+    for number, flags in enumerate(WAYS_TO_CONTAINERS.values()):
+        name, port = f"way_{number}", free_port() if "--network=host" in flags else 9100
+        places = {"free": free_port(), "network": podman.network}
+        with peer("podman must be able to run containers"):
+            podman.start(name, *(flag.format(**places) for flag in flags), port=port)
+        modules[name] = podman.module(name, port)
+    for name in ("never", "moved", "wandering", "stopped", "lonely"):
+        modules[name] = podman.module(name)
+    modules["wandering"]["timeout"] = "1s"
+    modules["deserted"] = podman.module("deserted", engine=podman.second_socket)
+    config = folder / "expexp.json"
+    config.write_text(json.dumps({"modules": modules}))
+    with running_expexp(folder, "-config", str(config)) as expexp:
+        yield expexp
+
+
+def scrape_until(expexp: PeerRunning, module: str, status: int, words: str) -> None:
+    """Scrape until this is the answer."""
+    wanted = f"{words}\n"
+
+    def is_answer() -> bool | None:
+        answer = get(f"{expexp.url}/proxy?module={module}")
+        assert (answer.status, answer.body.decode()) == (status, wanted)
+        return True
+
+    eventually(is_answer, f"the answer {wanted!r}", 15)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("way", WAYS_TO_CONTAINERS)
+def test_a_container_of_podman_is_scraped(way: str, contained: PeerRunning) -> None:
+    name = f"way_{list(WAYS_TO_CONTAINERS).index(way)}"
+    scrape_until(contained, name, 200, f"{name} 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_that_podman_does_not_know(contained: PeerRunning) -> None:
+    scrape_until(contained, "never", 502, "module never: there is no container never")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_without_a_network(podman: Podman, contained: PeerRunning) -> None:
+    podman.start("lonely", "--network=none")
+    words = "port 9100 is not published, and there is no address of its own"
+    scrape_until(contained, "lonely", 502, f"module lonely: container lonely: {words}")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_is_stopped_and_started(
+    podman: Podman, contained: PeerRunning
+) -> None:
+    podman.start("stopped", f"--publish=127.0.0.1:{free_port()}:9100")
+    scrape_until(contained, "stopped", 200, "stopped 1")
+    podman("stop", "--time=0", "stopped")
+    scrape_until(contained, "stopped", 502, "module stopped: container stopped is not running")
+    podman("start", "stopped")
+    scrape_until(contained, "stopped", 200, "stopped 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_is_removed_and_made_anew_with_another_port(
+    podman: Podman, contained: PeerRunning
+) -> None:
+    first, second = free_port(), free_port()
+    podman.start("moved", f"--publish=127.0.0.1:{first}:9100")
+    scrape_until(contained, "moved", 200, "moved 1")
+    podman("rm", "--force", "--time=0", "moved")
+    scrape_until(contained, "moved", 502, "module moved: there is no container moved")
+    podman.start("moved", f"--publish=127.0.0.1:{second}:9100")
+    scrape_until(contained, "moved", 200, "moved 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_is_made_anew_at_another_address(
+    podman: Podman, contained: PeerRunning
+) -> None:
+    def address() -> str:
+        return podman("inspect", "--format={{.NetworkSettings.IPAddress}}", "wandering")
+
+    podman.start("wandering")
+    scrape_until(contained, "wandering", 200, "wandering 1")
+    first = address()
+    podman("rm", "--force", "--time=0", "wandering")
+    podman.start("wandering")
+    assert address() != first
+    scrape_until(contained, "wandering", 200, "wandering 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_podman_is_needed_only_to_find_a_container(podman: Podman, contained: PeerRunning) -> None:
+    with podman.service(podman.second_socket):
+        podman.start("deserted", f"--publish=127.0.0.1:{free_port()}:9100")
+        scrape_until(contained, "deserted", 200, "deserted 1")
+    scrape_until(contained, "deserted", 200, "deserted 1")
+    podman("rm", "--force", "--time=0", "deserted")
+    place, why = f"unix://{podman.second_socket}", "connection refused"
+    if not podman.second_socket.exists():
+        why = "no such file or directory"
+    scrape_until(
+        contained,
+        "deserted",
+        502,
+        f"module deserted: cannot ask the container engine: {place}: {why}",
+    )
 
 
 if __name__ == "__main__":
