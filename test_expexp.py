@@ -4498,6 +4498,78 @@ def test_dots_in_the_names_of_modules_mean_nothing(names: tuple[str, ...]) -> No
     assert set(load(text).modules) == set(names)
 
 
+def a_container(*lines: str) -> list[str]:
+    """The problems of an http module with a port and these lines, from line 6 on."""
+    return problems_of(of_http("port: 9100", *lines))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("../images", id="a way up"),
+        pytest.param("a/../../images", id="a way up behind a name"),
+        pytest.param("/web", id="a slash before it"),
+        pytest.param("web/json?", id="the end of the path"),
+        pytest.param("web?size=1", id="a query"),
+        pytest.param("web#", id="a fragment"),
+        pytest.param("web%2f..", id="an escape"),
+        pytest.param("web a", id="a blank"),
+        pytest.param("w\u00e9b", id="a letter that is not ASCII"),
+        pytest.param(".web", id="a dot before it"),
+        pytest.param("-web", id="a dash before it"),
+        pytest.param("w" * 129, id="too much"),
+    ],
+)
+def test_the_name_of_a_container_cannot_be(name: str) -> None:
+    shown = expexp.excerpt(name)
+    assert a_container(f"container: {json.dumps(name, ensure_ascii=False)}") == [
+        f'c.yaml:6:18: modules.a.http.container: expected the name of a container, found "{shown}"'
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_name_of_a_container_cannot_break_the_request() -> None:
+    for name in (r"web\r\nX: y", r"web\0", r"web\n"):
+        (problem,) = a_container(f'container: "{name}"')
+        assert problem.startswith(
+            "c.yaml:6:18: modules.a.http.container: expected the name of a container, found "
+        )
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "socket_of_engine", ["", "/run/x.sock", "unix://run/x.sock", "unix:///", "tcp://127.0.0.1:2375"]
+)
+def test_an_engine_is_a_unix_socket(socket_of_engine: str) -> None:
+    message = f'expected a socket such as unix:///run/x.sock, found "{socket_of_engine}"'
+    assert a_container("container: web", f'container_host: "{socket_of_engine}"') == [
+        f"c.yaml:7:23: modules.a.http.container_host: {message}"
+    ]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("other", "value"), [("address", "host"), ("unix_socket", "/run/x.sock")])
+def test_a_container_does_not_go_with(other: str, value: str) -> None:
+    assert a_container(f"{other}: {value}", "container: web") == [
+        f"c.yaml:7:18: modules.a.http.container: does not go with {other}"
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_container_needs_a_port() -> None:
+    assert problems_of(of_http("container: web")) == [
+        "c.yaml:5:7: modules.a.http.port: required: port of the exporter"
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_name_of_a_container_is_one_of_dockers() -> None:
+    for name in ("web", "Web_1.a-b", "4fa6e0f0c678", "w" * 128):
+        assert http_target(of_http("port: 9100", f"container: '{name}'")).container == name
+
+
 # --- what is accepted
 
 
@@ -6164,7 +6236,7 @@ class Engine:
     def talk(self, connection: socket.socket) -> None:
         head = read_head(connection)
         self.asked.append(head.split(b"\r\n")[0].decode())
-        answer = self.says[self.asked[-1].split("/")[2]]
+        answer = self.says.get(self.asked[-1].split("/")[2], b"")
         if callable(answer):
             answer(connection, head)
         else:
@@ -6420,6 +6492,11 @@ ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
         "unreachable",
         "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
     ),
+    "knows a port of every address where nobody listens": (
+        in_json(container("0.0.0.0:1")),
+        "unreachable",
+        "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
+    ),
     "knows an IPv6 address where nobody listens": (
         in_json(container(":::1")),
         "unreachable",
@@ -6619,6 +6696,16 @@ def test_podman_is_not_asked_where_docker_does_not_know_the_container(engines: E
     assert not podman.asked
 
 
+def test_podman_is_not_asked_where_docker_does_not_let_expexp_ask(engines: Engines) -> None:
+    with engine_at(engines.docker) as docker, engine_at(engines.podman) as podman:
+        engines.docker.chmod(0)
+        engines.podman.chmod(0o777)
+        with running({"m": docker.module("web")}) as served, without_the_rights_of_root():
+            message = f"module m: {NO_ENGINE}{docker.address}: permission denied\n"
+            assert served.scrape("m").text == message
+    assert not docker.asked + podman.asked
+
+
 def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Engines) -> None:
     docker, podman = Engine(engines.docker), Engine(engines.podman)
     with engine_at(engines.podman), running({"m": docker.module("web")}) as served:
@@ -6627,72 +6714,6 @@ def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Eng
             answer = served.scrape("m")
     words = f"{docker.address}: no such file or directory; {podman.address}: permission denied"
     assert (answer.status, answer.text) == (502, f"module m: {NO_ENGINE}{words}\n")
-
-
-def a_container(*lines: str) -> list[str]:
-    """The problems of an http module with a port and these lines, from line 6 on."""
-    return problems_of(of_http("port: 9100", *lines))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("", id="nothing"),
-        pytest.param("../images", id="a way up"),
-        pytest.param("a/../../images", id="a way up behind a name"),
-        pytest.param("/web", id="a slash before it"),
-        pytest.param("web/json?", id="the end of the path"),
-        pytest.param("web?size=1", id="a query"),
-        pytest.param("web#", id="a fragment"),
-        pytest.param("web%2f..", id="an escape"),
-        pytest.param("web a", id="a blank"),
-        pytest.param("w\u00e9b", id="a letter that is not ASCII"),
-        pytest.param(".web", id="a dot before it"),
-        pytest.param("-web", id="a dash before it"),
-        pytest.param("w" * 129, id="too much"),
-    ],
-)
-def test_the_name_of_a_container_cannot_be(name: str) -> None:
-    shown = expexp.excerpt(name)
-    assert a_container(f"container: {json.dumps(name, ensure_ascii=False)}") == [
-        f'c.yaml:6:18: modules.a.http.container: expected the name of a container, found "{shown}"'
-    ]
-
-
-def test_the_name_of_a_container_cannot_break_the_request() -> None:
-    for name in (r"web\r\nX: y", r"web\0", r"web\n"):
-        (problem,) = a_container(f'container: "{name}"')
-        assert problem.startswith(
-            "c.yaml:6:18: modules.a.http.container: expected the name of a container, found "
-        )
-
-
-@pytest.mark.parametrize(
-    "socket_of_engine", ["", "/run/x.sock", "unix://run/x.sock", "unix:///", "tcp://127.0.0.1:2375"]
-)
-def test_an_engine_is_a_unix_socket(socket_of_engine: str) -> None:
-    message = f'expected a socket such as unix:///run/x.sock, found "{socket_of_engine}"'
-    assert a_container("container: web", f'container_host: "{socket_of_engine}"') == [
-        f"c.yaml:7:23: modules.a.http.container_host: {message}"
-    ]
-
-
-@pytest.mark.parametrize(("other", "value"), [("address", "host"), ("unix_socket", "/run/x.sock")])
-def test_a_container_does_not_go_with(other: str, value: str) -> None:
-    assert a_container(f"{other}: {value}", "container: web") == [
-        f"c.yaml:7:18: modules.a.http.container: does not go with {other}"
-    ]
-
-
-def test_a_container_needs_a_port() -> None:
-    assert problems_of(of_http("container: web")) == [
-        "c.yaml:5:7: modules.a.http.port: required: port of the exporter"
-    ]
-
-
-def test_the_name_of_a_container_is_one_of_dockers() -> None:
-    for name in ("web", "Web_1.a-b", "4fa6e0f0c678", "w" * 128):
-        assert http_target(of_http("port: 9100", f"container: '{name}'")).container == name
 
 
 # --- exec
@@ -9769,8 +9790,8 @@ def serving(target: Target, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-# expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter, podman.
-# Where one of them is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
+# expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter and
+# podman. Where one is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
 
 ORIGINAL_SCRIPT = Path("/tmp/myscript.sh")
 ORIGINAL_SCRIPT_TEXT = """\
