@@ -6350,6 +6350,13 @@ def test_a_container_is_found(where: str, found_containers: Running) -> None:
     assert (answer.status, answer.text) == (200, f"a {number}\n")
 
 
+def test_the_list_of_modules_says_that_a_target_is_in_a_container(
+    found_containers: Running,
+) -> None:
+    listed = json.loads(found_containers.get("/", {"Accept": "application/json"}).body)
+    assert listed["m0"]["target"] == "http://m0:9100/metrics in a container"
+
+
 @pytest.mark.parametrize("render", [in_json, in_chunks])
 def test_an_engine_is_asked_once(render: Callable[[object], bytes], engine: Engine) -> None:
     echo = Echo()
