@@ -3420,33 +3420,40 @@ def connect_unix(path: str, deadline: Deadline) -> socket.socket:
 
 
 def connect_engine(job: Job) -> socket.socket:
-    """A connection to a container's engine; raises ScrapeError, of the first that was tried."""
-    given = job.module.target.container_host
-    for other in ENGINES[1:] if given == ENGINES[0] else ():
-        with contextlib.suppress(OSError):
-            place = given if os.path.exists(given.partition("://")[2]) else other
-            return connect_unix(place.partition("://")[2], job.deadline)
-    try:
-        return connect_unix(given.partition("://")[2], job.deadline)
-    except OSError as error:
-        words = f"cannot ask the container engine at {given}: {words_of(error)}"
-        raise ScrapeError("unreachable", words) from None
+    """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
+    given, faults = job.module.target.container_host, []
+    for place in ENGINES if given == ENGINES[0] else (given,):
+        path = place.partition("://")[2]
+        try:
+            return connect_unix(path, job.deadline)
+        except OSError as error:
+            faults.append(f"{place}: {words_of(error)}")
+            if not isinstance(error, FileNotFoundError):
+                break
+    raise ScrapeError("unreachable", "; ".join(faults))
 
 
-def ask_engine(job: Job) -> Any:
-    """What an engine says of a container; raises OSError, ValueError or ScrapeError."""
+def ask_engine(job: Job) -> bytes:
+    """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
-    with contextlib.closing(TargetConnection("localhost", job=job)) as connection:
-        connection.sock = connect_engine(job)
-        connection.request("GET", f"/containers/{name}/json")
-        response = connection.getresponse()
-        check_head(response)
-        body = join_pieces(job, response_pieces(job, response))
+    try:
+        asking = contextlib.closing(TargetConnection("localhost", job=job))
+        with target_errors(job.deadline), asking as connection:
+            connection.sock = connect_engine(job)
+            connection.request("GET", f"/containers/{name}/json")
+            response = connection.getresponse()
+            check_head(response)
+            body = join_pieces(job, response_pieces(job, response))
+    except ScrapeError as error:
+        if error.reason.name in ("timeout", "busy"):
+            raise
+        words = f"cannot ask the container engine: {error.message}"
+        raise ScrapeError("unreachable", words) from None
     if response.status != http.HTTPStatus.OK:
         is_missing = response.status == http.HTTPStatus.NOT_FOUND
         other = f"the container engine answers with status {response.status}"
         raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
-    return json.loads(body)
+    return body
 
 
 ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -3455,32 +3462,34 @@ ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # n
 def find_container(job: Job) -> tuple[str, int]:
     """Host and port of a container's port: where it is published, or else its own address."""
     target = job.module.target
-    who, port = f"container {target.container}", target.port
+    who, port, said = f"container {target.container}", target.port, ask_engine(job)
     try:
-        found = ask_engine(job)
+        found = json.loads(said)
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
             raise ScrapeError("unreachable", f"{who} is not running")
-        for one in (network.get("Ports") or {}).get(f"{port}/tcp") or ():
-            return ANY_ADDRESS.get(one["HostIp"], one["HostIp"]), int(one["HostPort"])
+        ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
+        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
-        own = [each["IPAddress"] for each in networks if each.get("IPAddress")]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
+        places += [("", port)] if mode == "host" else []
+        hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of {who}: {error!r}"
         raise ScrapeError("unreachable", excerpt(words, 200)) from None
-    if not own and mode != "host":
+    if not places:
         why = f"port {port} is not published, and there is no address of its own"
         raise ScrapeError("unreachable", f"{who}: {why}")
-    return own[0] if own else "127.0.0.1", port
+    return str(hosts[0]), places[0][1]
 
 
 def connect_container(job: Job) -> socket.socket:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
-    if place in known:
-        with contextlib.suppress(OSError):
-            return connect_socket(job, *known[place])
+    with contextlib.suppress(KeyError, OSError):
+        return connect_socket(job, *known[place])
+    known.pop(place, None)  # now: an address that does not answer has used up all the time
     known[place] = find_container(job)
     try:
         return connect_socket(job, *known[place])

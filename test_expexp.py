@@ -33,6 +33,7 @@ import ssl
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -4642,6 +4643,78 @@ def test_dots_in_the_names_of_modules_mean_nothing(names: tuple[str, ...]) -> No
     assert set(load(text).modules) == set(names)
 
 
+def a_container(*lines: str) -> list[str]:
+    """The problems of an http module with a port and these lines, from line 6 on."""
+    return problems_of(of_http("port: 9100", *lines))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("", id="nothing"),
+        pytest.param("../images", id="a way up"),
+        pytest.param("a/../../images", id="a way up behind a name"),
+        pytest.param("/web", id="a slash before it"),
+        pytest.param("web/json?", id="the end of the path"),
+        pytest.param("web?size=1", id="a query"),
+        pytest.param("web#", id="a fragment"),
+        pytest.param("web%2f..", id="an escape"),
+        pytest.param("web a", id="a blank"),
+        pytest.param("w\u00e9b", id="a letter that is not ASCII"),
+        pytest.param(".web", id="a dot before it"),
+        pytest.param("-web", id="a dash before it"),
+        pytest.param("w" * 129, id="too much"),
+    ],
+)
+def test_the_name_of_a_container_cannot_be(name: str) -> None:
+    shown = expexp.excerpt(name)
+    assert a_container(f"container: {json.dumps(name, ensure_ascii=False)}") == [
+        f'c.yaml:6:18: modules.a.http.container: expected the name of a container, found "{shown}"'
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_name_of_a_container_cannot_break_the_request() -> None:
+    for name in (r"web\r\nX: y", r"web\0", r"web\n"):
+        (problem,) = a_container(f'container: "{name}"')
+        assert problem.startswith(
+            "c.yaml:6:18: modules.a.http.container: expected the name of a container, found "
+        )
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "socket_of_engine", ["", "/run/x.sock", "unix://run/x.sock", "unix:///", "tcp://127.0.0.1:2375"]
+)
+def test_an_engine_is_a_unix_socket(socket_of_engine: str) -> None:
+    message = f'expected a socket such as unix:///run/x.sock, found "{socket_of_engine}"'
+    assert a_container("container: web", f'container_host: "{socket_of_engine}"') == [
+        f"c.yaml:7:23: modules.a.http.container_host: {message}"
+    ]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("other", "value"), [("address", "host"), ("unix_socket", "/run/x.sock")])
+def test_a_container_does_not_go_with(other: str, value: str) -> None:
+    assert a_container(f"{other}: {value}", "container: web") == [
+        f"c.yaml:7:18: modules.a.http.container: does not go with {other}"
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_container_needs_a_port() -> None:
+    assert problems_of(of_http("container: web")) == [
+        "c.yaml:5:7: modules.a.http.port: required: port of the exporter"
+    ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_name_of_a_container_is_one_of_dockers() -> None:
+    for name in ("web", "Web_1.a-b", "4fa6e0f0c678", "w" * 128):
+        assert http_target(of_http("port: 9100", f"container: '{name}'")).container == name
+
+
 # --- what is accepted
 
 
@@ -5824,6 +5897,13 @@ def listening(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") ->
     """The port of a server that lets a function talk on the socket of each connection."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, 0), family=family)
+    with accepting(listener, talk):
+        yield listener.getsockname()[1]
+
+
+@contextlib.contextmanager
+def accepting(listener: socket.socket, talk: Callable[[socket.socket], None]) -> Iterator[None]:
+    """Lets a function talk on the socket of each connection; closes the listener at the end."""
 
     def serve(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -5838,7 +5918,7 @@ def listening(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") ->
     thread = threading.Thread(target=accept, daemon=True)
     thread.start()
     try:
-        yield listener.getsockname()[1]
+        yield
     finally:
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
@@ -7047,6 +7127,507 @@ def test_an_unverified_body_is_reset_when_it_is(answer: bytes | Answerer, versio
             exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
         wait_until(lambda: served.failures("m") == {"aborted": 1})
         assert counters(served, "m") == {ERRORS}
+
+
+# --- containers, asked of an engine that the tests play: for faults that a real one does not show
+
+
+class Engine:
+    """A container engine on a unix socket: what it says of each container, and what it is asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.address = path, f"unix://{path}"
+        self.says: dict[str, bytes | Answerer] = {}
+        self.asked: list[str] = []
+
+    def talk(self, connection: socket.socket) -> None:
+        head = read_head(connection)
+        self.asked.append(head.split(b"\r\n")[0].decode())
+        answer = self.says.get(self.asked[-1].split("/")[2], b"")
+        if callable(answer):
+            answer(connection, head)
+        else:
+            connection.sendall(answer)
+
+    def module(self, container: str, port: int = 9100, **settings: object) -> dict[str, object]:
+        """A module for a container of this engine."""
+        return http_module(port, container=container, container_host=self.address, **settings)
+
+
+@contextlib.contextmanager
+def engine_at(path: Path) -> Iterator[Engine]:
+    """An engine that listens there."""
+    engine, listener = Engine(path), socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(64)
+    with accepting(listener, engine.talk):
+        yield engine
+
+
+@pytest.fixture
+def folder_of_sockets() -> Iterator[Path]:
+    """A folder that anybody may enter, its name short enough for the address of a socket."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o711)  # noqa: S103 - not root alone is to get at the socket
+        yield Path(folder)
+
+
+@pytest.fixture
+def engine(folder_of_sockets: Path) -> Iterator[Engine]:
+    """An engine that knows no container yet."""
+    with engine_at(folder_of_sockets / "engine.sock") as engine:
+        yield engine
+
+
+def container(
+    *ports: str, own: str = "", network: str = "", mode: str = "bridge", running: bool = True
+) -> dict[str, Any]:
+    """What Docker says of a container: where 9100 is published, and what addresses it has."""
+    published = [dict(zip(("HostIp", "HostPort"), port.rsplit(":", 1))) for port in ports]
+    networks = {"none": {"IPAddress": ""}, "some": {"IPAddress": network}} if network else {}
+    return {
+        "Id": "4fa6e0f0c678",
+        "State": {"Status": "running" if running else "exited", "Running": running},
+        "HostConfig": {"NetworkMode": mode},
+        "NetworkSettings": {
+            "Ports": {"80/tcp": None, "9100/udp": None, "9100/tcp": published or None},
+            "IPAddress": own,
+            "Networks": networks,
+        },
+    }
+
+
+def in_json(described: object) -> bytes:
+    """An engine's answer."""
+    return ok(json.dumps(described).encode(), content_type="application/json")
+
+
+def in_chunks(described: object) -> bytes:
+    """The same as Docker sends it when it is long."""
+    text = json.dumps(described).encode()
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (text[:9], text[9:], b""))
+    return CHUNKED + chunks
+
+
+#: Where the exporter listens, the port in the configuration, and what the engine says, where PORT
+#: stands for the exporter's port and GONE for one on which nobody listens.
+CONTAINERS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "published on 127.0.0.1": ("127.0.0.1", 9100, container("127.0.0.1:PORT")),
+    "published on another address of this host": ("127.0.0.2", 9100, container("127.0.0.2:PORT")),
+    "published on 0.0.0.0": ("127.0.0.1", 9100, container("0.0.0.0:PORT")),
+    "published on ::": ("::1", 9100, container(":::PORT")),
+    "published on every address, as podman has it": ("127.0.0.1", 9100, container(":PORT")),
+    "published on IPv4 and IPv6": ("127.0.0.1", 9100, container("0.0.0.0:PORT", ":::PORT")),
+    "published twice": ("127.0.0.1", 9100, container("0.0.0.0:PORT", "0.0.0.0:GONE")),
+    "published, and has an address": ("127.0.0.1", 9100, container(":PORT", own="127.0.0.9")),
+    "published, in the host's network": ("127.0.0.1", 9100, container(":PORT", mode="host")),
+    "at its own address": ("127.0.0.3", 0, container(own="127.0.0.3")),
+    "at its address in a network": ("127.0.0.3", 0, container(network="127.0.0.3", mode="some")),
+    "in the host's network": ("127.0.0.1", 0, container(mode="host")),
+}
+
+
+@pytest.fixture(scope="module")
+def found_containers() -> Iterator[Running]:
+    """An expexp with a module for each of CONTAINERS."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(engine_at(folder / "engine.sock"))
+        modules, gone = {}, str(closed_port())
+        for number, (host, inside, said) in enumerate(CONTAINERS.values()):
+            body = b"a %d\n" % number
+            talk = functools.partial(answer_any, ok(body))
+            port = stack.enter_context(listening(talk, host))
+            text = json.dumps(said).replace("PORT", str(port)).replace("GONE", gone)
+            engine.says[f"m{number}"] = in_json(json.loads(text))
+            modules[f"m{number}"] = engine.module(f"m{number}", inside or port)
+        yield stack.enter_context(running(modules))
+
+
+def answer_any(answer: bytes, connection: socket.socket) -> None:
+    """Read a request, whatever it is, and answer it."""
+    read_head(connection)
+    connection.sendall(answer)
+
+
+@pytest.mark.parametrize("where", CONTAINERS)
+def test_a_container_is_found(where: str, found_containers: Running) -> None:
+    number = list(CONTAINERS).index(where)
+    answer = found_containers.scrape(f"m{number}")
+    assert (answer.status, answer.text) == (200, f"a {number}\n")
+
+
+def test_the_list_of_modules_says_that_a_target_is_in_a_container(
+    found_containers: Running,
+) -> None:
+    listed = json.loads(found_containers.get("/", {"Accept": "application/json"}).body)
+    assert listed["m0"]["target"] == "http://m0:9100/metrics in a container"
+
+
+@pytest.mark.parametrize("render", [in_json, in_chunks])
+def test_an_engine_is_asked_once(render: Callable[[object], bytes], engine: Engine) -> None:
+    echo = Echo()
+    with target(echo.answer) as port:
+        engine.says["web.1_a-b"] = render(container(f"127.0.0.1:{port}"))
+        with running({"m": engine.module("web.1_a-b")}) as served:
+            assert [served.scrape("m").body for _ in range(3)] == [EXPOSITION] * 3
+    assert engine.asked == ["GET /containers/web.1_a-b/json HTTP/1.1"]
+    assert len(echo.heads) == 3
+    assert b"\r\nHost: web.1_a-b:9100\r\n" in echo.heads[0]
+
+
+def test_two_ports_of_a_container_are_two_places(engine: Engine) -> None:
+    with target(ok(b"a 1\n")) as one, target(ok(b"a 2\n")) as two:
+        said = container(f"127.0.0.1:{one}")
+        said["NetworkSettings"]["Ports"]["9200/tcp"] = [
+            {"HostIp": "127.0.0.1", "HostPort": str(two)}
+        ]
+        engine.says["web"] = in_json(said)
+        modules = {"one": engine.module("web", 9100), "two": engine.module("web", 9200)}
+        with running(modules) as served:
+            assert [served.scrape(name).text for name in ("one", "two", "one", "two")] == [
+                *("a 1\n", "a 2\n") * 2
+            ]
+    assert len(engine.asked) == 2
+
+
+def test_containers_of_two_engines_may_have_the_same_name(folder_of_sockets: Path) -> None:
+    with (
+        engine_at(folder_of_sockets / "one.sock") as first,
+        engine_at(folder_of_sockets / "two.sock") as second,
+        target(ok(b"a 1\n")) as one,
+        target(ok(b"a 2\n")) as two,
+    ):
+        first.says["web"] = in_json(container(f"127.0.0.1:{one}"))
+        second.says["web"] = in_json(container(f"127.0.0.1:{two}"))
+        with running({"one": first.module("web"), "two": second.module("web")}) as served:
+            assert [served.scrape(name).text for name in ("one", "two")] == ["a 1\n", "a 2\n"]
+
+
+def test_a_container_that_was_made_anew_is_found(engine: Engine) -> None:
+    with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
+        with target(ok(b"a 1\n")) as port:
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            assert served.scrape("m").text == "a 1\n"
+        engine.says["web"] = in_json(container(running=False))
+        assert served.scrape("m").text == "module m: container web is not running\n"
+        with target(ok(b"a 2\n")) as port:
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            assert [served.scrape("m").text for _ in range(3)] == ["a 2\n"] * 3
+    assert len(engine.asked) == 3
+
+
+def test_a_container_is_found_whose_former_place_does_not_answer(engine: Engine) -> None:
+    """The address of a container that is gone is one from which nothing comes, not even a no."""
+    module = engine.module("web") | {"timeout": "300ms"}
+    with running({"m": module}) as served, full_listener() as full:
+        engine.says["web"] = in_json(container(f"127.0.0.1:{full}"))
+        assert served.scrape("m").status == 504
+        with target(ok(EXPOSITION)) as port:
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            wait_until(lambda: served.scrape("m").body == EXPOSITION, 2)
+
+
+def test_a_container_may_speak_tls_in_its_own_name(
+    engine: Engine, certificates: Certificates
+) -> None:
+    with tls_target(certificates.server("web"), ok(EXPOSITION)) as port:
+        for name in ("web", "other"):
+            engine.says[name] = in_json(container(f"127.0.0.1:{port}"))
+        settings: Any = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file}
+        modules = {name: engine.module(name, **settings) for name in ("web", "other")}
+        with running(modules) as served:
+            assert served.scrape("web").body == EXPOSITION
+            words = "hostname mismatch, certificate is not valid for 'other'."
+            assert served.scrape("other").text == f"module other: TLS: name: {words}\n"
+
+
+NOT_PUBLISHED = "port 9100 is not published, and there is no address of its own"
+UNCLEAR = "cannot understand what the container engine says of container {0}: "
+NO_ENGINE = "cannot ask the container engine: "
+
+
+def with_ports(*ports: object) -> bytes:
+    """An engine's answer where these are what 9100 is published as."""
+    said = container(own="127.0.0.1")
+    said["NetworkSettings"]["Ports"]["9100/tcp"] = ports
+    return in_json(said)
+
+
+def without(*path: str) -> bytes:
+    """An engine's answer where something is missing."""
+    said = found = container(own="127.0.0.1")
+    for step in path[:-1]:
+        found = found[step]
+    del found[path[-1]]
+    return in_json(said)
+
+
+#: What an engine does when it is asked, and the reason, and how the message begins; {0} stands for
+#: the container.
+ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
+    "knows no such container": (
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
+        "unreachable",
+        "there is no container {0}\n",
+    ),
+    "fails": (
+        b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}",
+        "unreachable",
+        "the container engine answers with status 500\n",
+    ),
+    "redirects": (
+        b"HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
+        "unreachable",
+        "the container engine answers with status 301\n",
+    ),
+    "says that it is not running": (
+        in_json(container(running=False)),
+        "unreachable",
+        "container {0} is not running\n",
+    ),
+    "says that it is not running, but its port published": (
+        in_json(container("127.0.0.1:1", running=False)),
+        "unreachable",
+        "container {0} is not running\n",
+    ),
+    "knows no address": (
+        in_json(container()),
+        "unreachable",
+        "container {0}: " + NOT_PUBLISHED + "\n",
+    ),
+    "knows no address of one without networks": (
+        in_json(container(mode="none")),
+        "unreachable",
+        "container {0}: " + NOT_PUBLISHED + "\n",
+    ),
+    "knows an address where nobody listens": (
+        in_json(container("127.0.0.1:1")),
+        "unreachable",
+        "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
+    ),
+    "knows a port of every address where nobody listens": (
+        in_json(container("0.0.0.0:1")),
+        "unreachable",
+        "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
+    ),
+    "knows an IPv6 address where nobody listens": (
+        in_json(container(":::1")),
+        "unreachable",
+        "container {0} is not reachable at [::1]:1: connection refused\n",
+    ),
+    "closes without an answer": (b"", "unreachable", NO_ENGINE),
+    "resets the connection": (reset_after(b""), "unreachable", NO_ENGINE),
+    "closes within its headers": (HEAD, "unreachable", NO_ENGINE),
+    "closes within its body": (HUNDRED + b"{}", "unreachable", NO_ENGINE),
+    "closes within a chunk": (CHUNKED + b"64\r\n{", "unreachable", NO_ENGINE),
+    "does not speak HTTP": (b"SSH-2.0-OpenSSH\r\n", "unreachable", NO_ENGINE),
+    "announces two lengths": (
+        HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}\n",
+        "unreachable",
+        NO_ENGINE,
+    ),
+    "never ends its body": (endless(ENDLESS, b"a 1\n"), "unreachable", NO_ENGINE),
+    "says nothing": (silent_after(), "timeout", LATE),
+    "drips its headers": (dripping(HEAD, b"X: y\r\n"), "timeout", LATE),
+    "drips its body": (dripping(HUNDRED), "timeout", LATE),
+    "drips its chunks": (dripping(CHUNKED, b"1\r\n \r\n"), "timeout", LATE),
+    "says nothing in JSON": (ok(b""), "unreachable", UNCLEAR),
+    "does not speak JSON": (ok(b"hello"), "unreachable", UNCLEAR),
+    "does not speak UTF-8": (ok(b'{"State": "\xff"}'), "unreachable", UNCLEAR),
+    "nests what it says": (ok(b"[" * 60_000), "unreachable", UNCLEAR),
+    "says null": (in_json(None), "unreachable", UNCLEAR),
+    "says a list": (in_json([container()]), "unreachable", UNCLEAR),
+    "says nothing of a state": (without("State"), "unreachable", UNCLEAR),
+    "says nothing of its running": (without("State", "Running"), "unreachable", UNCLEAR),
+    "says nothing of a network": (without("NetworkSettings"), "unreachable", UNCLEAR),
+    "says that the state is a text": (
+        in_json({**container(), "State": "running"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that the network is a list": (
+        in_json({**container(), "NetworkSettings": []}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a port is a text": (with_ports("127.0.0.1:9100"), "unreachable", UNCLEAR),
+    "says that a port is a word": (
+        with_ports({"HostIp": "127.0.0.1", "HostPort": "http"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "knows a port without an address": (with_ports({"HostPort": "1"}), "unreachable", UNCLEAR),
+    "knows a port without a number": (with_ports({"HostIp": ""}), "unreachable", UNCLEAR),
+    "says that a host is null": (
+        with_ports({"HostIp": None, "HostPort": "1"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a host is a number": (
+        with_ports({"HostIp": 1, "HostPort": "1"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that an address is a number": (
+        in_json(container(own=cast("str", 1))),
+        "unreachable",
+        UNCLEAR,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def failing_engine() -> Iterator[tuple[Running, list[Future[Timed]]]]:
+    """An expexp with a module for each of ENGINE_FAILURES, all being scraped at once."""
+    limits = dataclasses.replace(FAST, body_bytes=65536)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(engine_at(folder / "engine.sock"))
+        modules = {}
+        for number, (answer, reason, _) in enumerate(ENGINE_FAILURES.values()):
+            engine.says[f"m{number}"] = answer
+            timeout = {"timeout": TABLE_TIMEOUTS.get(reason, "5s")}
+            modules[f"m{number}"] = engine.module(f"m{number}") | timeout
+        served = stack.enter_context(running(modules, limits=limits))
+        pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
+        yield served, [pool.submit(timed_scrape, served, name) for name in modules]
+
+
+@pytest.mark.parametrize("what", ENGINE_FAILURES)
+def test_an_engine_that(what: str, failing_engine: tuple[Running, list[Future[Timed]]]) -> None:
+    served, scrapes = failing_engine
+    number = list(ENGINE_FAILURES).index(what)
+    module, (_, reason, begin) = f"m{number}", ENGINE_FAILURES[what]
+    answer, seconds = scrapes[number].result()
+    least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
+    assert least <= seconds <= most
+    message = f"module {module}: {begin.format(module)}"
+    assert (answer.status, answer.text[: len(message)]) == (expexp.REASONS[reason].status, message)
+    assert answer.text.count("\n") == 1
+    assert len(answer.text) < 300
+    assert served.failures(module) == {reason: 1}
+    assert counters(served, module) == {ERRORS} | HTTP_COUNTERS.get(reason, set())
+
+
+@contextlib.contextmanager
+def without_the_rights_of_root() -> Iterator[None]:
+    """For a while this process, if it is root's, is nobody's: root may use every socket."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_an_engine_that_does_not_let_expexp_ask(engine: Engine) -> None:
+    engine.path.chmod(0)
+    with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
+        with without_the_rights_of_root():
+            answer = served.scrape("m")
+        message = f"module m: {NO_ENGINE}{engine.address}: permission denied\n"
+        assert (answer.status, answer.text) == (502, message)
+        assert served.failures("m") == {"unreachable": 1}
+    assert not engine.asked
+
+
+@pytest.mark.parametrize(
+    ("is_left", "why"),
+    [
+        pytest.param(False, "no such file or directory", id="without a trace"),
+        pytest.param(True, "connection refused", id="but for its socket"),
+    ],
+)
+def test_an_engine_that_is_gone(is_left: bool, why: str, folder_of_sockets: Path) -> None:
+    with engine_at(folder_of_sockets / "engine.sock") as engine:
+        pass
+    assert engine.path.exists()
+    if not is_left:
+        engine.path.unlink()
+    with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
+        answer = served.scrape("m")
+        message = f"module m: {NO_ENGINE}{engine.address}: {why}\n"
+        assert (answer.status, answer.text) == (502, message)
+        assert served.failures("m") == {"unreachable": 1}
+
+
+def test_a_container_that_was_found_needs_no_engine_any_more(folder_of_sockets: Path) -> None:
+    with target(ok(EXPOSITION)) as port, contextlib.ExitStack() as stack:
+        engine = stack.enter_context(engine_at(folder_of_sockets / "engine.sock"))
+        engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+        with running({"m": engine.module("web")}) as served:
+            assert served.scrape("m").body == EXPOSITION
+            stack.close()
+            assert served.scrape("m").body == EXPOSITION
+
+
+class Engines(NamedTuple):
+    """Where the engines listen that are asked where no other is configured."""
+
+    docker: Path
+    podman: Path
+
+
+@pytest.fixture
+def engines(folder_of_sockets: Path, monkeypatch: pytest.MonkeyPatch) -> Engines:
+    """Docker's and podman's usual sockets, in a folder of the test; neither is there yet."""
+    paths = Engines(folder_of_sockets / "docker.sock", folder_of_sockets / "podman.sock")
+    monkeypatch.setattr(expexp, "ENGINES", tuple(f"unix://{path}" for path in paths))
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"), [("docker", "a 1\n"), ("podman", "a 2\n"), ("docker, podman", "a 1\n")]
+)
+def test_podman_is_asked_where_docker_is_not_there(
+    there: str, expected: str, engines: Engines
+) -> None:
+    with contextlib.ExitStack() as stack:
+        for number, path in enumerate(engines, 1):
+            if path.stem in there:
+                engine = stack.enter_context(engine_at(path))
+                port = stack.enter_context(target(ok(b"a %d\n" % number)))
+                engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+        with running({"m": Engine(engines.docker).module("web")}) as served:
+            assert served.scrape("m").text == expected
+
+
+def test_podman_is_not_asked_instead_of_an_engine_that_is_configured(engines: Engines) -> None:
+    other = Engine(engines.docker.with_name("other.sock"))
+    with engine_at(engines.podman) as podman, running({"m": other.module("web")}) as served:
+        message = f"module m: {NO_ENGINE}{other.address}: no such file or directory\n"
+        assert served.scrape("m").text == message
+    assert not podman.asked
+
+
+def test_podman_is_not_asked_where_docker_does_not_know_the_container(engines: Engines) -> None:
+    with engine_at(engines.docker) as docker, engine_at(engines.podman) as podman:
+        docker.says["web"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        with running({"m": docker.module("web")}) as served:
+            assert served.scrape("m").text == "module m: there is no container web\n"
+    assert not podman.asked
+
+
+def test_podman_is_not_asked_where_docker_does_not_let_expexp_ask(engines: Engines) -> None:
+    with engine_at(engines.docker) as docker, engine_at(engines.podman) as podman:
+        engines.docker.chmod(0)
+        engines.podman.chmod(0o777)
+        with running({"m": docker.module("web")}) as served, without_the_rights_of_root():
+            message = f"module m: {NO_ENGINE}{docker.address}: permission denied\n"
+            assert served.scrape("m").text == message
+    assert not docker.asked + podman.asked
+
+
+def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Engines) -> None:
+    docker, podman = Engine(engines.docker), Engine(engines.podman)
+    with engine_at(engines.podman), running({"m": docker.module("web")}) as served:
+        engines.podman.chmod(0)
+        with without_the_rights_of_root():
+            answer = served.scrape("m")
+    words = f"{docker.address}: no such file or directory; {podman.address}: permission denied"
+    assert (answer.status, answer.text) == (502, f"module m: {NO_ENGINE}{words}\n")
 
 
 # --- exec
@@ -12568,8 +13149,8 @@ def serving(target: Target, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-# expexp as a black box between real programs: Debian's prometheus and prometheus-node-exporter.
-# Where one of them is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
+# expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter and
+# podman. Where one is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
 
 ORIGINAL_SCRIPT = Path("/tmp/myscript.sh")
 ORIGINAL_SCRIPT_TEXT = """\
@@ -13088,6 +13669,475 @@ def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
     assert errors["wrong_password"] == "server returned HTTP status 401 Unauthorized"
     assert "certificate" in errors["no_certificate"]
     assert errors["plain"] == "server returned HTTP status 400 Bad Request"
+
+
+# What a real Prometheus makes of /sd: of one expexp, of a reload, and of several in namespaces.
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """A Prometheus that discovers the modules of an expexp, and of more where it is told to."""
+
+    prometheus: PeerRunning
+    expexp: PeerRunning
+    config: Path
+    prometheus_config: Path
+
+    def targets(self, job: str) -> dict[tuple[str, str], dict[str, Any]]:
+        """The targets of a job that Prometheus scrapes, by their labels instance and module."""
+        answer = get(f"{self.prometheus.url}/api/v1/targets?state=active")
+        active = json.loads(answer.body)["data"]["activeTargets"]
+        ours = [target for target in active if target["scrapePool"] == job]
+        return {(one["labels"]["instance"], one["labels"]["module"]): one for one in ours}
+
+    def modules(self) -> set[str]:
+        """The modules of this expexp that Prometheus scrapes."""
+        return {module for _, module in self.targets("expexp")}
+
+    def query(self, query: str) -> list[dict[str, Any]]:
+        """What Prometheus answers to a query."""
+        text = urllib.parse.urlencode({"query": query})
+        answer = get(f"{self.prometheus.url}/api/v1/query?{text}")
+        assert answer.status == 200, answer.body
+        return cast("list[dict[str, Any]]", json.loads(answer.body)["data"]["result"])
+
+    def up(self, job: str) -> dict[tuple[str, str], str]:
+        """Whether each target of a job is up, by its labels instance and module."""
+        found = [(one["metric"], one["value"][1]) for one in self.query(f'up{{job="{job}"}}')]
+        return {(labels["instance"], labels["module"]): value for labels, value in found}
+
+    def discover(self, job: str, *addresses: str) -> None:
+        """Tell Prometheus of one more job, and of the expexp whose modules are its targets."""
+        with self.prometheus_config.open("a") as config:
+            config.write(discovery_job(job, *addresses))
+        self.prometheus.process.send_signal(signal.SIGHUP)
+
+
+def discovery_job(name: str, *addresses: str) -> str:
+    """A job with one URL a host, as the README has it."""
+    urls = (
+        f"      - url: http://{address}/sd\n        refresh_interval: 1s\n" for address in addresses
+    )
+    return f"  - job_name: {name}\n    http_sd_configs:\n{''.join(urls)}"
+
+
+def discovered_modules(node_port: int | None, folder: Path) -> dict[str, Any]:
+    """Modules of each method, some of which say how often they are to be scraped."""
+    body = folder / "body.prom"
+    body.write_bytes(COUNTED_BODY)
+    return {
+        "node": http_module(node_port or 0, address="127.0.0.1"),
+        "script": exec_module("echo a 1", accept_args=False) | {"scrape_interval": "5s"},
+        "batch": file_module(body) | {"scrape_interval": "4s", "timeout": "1500ms"},
+        "leaving": file_module(body),
+    }
+
+
+@pytest.fixture(scope="module")
+def discovery(
+    node_exporter: PeerRunning, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Discovery]:
+    """An expexp with http, exec and file modules, all of which Prometheus has scraped."""
+    program, folder = peer_program("prometheus"), tmp_path_factory.mktemp("discovery")
+    config, prometheus_config = folder / "expexp.json", folder / "prometheus.yaml"
+    modules = discovered_modules(urllib.parse.urlsplit(node_exporter.url).port, folder)
+    config.write_text(json.dumps({"modules": modules}))
+    with running_expexp(folder, "-config", str(config)) as expexp:
+        head = "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n"
+        own = urllib.parse.urlsplit(expexp.url).netloc
+        prometheus_config.write_text(head + discovery_job("expexp", own))
+        address = f"127.0.0.1:{free_port()}"
+        command = [program, f"--config.file={prometheus_config}"]
+        command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+        with peer_running(command, f"http://{address}", "/-/ready", folder) as prometheus:
+            found = Discovery(prometheus, expexp, config, prometheus_config)
+
+            def all_scraped() -> bool | None:
+                missing = set(modules) - {module for _, module in found.up("expexp")}
+                assert not missing, f"not scraped yet: {sorted(missing)}"
+                return True
+
+            eventually(all_scraped, "Prometheus to discover and scrape every module", 30)
+            yield found
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("module", "samples"), [("node", "node_uname_info"), ("script", "a"), ("batch", "a")]
+)
+def test_prometheus_discovers_a_module_and_finds_it_up(
+    discovery: Discovery, module: str, samples: str
+) -> None:
+    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    assert discovery.up("expexp")[own, module] == "1", discovery.expexp.log()[-2000:]
+    assert discovery.query(f'{samples}{{job="expexp",instance="{own}",module="{module}"}}')
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("module", "interval", "timeout"),
+    [
+        pytest.param("node", 1, 1, id="the job's where a module says nothing"),
+        pytest.param("script", 5, 5, id="the module's"),
+        pytest.param("batch", 4, 2, id="no longer than the module's timeout and the offset"),
+    ],
+)
+def test_prometheus_scrapes_a_module_at_an_interval(
+    discovery: Discovery, module: str, interval: float, timeout: float
+) -> None:
+    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    found = discovery.targets("expexp")[own, module]
+    assert expexp.parse_duration(found["scrapeInterval"]) == interval
+    assert expexp.parse_duration(found["scrapeTimeout"]) == timeout
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_follows_a_reload(discovery: Discovery) -> None:
+    config = json.loads(discovery.config.read_text())
+    added = config["modules"]["added"] = config["modules"].pop("leaving")
+    assert added["method"] == "file"
+    discovery.config.write_text(json.dumps(config))
+    discovery.expexp.process.send_signal(signal.SIGHUP)
+    wanted = {"node", "script", "batch", "added"}
+    # Prometheus hands on what it has discovered at most every 5 seconds.
+    eventually(lambda: discovery.modules() == wanted or None, "the targets of the new modules", 20)
+    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    eventually(
+        lambda: discovery.up("expexp").get((own, "added")) == "1" or None, "a scrape of one", 10
+    )
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_prometheus_keeps_to_the_interval_of_a_module(discovery: Discovery) -> None:
+    def two_scrapes() -> list[float] | None:
+        (series,) = discovery.query('up{job="expexp",module="script"}[1m]')
+        times = [float(when) for when, _ in series["values"]]
+        return times if len(times) > 1 else None
+
+    times = eventually(two_scrapes, "two scrapes", 15)
+    apart = [later - earlier for earlier, later in zip(times, times[1:])]
+    assert apart == pytest.approx([5] * len(apart), abs=0.5)
+
+
+@contextmanager
+def namespace(number: int) -> Iterator[tuple[list[str], str]]:
+    """A network namespace: what runs a command in it, and its address, which is seen from here."""
+    name = f"expexp-{os.getpid()}-{number}"
+    # Two addresses for each pair; several test runs of a host hardly ever choose the same.
+    first = 4 * ((os.getpid() * 3 + number) % 64)
+    here, there = f"198.51.100.{first + 1}", f"198.51.100.{first + 2}"
+    outside, inside = f"ex{os.getpid()}-{number}", "expexp0"
+    ip = peer_program("ip")
+
+    def run_ip(*arguments: str) -> None:
+        done = subprocess.run([ip, *arguments], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    with peer("network namespaces are needed, which root may make"):
+        run_ip("netns", "add", name)
+    try:
+        with peer("network namespaces are needed, with an interface to this one"):
+            run_ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", name)
+            run_ip("address", "add", f"{here}/30", "dev", outside)
+            run_ip("link", "set", outside, "up")
+            run_ip("-n", name, "address", "add", f"{there}/30", "dev", inside)
+            run_ip("-n", name, "link", "set", inside, "up")
+            run_ip("-n", name, "link", "set", "lo", "up")
+        yield [ip, "netns", "exec", name], there
+    finally:
+        run_ip("netns", "delete", name)
+        # The kernel takes its interfaces away a little later; they go at once where one is told to.
+        subprocess.run([ip, "link", "delete", outside], capture_output=True, check=False)
+
+
+@contextmanager
+def expexp_in_namespace(number: int, folder: Path) -> Iterator[str]:
+    """An expexp on port 9999 of a namespace of its own; gives its address."""
+    config = folder / "expexp.json"
+    modules = {
+        "self": http_module(9999, address="127.0.0.1"),
+        "script": exec_module(f"echo number {number}"),
+    }
+    config.write_text(json.dumps({"modules": modules}))
+    with namespace(number) as (inside, host):
+        address = f"{host}:9999"
+        command = [*inside, sys.executable, str(SOURCE), "-web.listen-address", ":9999"]
+        command += ["-config", str(config)]
+        with peer_running(command, f"http://{address}", "/-/ready", folder):
+            yield address
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_one_prometheus_discovers_several_expexp_in_namespaces(
+    discovery: Discovery, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        addresses = []
+        for number in range(3):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            addresses.append(stack.enter_context(expexp_in_namespace(number, folder)))
+        discovery.discover("fleet", *addresses)
+        wanted = {(address, module) for address in addresses for module in ("self", "script")}
+
+        def all_up() -> bool | None:
+            assert discovery.up("fleet") == dict.fromkeys(wanted, "1")
+            return True
+
+        eventually(all_up, "all modules of all of them to be up", 30)
+        numbers = {one["metric"]["instance"]: one["value"][1] for one in discovery.query("number")}
+        assert numbers == {address: str(number) for number, address in enumerate(addresses)}
+        started = discovery.query('process_start_time_seconds{job="fleet",module="self"}')
+        assert len({one["value"][1] for one in started}) == 3, "each is asked for itself"
+
+
+# Real containers: podman's, whose service speaks the API of Docker.
+
+IN_CONTAINER: Final = ["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"]
+
+
+@dataclass(frozen=True)
+class Podman:
+    """A podman with a storage of its own, the service that answers for it, and expexp's modules."""
+
+    command: list[str]
+    network: str
+    folder: Path
+
+    @property
+    def socket(self) -> Path:
+        """Where its service listens."""
+        return self.folder / "podman.sock"
+
+    @property
+    def second_socket(self) -> Path:
+        """Where a test may let a second one listen."""
+        return self.folder / "second.sock"
+
+    def __call__(self, *arguments: str) -> str:
+        """Run it; gives what it prints."""
+        done = subprocess.run(
+            [*self.command, *arguments], capture_output=True, text=True, check=False, timeout=60
+        )
+        if done.returncode:
+            raise OSError(f"podman {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    def start(self, name: str, *flags: str, port: int = 9100) -> None:
+        """A container with an exporter at this port, whose only sample has the container's name."""
+        script = f"echo '{name} 1' >/www/metrics && exec /bin/busybox httpd -f -p {port} -h /www"
+        command = ["expexp-test", "/bin/busybox", "sh", "-c", script]
+        self("run", "--detach", f"--name={name}", *IN_CONTAINER, *flags, *command)
+
+    @contextmanager
+    def service(self, path: Path) -> Iterator[None]:
+        """Its service, on this socket."""
+        command = [*self.command, "system", "service", "--time=0", f"unix://{path}"]
+        with path.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            eventually(lambda: path.exists() or None, "the socket of podman's service", 15)
+            yield
+        finally:
+            process.terminate()
+            process.wait(15)
+
+    def module(self, name: str, port: int = 9100, engine: Path | None = None) -> dict[str, object]:
+        """A module for this container."""
+        host = f"unix://{engine or self.socket}"
+        return http_module(port, container=name, container_host=host) | {"timeout": "5s"}
+
+
+def make_image(podman: Podman, folder: Path) -> None:
+    """Import an image that has busybox and an empty folder to serve files from."""
+    image = folder / "image.tar"
+    with tarfile.open(image, "w") as archive:
+        for name in ("bin", "www", "tmp"):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(entry)
+        archive.add(os.path.realpath(peer_program("busybox")), "bin/busybox")
+    podman("import", "--quiet", str(image), "expexp-test")
+    image.unlink()
+
+
+def still_there(folder: Path) -> list[str]:
+    """Processes and mounts that have to do with a folder."""
+    found = Path("/proc/mounts").read_text().splitlines()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            found.append((process / "cmdline").read_text().replace("\0", " "))
+    return [line for line in found if str(folder) in line]
+
+
+def bridges_of_podman() -> set[Path]:
+    """The bridges that podman makes for its default network, and leaves behind."""
+    return {path for path in Path("/sys/class/net").glob("*podman0") if (path / "brif").exists()}
+
+
+def remove_bridges(but: set[Path]) -> None:
+    """Remove those that were not there before, unless somebody else uses them."""
+    for bridge in bridges_of_podman() - but:
+        if not list((bridge / "brif").iterdir()):
+            subprocess.run([peer_program("ip"), "link", "delete", bridge.name], check=False)
+
+
+@pytest.fixture(scope="module")
+def podman() -> Iterator[Podman]:
+    """All that podman makes is in one folder, and gone at the end."""
+    program, network = peer_program("podman"), f"expexp{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="expexp-") as name, ExitStack() as stack:
+        folder = Path(name)
+        places = {"root": "s", "runroot": "r", "tmpdir": "t", "network-config-dir": "n"}
+        command = [program, *(f"--{flag}={folder / place}" for flag, place in places.items())]
+        command += ["--storage-driver=vfs", "--cgroup-manager=cgroupfs", "--events-backend=none"]
+        command += ["--runtime=runc", "--log-level=error"]
+        podman = Podman(command, network, folder)
+        with peer("podman must be able to make networks and images"):
+            stack.callback(lambda: eventually(lambda: not still_there(folder) or None, "its end"))
+            stack.callback(remove_bridges, bridges_of_podman())
+            podman("network", "create", network)
+            # Of a network that is gone podman keeps an empty folder outside of its own ones.
+            leases = Path("/var/lib/cni/networks", network)
+            stack.callback(shutil.rmtree, leases, ignore_errors=True)
+            stack.callback(podman, "network", "rm", "--force", network)
+            make_image(podman, folder)
+        stack.callback(podman, "rm", "--all", "--force", "--time=0")
+        stack.enter_context(podman.service(podman.socket))
+        yield podman
+
+
+WAYS_TO_CONTAINERS: Final = {
+    "published on the loopback": ["--publish=127.0.0.1:{free}:9100"],
+    "published on all addresses": ["--publish={free}:9100"],
+    "published, in a network": ["--publish=127.0.0.1:{free}:9100", "--network={network}"],
+    "at its own address": [],
+    "at its address in a network": ["--network={network}"],
+    "in the network of the host": ["--network=host"],
+}
+
+
+@pytest.fixture(scope="module")
+def contained(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerRunning]:
+    """An expexp with modules for containers; those of WAYS_TO_CONTAINERS run."""
+    folder, modules = tmp_path_factory.mktemp("contained"), {}
+    for number, flags in enumerate(WAYS_TO_CONTAINERS.values()):
+        name, port = f"way_{number}", free_port() if "--network=host" in flags else 9100
+        places = {"free": free_port(), "network": podman.network}
+        with peer("podman must be able to run containers"):
+            podman.start(name, *(flag.format(**places) for flag in flags), port=port)
+        modules[name] = podman.module(name, port)
+    for name in ("never", "moved", "wandering", "stopped", "lonely"):
+        modules[name] = podman.module(name)
+    modules["wandering"]["timeout"] = "1s"
+    modules["deserted"] = podman.module("deserted", engine=podman.second_socket)
+    config = folder / "expexp.json"
+    config.write_text(json.dumps({"modules": modules}))
+    with running_expexp(folder, "-config", str(config)) as expexp:
+        yield expexp
+
+
+def scrape_until(expexp: PeerRunning, module: str, status: int, words: str) -> None:
+    """Scrape until this is the answer."""
+    wanted = f"{words}\n"
+
+    def is_answer() -> bool | None:
+        answer = get(f"{expexp.url}/proxy?module={module}")
+        assert (answer.status, answer.body.decode()) == (status, wanted)
+        return True
+
+    eventually(is_answer, f"the answer {wanted!r}", 15)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("way", WAYS_TO_CONTAINERS)
+def test_a_container_of_podman_is_scraped(way: str, contained: PeerRunning) -> None:
+    name = f"way_{list(WAYS_TO_CONTAINERS).index(way)}"
+    scrape_until(contained, name, 200, f"{name} 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_that_podman_does_not_know(contained: PeerRunning) -> None:
+    scrape_until(contained, "never", 502, "module never: there is no container never")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_without_a_network(podman: Podman, contained: PeerRunning) -> None:
+    podman.start("lonely", "--network=none")
+    words = "port 9100 is not published, and there is no address of its own"
+    scrape_until(contained, "lonely", 502, f"module lonely: container lonely: {words}")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_is_stopped_and_started(
+    podman: Podman, contained: PeerRunning
+) -> None:
+    podman.start("stopped", f"--publish=127.0.0.1:{free_port()}:9100")
+    scrape_until(contained, "stopped", 200, "stopped 1")
+    podman("stop", "--time=0", "stopped")
+    scrape_until(contained, "stopped", 502, "module stopped: container stopped is not running")
+    podman("start", "stopped")
+    scrape_until(contained, "stopped", 200, "stopped 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_is_removed_and_made_anew_with_another_port(
+    podman: Podman, contained: PeerRunning
+) -> None:
+    first, second = free_port(), free_port()
+    podman.start("moved", f"--publish=127.0.0.1:{first}:9100")
+    scrape_until(contained, "moved", 200, "moved 1")
+    podman("rm", "--force", "--time=0", "moved")
+    scrape_until(contained, "moved", 502, "module moved: there is no container moved")
+    podman.start("moved", f"--publish=127.0.0.1:{second}:9100")
+    scrape_until(contained, "moved", 200, "moved 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_a_container_of_podman_is_made_anew_at_another_address(
+    podman: Podman, contained: PeerRunning
+) -> None:
+    def address() -> str:
+        return podman("inspect", "--format={{.NetworkSettings.IPAddress}}", "wandering")
+
+    podman.start("wandering")
+    scrape_until(contained, "wandering", 200, "wandering 1")
+    first = address()
+    podman("rm", "--force", "--time=0", "wandering")
+    podman.start("wandering")
+    assert address() != first
+    scrape_until(contained, "wandering", 200, "wandering 1")
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_podman_is_needed_only_to_find_a_container(podman: Podman, contained: PeerRunning) -> None:
+    with podman.service(podman.second_socket):
+        podman.start("deserted", f"--publish=127.0.0.1:{free_port()}:9100")
+        scrape_until(contained, "deserted", 200, "deserted 1")
+    scrape_until(contained, "deserted", 200, "deserted 1")
+    podman("rm", "--force", "--time=0", "deserted")
+    place, why = f"unix://{podman.second_socket}", "connection refused"
+    if not podman.second_socket.exists():
+        why = "no such file or directory"
+    scrape_until(
+        contained,
+        "deserted",
+        502,
+        f"module deserted: cannot ask the container engine: {place}: {why}",
+    )
 
 
 if __name__ == "__main__":
