@@ -28,6 +28,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import struct
 import subprocess
@@ -6799,6 +6800,514 @@ def test_the_deadline_cuts_the_verification_of_a_hostile_body() -> None:
             text = f"module {name}: timed out after 0.2 s\n"
             assert (answer.status, answer.text) == (504, text)
             assert served.failures(name) == {"timeout": 1}
+
+
+# --- unix sockets
+
+
+@contextlib.contextmanager
+def on_a_unix_socket(path: Path, context: ssl.SSLContext | None = None) -> Iterator[list[str]]:
+    """An HTTP server on a socket of the file system; gives "METHOD PATH HOST" of each request."""
+    asked: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.command} {self.path} {self.headers['Host']}")
+            self.wfile.write(ok(EXPOSITION))
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
+            pass
+
+    with socketserver.ThreadingUnixStreamServer(str(path), Handler) as listener:
+        if context:
+            listener.socket = context.wrap_socket(listener.socket, server_side=True)
+        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield asked
+        finally:
+            listener.shutdown()
+            thread.join()
+
+
+def socket_module(path: object, /, **settings: object) -> dict[str, object]:
+    return {"method": "http", "timeout": "2s", "http": {"unix_socket": str(path), **settings}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({}, "GET /metrics localhost"),
+        ({"port": 9100}, "GET /metrics localhost:9100"),
+        ({"path": "/m?a=b"}, "GET /m?x=1&a=b localhost"),
+        ({"headers": {"Host": "db.example"}}, "GET /metrics db.example"),
+    ],
+    ids=["without a port", "with a port", "with a path and a query", "with a name"],
+)
+def test_a_target_on_a_unix_socket_is_asked(
+    tmp_path: Path, settings: dict[str, object], asked: str
+) -> None:
+    module = socket_module(tmp_path / "x.sock", **settings)
+    with on_a_unix_socket(tmp_path / "x.sock") as heads, running({"m": module}) as served:
+        answer = served.scrape("m&params=x=1" if "x=1" in asked else "m")
+        assert (answer.status, answer.body, heads) == (200, EXPOSITION, [asked])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("localhost", {}), ("db.example", {"server_name": "db.example"})],
+    ids=["localhost by default", "server_name"],
+)
+def test_a_certificate_on_a_unix_socket_is_verified_for(
+    name: str, settings: dict[str, object], tmp_path: Path, certificates: Certificates
+) -> None:
+    path, trust = tmp_path / "x.sock", {"tls_ca_cert_file": certificates.ca_file}
+    modules = {
+        "good": socket_module(path, scheme="https", **trust, **settings),
+        "bad": socket_module(path, scheme="https", **trust, server_name="other.example"),
+    }
+    with on_a_unix_socket(path, certificates.server(name)), running(modules) as served:
+        assert (served.scrape("good").status, served.scrape("good").body) == (200, EXPOSITION)
+        answer = served.scrape("bad")
+        assert answer.status == 502
+        assert answer.text.startswith("module bad: TLS: name: hostname mismatch, ")
+
+
+def no_socket(path: Path, kind: str) -> contextlib.AbstractContextManager[object]:
+    """Something that is no listening socket."""
+    if kind == "a file":
+        path.write_text("a 1\n")
+    if kind == "a folder":
+        path.mkdir()
+    if kind in ("deserted", "of datagrams"):
+        stream = kind == "deserted"
+        bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM if stream else socket.SOCK_DGRAM)
+        bound.bind(str(path))
+        return contextlib.closing(bound)
+    return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "no such file or directory"),
+        ("a file", "connection refused"),
+        ("a folder", "connection refused"),
+        ("deserted", "connection refused"),
+        ("of datagrams", "protocol wrong type for socket"),
+    ],
+    ids=["missing", "a file", "a folder", "deserted", "of datagrams"],
+)
+def test_a_unix_socket_is_unreachable_that_is(kind: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with (
+        no_socket(path, kind),
+        running({"m": socket_module(path)}) as served,
+        taking(*QUICK_SOCKET),
+    ):
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (502, f"module m: {message}\n")
+        assert served.failures("m") == {"unreachable": 1}
+
+
+@pytest.mark.parametrize(("length", "status"), [(107, 200), (108, 502)])
+def test_a_unix_sockets_path_has_at_most_107_bytes(
+    length: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of 108 bytes that the kernel has room for one is the NUL at the end, for most programs.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        path = Path(folder, "x" * (length - len(folder) - 1))
+        monkeypatch.chdir(folder)  # the server binds by a short name
+        short = Path("s")
+        with on_a_unix_socket(short), running({"m": socket_module(path)}) as served:
+            short.rename(path)
+            answer = served.scrape("m")
+            assert answer.status == status, answer.text
+            if status != 200:
+                assert answer.text == "module m: AF_UNIX path too long\n"
+                assert served.failures("m") == {"unreachable": 1}
+
+
+def without_roots_rights() -> list[str]:
+    """The start of a command line under which modes of files hold even for root."""
+    return ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+
+
+def test_a_unix_socket_that_expexp_may_not_use(tmp_path: Path) -> None:
+    path = tmp_path / "x.sock"
+    with on_a_unix_socket(path) as asked:
+        path.chmod(0o400)
+        around = without_roots_rights()
+        with program(tmp_path, {"m": socket_module(path)}, *around) as (_, port):
+            answer = fetch(port, "/proxy?module=m")
+            assert (answer.status, answer.text) == (502, "module m: permission denied\n")
+            path.chmod(0o600)
+            assert fetch(port, "/proxy?module=m").status == 200
+        assert len(asked) == 1
+
+
+def test_a_unix_socket_that_says_nothing_meets_the_deadline(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "x.sock"))
+        listener.listen()
+        module = socket_module(tmp_path / "x.sock") | {"timeout": "200ms"}
+        with running({"m": module}) as served, taking(*AT_DEADLINE):
+            answer = served.scrape("m")
+            assert (answer.status, answer.text) == (504, f"module m: {LATE}\n")
+            assert served.failures("m") == {"timeout": 1}
+
+
+# --- what is kept of answers: cache
+
+
+class Counted:
+    """A script that counts its runs in a file; it waits until it may go on if it is told so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.runs, self.go = folder / "runs", folder / "go"
+        self.runs.touch()
+
+    def module(self, script: str = "echo a $$", **settings: object) -> dict[str, object]:
+        return exec_module(f'echo run "$@" >>{self.runs}; {script}') | {"cache": "1m"} | settings
+
+    def waiting(self, script: str = "echo a $$", **settings: object) -> dict[str, object]:
+        """A module whose script ends when `release` has been called."""
+        return self.module(f"until [ -e {self.go} ]; do sleep 0.02; done; {script}", **settings)
+
+    def release(self) -> None:
+        self.go.touch()
+
+    @property
+    def count(self) -> int:
+        return len(self.arguments)
+
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of each run."""
+        return [line[4:] for line in self.runs.read_text().splitlines()]
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Iterator[Counted]:
+    script = Counted(tmp_path)
+    yield script
+    script.release()
+
+
+def being_answered(served: Running, count: int) -> bool:
+    """Whether so many requests wait for their answers."""
+    return served.metric("expexp_http_requests_in_flight") == count + 1  # the one that asks
+
+
+@contextlib.contextmanager
+def several(
+    served: Running, counted: Counted, *modules: str, headers: Mapping[str, str] | None = None
+) -> Iterator[list[Future[Answer]]]:
+    """A scrape of the first module, whose script runs; then all others at once."""
+    with ThreadPoolExecutor(len(modules)) as pool:
+        before = counted.count
+        scrapes = [pool.submit(served.scrape, modules[0])]
+        wait_until(lambda: counted.count > before)
+        scrapes += [pool.submit(served.scrape, module, headers) for module in modules[1:]]
+        wait_until(lambda: being_answered(served, len(modules)))
+        try:
+            yield scrapes
+        finally:
+            counted.release()
+
+
+def test_a_good_answer_is_served_again_with_its_age_until_it_is_too_old(counted: Counted) -> None:
+    with running({"m": counted.module(cache="300ms")}) as served:
+        begun = time.monotonic()
+        first, second = served.scrape("m"), served.scrape("m")
+        assert (first.status, second.status, first.headers["Age"]) == (200, 200, None)
+        if time.monotonic() - begun < 0.3:  # a busy machine may be slower than that
+            assert (second.body, second.headers.get_all("Age")) == (first.body, ["0"])
+            assert second.headers["Content-Type"] == first.headers["Content-Type"]
+        wait_until(lambda: served.scrape("m").body != first.body)
+        assert time.monotonic() - begun >= 0.3
+        assert counted.count == 2
+
+
+def test_the_age_is_in_whole_seconds(counted: Counted) -> None:
+    with running({"m": counted.module()}) as served:
+        served.scrape("m")
+        with taking(0.8, 3):
+            wait_until(lambda: served.scrape("m").headers["Age"] == "1")
+        assert counted.count == 1
+
+
+def test_without_cache_a_script_runs_for_each_request(counted: Counted) -> None:
+    with running({"m": counted.module(cache="0")}) as served:
+        answers = [served.scrape("m") for _ in range(3)]
+        assert [answer.headers["Age"] for answer in answers] == [None] * 3
+        assert counted.count == 3
+
+
+def test_answers_of_scripts_are_kept_by_what_clients_add(counted: Counted) -> None:
+    paths = ["m", "m&args=a", "m&args=b", "m&args=a&args=b", "m&args=b&args=a", "m&params=a=b"]
+    with running({"m": counted.module()}) as served:
+        bodies = [served.scrape(path).body for path in [*paths, *paths]]
+    assert bodies[: len(paths)] == bodies[len(paths) :]
+    assert counted.count == len(set(bodies)) == len(paths)
+
+
+def test_nothing_else_of_a_request_makes_a_script_run_again(counted: Counted) -> None:
+    headers = {"Accept": "text/html", "Cookie": "a=b", "X-Prometheus-Scrape-Timeout-Seconds": "9"}
+    with running({"m": counted.module()}) as served:
+        served.scrape("m")
+        assert served.scrape("m&other=1", headers).headers["Age"] == "0"
+        assert counted.count == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "asked_again"),
+    [
+        ("m&other=1", {}, True),
+        ("m&params=a=b", {}, True),
+        ("m", {"Accept": "text/html"}, True),
+        ("m", {"Accept-Encoding": "gzip"}, True),
+        ("m", {"Authorization": "Bearer x"}, True),
+        ("m", {"Cookie": "a=b"}, True),
+        ("m", {"X-Prometheus-Scrape-Timeout-Seconds": "9"}, False),
+        ("m", {"User-Agent": "Prometheus/3.0"}, False),
+    ],
+    ids=["query", "params", "Accept", "Accept-Encoding", "Authorization", "Cookie", "time", "name"],
+)
+def test_answers_over_http_are_kept_by_what_changes_them(
+    path: str, headers: dict[str, str], asked_again: bool
+) -> None:
+    heads: list[bytes] = []
+    with (
+        target(recording(heads)) as port,
+        running({"m": http_module(port) | {"cache": "1m"}}) as served,
+    ):
+        for _ in range(2):
+            served.scrape("m")
+            assert served.scrape(path, headers).status == 200
+    assert len(heads) == 1 + asked_again
+
+
+def test_a_file_is_kept_too(tmp_path: Path) -> None:
+    (tmp_path / "a.prom").write_text("a 1\n")
+    with running({"m": file_module(tmp_path / "a.prom") | {"cache": "1m"}}) as served:
+        before = served.scrape("m").body
+        (tmp_path / "a.prom").write_text("a 2\n")
+        assert served.scrape("m").body == before
+
+
+@pytest.mark.parametrize("first", ["exit 1", "echo a b", "exec sleep 5"])
+def test_a_failure_is_not_kept(first: str, counted: Counted) -> None:
+    script = f"[ $(wc -l <{counted.runs}) = 1 ] && {{ {first}; exit; }}; echo a 1"
+    with running({"m": counted.module(script, timeout="300ms")}) as served:
+        statuses = [served.scrape("m").status for _ in range(3)]
+        assert statuses == [504 if "sleep" in first else 500, 200, 200]
+        assert counted.count == 2
+
+
+@pytest.mark.parametrize("status", [204, 404, 500])
+def test_an_answer_with_another_status_than_200_is_not_kept(status: int) -> None:
+    heads: list[bytes] = []
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        heads.append(head)
+        connection.sendall(b"HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n" % status)
+
+    with target(answer) as port, running({"m": http_module(port) | {"cache": "1m"}}) as served:
+        answers = [served.scrape("m") for _ in range(2)]
+    assert [(a.status, a.headers["Age"]) for a in answers] == [(status, None)] * 2
+    assert len(heads) == 2
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_requests_that_come_while_a_script_runs_share_its_answer(
+    count: int, counted: Counted
+) -> None:
+    with running({"m": counted.waiting()}) as served:
+        with several(served, counted, *["m"] * count) as scrapes:
+            counted.release()
+            assert len({scrape.result().body for scrape in scrapes}) == 1
+        assert {scrape.result().status for scrape in scrapes} == {200}
+        assert counted.count == 1
+        assert served.metric('expexp_command_starts_total{module="m"}') == 1
+        assert served.metric('expexp_proxy_duration_seconds_count{module="m"}') == count
+
+
+def test_who_waits_for_anothers_run_does_so_within_its_own_deadline(counted: Counted) -> None:
+    soon = {"X-Prometheus-Scrape-Timeout-Seconds": "0.7"}
+    with running({"m": counted.waiting()}) as served:
+        with ThreadPoolExecutor() as pool:
+            leader = pool.submit(served.scrape, "m")
+            wait_until(lambda: counted.count == 1)
+            with taking(*AT_DEADLINE):
+                follower = served.scrape("m", soon)
+            assert (follower.status, follower.text) == (504, f"module m: {LATE}\n")
+            counted.release()
+            assert leader.result().status == 200
+        assert counted.count == 1
+        assert served.failures("m") == {"timeout": 1}
+
+
+def test_whose_run_meets_a_short_deadline_fails_alone(counted: Counted) -> None:
+    script = f"[ $(wc -l <{counted.runs}) = 1 ] && exec sleep 5; echo a 1"
+    soon = {"X-Prometheus-Scrape-Timeout-Seconds": "0.8"}
+    with running({"m": counted.module(script)}) as served, ThreadPoolExecutor() as pool:
+        leader = pool.submit(served.scrape, "m", soon)
+        wait_until(lambda: counted.count == 1)
+        followers = [pool.submit(served.scrape, "m") for _ in range(3)]
+        assert leader.result().status == 504
+        assert {follower.result().status for follower in followers} == {200}
+        assert counted.count == 2
+        assert served.failures("m") == {"timeout": 1}
+
+
+def test_a_failure_is_shared_by_all_who_wait_for_it(counted: Counted) -> None:
+    with running({"m": counted.waiting("exit 3")}) as served:
+        with several(served, counted, "m", "m", "m") as scrapes:
+            pass
+        answers = {(scrape.result().status, scrape.result().text) for scrape in scrapes}
+        assert answers == {(500, "module m: the command exited with status 3\n")}
+        assert counted.count == 1
+        assert served.failures("m") == {"command": 3}
+
+
+def test_requests_with_other_arguments_do_not_wait(counted: Counted) -> None:
+    script = f'until [ "$1" = quick ] || [ -e {counted.go} ]; do sleep 0.02; done; echo a 1'
+    with (
+        running({"m": counted.module(script)}) as served,
+        several(served, counted, "m&args=slow") as scrapes,
+    ):
+        assert served.scrape("m&args=quick").status == 200
+        assert not scrapes[0].done()
+    assert counted.arguments == ["slow", "quick"]
+
+
+def test_no_more_answers_are_kept_than_may_be(counted: Counted) -> None:
+    limits = dataclasses.replace(FAST, cache_entries=2)
+    with running({"m": counted.module()}, limits=limits) as served:
+        for argument in "abcbcacb":
+            served.scrape(f"m&args={argument}")
+    # c takes the place of a, the oldest; then a that of b, which then takes that of c.
+    assert counted.arguments == ["a", "b", "c", "a", "b"]
+
+
+def test_no_more_bytes_are_kept_than_may_be(counted: Counted) -> None:
+    limits = dataclasses.replace(FAST, cache_bytes=10)
+    with running({"m": counted.module("echo a 1")}, limits=limits) as served:
+        for argument in "abcbcabc":  # 4 bytes each
+            served.scrape(f"m&args={argument}")
+    assert counted.arguments == ["a", "b", "c", "a", "b", "c"]
+
+
+# --- how many run at once: max_concurrent
+
+
+@contextlib.contextmanager
+def held_up(served: Running, counted: Counted, count: int) -> Iterator[None]:
+    """So many scrapes of module `m`, which run until the end of this."""
+    with ThreadPoolExecutor(count) as pool:
+        scrapes = [pool.submit(served.scrape, "m") for _ in range(count)]
+        wait_until(lambda: counted.count == count)
+        yield
+        counted.release()
+        assert {scrape.result().status for scrape in scrapes} == {200}
+
+
+@pytest.mark.parametrize(
+    ("settings", "most"), [({}, 10), ({"max_concurrent": 2}, 2)], ids=["10 by default", "its own"]
+)
+def test_a_command_runs_no_more_often_at_once_than(
+    settings: dict[str, object], most: int, counted: Counted
+) -> None:
+    modules = {
+        "m": counted.waiting(cache="0") | settings,
+        "other": exec_module("echo a 1"),
+    }
+    with running(modules) as served:
+        with held_up(served, counted, most):
+            answer = served.scrape("m")
+            assert (answer.status, answer.text) == (
+                503,
+                f"module m: as many scrapes of it run as may at once: {most}\n",
+            )
+            assert served.scrape("other").status == 200
+            assert served.failures("m") == {"busy": 1}
+        wait_until(lambda: served.scrape("m").status == 200)
+        assert counted.count == most + 1
+
+
+@contextlib.contextmanager
+def holding_target() -> Iterator[tuple[int, list[bytes], threading.Event]]:
+    """The port of a target that answers when the event is set; the heads that it has got."""
+    go_on, heads = threading.Event(), list[bytes]()
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        heads.append(head)
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    with target(answer) as port:
+        try:
+            yield port, heads, go_on
+        finally:
+            go_on.set()
+
+
+def test_http_has_no_bound_but_its_own() -> None:
+    with holding_target() as (port, heads, go_on):
+        modules = {"free": http_module(port), "one": http_module(port) | {"max_concurrent": 1}}
+        with running(modules) as served, ThreadPoolExecutor(16) as pool:
+            free = [pool.submit(served.scrape, "free") for _ in range(12)]
+            one = pool.submit(served.scrape, "one")
+            wait_until(lambda: len(heads) == 13)
+            assert served.scrape("one").status == 503
+            assert served.failures("one") == {"busy": 1}
+            go_on.set()
+            assert {scrape.result().status for scrape in [*free, one]} == {200}
+
+
+def test_who_waits_for_a_kept_answer_takes_no_slot(counted: Counted) -> None:
+    with running({"m": counted.waiting(max_concurrent=1)}) as served:
+        with several(served, counted, *["m"] * 5) as scrapes:
+            pass
+        assert {scrape.result().status for scrape in scrapes} == {200}
+
+
+def hang_up(served: Running, counted: Counted) -> None:
+    """A client that asks, and does not wait for the answer."""
+    before = counted.count
+    with connect(served.port) as client:
+        client.sendall(b"GET /proxy?module=m&args=held HTTP/1.1\r\nHost: x\r\n\r\n")
+        wait_until(lambda: counted.count > before)
+    counted.release()
+
+
+@pytest.mark.parametrize("end", ["good", "bad", "malformed", "late", "aborted"])
+def test_a_slot_is_given_back_after_an_answer_that_is(end: str, counted: Counted) -> None:
+    script = (
+        f"case $1 in bad) exit 1;; malformed) echo a b;; late) exec sleep 5;;"
+        f"held) until [ -e {counted.go} ]; do sleep 0.02; done;; esac; echo a 1"
+    )
+    module = counted.module(script, cache="0", timeout="1s" if end == "aborted" else "200ms")
+    with running({"m": module | {"max_concurrent": 1}}) as served:
+        for _ in range(2):
+            if end == "aborted":
+                hang_up(served, counted)
+            else:
+                assert served.scrape(f"m&args={end}").status != 503
+            wait_until(lambda: served.scrape("m&args=good").status == 200)
+
+
+def test_a_slot_is_given_back_when_a_client_leaves_in_the_middle_of_a_stream() -> None:
+    with target(endless(ENDLESS, b"a 1\n")) as port:
+        module = http_module(port, verify=False) | {"max_concurrent": 1}
+        with running({"m": module}) as served:
+            for _ in range(2):
+                with connect(served.port) as client:
+                    client.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
+                    assert client.recv(12) == b"HTTP/1.1 200"
+                    assert served.scrape("m").status == 503
+                wait_until(lambda: being_answered(served, 0))
 
 
 # ==================================================================================================
