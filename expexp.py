@@ -2974,6 +2974,8 @@ class Cache:
     def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
         """Keep an answer, and no more than may be kept."""
         self._kept.pop(key, None)
+        if len(cast(bytes, entry[2].body)) > self._limits.cache_bytes:
+            return  # or else all others would have to go for nothing
         self._kept[key] = entry
         sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
         left = sum(size for _, size in sizes)

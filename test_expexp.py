@@ -7199,6 +7199,15 @@ def test_no_more_bytes_are_kept_than_may_be(counted: Counted) -> None:
     assert counted.arguments == ["a", "b", "c", "a", "b", "c"]
 
 
+def test_an_answer_too_large_to_be_kept_does_not_throw_out_the_others(counted: Counted) -> None:
+    limits = dataclasses.replace(FAST, cache_bytes=10)
+    script = '[ "$1" = large ] && echo "# aaaaaaaaaaaaaa"; echo a 1'
+    with running({"m": counted.module(script)}, limits=limits) as served:
+        for argument in ("small", "large", "small", "large"):
+            assert served.scrape(f"m&args={argument}").status == 200
+    assert counted.arguments == ["small", "large", "large"]
+
+
 # --- how many run at once: max_concurrent
 
 
