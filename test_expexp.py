@@ -3868,6 +3868,22 @@ FLAG_FORMS = {
     "a path without its slash": (["-web.proxy-path=a"], "web.proxy-path", "/a"),
     "a path to clean": (["-web.telemetry-path=//a/./b/../c/"], "web.telemetry-path", "/a/c"),
     "a path above the root": (["-web.telemetry-path=/../../a"], "web.telemetry-path", "/a"),
+    "no reload by itself": ([], "config.auto-reload-interval", 0.0),
+    "an interval in seconds": (
+        ["-config.auto-reload-interval=30"],
+        "config.auto-reload-interval",
+        30.0,
+    ),
+    "an interval as a duration": (
+        ["-config.auto-reload-interval", "1m30s"],
+        "config.auto-reload-interval",
+        90.0,
+    ),
+    "no lifecycle": ([], "web.enable-lifecycle", False),
+    "no address of this host": ([], "web.external-address", ""),
+    "an address of this host": (["-web.external-address=h"], "web.external-address", "h"),
+    "one with a port": (["-web.external-address=h:80"], "web.external-address", "h:80"),
+    "one of IPv6": (["-web.external-address=[::1]:80"], "web.external-address", "[::1]:80"),
     "help": (["-h"], "help", True),
     "help in full": (["--help"], "help", True),
 }
@@ -3935,6 +3951,20 @@ FLAG_ERRORS = {
             '":9999" or "[::1]:9999", found ":99999"'
         ),
     ),
+    "an interval below zero": (
+        ["-config.auto-reload-interval=-30"],
+        (
+            'invalid value "-30" for flag -config.auto-reload-interval: expected a duration such '
+            'as "5s" or "1m30s", found "-30"'
+        ),
+    ),
+    "an interval that is a word": (
+        ["-config.auto-reload-interval=often"],
+        (
+            'invalid value "often" for flag -config.auto-reload-interval: expected a duration such '
+            'as "5s" or "1m30s", found "often"'
+        ),
+    ),
     "a Windows service": (
         ["-winsvc", "install"],
         'invalid value "install" for flag -winsvc: not supported',
@@ -3947,6 +3977,39 @@ def test_flags_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags(arguments)
     assert str(caught.value) == message
+
+
+#: What is no host with or without a port, and must not get into Prometheus's list of targets.
+NO_HOSTS = {
+    "a URL": "http://host:9999",
+    "a path behind it": "host:9999/x",
+    "a user": "user@host",
+    "a user and password": "user:password@host:80",
+    "a quote": 'host"',
+    "a blank": "host other",
+    "a comma": "host,other",
+    "a NUL": "host\0",
+    "a line break": "host\n",
+    "letters beyond ASCII": "h\u00f6st",
+    "no port behind the colon": "host:",
+    "a port that is a word": "host:http",
+    "a port too large": "host:65536",
+    "a port of 0": "host:0",
+    "a port alone": ":9999",
+    "an IPv6 address without brackets": "::1",
+    "a bracket that is not closed": "[::1",
+    "a zone": "[fe80::1%eth0]:80",
+    "too many characters": "x" * 254,
+}
+
+
+@pytest.mark.parametrize("text", NO_HOSTS.values(), ids=NO_HOSTS)
+def test_an_external_address_is_a_host_and_perhaps_a_port(text: str) -> None:
+    with pytest.raises(expexp.FlagError) as caught:
+        expexp.parse_flags([f"-web.external-address={text}"])
+    assert str(caught.value).endswith(
+        " for flag -web.external-address: expected a host, or a host and its port"
+    )
 
 
 @pytest.mark.parametrize(
@@ -4357,6 +4420,108 @@ PROBLEMS = {
         of_http("port: 1", "basic_auth_password: x"),
         ["c.yaml:6:28: modules.a.http.basic_auth_password: needs basic_auth_username beside it"],
     ),
+    # what does not go together
+    "a socket beside an address": (
+        of_http("address: db.example", "port: 1", "unix_socket: /run/x.sock"),
+        ["c.yaml:7:20: modules.a.http.unix_socket: does not go with address"],
+    ),
+    "a socket beside a container": (
+        of_http("unix_socket: /run/x.sock", "container: web", "port: 1"),
+        ["c.yaml:6:18: modules.a.http.container: does not go with unix_socket"],
+    ),
+    "a container beside an address": (
+        of_http("container: web", "address: db.example", "port: 1"),
+        ["c.yaml:5:18: modules.a.http.container: does not go with address"],
+    ),
+    "all three": (
+        of_http("address: h", "port: 1", "container: web", "unix_socket: /x"),
+        [
+            "c.yaml:7:18: modules.a.http.container: does not go with address",
+            "c.yaml:8:20: modules.a.http.unix_socket: does not go with address",
+        ],
+    ),
+    "a container without a port": (
+        of_http("container: web"),
+        ["c.yaml:5:7: modules.a.http.port: required: port of the exporter"],
+    ),
+    "neither a port nor a socket": (
+        of_http("path: /x"),
+        ["c.yaml:5:7: modules.a.http.port: required: port of the exporter"],
+    ),
+    "a socket that is empty and no port": (
+        of_http('unix_socket: ""'),
+        ['c.yaml:5:20: modules.a.http.unix_socket: expected text that is not empty, found ""'],
+    ),
+    "a socket that is nothing and no port": (
+        of_http("unix_socket:"),
+        ["c.yaml:5:7: modules.a.http.port: required: port of the exporter"],
+    ),
+    "a socket with a NUL": (
+        of_http('unix_socket: "/run/\\0"'),
+        [
+            (
+                "c.yaml:5:20: modules.a.http.unix_socket: expected text that is not empty, found "
+                r'"/run/\x00"'
+            )
+        ],
+    ),
+    "a socket that is a list": (
+        of_http("unix_socket: [/x]"),
+        [
+            (
+                "c.yaml:5:20: modules.a.http.unix_socket: expected text that is not empty, found "
+                "the list"
+            )
+        ],
+    ),
+    "a port of 0 beside a socket": (
+        of_http("unix_socket: /x", "port: 0"),
+        [A_PORT.replace(":5:", ":6:") + "the number 0"],
+    ),
+    # costly scripts
+    "a cache of something that streams through": (
+        a_module("method: http", "cache: 5m", "verify: false", "http: {port: 1}"),
+        [("c.yaml:4:12: modules.a.cache: needs verify: what streams through cannot be kept")],
+    ),
+    "the same with verify in the section": (
+        a_module("method: http", "cache: 5m", "http: {port: 1, verify: false}"),
+        [("c.yaml:4:12: modules.a.cache: needs verify: what streams through cannot be kept")],
+    ),
+    "a cache without a unit": (
+        a_module("method: file", "cache: 5", "file: {path: /dev/null}"),
+        [A_DURATION.replace("3:14: modules.a.timeout", "4:12: modules.a.cache") + "the number 5"],
+    ),
+    "a cache under exec": (
+        of_exec("cache: 5m"),
+        ["c.yaml:6:7: modules.a.exec.cache: unknown key"],
+    ),
+    "no scrape at once": (
+        a_module("method: file", "max_concurrent: 0", "file: {path: /dev/null}"),
+        [
+            (
+                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 1, found the "
+                "number 0"
+            )
+        ],
+    ),
+    "a fraction at once": (
+        a_module("method: file", "max_concurrent: 1.5", "file: {path: /dev/null}"),
+        [
+            (
+                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 1, found the "
+                "number 1.5"
+            )
+        ],
+    ),
+    "an interval below a second": (
+        a_module("method: file", "scrape_interval: 999ms", "file: {path: /dev/null}"),
+        [
+            (
+                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, found "
+                '"999ms"'
+            )
+        ],
+    ),
     # YAML itself
     "a tab": (
         "modules:\n\ta: 1\n",
@@ -4648,6 +4813,22 @@ def test_what_clients_may_add_stands_in_the_module_or_in_its_section() -> None:
     for text in (outside, of_exec(*lists)):
         module = load(text).modules["a"]
         assert (module.accept_args, module.accept_params) == (("--a=*", "1", "no"), ("name",))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("method", ["exec", "file", "http"])
+def test_keys_of_costly_modules_are_those_of_every_method(method: str) -> None:
+    section = {"exec": "command: sh", "file": "path: /dev/null", "http": "port: 1"}[method]
+    keys = ("cache: 5m", "max_concurrent: 3", "scrape_interval: 1m30s")
+    module = load(a_module(f"method: {method}", *keys, f"{method}: {{{section}}}")).modules["a"]
+    assert (module.cache, module.max_concurrent, module.scrape_interval) == (300, 3, 90)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("verify", ["true", "strict"])
+def test_a_verified_http_module_may_be_cached(verify: str) -> None:
+    text = a_module("method: http", "cache: 5m", f"verify: {verify}", "http: {port: 1}")
+    assert load(text).modules["a"].cache == 300
 
 
 @pytest.mark.usefixtures("here")
