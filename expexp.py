@@ -379,7 +379,8 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 def is_host(text: str) -> bool:
     """Whether it is a host and perhaps a port, as in the header Host."""
     host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
-    return bool(re.fullmatch(rf"(?:{host})(?::[0-9]{{1,5}})?", text))
+    found = re.fullmatch(rf"(?:{host})(?::([0-9]{{1,5}}))?", text)
+    return found is not None and 1 <= int(found[1] or 1) <= LAST_PORT
 
 
 def render_address(address: tuple[str, int]) -> str:
@@ -2083,7 +2084,7 @@ class HttpTarget:
     port: int = key(read_port, REQUIRED, "port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
-    unix_socket: str = key(read_text, "", "socket of the exporter, instead of address and port")
+    unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
     container: str = key(read_container, "", "container of the exporter, instead of an address")
     container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
@@ -2268,7 +2269,7 @@ class DocumentReader:
                 with self.noting(where):
                     read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
                     values[name] = self.section(read, node, where) if nested else read(node)
-            elif metadata["default"] is REQUIRED and SUBSTITUTES.get(name) in nodes:
+            elif nodes.get(SUBSTITUTES.get(name, ""), ABSENT).kind != "nothing":
                 values[name] = 0
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
