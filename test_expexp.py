@@ -8536,6 +8536,558 @@ def read_slowly(client: socket.socket) -> None:
         time.sleep(0.02)
 
 
+# --- reload
+
+Reload = Callable[..., Answer]
+
+
+@contextlib.contextmanager
+def reloadable(
+    folder: Path,
+    config: Mapping[str, object] | str,
+    *flags: str,
+    limits: expexp.Limits = FAST,
+) -> Iterator[tuple[Running, Reload]]:
+    """An expexp, and a function that writes another configuration and has it reloaded."""
+    path = folder / "c.yaml"
+
+    def write(config: Mapping[str, object] | str) -> None:
+        path.write_text(config if isinstance(config, str) else json.dumps({"modules": config}))
+
+    def reload(
+        config: Mapping[str, object] | str = "", method: str = "POST", **headers: str
+    ) -> Answer:
+        if config:
+            write(config)
+        return served.get("/-/reload", headers, method)
+
+    write(config)
+    with running(
+        {}, "-config", str(path), "-web.enable-lifecycle", *flags, limits=limits
+    ) as served:
+        yield served, reload
+
+
+def echoing(word: str, **settings: object) -> dict[str, object]:
+    return exec_module(f"echo {word} 1") | settings
+
+
+RELOADED = (200, "expexp has reloaded.\n")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_reload_takes_the_new_configuration(method: str, tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a"), "gone": echoing("a")}) as (served, reload):
+        assert served.scrape("m").text == "a 1\n"
+        answer = reload({"m": echoing("b"), "new": echoing("c")}, method)
+        assert (answer.status, answer.text) == RELOADED
+        assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
+        answers = [served.scrape(name) for name in ("m", "new", "gone")]
+        assert [(a.status, a.text) for a in answers] == [
+            (200, "b 1\n"),
+            (200, "c 1\n"),
+            (404, 'unknown module "gone"\n'),
+        ]
+        assert list(json.loads(served.get("/", {"Accept": "application/json"}).body)) == [
+            "m",
+            "new",
+        ]
+
+
+def test_a_reload_takes_the_new_default_module(tmp_path: Path) -> None:
+    modules = {"a": echoing("a"), "b": echoing("b")}
+    with reloadable(tmp_path, modules) as (served, reload):
+        assert served.get("/proxy").status == 400
+        assert reload(json.dumps({"modules": modules, "defaultModule": "b"})).status == 200
+        assert served.get("/proxy").text == "b 1\n"
+
+
+def test_without_the_flag_nobody_may_reload(tmp_path: Path) -> None:
+    off = "-web.enable-lifecycle=false"
+    with reloadable(tmp_path, {"m": echoing("a")}, off) as (served, reload):
+        for method in ("POST", "PUT"):
+            answer = reload({"m": echoing("b")}, method)
+            assert (answer.status, answer.text) == (403, "-web.enable-lifecycle is not set\n")
+        assert served.scrape("m").text == "a 1\n"
+
+
+@pytest.mark.parametrize("flag", ["-web.enable-lifecycle", "-web.enable-lifecycle=false"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
+def test_a_reload_is_a_post_or_a_put_and_not_a(method: str, flag: str, tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}, flag) as (served, reload):
+        answer = reload({"m": echoing("b")}, method)
+        assert (answer.status, answer.headers["Allow"]) == (405, "POST, PUT")
+        assert served.scrape("m").text == "a 1\n"
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/sd", "/-/ready", "/proxy?module=m"])
+def test_other_pages_are_not_for_post(path: str) -> None:
+    answer = ask(application({"m": echoing("a")}, "-web.enable-lifecycle"), path, method="POST")
+    assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(
+    ("flag", "status", "text"),
+    [
+        ("-allow.net=10.0.0.0/8", 403, "Forbidden\n"),
+        ("-web.bearer.token=s3ntinel", 401, "Authorization header is missing\n"),
+    ],
+    ids=["a network", "a token"],
+)
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_who_may_not_ask_may_not_reload(
+    method: str, flag: str, status: int, text: str, tmp_path: Path, log: list[str]
+) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}, flag) as (_, reload):
+        answer = reload("nonsense: true", method)
+        assert (answer.status, answer.text) == (status, text)
+    assert not any("nonsense" in line for line in log)
+
+
+def test_with_the_token_one_may_reload(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}, "-web.bearer.token=t") as (_, reload):
+        assert reload(Authorization="Bearer t").status == 200
+
+
+BAD = """\
+modules:
+  m:
+    method: exec
+    timeout: soon
+    exec:
+      command: sh
+      args: s3ntinel
+  n:
+    method: http
+    http:
+      prot: 1
+      headers: [s3ntinel]
+"""
+BAD_PROBLEMS = [
+    '4:14: modules.m.timeout: expected a duration such as "5s" or "1m30s", found "soon"',
+    "7:13: modules.m.exec.args: expected a list, found the string",
+    "11:7: modules.n.http.port: required: port of the exporter",
+    '11:7: modules.n.http.prot: unknown key; did you mean "port"?',
+    "12:16: modules.n.http.headers: expected a mapping, found the list",
+]
+SUCCESSFUL = "expexp_config_last_reload_successful"
+SUCCEEDED = "expexp_config_last_reload_success_timestamp_seconds"
+
+
+def test_a_bad_configuration_changes_nothing_and_all_that_is_wrong_is_said(
+    tmp_path: Path, log: list[str]
+) -> None:
+    problems = [f"{tmp_path}/c.yaml:{problem}" for problem in BAD_PROBLEMS]
+    with reloadable(tmp_path, {"m": echoing("a"), "o": echoing("o")}) as (served, reload):
+        answer = reload(BAD)
+        assert (answer.status, answer.text.splitlines()) == (500, problems)
+        assert [served.scrape(name).status for name in ("m", "n", "o")] == [200, 404, 200]
+        assert served.scrape("m").text == "a 1\n"
+    assert log == [f"what was read before stays in use: {problem}" for problem in problems]
+    assert not any(SECRET in line for line in [*log, answer.text])
+
+
+def test_the_metrics_of_reload_tell_bad_from_good(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
+        begun = served.metric(SUCCEEDED)
+        assert served.metric(SUCCESSFUL) == 1
+        assert abs(begun - time.time()) < 10
+        for _ in range(2):
+            assert reload(BAD).status == 500
+            assert (served.metric(SUCCESSFUL), served.metric(SUCCEEDED)) == (0, begun)
+        before = time.time()
+        assert reload({"m": echoing("a")}).status == 200
+        assert served.metric(SUCCESSFUL) == 1
+        assert before <= served.metric(SUCCEEDED) <= time.time()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "modules: {}\n", "modules:\n", "# a: 1\n", "---\n"])
+def test_an_emptied_file_does_not_take_all_modules_away(text: str, tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
+        (tmp_path / "c.yaml").write_text(text)
+        answer = reload()
+        assert (answer.status, answer.text) == (
+            500,
+            "no modules are left: that needs a restart\n",
+        )
+        assert served.scrape("m").text == "a 1\n"
+        assert served.metric(SUCCESSFUL) == 0
+
+
+def test_a_file_that_is_gone_changes_nothing(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
+        (tmp_path / "c.yaml").unlink()
+        answer = reload()
+        assert answer.status == 500
+        first, *_ = answer.text.splitlines()
+        assert first == f"{tmp_path}/c.yaml: cannot be read: no such file or directory"
+        assert served.scrape("m").text == "a 1\n"
+
+
+def test_who_began_without_modules_may_go_on_without(tmp_path: Path) -> None:
+    with reloadable(tmp_path, "modules: {}\n") as (served, reload):
+        assert reload("# nothing yet\n").status == 200
+        assert reload({"m": echoing("a")}).status == 200
+        assert served.scrape("m").text == "a 1\n"
+
+
+def series_of(served: Running, module: str) -> dict[str, float]:
+    """Our series of a module."""
+    mine = f'module="{module}"'
+    return {name: n for name, n in samples(served.get("/metrics").text).items() if mine in name}
+
+
+def test_series_of_modules_go_and_come_with_them(tmp_path: Path) -> None:
+    both = {"stays": echoing("a"), "goes": echoing("a")}
+    with reloadable(tmp_path, both) as (served, reload):
+        for module in ("stays", "goes", "nope"):
+            served.scrape(module)
+        kept = series_of(served, "stays")
+        reload({"stays": echoing("b"), "comes": echoing("a")})
+        assert series_of(served, "stays") == kept
+        assert kept['expexp_proxy_duration_seconds_count{module="stays"}'] == 1
+        assert series_of(served, "goes") == {}
+        assert set(series_of(served, "comes").values()) == {0}
+        assert len(series_of(served, "comes")) == len(kept)
+        assert served.metric('expexp_proxy_errors_total{module="unknown"}') == 1
+        reload(both)
+        assert set(series_of(served, "goes").values()) == {0}
+
+
+def test_a_module_that_changes_its_method_has_the_reasons_of_the_new_one(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
+        reload({"m": file_module("/dev/null")})
+        assert 'expexp_proxy_failures_total{module="m",reason="file"}' in series_of(served, "m")
+
+
+def test_a_running_request_keeps_the_configuration_that_it_began_with(
+    tmp_path: Path, counted: Counted
+) -> None:
+    old = counted.waiting("echo old 1", timeout="5s", cache="0", max_concurrent=2)
+    new = echoing("new", timeout="100ms", max_concurrent=1)
+    with reloadable(tmp_path, {"m": old}) as (served, reload), ThreadPoolExecutor() as pool:
+        scrape = pool.submit(served.scrape, "m")
+        wait_until(lambda: counted.count == 1)
+        assert reload({"other": new}).status == 200
+        assert served.scrape("m").status == 404
+        assert served.scrape("other").text == "new 1\n"
+        counted.release()
+        assert (scrape.result().status, scrape.result().text) == (200, "old 1\n")
+
+
+def test_a_stream_that_runs_goes_on_after_its_module_is_gone(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(ENDLESS + b"first")
+        go_on.wait(5)
+        connection.sendall(b" second")
+
+    with (
+        target(answer) as port,
+        reloadable(tmp_path, {"m": http_module(port, verify=False)}) as (served, reload),
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port)) as client,
+    ):
+        client.request("GET", "/proxy?module=m")
+        response = client.getresponse()
+        assert response.read1(100) == b"first"
+        assert reload({"other": echoing("a")}).status == 200
+        go_on.set()
+        assert response.read() == b" second"
+
+
+def test_a_module_has_its_new_bound_at_once(tmp_path: Path, counted: Counted) -> None:
+    with (
+        reloadable(tmp_path, {"m": counted.waiting(cache="0", max_concurrent=1)}) as (
+            served,
+            reload,
+        ),
+        held_up(served, counted, 1),
+        ThreadPoolExecutor() as pool,
+    ):
+        assert served.scrape("m").status == 503
+        reload({"m": counted.waiting(cache="0", max_concurrent=2)})
+        second = pool.submit(served.scrape, "m")
+        wait_until(lambda: counted.count == 2)
+        assert served.scrape("m").status == 503  # the running ones count
+        counted.release()
+        assert second.result().status == 200
+
+
+def test_a_changed_module_does_not_give_the_old_ones_answer(
+    tmp_path: Path, counted: Counted
+) -> None:
+    both = {"m": counted.module("echo old 1"), "same": counted.module("echo same 1")}
+    with reloadable(tmp_path, both) as (served, reload):
+        assert served.scrape("m").text == "old 1\n"
+        served.scrape("same")
+        reload({**both, "m": counted.module("echo new 1")})
+        assert (served.scrape("m").text, served.scrape("m").headers["Age"]) == ("new 1\n", "0")
+        assert served.scrape("same").headers["Age"] == "0"
+        assert counted.count == 3
+
+
+def test_a_changed_module_does_not_wait_for_the_old_ones_run(
+    tmp_path: Path, counted: Counted
+) -> None:
+    old, new = counted.waiting("echo old 1"), counted.module("echo new 1")
+    with reloadable(tmp_path, {"m": old}) as (served, reload):
+        with several(served, counted, "m", "m") as scrapes:
+            reload({"m": new})
+            with taking(*QUICK_SOCKET):
+                assert served.scrape("m").text == "new 1\n"
+            assert served.scrape("m").headers["Age"] == "0"
+        assert [(s.result().status, s.result().text) for s in scrapes] == [(200, "old 1\n")] * 2
+        assert served.scrape("m").text == "new 1\n"
+
+
+def test_a_reload_reads_the_token_again(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("first")
+    flag, never = f"-web.bearer.token-file={tmp_path}/token", fast_limits(rotation_seconds=1000)
+    with reloadable(tmp_path, {"m": echoing("a")}, flag, limits=never) as (served, reload):
+        first, second = ({"Authorization": f"Bearer {word}"} for word in ("first", "second"))
+        (tmp_path / "token").write_text("second")
+        assert served.get("/", second).status == 401
+        assert reload(**first).status == 200
+        assert [served.get("/", given).status for given in (first, second)] == [401, 200]
+
+
+def test_a_reload_reads_the_tokens_for_targets_again(tmp_path: Path) -> None:
+    heads, never = list[bytes](), fast_limits(rotation_seconds=1000)
+    (tmp_path / "token").write_text("first")
+    with target(recording(heads)) as port:
+        modules = {"m": http_module(port, bearer_token_file=f"{tmp_path}/token")}
+        with reloadable(tmp_path, modules, limits=never) as (served, reload):
+            served.scrape("m")
+            (tmp_path / "token").write_text("second")
+            served.scrape("m")
+            assert reload().status == 200
+            served.scrape("m")
+    found = [re.findall(rb"Authorization: Bearer (\w+)", head) for head in heads]
+    assert found == [[b"first"], [b"first"], [b"second"]]
+
+
+def test_a_target_without_its_secret_is_no_good_configuration(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("first")
+    modules = {"m": http_module(1, bearer_token_file=f"{tmp_path}/token")}
+    with reloadable(tmp_path, modules) as (served, reload):
+        (tmp_path / "token").unlink()
+        answer = reload({**modules, "new": echoing("a")})
+        assert answer.status == 500
+        assert "modules.m.http.bearer_token_file: cannot be read: no such file" in answer.text
+        assert served.scrape("new").status == 404
+
+
+def test_what_is_wrong_with_configuration_and_credentials_comes_together(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("first")
+    flag = f"-web.bearer.token-file={tmp_path}/token"
+    with reloadable(tmp_path, {"m": echoing("a")}, flag) as (_, reload):
+        (tmp_path / "token").write_text("")
+        answer = reload("moduls: {}\n", Authorization="Bearer first")
+        assert answer.status == 500
+        assert f"{tmp_path}/token: the file should not be empty" in answer.text.splitlines()
+        assert (
+            f'{tmp_path}/c.yaml:1:1: moduls: unknown key; did you mean "modules"?'
+            in answer.text.splitlines()
+        )
+
+
+# --- service discovery
+
+
+def groups_of(reply: Reply | Answer) -> list[dict[str, Any]]:
+    assert reply.status == 200
+    found = json.loads(reply.body)
+    assert isinstance(found, list)
+    return found
+
+
+def discover(modules: Mapping[str, object], *flags: str, host: str = "h:1") -> dict[str, Any]:
+    """The labels of each module by its name."""
+    groups = groups_of(ask(application(modules, *flags), "/sd", {"Host": host}))
+    assert [group["targets"] for group in groups] == [[host]] * len(groups)
+    return {group["labels"]["module"]: group["labels"] for group in groups}
+
+
+def test_each_module_is_a_group_of_targets() -> None:
+    modules = {"web": http_module(9100), "disk": echoing("a"), "cron": file_module("/dev/null")}
+    reply = ask(application(modules), "/sd", {"Host": "db1.example:9999"})
+    assert reply.headers["content-type"] == "application/json"
+    assert groups_of(reply) == [
+        {
+            "targets": ["db1.example:9999"],
+            "labels": {
+                "__metrics_path__": "/proxy",
+                "__scheme__": "http",
+                "__param_module": name,
+                "__meta_expexp_method": method,
+                "module": name,
+            },
+        }
+        for name, method in [("cron", "file"), ("disk", "exec"), ("web", "http")]
+    ]
+
+
+def test_without_modules_there_is_nothing_to_discover() -> None:
+    assert groups_of(ask(application({}), "/sd", {"Host": "h"})) == []
+
+
+def raw_sd(served: Running, *headers: str, version: str = "1.1") -> tuple[int, bytes]:
+    """What a client with these headers gets from /sd."""
+    lines = [f"GET /sd HTTP/{version}", *headers, "Connection: close", "", ""]
+    head, _, body = exchange(served.port, "\r\n".join(lines).encode()).partition(b"\r\n\r\n")
+    return int(head.split()[1]), body
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "db1",
+        "db1.example:9999",
+        "DB-1_x.example.",
+        "192.0.2.1",
+        "192.0.2.1:80",
+        "[::1]",
+        "[::1]:80",
+    ],
+)
+def test_the_target_is_the_address_by_which_the_client_reached_us(
+    host: str, server: Running
+) -> None:
+    status, body = raw_sd(server, f"Host: {host}")
+    assert status == 200
+    assert [group["targets"] for group in json.loads(body)] == [[host]]
+
+
+@pytest.mark.parametrize("host", NO_HOSTS.values(), ids=NO_HOSTS)
+def test_a_header_host_that_is_no_host_is_not_repeated(host: str, server: Running) -> None:
+    status, body = raw_sd(server, f"Host: {host}".replace("\n", "\n "))
+    assert status == 400
+    assert host.encode() not in body
+    assert body.count(b"\n") == 1
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [[], ["Host:"], ["Host: a", "Host: a"], ["Host: a", "host: b"]],
+    ids=["none", "an empty one", "two alike", "two"],
+)
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_without_one_header_host_it_cannot_be_said_where_we_are(
+    version: str, headers: list[str], server: Running
+) -> None:
+    status, body = raw_sd(server, *headers, version=version)
+    assert (status, body) == (400, b"expected a header Host, or -web.external-address\n")
+
+
+@pytest.mark.parametrize("headers", [[], ["Host: inner:1"], ['Host: a"b']])
+def test_an_external_address_comes_before_the_clients_word(headers: list[str]) -> None:
+    with running({"m": echoing("a")}, "-web.external-address", "db1.example:443") as served:
+        status, body = raw_sd(served, *headers, version="1.0")
+        assert status == 200
+        assert [group["targets"] for group in json.loads(body)] == [["db1.example:443"]]
+
+
+def test_over_tls_the_scheme_is_https(tmp_path: Path, certificates: Certificates) -> None:
+    own = certificates.ca.issue_cert("localhost")
+    own.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    own.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    flags = [f"-web.tls.{name}={tmp_path}/{name}.pem" for name in ("cert", "key")]
+    context = ssl.create_default_context(cafile=certificates.ca_file)
+    addresses = ["-web.listen-address=", "-web.tls.listen-address=127.0.0.1:0"]
+    with running({"m": echoing("a")}, *addresses, *flags) as served:
+        client = http.client.HTTPSConnection("localhost", served.port, timeout=5, context=context)
+        with contextlib.closing(client):
+            client.request("GET", "/sd")
+            (group,) = json.loads(client.getresponse().read())
+    assert group["targets"] == [f"localhost:{served.port}"]
+    assert group["labels"]["__scheme__"] == "https"
+
+
+#: A module's keys and the offset; and how Prometheus is told to scrape, in milliseconds.
+TIMES: dict[str, tuple[dict[str, str], str, tuple[int, int] | None]] = {
+    "no interval": ({}, "0.5", None),
+    "a timeout alone": ({"timeout": "5s"}, "0.5", None),
+    "no timeout": ({"scrape_interval": "5m"}, "0.5", (300_000, 300_000)),
+    "a timeout of 0": ({"scrape_interval": "5m", "timeout": "0s"}, "0.5", (300_000, 300_000)),
+    "a timeout below": ({"scrape_interval": "5m", "timeout": "20s"}, "0.5", (300_000, 20_500)),
+    "no offset": ({"scrape_interval": "5m", "timeout": "20s"}, "0", (300_000, 20_000)),
+    "a timeout above": ({"scrape_interval": "15s", "timeout": "1m"}, "0.5", (15_000, 15_000)),
+    "a timeout that is equal": (
+        {"scrape_interval": "15s", "timeout": "15s"},
+        "0",
+        (15_000, 15_000),
+    ),
+    "an offset that leads above": (
+        {"scrape_interval": "15s", "timeout": "14.6s"},
+        "0.5",
+        (15_000, 15_000),
+    ),
+    "fractions": ({"scrape_interval": "1.5s", "timeout": "0.25s"}, "0.125", (1_500, 375)),
+    "fractions of a millisecond": (
+        {"scrape_interval": "1s", "timeout": "100.6ms"},
+        "0",
+        (1_000, 101),
+    ),
+    "a timeout below a millisecond": (
+        {"scrape_interval": "1s", "timeout": "100us"},
+        "0",
+        (1_000, 1),
+    ),
+    "several units": ({"scrape_interval": "1h1m1s", "timeout": "1m1s"}, "0", (3_661_000, 61_000)),
+}
+
+
+@pytest.mark.parametrize(("keys", "offset", "milliseconds"), TIMES.values(), ids=TIMES)
+def test_interval_and_timeout_are_there_both_or_not_at_all(
+    keys: dict[str, str], offset: str, milliseconds: tuple[int, int] | None
+) -> None:
+    labels = discover({"m": echoing("a", **keys)}, f"-timeout-offset={offset}")["m"]
+    names = ("__scrape_interval__", "__scrape_timeout__")
+    found = {name: labels[name] for name in names if name in labels}
+    # Prometheus drops a target with a fraction, with 0, or with a timeout above the interval.
+    assert found == {name: f"{ms}ms" for name, ms in zip(names, milliseconds or ())}
+
+
+def test_another_path_of_modules_is_that_of_the_targets() -> None:
+    labels = discover({"m": echoing("a")}, "-web.proxy-path=/exp/proxy/")["m"]
+    assert labels["__metrics_path__"] == "/exp/proxy"
+
+
+ODD_NAMES = ['a"b', "a\\b", "a b", "a&b=c#d", "\u00e4\u2603\U0001f600", "a\nb", "<b>", "%41", "{x}"]
+
+
+def test_odd_names_of_modules_arrive_as_they_are() -> None:
+    app = application({name: echoing("a") for name in ODD_NAMES})
+    groups = groups_of(ask(app, "/sd", {"Host": "h"}))
+    assert sorted(group["labels"]["module"] for group in groups) == sorted(ODD_NAMES)
+    for group in groups:
+        labels = group["labels"]
+        assert labels["__param_module"] == labels["module"]
+        query = urllib.parse.urlencode({"module": labels["__param_module"]})  # as Prometheus asks
+        assert ask(app, f"{labels['__metrics_path__']}?{query}").status == 200
+
+
+def test_discovery_follows_a_reload(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"a": echoing("a"), "b": echoing("b")}) as (served, reload):
+        reload({"b": echoing("b"), "c": echoing("c", scrape_interval="1m")})
+        labels = [group["labels"] for group in groups_of(served.get("/sd"))]
+        assert [each["module"] for each in labels] == ["b", "c"]
+        assert [each.get("__scrape_interval__") for each in labels] == [None, "60000ms"]
+
+
+def test_discovery_is_for_those_who_may_ask() -> None:
+    app = application({"m": echoing("a")}, "-web.bearer.token=t")
+    assert ask(app, "/sd", {"Host": "h"}).status == 401
+    assert groups_of(ask(app, "/sd", {"Host": "h", "Authorization": "Bearer t"}))
+
+
+def test_discovery_shows_no_secrets() -> None:
+    reply = ask(application(secret_modules(1, 2)), "/sd", {"Host": "h"})
+    assert reply.status == 200
+    assert SECRET not in reply.text
+
+
 # ==================================================================================================
 # 15  HTTP server
 # ==================================================================================================
