@@ -2429,7 +2429,7 @@ class Watched:
             self.value, self.loaded = value, time.time()
         for warning in reader.warnings if self.working else ():
             LOGGER.warning("%s", warning)
-        return reader.problems
+        return sorted(reader.problems)
 
     def reload(self) -> Sequence[Problem]:
         """Read the files again; log, and return, the problems that there are instead of a value."""
@@ -2967,7 +2967,7 @@ class Cache:
             with self._lock:
                 if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
                     self._keep(key, (time.monotonic(), job.module, outcome))
-                if self._running[key][1] is running:
+                if self._running.get(key, (None, None))[1] is running:  # and not a later module's
                     del self._running[key]
             running.set_result(outcome)
         return outcome
@@ -4027,7 +4027,7 @@ def discovery_labels(module: Module, offset: float) -> dict[str, str]:
             "timeout": min(module.scrape_interval, longest),
         }
         labels.update(
-            {f"__scrape_{n}__": f"{seconds * 1000:.0f}ms" for n, seconds in times.items()}
+            {f"__scrape_{n}__": f"{max(1, each * 1000):.0f}ms" for n, each in times.items()}
         )
     return labels
 
@@ -4507,7 +4507,8 @@ def load_config(options: Options, limits: Limits, reader: FileReader, former: An
     """The configuration that flags name; what is wrong with it is noted as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     config = ConfigLoader(limits, reader).load(*flags)
-    if former and former.modules and not config.modules:  # a file that is just being written
+    if former and former.modules and not (config.modules or reader.problems):
+        # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
     return config
 
