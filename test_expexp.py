@@ -9577,6 +9577,32 @@ def test_fifty_clients_at_once_all_get_their_answer() -> None:
         wait_until(lambda: served.metric("expexp_open_connections") == 1)
 
 
+def test_a_kept_connection_ends_after_its_next_answer_when_there_was_a_reload(
+    tmp_path: Path,
+) -> None:
+    with reloadable(tmp_path, {"m": exec_module("echo a 1")}) as (served, reload):
+        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+
+        def scrape() -> tuple[str | None, bytes]:
+            client.request("GET", "/proxy?module=m")
+            response = client.getresponse()
+            return response.headers["Connection"], response.read()
+
+        with contextlib.closing(client):
+            assert scrape() == ("keep-alive", b"a 1\n")
+            assert reload({"m": exec_module("echo b 1")}).status == 200
+            assert scrape() == ("close", b"b 1\n")
+            assert scrape() == ("keep-alive", b"b 1\n")  # on a connection of its own
+
+
+def test_a_reload_by_a_client_leaves_what_it_sends_behind_it_alone(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": exec_module("echo a 1")}) as (served, _):
+        post = b"POST /-/reload HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
+        answer = exchange(served.port, post + b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert statuses(answer) == [200, 200]
+        assert answer.endswith(b"Connection: close\r\n\r\n" + HEALTHY)
+
+
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
@@ -10106,6 +10132,534 @@ def test_commands_get_their_own_limit_of_descriptors_back(
     _, port = odd_parent
     assert fetch(port, "/proxy?module=limit").text == "a 200\n"
     assert b"process_max_fds 3000\n" in fetch(port, "/metrics").body
+
+
+# --- reload of a real process: SIGHUP, and by itself
+
+
+def write_modules(path: Path, modules: Mapping[str, object]) -> None:
+    """Write a configuration at once, as a rename does."""
+    new = path.with_name(f"{path.name}~")
+    new.write_text(json.dumps({"modules": modules}))
+    new.rename(path)
+
+
+def module_names(port: int) -> list[str]:
+    return list(json.loads(fetch(port, "/", {"Accept": "application/json"}).body))
+
+
+def own_metric(port: int, series: str) -> float:
+    return samples(fetch(port, "/metrics").text)[series]
+
+
+def rest_of_log(process: subprocess.Popen[str]) -> list[str]:
+    """The messages that an expexp has logged since it began to serve; ends it."""
+    process.send_signal(signal.SIGTERM)
+    lines = cast("IO[str]", process.stderr).read().splitlines()
+    assert process.wait(5) == 0
+    return [json.loads(line.partition(" msg=")[2] or line) for line in lines]
+
+
+class Log:
+    """What an expexp logs, read as it comes: or else the pipe would be full."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.lines: list[str] = []
+        self._file = cast("IO[str]", process.stderr)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        for line in self._file:
+            self.lines.append(line)
+
+    def count(self, words: str) -> int:
+        return sum(words in line for line in self.lines)
+
+    def end(self) -> None:
+        self._thread.join()
+
+
+def test_sighup_reloads_and_nothing_else_does_without_the_flag(tmp_path: Path) -> None:
+    with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
+        write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo b 1")})
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: fetch(port, "/proxy?module=m").text == "b 1\n")
+        for _ in range(20):
+            process.send_signal(signal.SIGHUP)
+        write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo c 1")})
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: fetch(port, "/proxy?module=m").text == "c 1\n")
+        assert "stopping" in rest_of_log(process)
+
+
+def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None:
+    # A thread that begins or ends just then may be the one that the kernel interrupts.
+    over = threading.Event()
+
+    def come_and_go(port: int) -> None:
+        while not over.is_set():
+            fetch(port, "/-/ready")
+
+    with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
+        log, said = Log(process), "read again: expexp.yaml"
+        with ThreadPoolExecutor(2) as pool:
+            clients = [pool.submit(come_and_go, port) for _ in range(2)]
+            try:
+                for number in range(40):
+                    process.send_signal(signal.SIGHUP)
+                    wait_until(lambda number=number: log.count(said) > number)  # type: ignore[misc]
+            finally:
+                over.set()
+            for client in clients:
+                client.result()
+        process.terminate()
+        assert process.wait(5) == 0
+        log.end()
+
+
+def test_sighup_with_a_bad_configuration_is_logged_and_changes_nothing(tmp_path: Path) -> None:
+    with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
+        begun = own_metric(port, SUCCEEDED)
+        (tmp_path / "expexp.yaml").write_text(BAD)
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
+        assert own_metric(port, SUCCEEDED) == begun
+        assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo b 1")})
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own_metric(port, SUCCESSFUL) == 1)
+        assert own_metric(port, SUCCEEDED) > begun
+        log = rest_of_log(process)
+    problems = [line for line in log if line.startswith("what was read before stays in use: ")]
+    assert [line.partition("expexp.yaml:")[2] for line in problems] == BAD_PROBLEMS
+    assert not any("Traceback" in line or SECRET in line for line in log)
+
+
+class ReloadingItself(NamedTuple):
+    """An expexp that looks for changes all the time, and its files."""
+
+    folder: Path
+    port: int
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "c.yaml"
+
+    def has(self, *names: str) -> bool:
+        return set(names) <= set(module_names(self.port))
+
+
+@pytest.fixture(scope="module")
+def reloading_itself(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReloadingItself]:
+    folder = tmp_path_factory.mktemp("reloading")
+    put(str(folder / "d"), in_d__yaml=A_FILE)
+    write_modules(folder / "c.yaml", {"m": file_module("/dev/null")})
+    flags = ["-config=c.yaml", "-config.dirs=d", "-config.dirs=later", "-config.skip-dirs"]
+    flags += ["-config.auto-reload-interval=20ms", "-log.level=info"]
+    with process(*flags, f"-web.listen-address={LOCAL}", folder=folder) as own:
+        yield ReloadingItself(folder, started(own))
+
+
+def test_by_itself_it_takes_a_file_that_was_replaced(reloading_itself: ReloadingItself) -> None:
+    write_modules(reloading_itself.config, {"renamed": file_module("/dev/null")})
+    wait_until(lambda: reloading_itself.has("renamed"))
+
+
+def test_by_itself_it_takes_a_file_that_was_written_in_place(
+    reloading_itself: ReloadingItself,
+) -> None:
+    inode = reloading_itself.config.stat().st_ino
+    text = json.dumps({"modules": {"written": file_module("/dev/null")}})
+    reloading_itself.config.write_text(text)
+    wait_until(lambda: reloading_itself.has("written"))
+    # The same length and the same inode within the same second.
+    reloading_itself.config.write_text(text.replace("written", "Written"))
+    wait_until(lambda: reloading_itself.has("Written"))
+    assert reloading_itself.config.stat().st_ino == inode
+
+
+def test_by_itself_it_follows_a_link_that_leads_elsewhere(
+    reloading_itself: ReloadingItself,
+) -> None:
+    for name in ("first", "second"):  # as Kubernetes does it
+        write_modules(reloading_itself.folder / f"{name}.yaml", {name: file_module("/dev/null")})
+        (reloading_itself.folder / "link").symlink_to(f"{name}.yaml")
+        (reloading_itself.folder / "link").rename(reloading_itself.config)
+        wait_until(lambda name=name: reloading_itself.has(name))  # type: ignore[misc]
+
+
+def test_by_itself_it_keeps_what_it_has_when_the_file_is_gone(
+    reloading_itself: ReloadingItself,
+) -> None:
+    write_modules(reloading_itself.config, {"kept": file_module("/dev/null")})
+    wait_until(lambda: reloading_itself.has("kept"))
+    reloading_itself.config.unlink()
+    wait_until(lambda: own_metric(reloading_itself.port, SUCCESSFUL) == 0)
+    assert reloading_itself.has("kept")
+    write_modules(reloading_itself.config, {"back": file_module("/dev/null")})
+    wait_until(lambda: reloading_itself.has("back"))
+    assert own_metric(reloading_itself.port, SUCCESSFUL) == 1
+
+
+def test_by_itself_it_takes_files_of_folders_that_come_change_and_go(
+    reloading_itself: ReloadingItself,
+) -> None:
+    file, served = reloading_itself.folder / "d" / "comes.yaml", reloading_itself
+    file.write_text(A_FILE)
+    wait_until(lambda: served.has("comes", "in_d"))
+    file.write_text("{method: exec, exec: {command: sh}}")
+    wait_until(lambda: fetch(served.port, "/").text.count("exec sh") == 1)
+    file.write_text("{method: exec}")
+    wait_until(lambda: own_metric(served.port, SUCCESSFUL) == 0)
+    assert served.has("comes")
+    file.unlink()
+    wait_until(lambda: not served.has("comes"))
+    assert served.has("in_d")
+    assert own_metric(served.port, SUCCESSFUL) == 1
+
+
+def test_by_itself_it_takes_a_folder_that_was_skipped_and_comes(
+    reloading_itself: ReloadingItself,
+) -> None:
+    put(str(reloading_itself.folder / "coming"), in_later__yaml=A_FILE)
+    (reloading_itself.folder / "coming").rename(reloading_itself.folder / "later")
+    wait_until(lambda: reloading_itself.has("in_later"))
+
+
+def test_by_itself_it_reads_a_bad_file_once_and_says_once_what_is_wrong(tmp_path: Path) -> None:
+    flags = ["-config.auto-reload-interval=20ms", "-log.level=info", "-web.listen-address", LOCAL]
+    write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo a 1")})
+    with process(*flags, folder=tmp_path) as own:
+        port = started(own)
+        (tmp_path / "new").write_text("moduls: {}\n")
+        (tmp_path / "new").rename(tmp_path / "expexp.yaml")
+        wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
+        time.sleep(0.2)  # ten times the interval
+        said = [line for line in rest_of_log(own) if "stays in use" in line]
+    assert said == [
+        (
+            "what was read before stays in use: expexp.yaml:1:1: moduls: unknown key; did you "
+            'mean "modules"?'
+        )
+    ]
+
+
+class Footprint(NamedTuple):
+    """What a process holds; memory in bytes."""
+
+    threads: int
+    descriptors: int
+    memory: int
+
+
+def footprint(process_id: int) -> Footprint:
+    status = Path(f"/proc/{process_id}/status").read_text()
+    threads, kilobytes = (
+        int(cast("re.Match[str]", re.search(rf"{name}:\s+(\d+)", status))[1])
+        for name in ("Threads", "VmRSS")
+    )
+    return Footprint(threads, len(os.listdir(f"/proc/{process_id}/fd")), kilobytes * 1024)
+
+
+def versioned(version: int) -> dict[str, object]:
+    """Modules of which each part tells the version; many, so that kept ones would be seen."""
+    script = 'echo "a{argument=\\"$1\\",variable=\\"$VERSION\\"} $1"'
+    command = {"command": "sh", "args": ["-c", script, "sh", version], "env": {"VERSION": version}}
+    modules: dict[str, object] = {
+        f"m{number}": {"method": "http", "http": {"port": 1, "path": f"/{version}"}}
+        for number in range(200)
+    }
+    return modules | {"m": {"method": "exec", "timeout": "20s", "exec": command}}
+
+
+def versions_in(path: str, answer: Answer) -> set[int]:
+    """All versions that an answer tells of."""
+    assert answer.status == 200, f"{path}: {answer.status} {answer.text[:200]}"
+    form = r'/(\d+)"' if path == "/" else r'(?:="| )(\d+)'
+    return set(map(int, re.findall(form, answer.text)))
+
+
+class Scraper:
+    """A client that asks again and again; what it saw that must not be."""
+
+    def __init__(self, port: int, path: str, keep: bool) -> None:
+        self.port, self.path, self.keep = port, path, keep
+        self.answers, self.faults, self.version = 0, list[str](), 0
+
+    def run(self, over: threading.Event) -> None:
+        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(client):
+            while not over.wait(0.08):
+                with self.noting(client):
+                    self.ask(client)
+
+    @contextlib.contextmanager
+    def noting(self, client: http.client.HTTPConnection) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, http.client.HTTPException, AssertionError) as error:
+            self.faults.append(repr(error))
+            client.close()
+
+    def ask(self, client: http.client.HTTPConnection) -> None:
+        headers = {
+            "Accept": "application/json",
+            "Connection": "keep-alive" if self.keep else "close",
+        }
+        client.request("GET", self.path, headers=headers)
+        response = client.getresponse()
+        answer = Answer(response.status, response.headers, response.read())
+        found = versions_in(self.path, answer)
+        assert len(found) == 1, f"mixed: {sorted(found)}"
+        assert self.version <= min(found), f"{found} after {self.version}"
+        self.version = min(found)
+        self.answers += 1
+
+
+def reload_under_load(
+    own: subprocess.Popen[str],
+    log: Log,
+    config: Path,
+    port: int,
+    versions: Sequence[int],
+    pace: float,
+) -> list[Scraper]:
+    """A good and a bad reload for each version while eight clients ask; what they saw."""
+    paths = ["/", "/proxy?module=m"] * 4
+    scrapers = [Scraper(port, path, keep=number % 4 < 2) for number, path in enumerate(paths)]
+    over = threading.Event()
+
+    def reload(modules: dict[str, object], said: str) -> None:
+        before, end = log.count(said), time.monotonic() + pace
+        write_modules(config, modules)
+        own.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.count(said) > before)
+        time.sleep(max(0, end - time.monotonic()))
+
+    with ThreadPoolExecutor(len(scrapers)) as pool:
+        running_ones = [pool.submit(scraper.run, over) for scraper in scrapers]
+        try:
+            for version in versions:
+                reload(versioned(version), "read again: c.json")
+                bad = {**versioned(version + 1000), "bad": {"method": "none"}}
+                reload(bad, "not usable: c.json")
+        finally:
+            over.set()
+        for one in running_ones:
+            one.result()
+    return scrapers
+
+
+@pytest.mark.load
+def test_fifty_reloads_in_ten_seconds_disturb_nobody_and_leave_nothing_behind(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "c.json"
+    write_modules(config, versioned(1))
+    flags = ["-config=c.json", "-log.level=info", "-web.listen-address", LOCAL]
+    with process(*flags, folder=tmp_path) as own:
+        port = started(own)
+        log = Log(own)
+        reload_under_load(own, log, config, port, range(2, 12), 0.05)  # caches and arenas fill
+        wait_until(lambda: own_metric(port, "expexp_open_connections") == 1)
+        before = footprint(own.pid)
+        scrapers = reload_under_load(own, log, config, port, range(12, 37), 0.2)
+        wait_until(lambda: own_metric(port, "expexp_open_connections") == 1)
+        wait_until(lambda: all(a <= b for a, b in zip(footprint(own.pid)[:2], before)))
+        grown = footprint(own.pid).memory - before.memory
+        own.send_signal(signal.SIGTERM)
+        assert own.wait(10) == 0
+        log.end()
+    assert [fault for scraper in scrapers for fault in scraper.faults] == []
+    assert min(scraper.answers for scraper in scrapers) >= 20
+    assert {scraper.version for scraper in scrapers} == {36}
+    assert not log.count("Traceback") + log.count("unexpected")
+    # 25 configurations of half a mebibyte that were kept would be twice as much; the allocator's
+    # own wavering was at most 4.
+    assert grown < 6 * expexp.MEBIBYTE, grown
+
+
+# --- checking a configuration: -config.check
+
+
+def test_a_check_of_a_good_configuration_is_one_line_and_exit_0(here: Path) -> None:
+    put("d", a__yaml=A_FILE)
+    write_modules(here / "c.yaml", {"m": exec_module("echo a 1"), "n": file_module("/dev/null")})
+    ended = run("-config.check", "-config=c.yaml", "-config.dirs=d")
+    assert (ended.returncode, ended.stdout + ended.stderr) == (0, "no problems, modules: 3\n")
+
+
+def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
+    (here / "c.yaml").write_text(BAD)
+    put("d", a__yaml="{method: file}")
+    (here / "token").write_text("")
+    (here / "web.yaml").write_text("basic_auth_users: {u: s3ntinel}\n")
+    flags = ["-config=c.yaml", "-config.dirs=d", "-web.bearer.token-file=token"]
+    flags += ["-web.config.file=web.yaml", "-web.tls.certmatch=x"]
+    ended = run("-config.check", *flags)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.splitlines() == [
+        *(f"c.yaml:{problem}" for problem in BAD_PROBLEMS),
+        "d/a.yaml:1:1: modules.a.file.path: required: regular file or FIFO to read",
+        "token: the file should not be empty",
+        "web.yaml: -web.tls.verify must be set to use -web.tls.certmatch",
+        "web.yaml:1:23: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+    ]
+
+
+def test_a_check_with_flags_that_are_none_exits_with_2() -> None:
+    ended = run("-config.check", "-config=", "-nope")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("flag provided but not defined: -nope\n")
+
+
+def test_a_check_refuses_flags_that_do_not_go_together() -> None:
+    ended = run("-config.check", "-config=", "-web.proxy-path=/x", "-web.telemetry-path=/x")
+    assert (ended.returncode, ended.stderr) == (1, f"{EQUAL}\n")
+
+
+def test_a_check_binds_no_port_and_so_works_beside_a_running_expexp(tmp_path: Path) -> None:
+    with program(tmp_path, {"m": exec_module("echo a 1")}) as (_, port):
+        flags = ["-config.check", f"-web.listen-address=127.0.0.1:{port}"]
+        ended = run(*flags, folder=tmp_path)
+        assert (ended.returncode, ended.stderr) == (0, "no problems, modules: 1\n")
+        assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        write_modules(tmp_path / "expexp.yaml", {"m": {"method": "none"}})
+        assert run(*flags, folder=tmp_path).returncode == 1
+
+
+def test_a_check_runs_no_command_and_needs_no_address(tmp_path: Path) -> None:
+    write_modules(tmp_path / "expexp.yaml", {"m": exec_module(f"touch {tmp_path}/ran")})
+    ended = run("-config.check", "-web.listen-address=", folder=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "no problems, modules: 1\n")
+    assert not (tmp_path / "ran").exists()
+
+
+# --- what systemd is told: sd_notify
+
+
+@contextlib.contextmanager
+def service_manager(address: str) -> Iterator[socket.socket]:
+    """A datagram socket at an address as NOTIFY_SOCKET has it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.bind(address.replace("@", "\0") if address[0] == "@" else address)
+        channel.settimeout(5)
+        yield channel
+
+
+def address_of(kind: str, folder: Path) -> str:
+    return f"@{folder}" if kind == "abstract" else str(folder / "notify")
+
+
+@contextlib.contextmanager
+def managed(folder: Path, address: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """An expexp under a service manager, whose command tells what it was given, and its port."""
+    script = 'echo "given{address=\\"$NOTIFY_SOCKET\\"} 1"'
+    write_modules(folder / "expexp.yaml", {"m": exec_module(script)})
+    command = ["env", f"NOTIFY_SOCKET={address}", sys.executable, str(SOURCE), *flags]
+    own = subprocess.Popen(
+        [*command, f"-web.listen-address={LOCAL}", "-log.level=info"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+    )
+    try:
+        yield own, started(own)
+    finally:
+        own.kill()
+        own.communicate()
+
+
+def receive_reload(channel: socket.socket, since: int) -> None:
+    """What is told of a reload that has begun at this time, in microseconds."""
+    found = re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=(\d+)", channel.recv(4096))
+    assert found
+    assert since <= int(found[1]) <= time.monotonic_ns() // 1000
+    assert channel.recv(4096) == b"READY=1"
+
+
+@pytest.mark.parametrize("kind", ["path", "abstract"])
+def test_systemd_is_told_of_start_reloads_and_end(kind: str, tmp_path: Path) -> None:
+    address, flag = address_of(kind, tmp_path), "-web.enable-lifecycle"
+    with service_manager(address) as channel, managed(tmp_path, address, flag) as (own, port):
+        assert channel.recv(4096) == b"READY=1"
+        assert fetch(port, "/proxy?module=m").text == 'given{address=""} 1\n'
+        for text, status in [("modules: {n: " + A_FILE + "}", 200), ("nonsense", 500)]:
+            (tmp_path / "expexp.yaml").write_text(text)
+            since = time.monotonic_ns() // 1000
+            own.send_signal(signal.SIGHUP)
+            receive_reload(channel, since)
+            since = time.monotonic_ns() // 1000
+            assert fetch(port, "/-/reload", method="POST").status == status
+            receive_reload(channel, since)
+        own.terminate()
+        assert channel.recv(4096) == b"STOPPING=1"
+        assert own.wait(5) == 0
+        channel.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            channel.recv(4096)
+
+
+def test_systemd_is_told_of_reloads_that_come_by_themselves(tmp_path: Path) -> None:
+    address, flag = address_of("path", tmp_path), "-config.auto-reload-interval=20ms"
+    with service_manager(address) as channel, managed(tmp_path, address, flag):
+        assert channel.recv(4096) == b"READY=1"
+        since = time.monotonic_ns() // 1000
+        write_modules(tmp_path / "expexp.yaml", {"n": file_module("/dev/null")})
+        receive_reload(channel, since)
+
+
+@pytest.mark.parametrize("fault", ["a port in use", "a bad configuration", "a check"])
+def test_who_does_not_serve_is_not_ready(fault: str, tmp_path: Path) -> None:
+    address = address_of("path", tmp_path)
+    config = "nonsense" if fault == "a bad configuration" else "modules: {}"
+    (tmp_path / "expexp.yaml").write_text(config)
+    with service_manager(address) as channel, socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"-web.listen-address=127.0.0.1:{taken.getsockname()[1]}"
+        more = ["-config.check"] if fault == "a check" else []
+        ended = subprocess.run(
+            ["env", f"NOTIFY_SOCKET={address}", sys.executable, str(SOURCE), listen, *more],
+            capture_output=True,
+            check=False,
+            timeout=20,
+            cwd=tmp_path,
+        )
+        assert ended.returncode == (0 if fault == "a check" else 1)
+        channel.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            channel.recv(4096)
+
+
+@pytest.mark.parametrize(
+    "address", ["", "/nowhere/notify", "@nobody", "relative", "/" + "x" * 200, "@", "expexp.yaml"]
+)
+def test_without_a_service_manager_that_listens_all_goes_on(address: str, tmp_path: Path) -> None:
+    with managed(tmp_path, address) as (own, port):
+        write_modules(tmp_path / "expexp.yaml", {"n": exec_module("echo a 1")})
+        own.send_signal(signal.SIGHUP)
+        wait_until(lambda: module_names(port) == ["n"])
+        assert not [line for line in rest_of_log(own) if "Traceback" in line]
+
+
+def test_a_service_manager_that_reads_nothing_holds_up_nothing(tmp_path: Path) -> None:
+    address = address_of("path", tmp_path)
+    with service_manager(address), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"X", address)
+        with managed(tmp_path, address) as (own, port):
+            assert fetch(port, "/proxy?module=m").status == 200
+            write_modules(tmp_path / "expexp.yaml", {"n": exec_module("echo a 1")})
+            own.send_signal(signal.SIGHUP)
+            wait_until(lambda: module_names(port) == ["n"], 10)
+            assert fetch(port, "/proxy?module=n").status == 200
+            own.terminate()
+            assert own.wait(10) == 0
 
 
 # ==================================================================================================
