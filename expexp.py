@@ -2489,7 +2489,7 @@ class ConfigLoader:
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
-        if skip_missing and not os.path.exists(folder):
+        if skip_missing and not os.path.exists(self._reader.watched(folder)):
             self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
         for name in sorted(os.listdir(self._reader.watched(folder))):
@@ -4579,10 +4579,13 @@ class Program:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
-        # A SimpleQueue may be filled in a signal handler, where a lock could be held already.
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # The kernel may hand a signal to any thread. Python's handlers run in the main one only,
+        # which does not wake up then: so each signal is a byte to wait for.
+        signals, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: signals.put(number))
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -4592,12 +4595,12 @@ class Program:
             self.application.reload()
         self.stop()
 
-    def _next_signal(self, signals: queue.SimpleQueue[int]) -> int:
+    def _next_signal(self, signals: socket.socket) -> int:
         """The next signal; a changed configuration is one, if that is looked for."""
-        interval = self._options["config.auto-reload-interval"] or None
+        signals.settimeout(self._options["config.auto-reload-interval"] or None)
         while True:
-            with contextlib.suppress(queue.Empty):
-                return signals.get(timeout=interval)
+            with contextlib.suppress(socket.timeout):
+                return signals.recv(1)[0]
             if self.config.has_changed():
                 return signal.SIGHUP
 
