@@ -2934,7 +2934,8 @@ class Cache:
                 made, module, kept = self._kept.get(key, (-math.inf, None, None))
                 age = time.monotonic() - made
                 if kept and module == job.module and age < job.module.cache:
-                    headers = [*kept.headers, ("Age", str(int(age)))]
+                    others = [pair for pair in kept.headers if pair[0].lower() != "age"]
+                    headers = [*others, ("Age", str(int(age)))]
                     return dataclasses.replace(kept, headers=headers)
                 module, running = self._running.get(key, (None, None))
                 if module != job.module:

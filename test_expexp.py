@@ -7218,6 +7218,15 @@ def test_the_age_is_in_whole_seconds(counted: Counted) -> None:
         assert counted.count == 1
 
 
+def test_a_kept_answer_has_one_age_though_the_target_gave_one() -> None:
+    with (
+        target(ok(EXPOSITION, "Age: 7")) as port,
+        running({"m": http_module(port) | {"cache": "1m"}}) as served,
+    ):
+        assert served.scrape("m").headers.get_all("Age") == ["7"]
+        assert served.scrape("m").headers.get_all("Age") == ["0"]
+
+
 def test_without_cache_a_script_runs_for_each_request(counted: Counted) -> None:
     with running({"m": counted.module(cache="0")}) as served:
         answers = [served.scrape("m") for _ in range(3)]
