@@ -8876,6 +8876,49 @@ def test_a_reload_reads_the_tokens_for_targets_again(tmp_path: Path) -> None:
     assert found == [[b"first"], [b"first"], [b"second"]]
 
 
+def tls_flags(folder: Path, certificates: Certificates) -> list[str]:
+    """Flags to serve TLS alone, with a new certificate in the files of a folder."""
+    own = certificates.ca.issue_cert("localhost")
+    own.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
+    own.private_key_pem.write_to_path(str(folder / "key.pem"))
+    files = [f"-web.tls.{name}={folder}/{name}.pem" for name in ("cert", "key")]
+    return ["-web.listen-address=", "-web.tls.listen-address=127.0.0.1:0", *files]
+
+
+def fetch_over_tls(
+    served: Running, certificates: Certificates, path: str, method: str = "GET"
+) -> tuple[object, Answer]:
+    """The number of the certificate that expexp has shown, and what it has answered."""
+    context = ssl.create_default_context(cafile=certificates.ca_file)
+    client = http.client.HTTPSConnection("localhost", served.port, timeout=5, context=context)
+    with contextlib.closing(client):
+        client.connect()
+        shown = cast("ssl.SSLSocket", client.sock).getpeercert() or {}
+        client.request(method, path)
+        response = client.getresponse()
+        answer = Answer(response.status, response.headers, response.read())
+    return shown["serialNumber"], answer
+
+
+def test_a_reload_reads_our_certificate_again(tmp_path: Path, certificates: Certificates) -> None:
+    flags, never = tls_flags(tmp_path, certificates), fast_limits(rotation_seconds=1000)
+    with reloadable(tmp_path, {"m": echoing("a")}, *flags, limits=never) as (served, _):
+        first, _ = fetch_over_tls(served, certificates, "/-/ready")
+        tls_flags(tmp_path, certificates)
+        assert fetch_over_tls(served, certificates, "/-/ready")[0] == first
+        shown, answer = fetch_over_tls(served, certificates, "/-/reload", "POST")
+        assert (shown, answer.status) == (first, 200)
+        second, _ = fetch_over_tls(served, certificates, "/-/ready")
+        assert second != first
+        (tmp_path / "key.pem").write_text("nonsense")
+        answer = fetch_over_tls(served, certificates, "/-/reload", "POST")[1]
+        assert answer.status == 500
+        assert f"cannot use certificate {tmp_path}/cert.pem with key {tmp_path}/key.pem" in (
+            answer.text
+        )
+        assert fetch_over_tls(served, certificates, "/-/ready")[0] == second
+
+
 def test_a_target_without_its_secret_is_no_good_configuration(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("first")
     modules = {"m": http_module(1, bearer_token_file=f"{tmp_path}/token")}
@@ -8998,17 +9041,10 @@ def test_an_external_address_comes_before_the_clients_word(headers: list[str]) -
 
 
 def test_over_tls_the_scheme_is_https(tmp_path: Path, certificates: Certificates) -> None:
-    own = certificates.ca.issue_cert("localhost")
-    own.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
-    own.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
-    flags = [f"-web.tls.{name}={tmp_path}/{name}.pem" for name in ("cert", "key")]
-    context = ssl.create_default_context(cafile=certificates.ca_file)
-    addresses = ["-web.listen-address=", "-web.tls.listen-address=127.0.0.1:0"]
-    with running({"m": echoing("a")}, *addresses, *flags) as served:
-        client = http.client.HTTPSConnection("localhost", served.port, timeout=5, context=context)
-        with contextlib.closing(client):
-            client.request("GET", "/sd")
-            (group,) = json.loads(client.getresponse().read())
+    flags = tls_flags(tmp_path, certificates)
+    with running({"m": echoing("a")}, *flags) as served:
+        _, answer = fetch_over_tls(served, certificates, "/sd")
+        (group,) = groups_of(answer)
     assert group["targets"] == [f"localhost:{served.port}"]
     assert group["labels"]["__scheme__"] == "https"
 
