@@ -10679,9 +10679,7 @@ def test_who_does_not_serve_is_not_ready(fault: str, tmp_path: Path) -> None:
             channel.recv(4096)
 
 
-@pytest.mark.parametrize(
-    "address", ["", "/nowhere/notify", "@nobody", "relative", "/" + "x" * 200, "@", "expexp.yaml"]
-)
+@pytest.mark.parametrize("address", ["", "/nowhere/notify", "@nobody", "/" + "x" * 200])
 def test_without_a_service_manager_that_listens_all_goes_on(address: str, tmp_path: Path) -> None:
     with managed(tmp_path, address) as (own, port):
         write_modules(tmp_path / "expexp.yaml", {"n": exec_module("echo a 1")})
