@@ -78,8 +78,8 @@ EXPEXP = HERE / "expexp.py"
 # a Source and gives one sentence per offence, which begins with its line. `make check` prints the
 # table of main() below; the tests run the same gates, and prove each of them on a bad snippet.
 
-BUDGET_CODE_LINES = 2600
-BUDGET_LINES = 4000
+BUDGET_CODE_LINES = 3225
+BUDGET_LINES = 4800
 MAX_FUNCTION_LINES = 50
 MAX_CLASS_LINES = 200
 MAX_NESTING = 3
