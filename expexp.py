@@ -3979,21 +3979,22 @@ class Application:
         elif isinstance(result.body, bytes):
             self._note_success(module)
         body = result.body
-        return body if isinstance(body, bytes) else self._streamed(module, body)
+        return body if isinstance(body, bytes) else self._streamed(module, result)
 
     def _note_success(self, module: Module) -> None:
         """Log that a module has recovered, if it has."""
         if self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
-    def _streamed(self, module: Module, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The pieces; a failure after the status was sent counts as aborted."""
+    def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
+        """The body's pieces; a failure after the status was sent counts as aborted."""
         try:
-            yield from pieces
-            self._note_success(module)
+            yield from cast("Iterator[bytes]", result.body)
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
+        if result.status == http.HTTPStatus.OK:
+            self._note_success(module)
 
     def _note(self, module: Module | None, error: ScrapeError) -> None:
         """Count a failure, and log it if it is news."""
