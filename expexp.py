@@ -3828,42 +3828,40 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
 WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
 
 
-class Access:
-    """Who may ask: networks first, then the bearer token or a user's password."""
+def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
+    """The request, less what was only for us; raises RequestError with 403 or 401.
 
-    def __init__(self, networks: Sequence[Network], credentials: Watched) -> None:
-        """No networks: any. No token and no users: nothing needs to be sent."""
-        self._networks, self.credentials = networks, credentials
-
-    def admit(self, request: Request) -> Request:
-        """The request, less what was only for us; raises RequestError with 403 or 401."""
-        address = parse_client_address(request.client)
-        if self._networks and not any(address in network for network in self._networks):
-            raise RequestError(403, "Forbidden")
-        held: Credentials = self.credentials.current()
-        proofs = {"Bearer": held.is_token, "Basic": held.users.prove}
-        wanted = [scheme for scheme, what in zip(proofs, (held.token, held.users)) if what]
-        scheme, _, given = request.header("authorization").partition(" ")
-        found = f"not of {' or '.join(wanted)} type" if scheme else "is missing"
-        wrong = f"Authorization header {found}" if wanted else ""
-        if scheme.title() in wanted:
-            right = proofs[scheme.title()](given.strip())
-            wrong = "" if right else WRONG_CREDENTIALS[scheme.title()]
-        if wrong:
-            challenge = ", ".join(f'{name} realm="expexp"' for name in wanted)
-            raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
-        rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-        return dataclasses.replace(request, headers=rest) if wanted else request
+    Networks first, then the bearer token or a user's password. No networks: any. No token and no
+    users: nothing needs to be sent.
+    """
+    address = parse_client_address(request.client)
+    if networks and not any(address in network for network in networks):
+        raise RequestError(403, "Forbidden")
+    ways = (("Bearer", held.token, held.is_token), ("Basic", held.users, held.users.prove))
+    proofs = {scheme: prove for scheme, wanted, prove in ways if wanted}
+    if not proofs:
+        return request
+    scheme, _, given = request.header("authorization").partition(" ")
+    prove = proofs.get(scheme.title())
+    if not (prove and prove(given.strip())):
+        found = f"not of {' or '.join(proofs)} type" if scheme else "is missing"
+        wrong = WRONG_CREDENTIALS[scheme.title()] if prove else f"Authorization header {found}"
+        challenge = ", ".join(f'{name} realm="expexp"' for name in proofs)
+        raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+    rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+    return dataclasses.replace(request, headers=rest)
 
 
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(self, config: Watched, options: Options, access: Access, tools: Tools) -> None:
+    def __init__(
+        self, config: Watched, credentials: Watched, options: Options, tools: Tools
+    ) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._watched, self.options, self.access, self._tools = config, options, access, tools
+        self._watched, self.credentials, self.options = config, credentials, options
+        self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         self._reloading = threading.Lock()
-        self._metrics, self.limits = tools.metrics, tools.limits
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
@@ -3872,16 +3870,17 @@ class Application:
             "/-/reload": self._reload,
             "/sd": self._discover,
         }
-        self._add_route("-web.telemetry-path", options["web.telemetry-path"], self._telemetry)
-        self._add_route("-web.proxy-path", options["web.proxy-path"], self._proxy)
+        self._add_route("web.telemetry-path", self._telemetry)
+        self._add_route("web.proxy-path", self._proxy)
         self.take_config()
 
-    def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
+    def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
+        path = self.options[flag]
         if path in self._routes:
-            message = f"flag {flag} can not be set to {path}: that path is taken"
+            message = f"flag -{flag} can not be set to {path}: that path is taken"
             if self._routes[path] == self._telemetry:
-                message = f"flags {flag} and -web.telemetry-path can not be set to the same value"
+                message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
         self._routes[path] = route
 
@@ -3889,21 +3888,21 @@ class Application:
         """Use the configuration that there is now for the requests that begin from now on."""
         config: Config = self._watched.value
         for module in config.modules.values():
-            self._metrics.create_module(module.name, module.method)
+            self.metrics.create_module(module.name, module.method)
         self.config = config
-        self._metrics.forget_modules(config.modules)
+        self.metrics.forget_modules(config.modules)
 
     def reload(self) -> Sequence[Problem]:
         """Read configuration and credentials again; what is wrong with those that are not used."""
         with self._reloading:
-            problems = reload_all(self._watched, self.access.credentials)
+            problems = reload_all(self._watched, self.credentials)
             self.take_config()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
         started = time.monotonic()
-        self._metrics.increment("expexp_http_requests_in_flight")
+        self.metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
         except RequestError as error:
@@ -3916,24 +3915,20 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        self._metrics.increment("expexp_http_requests_in_flight", by=-1)
+        self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
-        self._metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
+        self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
         phrase = http.client.responses.get(response.status, "")
         ended = f"{phrase}, aborted" if response.aborted else phrase
         milliseconds = (time.monotonic() - started) * 1000
         LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, milliseconds)
 
-    def count_handshake(self, fault: str) -> None:
-        """Count a TLS connection on which there is no request."""
-        self._metrics.increment("expexp_tls_handshake_failures_total", fault)
-
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
-        request = self.access.admit(request)
+        request = admit(request, self.options["allow.net"], self.credentials.current())
         if request.path not in self._routes:
             raise RequestError(404, "404 page not found")
         allowed = ("POST", "PUT") if request.path == "/-/reload" else ("GET", "HEAD")
@@ -3944,12 +3939,16 @@ class Application:
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
+        client, tools = (request.headers, request.client), self._tools
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
                 cleanup.callback(self._observe, module.name, time.monotonic())
-                check_arguments(module, pairs, self._tools.limits)
-                result = answer_job(self._job(request, module, pairs, cleanup))
+                check_arguments(module, pairs, self.limits)
+                seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+                deadline = Deadline(seconds, time.monotonic)
+                result = answer_job(Job(module, pairs, *client, deadline, cleanup, tools))
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
@@ -3960,16 +3959,7 @@ class Application:
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
         seconds = time.monotonic() - started
-        self._metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
-
-    def _job(
-        self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
-    ) -> Job:
-        """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
-        seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
-        deadline = Deadline(seconds, time.monotonic)
-        return Job(module, pairs, request.headers, request.client, deadline, cleanup, self._tools)
+        self.metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -3999,7 +3989,7 @@ class Application:
     def _note(self, module: Module | None, error: ScrapeError) -> None:
         """Count a failure, and log it if it is news."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
-        self._metrics.fail(name, method, error.reason)
+        self.metrics.fail(name, method, error.reason)
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, error.reason.name, error.message, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
@@ -4009,17 +3999,17 @@ class Application:
 
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
-        collect_process(self._metrics)
+        collect_process(self.metrics)
         targets = [m.target for m in self.config.modules.values() if m.method == "http"]
-        watched = [self.access.credentials, *(target.credentials for target in targets)]
+        watched = [self.credentials, *(target.credentials for target in targets)]
         working, tls = all(each.working for each in watched), watched[0].value.tls
         reloaded = "expexp_config_last_reload_success_timestamp_seconds"
-        self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self._metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
-        self._metrics.set(reloaded, to=self._watched.loaded)
+        self.metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+        self.metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
+        self.metrics.set(reloaded, to=self._watched.loaded)
         if tls:
-            self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
-        body, headers = self._metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
+            self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)
             headers.append(("Content-Encoding", "gzip"))
@@ -4040,9 +4030,10 @@ class Application:
             raise RequestError(400, "expected a header Host, or -web.external-address")
         path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
         same = {"__metrics_path__": path, "__scheme__": request.scheme}
-        modules = self.config.modules.values()
-        labels = ({**same, **discovery_labels(module, offset)} for module in modules)
-        groups = [{"targets": [address], "labels": each} for each in labels]
+        groups = [
+            {"targets": [address], "labels": {**same, **discovery_labels(module, offset)}}
+            for module in self.config.modules.values()
+        ]
         return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
 
     def _index(self, request: Request) -> Response:
@@ -4051,9 +4042,7 @@ class Application:
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(
-            modules, self.options["web.proxy-path"], self.options["web.telemetry-path"]
-        )
+        text = render_index(modules, self.options)
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
@@ -4068,13 +4057,9 @@ def discovery_labels(module: Module, offset: float) -> dict[str, str]:
     if module.scrape_interval:
         # Both or none: a timeout above the interval drops a target, and so does a fraction.
         longest = module.timeout + offset if module.timeout else math.inf
-        times = {
-            "interval": module.scrape_interval,
-            "timeout": min(module.scrape_interval, longest),
-        }
-        labels.update(
-            {f"__scrape_{n}__": f"{seconds * 1000:.0f}ms" for n, seconds in times.items()}
-        )
+        timeout = min(module.scrape_interval, longest)
+        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
+        labels["__scrape_timeout__"] = f"{timeout * 1000:.0f}ms"
     return labels
 
 
@@ -4091,14 +4076,14 @@ PAGE: Final = """<!DOCTYPE html>
 <p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
 
 
-def render_index(modules: Mapping[str, Module], proxy_path: str, telemetry_path: str) -> str:
+def render_index(modules: Mapping[str, Module], options: Options) -> str:
     """The page at /; its links are relative, so that they hold behind a reverse proxy."""
-    items = ""
+    items, proxy = "", f".{options['web.proxy-path']}"
     for name, module in modules.items():
-        link = html.escape(f".{proxy_path}?module={urllib.parse.quote(name, safe='')}")
+        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
         shown = html.escape(f"{module.method} {module.target.shown}")
         items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
-    return PAGE.format(items=items, telemetry=html.escape(telemetry_path))
+    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
 
 
 def collect_process(metrics: SelfMetrics) -> None:
@@ -4221,7 +4206,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits, self._application = self.server.limits, self.server.application
-        self._credentials: Credentials = self._application.access.credentials.current()
+        self._credentials: Credentials = self._application.credentials.current()
         self._config = self._application.config
         self._slot = self.connection = self.request
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4235,7 +4220,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
                 self._shake_hands()
         except (OSError, ScrapeError, UnicodeError) as error:
             fault = handshake_fault(error)
-            self._application.count_handshake(fault)
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
             if fault not in ("timeout", "closed"):
@@ -4265,7 +4250,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
             self._plain = True
-            self._application.count_handshake("plain_http")
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         with self._slot.dup() as duplicate:
             duplicate.settimeout(self._remaining())
@@ -4311,7 +4296,7 @@ class Handler(ClientConnection):
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
         connections.mark(self._slot, idle=False)
-        held: Credentials = self._application.access.credentials.current()
+        held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
@@ -4588,19 +4573,18 @@ class Program:
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
         tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
-        access = Access(options["allow.net"], credentials)
-        self.application = Application(self.config, options, access, tools)
+        self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
-        options, access, config = self._options, self.application.access, self.application.config
-        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.value.tls)
+        options, tls = self._options, self.application.credentials.value.tls
+        own_tls = not options["web.tls.listen-address"] and bool(tls)
         self._listen(options["web.listen-address"], own_tls)
         self._listen(options["web.tls.listen-address"], True)
-        self._tell_access(config, options, access)
-        if not config.modules:
+        self._tell_access()
+        if not self.application.config.modules:
             LOGGER.error("no modules loaded from any config file")
 
     def _listen(self, address: Address | None, tls: bool) -> None:
@@ -4614,21 +4598,21 @@ class Program:
             message = f"cannot listen on {render_address(address or ('', 0))}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
 
-    def _tell_access(self, config: Config, options: Options, access: Access) -> None:
+    def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        for network in options["allow.net"]:
+        networks, modules = self._options["allow.net"], self.application.config.modules.values()
+        for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
-        commands = [module for module in config.modules.values() if module.method == "exec"]
+        commands = [module for module in modules if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
+        demands: Mapping[str, bool] = self.application.credentials.current().demands
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
-        credentials: Credentials = access.credentials.current()
-        exposed = [server.url for server, host in zip(self.servers, bound) if not host.is_loopback]
-        plain = [url for url in exposed if url.startswith("http:")]
-        if plain and credentials.tls:
+        exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
+        plain = [server.url for server in exposed if not server.speaks_tls]
+        if plain and demands["TLS"]:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = credentials.demands["authentication"] or options["allow.net"]
-        certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
-        if names and exposed and not demanding and (plain or not certain):
+        open_to_all = plain or not demands["client certificates"]
+        if names and exposed and open_to_all and not (demands["authentication"] or networks):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
