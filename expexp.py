@@ -4210,7 +4210,6 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self._config = self._application.config
         self._slot = self.connection = self.request
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._plain = False  # where the listener speaks TLS
         self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
 
     def handle(self) -> None:
@@ -4227,9 +4226,10 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        raw = self.connection.makefile("rb", 0)
-        self.rfile = io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining))
-        with self.rfile:
+        raw: Any = DeadlineReader(
+            self.connection.makefile("rb", 0), self.connection, self._remaining
+        )
+        with io.BufferedReader(raw) as self.rfile:
             super().handle()
 
     def _remaining(self) -> float:
@@ -4249,7 +4249,6 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if not first:
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
-            self._plain = True
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         with self._slot.dup() as duplicate:
@@ -4307,7 +4306,7 @@ class Handler(ClientConnection):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
-        if self._plain:
+        if self.server.speaks_tls and self.connection is self._slot:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
@@ -4581,22 +4580,19 @@ class Program:
         """Bind, and tell what an operator should know; raises ConfigError."""
         options, tls = self._options, self.application.credentials.value.tls
         own_tls = not options["web.tls.listen-address"] and bool(tls)
-        self._listen(options["web.listen-address"], own_tls)
-        self._listen(options["web.tls.listen-address"], True)
-        self._tell_access()
-        if not self.application.config.modules:
-            LOGGER.error("no modules loaded from any config file")
-
-    def _listen(self, address: Address | None, tls: bool) -> None:
-        """Add a listener, if there is an address for it; raises ConfigError."""
+        listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
         try:
-            if address:
-                self.servers.append(Server(address, tls, self.application, self.connections))
+            for flag in filter(options.get, listeners):
+                server = Server(options[flag], listeners[flag], self.application, self.connections)
+                self.servers.append(server)
         except (OSError, UnicodeError) as error:
             for server in self.servers:
                 server.server_close()
-            message = f"cannot listen on {render_address(address or ('', 0))}: {words_of(error)}"
+            message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
+        self._tell_access()
+        if not self.application.config.modules:
+            LOGGER.error("no modules loaded from any config file")
 
     def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
@@ -4708,18 +4704,24 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
-def run_once(options: Options, limits: Limits) -> int | None:
-    """The exit code where the flags ask for something else than serving; None where they do not."""
-    if options["help"] or options["version"]:
-        version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options["help"] else version)
-        return 0
-    if options["verify"]:
+def perform(options: Options, limits: Limits) -> int:
+    """Do what the flags ask for; the exit code. Raises ConfigError."""
+    listens = options["web.listen-address"] or options["web.tls.listen-address"]
+    if options["help"]:
+        tell(render_usage())
+    elif options["version"]:
+        tell(f"expexp {__version__} (Python {platform.python_version()})\n")
+    elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
-    addresses = options["web.listen-address"], options["web.tls.listen-address"]
-    if any(addresses) or options["config.check"]:
-        return None
-    LOGGER.warning("No web addresses to listen on, nothing to do!")
+    elif options["config.check"]:
+        modules = Program(options, limits).config.value.modules
+        tell(f"no problems, modules: {len(modules)}\n")
+    elif listens:
+        program = Program(options, limits)
+        program.listen()
+        program.run()
+    else:
+        LOGGER.warning("No web addresses to listen on, nothing to do!")
     return 0
 
 
@@ -4728,25 +4730,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = Limits()
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
+        set_up_logging(options, limits)
+        return perform(options, limits)
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    set_up_logging(options, limits)
-    code = run_once(options, limits)
-    if code is not None:
-        return code
-    try:
-        program = Program(options, limits)
-        if options["config.check"]:
-            tell(f"no problems, modules: {len(program.config.value.modules)}\n")
-            return 0
-        program.listen()
     except ConfigError as error:
         for problem in error.problems:
             LOGGER.critical("%s", problem)
         return 1
-    program.run()
-    return 0
 
 
 if __name__ == "__main__":
