@@ -1550,9 +1550,8 @@ process_threads                        gauge    -  Threads.
     """)
 ]
 #: Why there was no request on a TLS connection: the values of the label `reason`.
-HANDSHAKE_FAULTS: Final = (
-    *("timeout", "closed", "plain_http", "protocol", "no_certificate", "chain", "expiry"),
-    *("not_allowed", "refused_by_client"),
+HANDSHAKE_FAULTS: Final = names_of(
+    "timeout closed plain_http protocol no_certificate chain expiry not_allowed refused_by_client"
 )
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
@@ -1708,13 +1707,11 @@ def no_value(_text: str) -> str:
 
 
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
-parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
-
 PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "address": parse_listen,
     "boolean": parse_boolean,
     "host": parse_host,
-    "level": parse_level,
+    "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
     "network": parse_network,
     "none": no_value,
     "path": parse_path,
@@ -4000,13 +3997,12 @@ class Application:
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
         collect_process(self.metrics)
-        targets = [m.target for m in self.config.modules.values() if m.method == "http"]
-        watched = [self.credentials, *(target.credentials for target in targets)]
-        working, tls = all(each.working for each in watched), watched[0].value.tls
-        reloaded = "expexp_config_last_reload_success_timestamp_seconds"
+        config, tls, modules = self._watched, self.credentials.value.tls, self.config.modules
+        secrets = [each.target.credentials for each in modules.values() if each.method == "http"]
+        working = all(each.working for each in (self.credentials, *secrets))
         self.metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self.metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
-        self.metrics.set(reloaded, to=self._watched.loaded)
+        self.metrics.set("expexp_config_last_reload_successful", to=int(config.working))
+        self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
         if tls:
             self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
         body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
@@ -4332,7 +4328,7 @@ class Handler(ClientConnection):
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
             raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        scheme, headers = "https" if self.server.speaks_tls else "http", self._read_headers()
+        headers, scheme = self._read_headers(), self.server.scheme
         request = Request(method, target or "/", headers, self._client, scheme)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
@@ -4391,15 +4387,15 @@ class Handler(ClientConnection):
         headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         head = render_head(response.status, headers)
         if is_head or bodiless:
-            self._send(head)
-        elif isinstance(body, bytes):
+            body = b""
+        if isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
             self._send(memoryview(body)[PIECE_BYTES:])
-        else:
-            self._send(head)
-            for piece in body:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            self._send(b"0\r\n\r\n" if chunked else b"")
+            return
+        self._send(head)
+        for piece in body:
+            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
         """Send all of it; raises TimeoutError when there is no progress, or too little."""
@@ -4434,24 +4430,20 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         """Bind and listen, for no host to all addresses of both families; raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
-        self.limits = application.limits
+        self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
         self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), Handler)
+        #: Where this listener is, for the log.
+        self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
         """Bind without the look-up of our own name that http.server would do."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not self._any))
         socketserver.TCPServer.server_bind(self)
-
-    @property
-    def url(self) -> str:
-        """Where this listener is, for the log."""
-        scheme = "https" if self.speaks_tls else "http"
-        return f"{scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without file descriptors an idle connection goes, and a moment is waited."""
