@@ -3874,20 +3874,19 @@ class Application:
     def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
         path = self.options[flag]
-        if path in self._routes:
+        taken = self._routes.setdefault(path, route)
+        if taken != route:
             message = f"flag -{flag} can not be set to {path}: that path is taken"
-            if self._routes[path] == self._telemetry:
+            if taken == self._telemetry:
                 message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
-        self._routes[path] = route
 
     def take_config(self) -> None:
         """Use the configuration that there is now for the requests that begin from now on."""
-        config: Config = self._watched.value
-        for module in config.modules.values():
+        self.config: Config = self._watched.value
+        for module in self.config.modules.values():
             self.metrics.create_module(module.name, module.method)
-        self.config = config
-        self.metrics.forget_modules(config.modules)
+        self.metrics.forget_modules(self.config.modules)
 
     def reload(self) -> Sequence[Problem]:
         """Read configuration and credentials again; what is wrong with those that are not used."""
@@ -4196,7 +4195,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
-    rfile: io.BufferedReader
+    rfile: io.BufferedReader[Any]
 
     def setup(self) -> None:
         """Nothing that waits for the client."""
@@ -4222,10 +4221,8 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        raw: Any = DeadlineReader(
-            self.connection.makefile("rb", 0), self.connection, self._remaining
-        )
-        with io.BufferedReader(raw) as self.rfile:
+        raw = self.connection.makefile("rb", 0)
+        with io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining)) as self.rfile:
             super().handle()
 
     def _remaining(self) -> float:
