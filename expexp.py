@@ -4346,8 +4346,7 @@ class Handler(ClientConnection):
             message = http.client.parse_headers(io.BytesIO(block))
         except http.client.HTTPException:
             raise RequestError(431, "too many headers") from None
-        tokens = all(TOKEN.fullmatch(name) for name in message)
-        if CONTROL.search(block) or is_malformed(message) or not tokens:
+        if CONTROL.search(block) or is_malformed(message) or not all(map(TOKEN.fullmatch, message)):
             raise RequestError(400, "malformed headers")
         return [(name, re.sub(r"\r?\n[ \t]*", " ", value)) for name, value in message.items()]
 
