@@ -3936,7 +3936,6 @@ class Application:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
         header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
-        client, tools = (request.headers, request.client), self._tools
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
@@ -3944,7 +3943,8 @@ class Application:
                 check_arguments(module, pairs, self.limits)
                 seconds = scrape_timeout(module.timeout, header, offset, self.limits)
                 deadline = Deadline(seconds, time.monotonic)
-                result = answer_job(Job(module, pairs, *client, deadline, cleanup, tools))
+                asked = (module, pairs, request.headers, request.client, deadline)
+                result = answer_job(Job(*asked, cleanup, self._tools))
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
@@ -4694,7 +4694,6 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
 
 def perform(options: Options, limits: Limits) -> int:
     """Do what the flags ask for; the exit code. Raises ConfigError."""
-    listens = options["web.listen-address"] or options["web.tls.listen-address"]
     if options["help"]:
         tell(render_usage())
     elif options["version"]:
@@ -4704,7 +4703,7 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["config.check"]:
         modules = Program(options, limits).config.value.modules
         tell(f"no problems, modules: {len(modules)}\n")
-    elif listens:
+    elif options["web.listen-address"] or options["web.tls.listen-address"]:
         program = Program(options, limits)
         program.listen()
         program.run()
