@@ -4086,16 +4086,15 @@ def collect_process(metrics: SelfMetrics) -> None:
     metrics.set("process_cpu_seconds_total", to=time.process_time())
     metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     metrics.set("process_threads", to=threading.active_count())
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        with open("/proc/self/stat", "rb") as file:
-            # The name of the program may contain blanks and brackets; proc(5) counts from 1.
-            fields = file.read().rpartition(b")")[2].split()
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
+        # There on Linux. The program's name may contain blanks and brackets; proc(5) counts from 1.
+        fields = file.read().rpartition(b")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
         metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
         metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
         metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 1)
+        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 # ==================================================================================================
