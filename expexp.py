@@ -1551,9 +1551,8 @@ process_threads                        gauge    -  Threads.
     """)
 ]
 #: Why there was no request on a TLS connection: the values of the label `reason`.
-HANDSHAKE_FAULTS: Final = (
-    *("timeout", "closed", "plain_http", "protocol", "no_certificate", "chain", "expiry"),
-    *("not_allowed", "refused_by_client"),
+HANDSHAKE_FAULTS: Final = names_of(
+    "timeout closed plain_http protocol no_certificate chain expiry not_allowed refused_by_client"
 )
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
@@ -1709,13 +1708,11 @@ def no_value(_text: str) -> str:
 
 
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
-parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
-
 PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "address": parse_listen,
     "boolean": parse_boolean,
     "host": parse_host,
-    "level": parse_level,
+    "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
     "network": parse_network,
     "none": no_value,
     "path": parse_path,
@@ -3841,42 +3838,40 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
 WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
 
 
-class Access:
-    """Who may ask: networks first, then the bearer token or a user's password."""
+def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
+    """The request, less what was only for us; raises RequestError with 403 or 401.
 
-    def __init__(self, networks: Sequence[Network], credentials: Watched) -> None:
-        """No networks: any. No token and no users: nothing needs to be sent."""
-        self._networks, self.credentials = networks, credentials
-
-    def admit(self, request: Request) -> Request:
-        """The request, less what was only for us; raises RequestError with 403 or 401."""
-        address = parse_client_address(request.client)
-        if self._networks and not any(address in network for network in self._networks):
-            raise RequestError(403, "Forbidden")
-        held: Credentials = self.credentials.current()
-        proofs = {"Bearer": held.is_token, "Basic": held.users.prove}
-        wanted = [scheme for scheme, what in zip(proofs, (held.token, held.users)) if what]
-        scheme, _, given = request.header("authorization").partition(" ")
-        found = f"not of {' or '.join(wanted)} type" if scheme else "is missing"
-        wrong = f"Authorization header {found}" if wanted else ""
-        if scheme.title() in wanted:
-            right = proofs[scheme.title()](given.strip())
-            wrong = "" if right else WRONG_CREDENTIALS[scheme.title()]
-        if wrong:
-            challenge = ", ".join(f'{name} realm="expexp"' for name in wanted)
-            raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
-        rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-        return dataclasses.replace(request, headers=rest) if wanted else request
+    Networks first, then the bearer token or a user's password. No networks: any. No token and no
+    users: nothing needs to be sent.
+    """
+    address = parse_client_address(request.client)
+    if networks and not any(address in network for network in networks):
+        raise RequestError(403, "Forbidden")
+    ways = (("Bearer", held.token, held.is_token), ("Basic", held.users, held.users.prove))
+    proofs = {scheme: prove for scheme, wanted, prove in ways if wanted}
+    if not proofs:
+        return request
+    scheme, _, given = request.header("authorization").partition(" ")
+    prove = proofs.get(scheme.title())
+    if not (prove and prove(given.strip())):
+        found = f"not of {' or '.join(proofs)} type" if scheme else "is missing"
+        wrong = WRONG_CREDENTIALS[scheme.title()] if prove else f"Authorization header {found}"
+        challenge = ", ".join(f'{name} realm="expexp"' for name in proofs)
+        raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+    rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+    return dataclasses.replace(request, headers=rest)
 
 
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(self, config: Watched, options: Options, access: Access, tools: Tools) -> None:
+    def __init__(
+        self, config: Watched, credentials: Watched, options: Options, tools: Tools
+    ) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._watched, self.options, self.access, self._tools = config, options, access, tools
+        self._watched, self.credentials, self.options = config, credentials, options
+        self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         self._reloading = threading.Lock()
-        self._metrics, self.limits = tools.metrics, tools.limits
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
@@ -3885,38 +3880,38 @@ class Application:
             "/-/reload": self._reload,
             "/sd": self._discover,
         }
-        self._add_route("-web.telemetry-path", options["web.telemetry-path"], self._telemetry)
-        self._add_route("-web.proxy-path", options["web.proxy-path"], self._proxy)
+        self._add_route("web.telemetry-path", self._telemetry)
+        self._add_route("web.proxy-path", self._proxy)
         self.take_config()
 
-    def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
+    def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
-        if path in self._routes:
-            message = f"flag {flag} can not be set to {path}: that path is taken"
-            if self._routes[path] == self._telemetry:
-                message = f"flags {flag} and -web.telemetry-path can not be set to the same value"
+        path = self.options[flag]
+        taken = self._routes.setdefault(path, route)
+        if taken != route:
+            message = f"flag -{flag} can not be set to {path}: that path is taken"
+            if taken == self._telemetry:
+                message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
-        self._routes[path] = route
 
     def take_config(self) -> None:
         """Use the configuration that there is now for the requests that begin from now on."""
-        config: Config = self._watched.value
-        for module in config.modules.values():
-            self._metrics.create_module(module.name, module.method)
-        self.config = config
-        self._metrics.forget_modules(config.modules)
+        self.config: Config = self._watched.value
+        for module in self.config.modules.values():
+            self.metrics.create_module(module.name, module.method)
+        self.metrics.forget_modules(self.config.modules)
 
     def reload(self) -> Sequence[Problem]:
         """Read configuration and credentials again; what is wrong with those that are not used."""
         with self._reloading:
-            problems = reload_all(self._watched, self.access.credentials)
+            problems = reload_all(self._watched, self.credentials)
             self.take_config()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
         started = time.monotonic()
-        self._metrics.increment("expexp_http_requests_in_flight")
+        self.metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
         except RequestError as error:
@@ -3929,24 +3924,20 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        self._metrics.increment("expexp_http_requests_in_flight", by=-1)
+        self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
-        self._metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
+        self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
         phrase = http.client.responses.get(response.status, "")
         ended = f"{phrase}, aborted" if response.aborted else phrase
         milliseconds = (time.monotonic() - started) * 1000
         LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, milliseconds)
 
-    def count_handshake(self, fault: str) -> None:
-        """Count a TLS connection on which there is no request."""
-        self._metrics.increment("expexp_tls_handshake_failures_total", fault)
-
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
-        request = self.access.admit(request)
+        request = admit(request, self.options["allow.net"], self.credentials.current())
         if request.path not in self._routes:
             raise RequestError(404, "404 page not found")
         allowed = ("POST", "PUT") if request.path == "/-/reload" else ("GET", "HEAD")
@@ -3957,12 +3948,16 @@ class Application:
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
                 cleanup.callback(self._observe, module.name, time.monotonic())
-                check_arguments(module, pairs, self._tools.limits)
-                result = answer_job(self._job(request, module, pairs, cleanup))
+                check_arguments(module, pairs, self.limits)
+                seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+                deadline = Deadline(seconds, time.monotonic)
+                asked = (module, pairs, request.headers, request.client, deadline)
+                result = answer_job(Job(*asked, cleanup, self._tools))
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
@@ -3973,16 +3968,7 @@ class Application:
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
         seconds = time.monotonic() - started
-        self._metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
-
-    def _job(
-        self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
-    ) -> Job:
-        """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
-        seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
-        deadline = Deadline(seconds, time.monotonic)
-        return Job(module, pairs, request.headers, request.client, deadline, cleanup, self._tools)
+        self.metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -3992,26 +3978,27 @@ class Application:
         elif isinstance(result.body, bytes):
             self._note_success(module)
         body = result.body
-        return body if isinstance(body, bytes) else self._streamed(module, body)
+        return body if isinstance(body, bytes) else self._streamed(module, result)
 
     def _note_success(self, module: Module) -> None:
         """Log that a module has recovered, if it has."""
         if self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
-    def _streamed(self, module: Module, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The pieces; a failure after the status was sent counts as aborted."""
+    def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
+        """The body's pieces; a failure after the status was sent counts as aborted."""
         try:
-            yield from pieces
-            self._note_success(module)
+            yield from cast("Iterator[bytes]", result.body)
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
+        if result.status == http.HTTPStatus.OK:
+            self._note_success(module)
 
     def _note(self, module: Module | None, error: ScrapeError) -> None:
         """Count a failure, and log it if it is news."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
-        self._metrics.fail(name, method, error.reason)
+        self.metrics.fail(name, method, error.reason)
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, error.reason.name, error.message, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
@@ -4021,17 +4008,16 @@ class Application:
 
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
-        collect_process(self._metrics)
-        targets = [m.target for m in self.config.modules.values() if m.method == "http"]
-        watched = [self.access.credentials, *(target.credentials for target in targets)]
-        working, tls = all(each.working for each in watched), watched[0].value.tls
-        reloaded = "expexp_config_last_reload_success_timestamp_seconds"
-        self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self._metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
-        self._metrics.set(reloaded, to=self._watched.loaded)
+        collect_process(self.metrics)
+        config, tls, modules = self._watched, self.credentials.value.tls, self.config.modules
+        secrets = [each.target.credentials for each in modules.values() if each.method == "http"]
+        working = all(each.working for each in (self.credentials, *secrets))
+        self.metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+        self.metrics.set("expexp_config_last_reload_successful", to=int(config.working))
+        self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
         if tls:
-            self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
-        body, headers = self._metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
+            self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)
             headers.append(("Content-Encoding", "gzip"))
@@ -4052,9 +4038,10 @@ class Application:
             raise RequestError(400, "expected a header Host, or -web.external-address")
         path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
         same = {"__metrics_path__": path, "__scheme__": request.scheme}
-        modules = self.config.modules.values()
-        labels = ({**same, **discovery_labels(module, offset)} for module in modules)
-        groups = [{"targets": [address], "labels": each} for each in labels]
+        groups = [
+            {"targets": [address], "labels": {**same, **discovery_labels(module, offset)}}
+            for module in self.config.modules.values()
+        ]
         return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
 
     def _index(self, request: Request) -> Response:
@@ -4063,9 +4050,7 @@ class Application:
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(
-            modules, self.options["web.proxy-path"], self.options["web.telemetry-path"]
-        )
+        text = render_index(modules, self.options)
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
@@ -4080,13 +4065,9 @@ def discovery_labels(module: Module, offset: float) -> dict[str, str]:
     if module.scrape_interval:
         # Both or none: a timeout above the interval drops a target, and so does a fraction.
         longest = module.timeout + offset if module.timeout else math.inf
-        times = {
-            "interval": module.scrape_interval,
-            "timeout": min(module.scrape_interval, longest),
-        }
-        labels.update(
-            {f"__scrape_{n}__": f"{max(1, each * 1000):.0f}ms" for n, each in times.items()}
-        )
+        timeout = min(module.scrape_interval, longest)
+        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
+        labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
     return labels
 
 
@@ -4103,14 +4084,14 @@ PAGE: Final = """<!DOCTYPE html>
 <p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
 
 
-def render_index(modules: Mapping[str, Module], proxy_path: str, telemetry_path: str) -> str:
+def render_index(modules: Mapping[str, Module], options: Options) -> str:
     """The page at /; its links are relative, so that they hold behind a reverse proxy."""
-    items = ""
+    items, proxy = "", f".{options['web.proxy-path']}"
     for name, module in modules.items():
-        link = html.escape(f".{proxy_path}?module={urllib.parse.quote(name, safe='')}")
+        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
         shown = html.escape(f"{module.method} {module.target.shown}")
         items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
-    return PAGE.format(items=items, telemetry=html.escape(telemetry_path))
+    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
 
 
 def collect_process(metrics: SelfMetrics) -> None:
@@ -4118,16 +4099,15 @@ def collect_process(metrics: SelfMetrics) -> None:
     metrics.set("process_cpu_seconds_total", to=time.process_time())
     metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     metrics.set("process_threads", to=threading.active_count())
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        with open("/proc/self/stat", "rb") as file:
-            # The name of the program may contain blanks and brackets; proc(5) counts from 1.
-            fields = file.read().rpartition(b")")[2].split()
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
+        # There on Linux. The program's name may contain blanks and brackets; proc(5) counts from 1.
+        fields = file.read().rpartition(b")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
         metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
         metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
         metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 1)
+        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 # ==================================================================================================
@@ -4227,17 +4207,16 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
-    rfile: io.BufferedReader
+    rfile: io.BufferedReader[Any]
 
     def setup(self) -> None:
         """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits, self._application = self.server.limits, self.server.application
-        self._credentials: Credentials = self._application.access.credentials.current()
+        self._credentials: Credentials = self._application.credentials.current()
         self._config = self._application.config
         self._slot = self.connection = self.request
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._plain = False  # where the listener speaks TLS
         self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
 
     def handle(self) -> None:
@@ -4247,7 +4226,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
                 self._shake_hands()
         except (OSError, ScrapeError, UnicodeError) as error:
             fault = handshake_fault(error)
-            self._application.count_handshake(fault)
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
             if fault not in ("timeout", "closed"):
@@ -4255,8 +4234,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         raw = self.connection.makefile("rb", 0)
-        self.rfile = io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining))
-        with self.rfile:
+        with io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining)) as self.rfile:
             super().handle()
 
     def _remaining(self) -> float:
@@ -4276,8 +4254,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if not first:
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
-            self._plain = True
-            self._application.count_handshake("plain_http")
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         with self._slot.dup() as duplicate:
             duplicate.settimeout(self._remaining())
@@ -4323,7 +4300,7 @@ class Handler(ClientConnection):
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
         connections.mark(self._slot, idle=False)
-        held: Credentials = self._application.access.credentials.current()
+        held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
@@ -4334,7 +4311,7 @@ class Handler(ClientConnection):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
-        if self._plain:
+        if self.server.speaks_tls and self.connection is self._slot:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
@@ -4360,7 +4337,7 @@ class Handler(ClientConnection):
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
             raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        scheme, headers = "https" if self.server.speaks_tls else "http", self._read_headers()
+        headers, scheme = self._read_headers(), self.server.scheme
         request = Request(method, target or "/", headers, self._client, scheme)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
@@ -4381,8 +4358,7 @@ class Handler(ClientConnection):
             message = http.client.parse_headers(io.BytesIO(block))
         except http.client.HTTPException:
             raise RequestError(431, "too many headers") from None
-        tokens = all(TOKEN.fullmatch(name) for name in message)
-        if CONTROL.search(block) or is_malformed(message) or not tokens:
+        if CONTROL.search(block) or is_malformed(message) or not all(map(TOKEN.fullmatch, message)):
             raise RequestError(400, "malformed headers")
         return [(name, re.sub(r"\r?\n[ \t]*", " ", value)) for name, value in message.items()]
 
@@ -4419,15 +4395,15 @@ class Handler(ClientConnection):
         headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         head = render_head(response.status, headers)
         if is_head or bodiless:
-            self._send(head)
-        elif isinstance(body, bytes):
+            body = b""
+        if isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
             self._send(memoryview(body)[PIECE_BYTES:])
-        else:
-            self._send(head)
-            for piece in body:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            self._send(b"0\r\n\r\n" if chunked else b"")
+            return
+        self._send(head)
+        for piece in body:
+            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
         """Send all of it; raises TimeoutError when there is no progress, or too little."""
@@ -4462,24 +4438,20 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         """Bind and listen, for no host to all addresses of both families; raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
-        self.limits = application.limits
+        self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
         self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), Handler)
+        #: Where this listener is, for the log.
+        self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
         """Bind without the look-up of our own name that http.server would do."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not self._any))
         socketserver.TCPServer.server_bind(self)
-
-    @property
-    def url(self) -> str:
-        """Where this listener is, for the log."""
-        scheme = "https" if self.speaks_tls else "http"
-        return f"{scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without file descriptors an idle connection goes, and a moment is waited."""
@@ -4601,47 +4573,43 @@ class Program:
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
         tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
-        access = Access(options["allow.net"], credentials)
-        self.application = Application(self.config, options, access, tools)
+        self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
-        options, access, config = self._options, self.application.access, self.application.config
-        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.value.tls)
-        self._listen(options["web.listen-address"], own_tls)
-        self._listen(options["web.tls.listen-address"], True)
-        self._tell_access(config, options, access)
-        if not config.modules:
-            LOGGER.error("no modules loaded from any config file")
-
-    def _listen(self, address: Address | None, tls: bool) -> None:
-        """Add a listener, if there is an address for it; raises ConfigError."""
+        options, tls = self._options, self.application.credentials.value.tls
+        own_tls = not options["web.tls.listen-address"] and bool(tls)
+        listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
         try:
-            if address:
-                self.servers.append(Server(address, tls, self.application, self.connections))
+            for flag in filter(options.get, listeners):
+                server = Server(options[flag], listeners[flag], self.application, self.connections)
+                self.servers.append(server)
         except (OSError, UnicodeError) as error:
             for server in self.servers:
                 server.server_close()
-            message = f"cannot listen on {render_address(address or ('', 0))}: {words_of(error)}"
+            message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
+        self._tell_access()
+        if not self.application.config.modules:
+            LOGGER.error("no modules loaded from any config file")
 
-    def _tell_access(self, config: Config, options: Options, access: Access) -> None:
+    def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        for network in options["allow.net"]:
+        networks, modules = self._options["allow.net"], self.application.config.modules.values()
+        for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
-        commands = [module for module in config.modules.values() if module.method == "exec"]
+        commands = [module for module in modules if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
+        demands: Mapping[str, bool] = self.application.credentials.current().demands
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
-        credentials: Credentials = access.credentials.current()
-        exposed = [server.url for server, host in zip(self.servers, bound) if not host.is_loopback]
-        plain = [url for url in exposed if url.startswith("http:")]
-        if plain and credentials.tls:
+        exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
+        plain = [server.url for server in exposed if not server.speaks_tls]
+        if plain and demands["TLS"]:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = credentials.demands["authentication"] or options["allow.net"]
-        certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
-        if names and exposed and not demanding and (plain or not certain):
+        open_to_all = plain or not demands["client certificates"]
+        if names and exposed and open_to_all and not (demands["authentication"] or networks):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
@@ -4740,18 +4708,23 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
-def run_once(options: Options, limits: Limits) -> int | None:
-    """The exit code where the flags ask for something else than serving; None where they do not."""
-    if options["help"] or options["version"]:
-        version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options["help"] else version)
-        return 0
-    if options["verify"]:
+def perform(options: Options, limits: Limits) -> int:
+    """Do what the flags ask for; the exit code. Raises ConfigError."""
+    if options["help"]:
+        tell(render_usage())
+    elif options["version"]:
+        tell(f"expexp {__version__} (Python {platform.python_version()})\n")
+    elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
-    addresses = options["web.listen-address"], options["web.tls.listen-address"]
-    if any(addresses) or options["config.check"]:
-        return None
-    LOGGER.warning("No web addresses to listen on, nothing to do!")
+    elif options["config.check"]:
+        modules = Program(options, limits).config.value.modules
+        tell(f"no problems, modules: {len(modules)}\n")
+    elif options["web.listen-address"] or options["web.tls.listen-address"]:
+        program = Program(options, limits)
+        program.listen()
+        program.run()
+    else:
+        LOGGER.warning("No web addresses to listen on, nothing to do!")
     return 0
 
 
@@ -4760,25 +4733,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = Limits()
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
+        set_up_logging(options, limits)
+        return perform(options, limits)
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    set_up_logging(options, limits)
-    code = run_once(options, limits)
-    if code is not None:
-        return code
-    try:
-        program = Program(options, limits)
-        if options["config.check"]:
-            tell(f"no problems, modules: {len(program.config.value.modules)}\n")
-            return 0
-        program.listen()
     except ConfigError as error:
         for problem in error.problems:
             LOGGER.critical("%s", problem)
         return 1
-    program.run()
-    return 0
 
 
 if __name__ == "__main__":

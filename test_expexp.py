@@ -10571,6 +10571,19 @@ def test_an_aborted_answer_is_not_logged_as_a_success_bug_25(
     assert line.startswith('127.0.0.1 - GET "/proxy?module=m" 200 OK, aborted (took ')
 
 
+def test_a_failure_that_is_streamed_to_its_end_is_no_recovery(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failure = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\n\r\nnot\n"
+    with target(failure) as port, running({"m": http_module(port, verify=False)}) as client:
+        for _ in range(2):
+            assert client.scrape("m").status == 500
+        assert client.failures("m") == {"status": 2}
+    assert [message for message in caplog.messages if message.startswith("module m")] == [
+        "module m: status: the target answered with status 500"
+    ]
+
+
 def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
