@@ -1951,7 +1951,7 @@ def scalar(
 def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
     """A mapping of names to secrets, which messages do not show."""
     if node.kind != "mapping":
-        raise mismatch("a mapping", Node(node.kind, "", node.place))
+        raise mismatch("a mapping", node._replace(text=""))
     found: dict[str, Secret] = {}
     for name_node, value in node.entries:
         name = read_name(name_node)
@@ -1994,15 +1994,8 @@ def to_interval(text: str) -> float:
     return seconds
 
 
-def to_bcrypt(text: str) -> Secret:
-    """A hash that does not take too long. ValueError."""
-    if not MIN_BCRYPT_COST <= int(text[4:6]) <= Limits.bcrypt_cost:
-        raise ValueError("cost")
-    return Secret(text)
-
-
-MIN_BCRYPT_COST: Final = 4  # bcrypt's own
-BCRYPT_HASH: Final = r"\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}"  # salt and hash in bcrypt's base64
+COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's own 4
+BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
@@ -2035,7 +2028,7 @@ read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Not shown: behind a colon the password could follow.
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
-read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
+read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
@@ -2354,21 +2347,8 @@ class DocumentReader:
 LOGGER: Final = logging.getLogger("expexp")
 
 
-def load_text(filename: str, most_bytes: int) -> str:
-    """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
-    with open(filename, "rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise NodeError(f"larger than {most_bytes} bytes")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].decode("latin-1")  # the column counts bytes
-        raise NodeError("not UTF-8", place_after(before)) from None
-
-
 class FileReader(DocumentReader):
-    """Notes problems, and of each file that is read what it was like just before."""
+    """Reads files; notes problems, and of each file what it was like just before it was read."""
 
     def __init__(self, original: DocumentReader) -> None:
         """Begin without problems, with the places that are known already."""
@@ -2389,11 +2369,28 @@ class FileReader(DocumentReader):
                 file = excerpt(filename, 200)
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
 
+    def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
+        """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+        with open(self.watched(filename), "rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise NodeError(f"larger than {most_bytes} bytes")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode("latin-1")  # the column counts bytes
+            raise NodeError("not UTF-8", place_after(before)) from None
+
+    def document(self, filename: str, most_bytes: int = Limits.config_bytes) -> Node:
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(self.text(filename, most_bytes))
+
     def secret(self, filename: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
         self.warn_of_readers(filename)
         try:
-            text = load_text(self.watched(filename), Limits.secret_bytes).strip()
+            text = self.text(filename, Limits.secret_bytes).strip()
         except NodeError as error:  # its place is one in that file
             raise NodeError(f"the file is {error}") from None
         if not text:
@@ -2402,10 +2399,17 @@ class FileReader(DocumentReader):
 
     def certificates(self, filename: str) -> list[str]:
         """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
-        found = CERTIFICATE.findall(load_text(self.watched(filename), Limits.config_bytes))
+        found = CERTIFICATE.findall(self.text(filename))
         if not found:
             raise ValueError("there is no certificate in it")
         return found
+
+    def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
+        """Give a context a certificate and its key; what is wrong with them is a problem."""
+        with self.noting(path, "cannot use certificate {} with key {}".format(*files)):
+            self.warn_of_readers(files[1])
+            certificate, private = map(self.watched, files)
+            context.load_cert_chain(certificate, private, password=no_password)
 
 
 def fingerprint(filename: str) -> Any:
@@ -2420,41 +2424,35 @@ def fingerprint(filename: str) -> Any:
 class Watched:
     """A value made of files, made again when one of them has changed, or when that is asked for.
 
-    A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
+    A replacement that cannot be used changes nothing; it is logged once, and `problems` has why.
     """
 
-    def __init__(
-        self,
-        load: Callable[..., Any],
-        reader: DocumentReader,
-        seconds: float,
-        problems: list[Problem],
-    ) -> None:
-        """Load for the first time; add the problems to those that there are.
+    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+        """Load for the first time; without a value, `problems` say why.
 
         `load` gets a FileReader to note problems in, and the value to be replaced, if any. The
         files are looked at no more often than every so many seconds.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
-        self._lock, self._due, self._seen = threading.RLock(), 0.0, cast("dict[str, Any]", {})
+        self._lock, self._due = threading.RLock(), 0.0
         self.value: Any = None
-        problems += self._replace()
+        self._replace()
 
-    def _replace(self) -> Sequence[Problem]:
+    def _replace(self) -> None:
         """Have a new value; or the problems with it, of which all are noted."""
         reader = FileReader(self._reader)
         value = self._load(reader, self.value)
-        self._seen, self.working = reader.seen, not reader.problems  # also files not there yet
-        if self.working:
+        self._seen, self.problems = reader.seen, reader.problems  # seen: also files not there yet
+        if not self.problems:
             self.value, self.loaded = value, time.time()
-        for warning in reader.warnings if self.working else ():
-            LOGGER.warning("%s", warning)
-        return reader.problems
+            for warning in reader.warnings:
+                LOGGER.warning("%s", warning)
 
     def reload(self) -> Sequence[Problem]:
         """Read the files again; log, and return, the problems that there are instead of a value."""
         with self._lock:
-            problems = self._replace()
+            self._replace()
+            problems = self.problems
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
         if not problems:
@@ -2491,7 +2489,9 @@ class ConfigLoader:
         reader, default = DocumentReader(filename, self._problems), ""
         if filename:
             with reader.noting(""):
-                nodes, default = reader.config(self._document(filename))
+                nodes, default = reader.config(
+                    self._reader.document(filename, self._limits.config_bytes)
+                )
                 for name, node in nodes.items():
                     self._add(reader, name, node)
         for folder in folders:
@@ -2501,11 +2501,6 @@ class ConfigLoader:
             message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
             reader.problem("defaultModule", message)
         return Config(dict(sorted(self._modules.items())), default)
-
-    def _document(self, filename: str) -> Node:
-        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
-        parse = parse_json if filename.endswith(".json") else parse_yaml
-        return parse(load_text(self._reader.watched(filename), self._limits.config_bytes))
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
@@ -2520,7 +2515,9 @@ class ConfigLoader:
                 continue
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
-                self._add(reader, found[1], self._document(filename))
+                self._add(
+                    reader, found[1], self._reader.document(filename, self._limits.config_bytes)
+                )
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
@@ -2529,28 +2526,27 @@ class ConfigLoader:
         here = f"{file}:{line}" if line else file
         first = self._origins.setdefault(name, here)
         if first != here:
-            reader.problem(
-                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
-            )
+            message = f"module {excerpt(name)} is already defined in {first}"
+            reader.problem(f"modules.{name}", message)
         elif module:
             self._modules[name] = self._check_host(module, reader)
 
     def _check_host(self, module: Module, reader: DocumentReader) -> Module:
         """The module with what it needs of this host; what is not there yet is a warning."""
-        target = module.target
+        target, missing = module.target, ""
         if isinstance(target, HttpTarget):
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            seconds, problems = self._limits.rotation_seconds, self._problems
-            credentials = Watched(load, reader, seconds, problems)
+            credentials = Watched(load, reader, self._limits.rotation_seconds)
+            self._problems += credentials.problems
             target = dataclasses.replace(target, credentials=credentials)
-        if isinstance(target, ExecTarget):
-            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
-            if not shutil.which(target.command, path=path.reveal() or None):
-                missing = f"no command {excerpt(target.command)}"
-                self._reader.warnings.append(f"module {module.name}: {missing}")
-        if isinstance(target, FileTarget) and not os.path.exists(target.path):
-            missing = f"no file {excerpt(target.path)}"
-            self._reader.warnings.append(f"module {module.name}: {missing}")
+        elif isinstance(target, ExecTarget):
+            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
+            missing = "" if shutil.which(target.command, path=path or None) else "command"
+        else:
+            missing = "" if os.path.exists(target.path) else "file"
+        if missing:
+            lacking = f"module {module.name}: no {missing} {excerpt(target.shown)}"
+            self._reader.warnings.append(lacking)
         return dataclasses.replace(module, target=target)
 
 
@@ -2598,16 +2594,6 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def load_key_pair(
-    context: ssl.SSLContext, files: tuple[str, str], reader: FileReader, path: str
-) -> None:
-    """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
-    with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
-        reader.warn_of_readers(files[1])
-        certificate, private = map(reader.watched, files)
-        context.load_cert_chain(certificate, private, password=no_password)
-
-
 @dataclass(frozen=True, repr=False)
 class TargetCredentials:
     """How an http target knows us and we know it."""
@@ -2616,42 +2602,44 @@ class TargetCredentials:
     authorization: str
 
 
+def given(section: Any, *names: str) -> dict[str, Any]:
+    """Those of some keys of a section that have a value, and the values."""
+    return {name: getattr(section, name) for name in names if getattr(section, name)}
+
+
 def load_target_credentials(
     target: HttpTarget, path: str, reader: FileReader, _former: Any
 ) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
-    secret, scheme, text = target.basic_auth_password, "", ""
-    names = ("basic_auth_password_file", "bearer_token_file")
-    for name in (name for name in names if getattr(target, name)):
+    secret, authorization = target.basic_auth_password, ""
+    for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
         with reader.noting(f"{path}.{name}"):
-            secret = reader.secret(getattr(target, name))
+            secret = reader.secret(file)
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
-        scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
+        authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
     elif target.bearer_token_file:
-        scheme, text = "Bearer ", secret.reveal()
-        if not re.fullmatch(LINE, text):  # http.client would show it in its error
+        authorization = f"Bearer {secret.reveal()}"
+        if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
             message = "token file should hold one line of Latin-1 text"
             reader.problem(f"{path}.bearer_token_file", message)
-    return TargetCredentials(load_target_context(target, path, reader), scheme + text)
+    return TargetCredentials(load_target_context(target, path, reader), authorization)
 
 
 def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
-    names = ("tls_ca_cert_file", "tls_root_ca_file")
-    authorities = [name for name in names if getattr(target, name)]
+    authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
     context = new_context(ssl.PROTOCOL_TLS_CLIENT)
     if not target.tls_ca_cert_file:
         context.load_default_certs()
-    for name in authorities:
-        file = getattr(target, name)
+    for name, file in authorities.items():
         with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
             context.load_verify_locations(reader.watched(file))
     if target.tls_cert_file:
-        files = target.tls_cert_file, target.tls_key_file
-        load_key_pair(context, files, reader, f"{path}.tls_cert_file")
+        where = f"{path}.tls_cert_file"
+        reader.key_pair(context, where, target.tls_cert_file, target.tls_key_file)
     if target.tls_insecure_skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2732,18 +2720,16 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
     like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
     """
-    command, null = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names], subprocess.DEVNULL
+    command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
+    null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     if not MATCHING.acquire(timeout=seconds):
         raise TimeoutError("too many names are being matched")
-    try:
-        done = subprocess.run(  # noqa: S603 - no shell; after -c nothing is taken for an option
-            command, stdin=null, stdout=null, stderr=null, timeout=seconds, check=False
-        )
+    try:  # no shell; after -c nothing is taken for an option
+        return subprocess.call(command, timeout=seconds, **null) == 0  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
     finally:
         MATCHING.release()
-    return done.returncode == 0
 
 
 def canonical_name(text: str) -> str:
@@ -2804,15 +2790,16 @@ class Credentials:
         return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
 
     @property
-    def demands(self) -> dict[str, bool]:
+    def demands(self) -> list[str]:
         """What clients must do to get in."""
-        asked = self.tls and self.tls.context.verify_mode == ssl.CERT_REQUIRED
-        return {
-            "TLS": bool(self.tls),
-            "client certificates": bool(asked),
-            "client_allowed_sans": bool(self.tls and self.tls.settings.client_allowed_sans),
-            "authentication": bool(self.token or self.users),
+        tls = self.tls
+        demands = {
+            "TLS": tls,
+            "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
+            "client_allowed_sans": tls and tls.settings.client_allowed_sans,
+            "authentication": self.token or self.users,
         }
+        return [*filter(demands.get, demands)]
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2820,11 +2807,8 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
     filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
-            parse = parse_json if filename.endswith(".json") else parse_yaml
-            text = load_text(reader.watched(filename), Limits.config_bytes)
-            node = parse(text)
-            if node.kind != "mapping":  # a file with a password, named by mistake, is not shown
-                node = Node(node.kind, "", node.place)
+            # A file that is no mapping but a password, named by mistake, is not shown.
+            node = reader.document(filename)._replace(text="")
             web = reader.section(WebConfig, node, "") or web
             if web.basic_auth_users:
                 reader.warn_of_readers(filename)
@@ -2837,18 +2821,16 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
 
 def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
     """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
-    tls, folder = web.tls_server_config, os.path.dirname(options["web.config.file"])
+    tls = web.tls_server_config
     if tls:
-        names = [n for n in ("cert_file", "key_file", "client_ca_file") if getattr(tls, n)]
-        paths: Any = {name: os.path.join(folder, getattr(tls, name)) for name in names}
+        folder = os.path.dirname(options["web.config.file"])
+        files = given(tls, "cert_file", "key_file", "client_ca_file")
+        paths = {name: os.path.join(folder, file) for name, file in files.items()}
         return "tls_server_config", dataclasses.replace(tls, **paths)
     if not options["web.tls.listen-address"]:
         return "", None
-    tls = TlsServer(options["web.tls.cert"], options["web.tls.key"])
-    if options["web.tls.verify"]:
-        wanted, file = AUTH_TYPES[-1], options["web.tls.ca"]
-        tls = dataclasses.replace(tls, client_auth_type=wanted, client_ca_file=file)
-    return "-web.tls", tls
+    clients = (AUTH_TYPES[-1], options["web.tls.ca"]) if options["web.tls.verify"] else ()
+    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], *clients)
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
@@ -2862,7 +2844,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     # No connection gets in by a ticket of an earlier one: each proves itself.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
-    load_key_pair(context, (tls.cert_file, tls.key_file), reader, path)
+    reader.key_pair(context, path, tls.cert_file, tls.key_file)
     if not reader.problems:
         with reader.noting(path, f"cannot use {tls.cert_file}"):
             ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
@@ -2900,8 +2882,8 @@ def load_credentials(
     served = load_server_tls(path, tls, reader) if tls else None
     credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.
-    for what, demanded in former.demands.items() if former and not reader.problems else ():
-        if demanded and not credentials.demands[what]:
+    for what in former.demands if former and not reader.problems else ():
+        if what not in credentials.demands:
             reader.problem("", f"{what} cannot be given up without a restart")
     if former and served and not former.tls:  # its listener is plain
         reader.problem("", "TLS cannot be turned on without a restart")
@@ -4011,10 +3993,12 @@ class Application:
         collect_process(self._metrics)
         targets = [m.target for m in self.config.modules.values() if m.method == "http"]
         watched = [self.access.credentials, *(target.credentials for target in targets)]
-        working, tls = all(each.working for each in watched), watched[0].value.tls
+        working, tls = not any(each.problems for each in watched), watched[0].value.tls
         reloaded = "expexp_config_last_reload_success_timestamp_seconds"
         self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self._metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
+        self._metrics.set(
+            "expexp_config_last_reload_successful", to=int(not self._watched.problems)
+        )
         self._metrics.set(reloaded, to=self._watched.loaded)
         if tls:
             self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
@@ -4577,13 +4561,13 @@ class Program:
         """Load and check everything; raises ConfigError."""
         self._options, self._limits, metrics = options, limits, SelfMetrics()
         set_constant_metrics(metrics)
-        reader, problems = DocumentReader(options["web.config.file"], []), list[Problem]()
+        reader = DocumentReader(options["web.config.file"], [])
         load: Any = functools.partial(load_config, options, limits)
-        self.config = Watched(load, DocumentReader("", []), 0, problems)
+        self.config = Watched(load, DocumentReader("", []), 0)
         load = functools.partial(load_credentials, options)
-        credentials = Watched(load, reader, limits.rotation_seconds, problems)
-        if problems:
-            raise ConfigError(*problems)
+        credentials = Watched(load, reader, limits.rotation_seconds)
+        if self.config.problems or credentials.problems:
+            raise ConfigError(*self.config.problems, *credentials.problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
         tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
@@ -4625,7 +4609,7 @@ class Program:
         plain = [url for url in exposed if url.startswith("http:")]
         if plain and credentials.tls:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = credentials.demands["authentication"] or options["allow.net"]
+        demanding = "authentication" in credentials.demands or options["allow.net"]
         certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
         if names and exposed and not demanding and (plain or not certain):
             LOGGER.warning(
