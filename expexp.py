@@ -2424,7 +2424,7 @@ def fingerprint(filename: str) -> Any:
 class Watched:
     """A value made of files, made again when one of them has changed, or when that is asked for.
 
-    A replacement that cannot be used changes nothing; it is logged once, and `problems` has why.
+    A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
 
     def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
@@ -2443,7 +2443,8 @@ class Watched:
         reader = FileReader(self._reader)
         value = self._load(reader, self.value)
         self._seen, self.problems = reader.seen, reader.problems  # seen: also files not there yet
-        if not self.problems:
+        self.working = not self.problems
+        if self.working:
             self.value, self.loaded = value, time.time()
             for warning in reader.warnings:
                 LOGGER.warning("%s", warning)
@@ -3993,12 +3994,10 @@ class Application:
         collect_process(self._metrics)
         targets = [m.target for m in self.config.modules.values() if m.method == "http"]
         watched = [self.access.credentials, *(target.credentials for target in targets)]
-        working, tls = not any(each.problems for each in watched), watched[0].value.tls
+        working, tls = all(each.working for each in watched), watched[0].value.tls
         reloaded = "expexp_config_last_reload_success_timestamp_seconds"
         self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self._metrics.set(
-            "expexp_config_last_reload_successful", to=int(not self._watched.problems)
-        )
+        self._metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
         self._metrics.set(reloaded, to=self._watched.loaded)
         if tls:
             self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
