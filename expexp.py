@@ -2312,8 +2312,6 @@ class DocumentReader:
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
         values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
-        if values.get("cache") and values.get("verify") is False and values["method"] == "http":
-            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[values["method"]](**target))
@@ -2335,6 +2333,8 @@ class DocumentReader:
             if method in refusing and (name in own or name in nodes):
                 at = where if name in own else path
                 self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
+        if method == "http" and values.get("verify") is False and values.get("cache"):
+            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         return target
 
 

@@ -4187,6 +4187,10 @@ PROBLEMS = {
         a_module("method:"),
         ["c.yaml:3:12: modules.a.method: required: `http`, `exec` or `file`"],
     ),
+    "no method, but a cache and no verification": (
+        a_module("cache: 1s", "verify: false"),
+        ["c.yaml:3:5: modules.a.method: required: `http`, `exec` or `file`"],
+    ),
     "a method that is none": (
         a_module("method: grpc"),
         ['c.yaml:3:13: modules.a.method: expected http, exec or file, found "grpc"'],
