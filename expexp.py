@@ -1886,15 +1886,14 @@ def parse_yaml(text: str) -> Node:
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
     except yaml.reader.ReaderError as error:  # has no mark
-        message, place = f"not YAML: {error.reason}", place_after(text[: error.position])
+        raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
-        place = mark.line + 1, mark.column + 1
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
         if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
             message = "an alias that contains itself"
-    raise NodeError(message, place)
+        raise NodeError(message, (mark.line + 1, mark.column + 1)) from None
 
 
 def build_json(value: Any) -> Node:
@@ -2345,15 +2344,19 @@ class DocumentReader:
 # they change. IO. What is wrong with any of them is a ConfigError.
 
 LOGGER: Final = logging.getLogger("expexp")
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
 
 class FileReader(DocumentReader):
     """Reads files; notes problems, and of each file what it was like just before it was read."""
 
-    def __init__(self, original: DocumentReader) -> None:
-        """Begin without problems, with the places that are known already."""
+    def __init__(self, original: DocumentReader, former: Any = None) -> None:
+        """Begin without problems, with the places that are known already.
+
+        What is loaded is to replace the `former` value, if there is one.
+        """
         super().__init__(original.filename, [])
-        self.places = {**original.places}
+        self.places, self.former = {**original.places}, former
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
@@ -2430,8 +2433,8 @@ class Watched:
     def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
         """Load for the first time; without a value, `problems` say why.
 
-        `load` gets a FileReader to note problems in, and the value to be replaced, if any. The
-        files are looked at no more often than every so many seconds.
+        `load` gets a FileReader to note problems in. The files are looked at no more often than
+        every so many seconds.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
         self._lock, self._due = threading.RLock(), 0.0
@@ -2440,8 +2443,8 @@ class Watched:
 
     def _replace(self) -> None:
         """Have a new value; or the problems with it, of which all are noted."""
-        reader = FileReader(self._reader)
-        value = self._load(reader, self.value)
+        reader = FileReader(self._reader, self.value)
+        value = self._load(reader)
         self._seen, self.problems = reader.seen, reader.problems  # seen: also files not there yet
         self.working = not self.problems
         if self.working:
@@ -2571,15 +2574,6 @@ def reload_all(*parts: Watched) -> list[Problem]:
 # --- certificates and secrets
 
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
-PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
-SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
-TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
-VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
-CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
-# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
-VALIDITY: Final = re.compile(
-    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
-)
 
 
 def new_context(protocol: int) -> ssl.SSLContext:
@@ -2608,9 +2602,7 @@ def given(section: Any, *names: str) -> dict[str, Any]:
     return {name: getattr(section, name) for name in names if getattr(section, name)}
 
 
-def load_target_credentials(
-    target: HttpTarget, path: str, reader: FileReader, _former: Any
-) -> TargetCredentials:
+def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
     secret, authorization = target.basic_auth_password, ""
     for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
@@ -2708,9 +2700,6 @@ SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
 )
-NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
-
-
 MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 
@@ -2740,6 +2729,12 @@ def canonical_name(text: str) -> str:
     return text
 
 
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(
+    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
+)
+
+
 def certificate_end(certificate: str) -> float:
     """When a certificate in PEM expires, in seconds since 1970; ValueError if it does not say."""
     found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
@@ -2747,6 +2742,9 @@ def certificate_end(certificate: str) -> float:
         raise ValueError("no certificate")
     year = "%Y" if found[1].startswith(b"\x18") else "%y"
     return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
+
+
+NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
 
 
 @dataclass(frozen=True, repr=False)
@@ -2834,6 +2832,12 @@ def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]
     return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], *clients)
 
 
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
+
+
 def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     """How to serve TLS with these settings; what is unusable is noted as a problem."""
     context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
@@ -2863,10 +2867,9 @@ NO_BCRYPT: Final = (
 )
 
 
-def load_credentials(
-    options: Options, reader: FileReader, former: Credentials | None
-) -> Credentials:
+def load_credentials(options: Options, reader: FileReader) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
+    former: Credentials | None = reader.former
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
     token: Secret = options["web.bearer.token"]
     if token and filename:
@@ -4544,10 +4547,11 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
-def load_config(options: Options, limits: Limits, reader: FileReader, former: Any) -> Config:
+def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     """The configuration that flags name; what is wrong with it is noted as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     config = ConfigLoader(limits, reader).load(*flags)
+    former: Config | None = reader.former
     if former and former.modules and not config.modules:  # a file that is just being written
         reader.problem("", "no modules are left: that needs a restart")
     return config
