@@ -2642,7 +2642,7 @@ def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ss
 
 
 def load_bcrypt() -> Any:
-    """The function crypt_rn of the system's libxcrypt; None where there is none with bcrypt. IO."""
+    """The function crypt_rn of the system's libxcrypt; NodeError where none knows bcrypt. IO."""
     for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is there for compilers only
         with contextlib.suppress(OSError, AttributeError):
             function = ctypes.CDLL(name).crypt_rn
@@ -2650,7 +2650,9 @@ def load_bcrypt() -> Any:
             function.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_int,)
             if hash_password(function, b"", "$2b$04$" + "." * 53):
                 return function
-    return None
+    raise NodeError(
+        "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
+    )
 
 
 def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
@@ -2862,24 +2864,18 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     return ServerTls(tls, context, min(ends), authorities)
 
 
-NO_BCRYPT: Final = (
-    "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
-)
-
-
 def load_credentials(options: Options, reader: FileReader) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
     former: Credentials | None = reader.former
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
-    token: Secret = options["web.bearer.token"]
+    token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
     if token and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
         with DocumentReader(filename, reader.problems).noting(""):
             token = reader.secret(filename)
-    crypt_rn = load_bcrypt() if web.basic_auth_users else None
-    if web.basic_auth_users and not crypt_rn:
-        reader.problem("basic_auth_users", NO_BCRYPT)
+    with reader.noting("basic_auth_users"):
+        crypt_rn = load_bcrypt() if web.basic_auth_users else None
     path, tls = choose_tls(options, web)
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
