@@ -382,7 +382,8 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 def is_host(text: str) -> bool:
     """Whether it is a host and perhaps a port, as in the header Host."""
     host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
-    return bool(re.fullmatch(rf"(?:{host})(?::[0-9]{{1,5}})?", text))
+    found = re.fullmatch(rf"(?:{host})(?::([0-9]{{1,5}}))?", text)
+    return found is not None and 1 <= int(found[1] or 1) <= LAST_PORT
 
 
 def render_address(address: tuple[str, int]) -> str:
@@ -2089,7 +2090,7 @@ class HttpTarget:
     port: int = key(read_port, REQUIRED, "port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
-    unix_socket: str = key(read_text, "", "socket of the exporter, instead of address and port")
+    unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
     container: str = key(read_container, "", "container of the exporter, instead of an address")
     container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
@@ -2274,7 +2275,7 @@ class DocumentReader:
                 with self.noting(where):
                     read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
                     values[name] = self.section(read, node, where) if nested else read(node)
-            elif metadata["default"] is REQUIRED and SUBSTITUTES.get(name) in nodes:
+            elif nodes.get(SUBSTITUTES.get(name, ""), ABSENT).kind != "nothing":
                 values[name] = 0
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
@@ -2445,7 +2446,7 @@ class Watched:
         """Have a new value; or the problems with it, of which all are noted."""
         reader = FileReader(self._reader, self.value)
         value = self._load(reader)
-        self._seen, self.problems = reader.seen, reader.problems  # seen: also files not there yet
+        self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
         self.working = not self.problems
         if self.working:
             self.value, self.loaded = value, time.time()
@@ -2508,7 +2509,7 @@ class ConfigLoader:
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
-        if skip_missing and not os.path.exists(folder):
+        if skip_missing and not os.path.exists(self._reader.watched(folder)):
             self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
         for name in sorted(os.listdir(self._reader.watched(folder))):
@@ -2963,7 +2964,8 @@ class Cache:
                 made, module, kept = self._kept.get(key, (-math.inf, None, None))
                 age = time.monotonic() - made
                 if kept and module == job.module and age < job.module.cache:
-                    headers = [*kept.headers, ("Age", str(int(age)))]
+                    others = [pair for pair in kept.headers if pair[0].lower() != "age"]
+                    headers = [*others, ("Age", str(int(age)))]
                     return dataclasses.replace(kept, headers=headers)
                 module, running = self._running.get(key, (None, None))
                 if module != job.module:
@@ -2996,7 +2998,7 @@ class Cache:
             with self._lock:
                 if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
                     self._keep(key, (time.monotonic(), job.module, outcome))
-                if self._running[key][1] is running:
+                if self._running.get(key, (None, None))[1] is running:  # and not a later module's
                     del self._running[key]
             running.set_result(outcome)
         return outcome
@@ -3004,6 +3006,8 @@ class Cache:
     def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
         """Keep an answer, and no more than may be kept."""
         self._kept.pop(key, None)
+        if len(cast(bytes, entry[2].body)) > self._limits.cache_bytes:
+            return  # or else all others would have to go for nothing
         self._kept[key] = entry
         sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
         left = sum(size for _, size in sizes)
@@ -3402,33 +3406,40 @@ def connect_unix(path: str, deadline: Deadline) -> socket.socket:
 
 
 def connect_engine(job: Job) -> socket.socket:
-    """A connection to a container's engine; raises ScrapeError, of the first that was tried."""
-    given = job.module.target.container_host
-    for other in ENGINES[1:] if given == ENGINES[0] else ():
-        with contextlib.suppress(OSError):
-            place = given if os.path.exists(given.partition("://")[2]) else other
-            return connect_unix(place.partition("://")[2], job.deadline)
-    try:
-        return connect_unix(given.partition("://")[2], job.deadline)
-    except OSError as error:
-        words = f"cannot ask the container engine at {given}: {words_of(error)}"
-        raise ScrapeError("unreachable", words) from None
+    """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
+    given, faults = job.module.target.container_host, []
+    for place in ENGINES if given == ENGINES[0] else (given,):
+        path = place.partition("://")[2]
+        try:
+            return connect_unix(path, job.deadline)
+        except OSError as error:
+            faults.append(f"{place}: {words_of(error)}")
+            if not isinstance(error, FileNotFoundError):
+                break
+    raise ScrapeError("unreachable", "; ".join(faults))
 
 
-def ask_engine(job: Job) -> Any:
-    """What an engine says of a container; raises OSError, ValueError or ScrapeError."""
+def ask_engine(job: Job) -> bytes:
+    """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
-    with contextlib.closing(TargetConnection("localhost", job=job)) as connection:
-        connection.sock = connect_engine(job)
-        connection.request("GET", f"/containers/{name}/json")
-        response = connection.getresponse()
-        check_head(response)
-        body = join_pieces(job, response_pieces(job, response))
+    try:
+        asking = contextlib.closing(TargetConnection("localhost", job=job))
+        with target_errors(job.deadline), asking as connection:
+            connection.sock = connect_engine(job)
+            connection.request("GET", f"/containers/{name}/json")
+            response = connection.getresponse()
+            check_head(response)
+            body = join_pieces(job, response_pieces(job, response))
+    except ScrapeError as error:
+        if error.reason.name in ("timeout", "busy"):
+            raise
+        words = f"cannot ask the container engine: {error.message}"
+        raise ScrapeError("unreachable", words) from None
     if response.status != http.HTTPStatus.OK:
         is_missing = response.status == http.HTTPStatus.NOT_FOUND
         other = f"the container engine answers with status {response.status}"
         raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
-    return json.loads(body)
+    return body
 
 
 ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
@@ -3437,32 +3448,34 @@ ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # n
 def find_container(job: Job) -> tuple[str, int]:
     """Host and port of a container's port: where it is published, or else its own address."""
     target = job.module.target
-    who, port = f"container {target.container}", target.port
+    who, port, said = f"container {target.container}", target.port, ask_engine(job)
     try:
-        found = ask_engine(job)
+        found = json.loads(said)
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
             raise ScrapeError("unreachable", f"{who} is not running")
-        for one in (network.get("Ports") or {}).get(f"{port}/tcp") or ():
-            return ANY_ADDRESS.get(one["HostIp"], one["HostIp"]), int(one["HostPort"])
+        ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
+        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
-        own = [each["IPAddress"] for each in networks if each.get("IPAddress")]
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
+        places += [("", port)] if mode == "host" else []
+        hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of {who}: {error!r}"
         raise ScrapeError("unreachable", excerpt(words, 200)) from None
-    if not own and mode != "host":
+    if not places:
         why = f"port {port} is not published, and there is no address of its own"
         raise ScrapeError("unreachable", f"{who}: {why}")
-    return own[0] if own else "127.0.0.1", port
+    return str(hosts[0]), places[0][1]
 
 
 def connect_container(job: Job) -> socket.socket:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
-    if place in known:
-        with contextlib.suppress(OSError):
-            return connect_socket(job, *known[place])
+    with contextlib.suppress(KeyError, OSError):
+        return connect_socket(job, *known[place])
+    known.pop(place, None)  # now: an address that does not answer has used up all the time
     known[place] = find_container(job)
     try:
         return connect_socket(job, *known[place])
@@ -4054,7 +4067,7 @@ def discovery_labels(module: Module, offset: float) -> dict[str, str]:
             "timeout": min(module.scrape_interval, longest),
         }
         labels.update(
-            {f"__scrape_{n}__": f"{seconds * 1000:.0f}ms" for n, seconds in times.items()}
+            {f"__scrape_{n}__": f"{max(1, each * 1000):.0f}ms" for n, each in times.items()}
         )
     return labels
 
@@ -4548,7 +4561,8 @@ def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     config = ConfigLoader(limits, reader).load(*flags)
     former: Config | None = reader.former
-    if former and former.modules and not config.modules:  # a file that is just being written
+    if former and former.modules and not (config.modules or reader.problems):
+        # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
     return config
 
@@ -4619,10 +4633,13 @@ class Program:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
-        # A SimpleQueue may be filled in a signal handler, where a lock could be held already.
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # The kernel may hand a signal to any thread. Python's handlers run in the main one only,
+        # which does not wake up then: so each signal is a byte to wait for.
+        signals, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: signals.put(number))
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -4632,12 +4649,12 @@ class Program:
             self.application.reload()
         self.stop()
 
-    def _next_signal(self, signals: queue.SimpleQueue[int]) -> int:
+    def _next_signal(self, signals: socket.socket) -> int:
         """The next signal; a changed configuration is one, if that is looked for."""
-        interval = self._options["config.auto-reload-interval"] or None
+        signals.settimeout(self._options["config.auto-reload-interval"] or None)
         while True:
-            with contextlib.suppress(queue.Empty):
-                return signals.get(timeout=interval)
+            with contextlib.suppress(socket.timeout):
+                return signals.recv(1)[0]
             if self.config.has_changed():
                 return signal.SIGHUP
 
