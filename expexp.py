@@ -2073,14 +2073,12 @@ def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
-OPPOSED_KEYS: Final = (
-    ("address", "unix_socket", "container"),
-    ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
-)
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
+ADDRESS_KEYS: Final = ("address", "unix_socket", "container")
+OPPOSED_KEYS: Final = (ADDRESS_KEYS, (*PASSWORD_KEYS, "bearer_token_file"))
 SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
 #: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
 ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2486,6 +2484,7 @@ class ConfigLoader:
     def __init__(self, limits: Limits, reader: FileReader) -> None:
         """Begin with nothing; problems and warnings are noted in the reader."""
         self._limits, self._reader, self._problems = limits, reader, reader.problems
+        self._document = functools.partial(reader.document, most_bytes=limits.config_bytes)
         self._modules: dict[str, Module] = {}
         self._origins: dict[str, str] = {}
 
@@ -2494,9 +2493,7 @@ class ConfigLoader:
         reader, default = DocumentReader(filename, self._problems), ""
         if filename:
             with reader.noting(""):
-                nodes, default = reader.config(
-                    self._reader.document(filename, self._limits.config_bytes)
-                )
+                nodes, default = reader.config(self._document(filename))
                 for name, node in nodes.items():
                     self._add(reader, name, node)
         for folder in folders:
@@ -2520,9 +2517,7 @@ class ConfigLoader:
                 continue
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
-                self._add(
-                    reader, found[1], self._reader.document(filename, self._limits.config_bytes)
-                )
+                self._add(reader, found[1], self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
