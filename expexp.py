@@ -2005,6 +2005,7 @@ SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
+read_module_name: Final = scalar("a name", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
@@ -2517,7 +2518,8 @@ class ConfigLoader:
                 continue
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
-                self._add(reader, found[1], self._document(filename))
+                module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""

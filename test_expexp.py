@@ -5241,6 +5241,14 @@ def test_what_is_no_document_is_skipped_with_a_warning() -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_a_file_in_a_folder_names_its_module_in_utf_8() -> None:
+    """Or else no page with the name of the module could be sent."""
+    put("d", z__yaml=A_FILE)
+    Path("d", os.fsdecode(b"a\xff.yaml")).write_text(A_FILE)
+    assert loading_problems("", "d") == ['d/a\\udcff.yaml: expected a name, found "a\\udcff"']
+
+
+@pytest.mark.usefixtures("here")
 def test_a_folder_that_is_not_there() -> None:
     assert load_all("", "d", skip=True) == ([], ["skipping non existent config.dirs entry 'd'"])
     assert loading_problems("", "d") == ["d: failed reading directory: no such file or directory"]
