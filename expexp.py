@@ -2789,7 +2789,7 @@ class Credentials:
         return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
 
     @property
-    def demands(self) -> list[str]:
+    def demands(self) -> dict[str, bool]:
         """What clients must do to get in."""
         tls = self.tls
         demands = {
@@ -2798,7 +2798,7 @@ class Credentials:
             "client_allowed_sans": tls and tls.settings.client_allowed_sans,
             "authentication": self.token or self.users,
         }
-        return [*filter(demands.get, demands)]
+        return {what: bool(demanded) for what, demanded in demands.items()}
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2880,8 +2880,8 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
     served = load_server_tls(path, tls, reader) if tls else None
     credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.
-    for what in former.demands if former and not reader.problems else ():
-        if what not in credentials.demands:
+    for what, demanded in former.demands.items() if former and not reader.problems else ():
+        if demanded and not credentials.demands[what]:
             reader.problem("", f"{what} cannot be given up without a restart")
     if former and served and not former.tls:  # its listener is plain
         reader.problem("", "TLS cannot be turned on without a restart")
@@ -4619,7 +4619,7 @@ class Program:
         plain = [url for url in exposed if url.startswith("http:")]
         if plain and credentials.tls:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = "authentication" in credentials.demands or options["allow.net"]
+        demanding = credentials.demands["authentication"] or options["allow.net"]
         certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
         if names and exposed and not demanding and (plain or not certain):
             LOGGER.warning(
