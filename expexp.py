@@ -1884,15 +1884,14 @@ def parse_yaml(text: str) -> Node:
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
     except yaml.reader.ReaderError as error:  # has no mark
-        message, place = f"not YAML: {error.reason}", place_after(text[: error.position])
+        raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
-        place = mark.line + 1, mark.column + 1
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
         if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
             message = "an alias that contains itself"
-    raise NodeError(message, place)
+        raise NodeError(message, (mark.line + 1, mark.column + 1)) from None
 
 
 def build_json(value: Any) -> Node:
@@ -1949,7 +1948,7 @@ def scalar(
 def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
     """A mapping of names to secrets, which messages do not show."""
     if node.kind != "mapping":
-        raise mismatch("a mapping", Node(node.kind, "", node.place))
+        raise mismatch("a mapping", node._replace(text=""))
     found: dict[str, Secret] = {}
     for name_node, value in node.entries:
         name = read_name(name_node)
@@ -1992,15 +1991,8 @@ def to_interval(text: str) -> float:
     return seconds
 
 
-def to_bcrypt(text: str) -> Secret:
-    """A hash that does not take too long. ValueError."""
-    if not MIN_BCRYPT_COST <= int(text[4:6]) <= Limits.bcrypt_cost:
-        raise ValueError("cost")
-    return Secret(text)
-
-
-MIN_BCRYPT_COST: Final = 4  # bcrypt's own
-BCRYPT_HASH: Final = r"\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}"  # salt and hash in bcrypt's base64
+COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's own 4
+BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
@@ -2010,6 +2002,7 @@ SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
+read_module_name: Final = scalar("a name", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
@@ -2033,7 +2026,7 @@ read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Not shown: behind a colon the password could follow.
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
-read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
+read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
@@ -2078,14 +2071,12 @@ def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
-OPPOSED_KEYS: Final = (
-    ("address", "unix_socket", "container"),
-    ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
-)
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
+ADDRESS_KEYS: Final = ("address", "unix_socket", "container")
+OPPOSED_KEYS: Final = (ADDRESS_KEYS, (*PASSWORD_KEYS, "bearer_token_file"))
 SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
 #: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
 ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2317,8 +2308,6 @@ class DocumentReader:
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
         values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
-        if values.get("cache") and values.get("verify") is False and values["method"] == "http":
-            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[values["method"]](**target))
@@ -2340,6 +2329,8 @@ class DocumentReader:
             if method in refusing and (name in own or name in nodes):
                 at = where if name in own else path
                 self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
+        if method == "http" and values.get("verify") is False and values.get("cache"):
+            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         return target
 
 
@@ -2350,28 +2341,19 @@ class DocumentReader:
 # they change. IO. What is wrong with any of them is a ConfigError.
 
 LOGGER: Final = logging.getLogger("expexp")
-
-
-def load_text(filename: str, most_bytes: int) -> str:
-    """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
-    with open(filename, "rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise NodeError(f"larger than {most_bytes} bytes")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].decode("latin-1")  # the column counts bytes
-        raise NodeError("not UTF-8", place_after(before)) from None
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
 
 class FileReader(DocumentReader):
-    """Notes problems, and of each file that is read what it was like just before."""
+    """Reads files; notes problems, and of each file what it was like just before it was read."""
 
-    def __init__(self, original: DocumentReader) -> None:
-        """Begin without problems, with the places that are known already."""
+    def __init__(self, original: DocumentReader, former: Any = None) -> None:
+        """Begin without problems, with the places that are known already.
+
+        What is loaded is to replace the `former` value, if there is one.
+        """
         super().__init__(original.filename, [])
-        self.places = {**original.places}
+        self.places, self.former = {**original.places}, former
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
@@ -2387,11 +2369,28 @@ class FileReader(DocumentReader):
                 file = excerpt(filename, 200)
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
 
+    def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
+        """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+        with open(self.watched(filename), "rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise NodeError(f"larger than {most_bytes} bytes")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode("latin-1")  # the column counts bytes
+            raise NodeError("not UTF-8", place_after(before)) from None
+
+    def document(self, filename: str, most_bytes: int = Limits.config_bytes) -> Node:
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(self.text(filename, most_bytes))
+
     def secret(self, filename: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
         self.warn_of_readers(filename)
         try:
-            text = load_text(self.watched(filename), Limits.secret_bytes).strip()
+            text = self.text(filename, Limits.secret_bytes).strip()
         except NodeError as error:  # its place is one in that file
             raise NodeError(f"the file is {error}") from None
         if not text:
@@ -2400,10 +2399,17 @@ class FileReader(DocumentReader):
 
     def certificates(self, filename: str) -> list[str]:
         """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
-        found = CERTIFICATE.findall(load_text(self.watched(filename), Limits.config_bytes))
+        found = CERTIFICATE.findall(self.text(filename))
         if not found:
             raise ValueError("there is no certificate in it")
         return found
+
+    def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
+        """Give a context a certificate and its key; what is wrong with them is a problem."""
+        with self.noting(path, "cannot use certificate {} with key {}".format(*files)):
+            self.warn_of_readers(files[1])
+            certificate, private = map(self.watched, files)
+            context.load_cert_chain(certificate, private, password=no_password)
 
 
 def fingerprint(filename: str) -> Any:
@@ -2421,38 +2427,33 @@ class Watched:
     A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
 
-    def __init__(
-        self,
-        load: Callable[..., Any],
-        reader: DocumentReader,
-        seconds: float,
-        problems: list[Problem],
-    ) -> None:
-        """Load for the first time; add the problems to those that there are.
+    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+        """Load for the first time; without a value, `problems` say why.
 
-        `load` gets a FileReader to note problems in, and the value to be replaced, if any. The
-        files are looked at no more often than every so many seconds.
+        `load` gets a FileReader to note problems in. The files are looked at no more often than
+        every so many seconds.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
-        self._lock, self._due, self._seen = threading.RLock(), 0.0, cast("dict[str, Any]", {})
+        self._lock, self._due = threading.RLock(), 0.0
         self.value: Any = None
-        problems += self._replace()
+        self._replace()
 
-    def _replace(self) -> Sequence[Problem]:
+    def _replace(self) -> None:
         """Have a new value; or the problems with it, of which all are noted."""
-        reader = FileReader(self._reader)
-        value = self._load(reader, self.value)
-        self._seen, self.working = reader.seen, not reader.problems  # also files not there yet
+        reader = FileReader(self._reader, self.value)
+        value = self._load(reader)
+        self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
+        self.working = not self.problems
         if self.working:
             self.value, self.loaded = value, time.time()
-        for warning in reader.warnings if self.working else ():
-            LOGGER.warning("%s", warning)
-        return sorted(reader.problems)
+            for warning in reader.warnings:
+                LOGGER.warning("%s", warning)
 
     def reload(self) -> Sequence[Problem]:
         """Read the files again; log, and return, the problems that there are instead of a value."""
         with self._lock:
-            problems = self._replace()
+            self._replace()
+            problems = self.problems
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
         if not problems:
@@ -2481,6 +2482,7 @@ class ConfigLoader:
     def __init__(self, limits: Limits, reader: FileReader) -> None:
         """Begin with nothing; problems and warnings are noted in the reader."""
         self._limits, self._reader, self._problems = limits, reader, reader.problems
+        self._document = functools.partial(reader.document, most_bytes=limits.config_bytes)
         self._modules: dict[str, Module] = {}
         self._origins: dict[str, str] = {}
 
@@ -2500,11 +2502,6 @@ class ConfigLoader:
             reader.problem("defaultModule", message)
         return Config(dict(sorted(self._modules.items())), default)
 
-    def _document(self, filename: str) -> Node:
-        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
-        parse = parse_json if filename.endswith(".json") else parse_yaml
-        return parse(load_text(self._reader.watched(filename), self._limits.config_bytes))
-
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
         if skip_missing and not os.path.exists(self._reader.watched(folder)):
@@ -2518,7 +2515,8 @@ class ConfigLoader:
                 continue
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
-                self._add(reader, found[1], self._document(filename))
+                module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
@@ -2527,28 +2525,27 @@ class ConfigLoader:
         here = f"{file}:{line}" if line else file
         first = self._origins.setdefault(name, here)
         if first != here:
-            reader.problem(
-                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
-            )
+            message = f"module {excerpt(name)} is already defined in {first}"
+            reader.problem(f"modules.{name}", message)
         elif module:
             self._modules[name] = self._check_host(module, reader)
 
     def _check_host(self, module: Module, reader: DocumentReader) -> Module:
         """The module with what it needs of this host; what is not there yet is a warning."""
-        target = module.target
+        target, missing = module.target, ""
         if isinstance(target, HttpTarget):
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            seconds, problems = self._limits.rotation_seconds, self._problems
-            credentials = Watched(load, reader, seconds, problems)
+            credentials = Watched(load, reader, self._limits.rotation_seconds)
+            self._problems += credentials.problems
             target = dataclasses.replace(target, credentials=credentials)
-        if isinstance(target, ExecTarget):
-            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
-            if not shutil.which(target.command, path=path.reveal() or None):
-                missing = f"no command {excerpt(target.command)}"
-                self._reader.warnings.append(f"module {module.name}: {missing}")
-        if isinstance(target, FileTarget) and not os.path.exists(target.path):
-            missing = f"no file {excerpt(target.path)}"
-            self._reader.warnings.append(f"module {module.name}: {missing}")
+        elif isinstance(target, ExecTarget):
+            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
+            missing = "" if shutil.which(target.command, path=path or None) else "command"
+        else:
+            missing = "" if os.path.exists(target.path) else "file"
+        if missing:
+            lacking = f"module {module.name}: no {missing} {excerpt(target.shown)}"
+            self._reader.warnings.append(lacking)
         return dataclasses.replace(module, target=target)
 
 
@@ -2572,15 +2569,6 @@ def reload_all(*parts: Watched) -> list[Problem]:
 # --- certificates and secrets
 
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
-PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
-SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
-TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
-VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
-CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
-# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
-VALIDITY: Final = re.compile(
-    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
-)
 
 
 def new_context(protocol: int) -> ssl.SSLContext:
@@ -2596,16 +2584,6 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def load_key_pair(
-    context: ssl.SSLContext, files: tuple[str, str], reader: FileReader, path: str
-) -> None:
-    """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
-    with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
-        reader.warn_of_readers(files[1])
-        certificate, private = map(reader.watched, files)
-        context.load_cert_chain(certificate, private, password=no_password)
-
-
 @dataclass(frozen=True, repr=False)
 class TargetCredentials:
     """How an http target knows us and we know it."""
@@ -2614,42 +2592,42 @@ class TargetCredentials:
     authorization: str
 
 
-def load_target_credentials(
-    target: HttpTarget, path: str, reader: FileReader, _former: Any
-) -> TargetCredentials:
+def given(section: Any, *names: str) -> dict[str, Any]:
+    """Those of some keys of a section that have a value, and the values."""
+    return {name: getattr(section, name) for name in names if getattr(section, name)}
+
+
+def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
-    secret, scheme, text = target.basic_auth_password, "", ""
-    names = ("basic_auth_password_file", "bearer_token_file")
-    for name in (name for name in names if getattr(target, name)):
+    secret, authorization = target.basic_auth_password, ""
+    for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
         with reader.noting(f"{path}.{name}"):
-            secret = reader.secret(getattr(target, name))
+            secret = reader.secret(file)
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
-        scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
+        authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
     elif target.bearer_token_file:
-        scheme, text = "Bearer ", secret.reveal()
-        if not re.fullmatch(LINE, text):  # http.client would show it in its error
+        authorization = f"Bearer {secret.reveal()}"
+        if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
             message = "token file should hold one line of Latin-1 text"
             reader.problem(f"{path}.bearer_token_file", message)
-    return TargetCredentials(load_target_context(target, path, reader), scheme + text)
+    return TargetCredentials(load_target_context(target, path, reader), authorization)
 
 
 def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
-    names = ("tls_ca_cert_file", "tls_root_ca_file")
-    authorities = [name for name in names if getattr(target, name)]
+    authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
     context = new_context(ssl.PROTOCOL_TLS_CLIENT)
     if not target.tls_ca_cert_file:
         context.load_default_certs()
-    for name in authorities:
-        file = getattr(target, name)
+    for name, file in authorities.items():
         with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
             context.load_verify_locations(reader.watched(file))
     if target.tls_cert_file:
-        files = target.tls_cert_file, target.tls_key_file
-        load_key_pair(context, files, reader, f"{path}.tls_cert_file")
+        where = f"{path}.tls_cert_file"
+        reader.key_pair(context, where, target.tls_cert_file, target.tls_key_file)
     if target.tls_insecure_skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2659,7 +2637,7 @@ def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ss
 
 
 def load_bcrypt() -> Any:
-    """The function crypt_rn of the system's libxcrypt; None where there is none with bcrypt. IO."""
+    """The function crypt_rn of the system's libxcrypt; NodeError where none knows bcrypt. IO."""
     for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is there for compilers only
         with contextlib.suppress(OSError, AttributeError):
             function = ctypes.CDLL(name).crypt_rn
@@ -2667,7 +2645,9 @@ def load_bcrypt() -> Any:
             function.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_int,)
             if hash_password(function, b"", "$2b$04$" + "." * 53):
                 return function
-    return None
+    raise NodeError(
+        "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
+    )
 
 
 def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
@@ -2717,9 +2697,6 @@ SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
 )
-NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
-
-
 MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 
@@ -2730,18 +2707,16 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
     like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
     """
-    command, null = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names], subprocess.DEVNULL
+    command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
+    null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     if not MATCHING.acquire(timeout=seconds):
         raise TimeoutError("too many names are being matched")
-    try:
-        done = subprocess.run(  # noqa: S603 - no shell; after -c nothing is taken for an option
-            command, stdin=null, stdout=null, stderr=null, timeout=seconds, check=False
-        )
+    try:  # no shell; after -c nothing is taken for an option
+        return subprocess.call(command, timeout=seconds, **null) == 0  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
     finally:
         MATCHING.release()
-    return done.returncode == 0
 
 
 def canonical_name(text: str) -> str:
@@ -2751,6 +2726,12 @@ def canonical_name(text: str) -> str:
     return text
 
 
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(
+    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
+)
+
+
 def certificate_end(certificate: str) -> float:
     """When a certificate in PEM expires, in seconds since 1970; ValueError if it does not say."""
     found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
@@ -2758,6 +2739,9 @@ def certificate_end(certificate: str) -> float:
         raise ValueError("no certificate")
     year = "%Y" if found[1].startswith(b"\x18") else "%y"
     return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
+
+
+NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
 
 
 @dataclass(frozen=True, repr=False)
@@ -2804,13 +2788,14 @@ class Credentials:
     @property
     def demands(self) -> dict[str, bool]:
         """What clients must do to get in."""
-        asked = self.tls and self.tls.context.verify_mode == ssl.CERT_REQUIRED
-        return {
-            "TLS": bool(self.tls),
-            "client certificates": bool(asked),
-            "client_allowed_sans": bool(self.tls and self.tls.settings.client_allowed_sans),
-            "authentication": bool(self.token or self.users),
+        tls = self.tls
+        demands = {
+            "TLS": tls,
+            "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
+            "client_allowed_sans": tls and tls.settings.client_allowed_sans,
+            "authentication": self.token or self.users,
         }
+        return {what: bool(demanded) for what, demanded in demands.items()}
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2818,11 +2803,8 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
     filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
-            parse = parse_json if filename.endswith(".json") else parse_yaml
-            text = load_text(reader.watched(filename), Limits.config_bytes)
-            node = parse(text)
-            if node.kind != "mapping":  # a file with a password, named by mistake, is not shown
-                node = Node(node.kind, "", node.place)
+            # A file that is no mapping but a password, named by mistake, is not shown.
+            node = reader.document(filename)._replace(text="")
             web = reader.section(WebConfig, node, "") or web
             if web.basic_auth_users:
                 reader.warn_of_readers(filename)
@@ -2835,18 +2817,22 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
 
 def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
     """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
-    tls, folder = web.tls_server_config, os.path.dirname(options["web.config.file"])
+    tls = web.tls_server_config
     if tls:
-        names = [n for n in ("cert_file", "key_file", "client_ca_file") if getattr(tls, n)]
-        paths: Any = {name: os.path.join(folder, getattr(tls, name)) for name in names}
+        folder = os.path.dirname(options["web.config.file"])
+        files = given(tls, "cert_file", "key_file", "client_ca_file")
+        paths = {name: os.path.join(folder, file) for name, file in files.items()}
         return "tls_server_config", dataclasses.replace(tls, **paths)
     if not options["web.tls.listen-address"]:
         return "", None
-    tls = TlsServer(options["web.tls.cert"], options["web.tls.key"])
-    if options["web.tls.verify"]:
-        wanted, file = AUTH_TYPES[-1], options["web.tls.ca"]
-        tls = dataclasses.replace(tls, client_auth_type=wanted, client_ca_file=file)
-    return "-web.tls", tls
+    clients = (AUTH_TYPES[-1], options["web.tls.ca"]) if options["web.tls.verify"] else ()
+    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], *clients)
+
+
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
@@ -2860,7 +2846,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     # No connection gets in by a ticket of an earlier one: each proves itself.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
-    load_key_pair(context, (tls.cert_file, tls.key_file), reader, path)
+    reader.key_pair(context, path, tls.cert_file, tls.key_file)
     if not reader.problems:
         with reader.noting(path, f"cannot use {tls.cert_file}"):
             ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
@@ -2873,25 +2859,18 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     return ServerTls(tls, context, min(ends), authorities)
 
 
-NO_BCRYPT: Final = (
-    "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
-)
-
-
-def load_credentials(
-    options: Options, reader: FileReader, former: Credentials | None
-) -> Credentials:
+def load_credentials(options: Options, reader: FileReader) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
+    former: Credentials | None = reader.former
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
-    token: Secret = options["web.bearer.token"]
+    token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
     if token and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
         with DocumentReader(filename, reader.problems).noting(""):
             token = reader.secret(filename)
-    crypt_rn = load_bcrypt() if web.basic_auth_users else None
-    if web.basic_auth_users and not crypt_rn:
-        reader.problem("basic_auth_users", NO_BCRYPT)
+    with reader.noting("basic_auth_users"):
+        crypt_rn = load_bcrypt() if web.basic_auth_users else None
     path, tls = choose_tls(options, web)
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
@@ -4546,10 +4525,11 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
-def load_config(options: Options, limits: Limits, reader: FileReader, former: Any) -> Config:
+def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     """The configuration that flags name; what is wrong with it is noted as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     config = ConfigLoader(limits, reader).load(*flags)
+    former: Config | None = reader.former
     if former and former.modules and not (config.modules or reader.problems):
         # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
@@ -4563,13 +4543,13 @@ class Program:
         """Load and check everything; raises ConfigError."""
         self._options, self._limits, metrics = options, limits, SelfMetrics()
         set_constant_metrics(metrics)
-        reader, problems = DocumentReader(options["web.config.file"], []), list[Problem]()
+        reader = DocumentReader(options["web.config.file"], [])
         load: Any = functools.partial(load_config, options, limits)
-        self.config = Watched(load, DocumentReader("", []), 0, problems)
+        self.config = Watched(load, DocumentReader("", []), 0)
         load = functools.partial(load_credentials, options)
-        credentials = Watched(load, reader, limits.rotation_seconds, problems)
-        if problems:
-            raise ConfigError(*problems)
+        credentials = Watched(load, reader, limits.rotation_seconds)
+        if self.config.problems or credentials.problems:
+            raise ConfigError(*self.config.problems, *credentials.problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
         tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
