@@ -159,6 +159,7 @@ class Limits:
     rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
     bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
     bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
+    bcrypt_seconds: float = limit(5, "to wait for that, then the answer is 503")
     certmatch_processes: int = limit(
         2, "that match such names at once: they must not take all cores"
     )
@@ -1680,8 +1681,11 @@ def parse_host(text: str) -> str:
 
 
 def parse_offset(text: str) -> float:
-    """Seconds of a duration, or of a plain number; ValueError."""
-    return parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
+    """Seconds of a duration, or of a plain number, at most a day of them; ValueError."""
+    seconds = parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
+    if seconds > Limits.longest_scrape_seconds:
+        raise ValueError("expected a day at most")
+    return seconds
 
 
 def parse_path(text: str) -> str:
@@ -2025,6 +2029,7 @@ A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Not shown: behind a colon the password could follow.
+read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*")
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
@@ -2091,7 +2096,7 @@ class HttpTarget:
     container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
-    basic_auth_username: str = key(read_text, "", "user name to send", *PASSWORD_KEYS)
+    basic_auth_username: str = key(read_login, "", "user name to send", *PASSWORD_KEYS)
     basic_auth_password: Secret = key(read_secret, Secret(""), "password", "basic_auth_username")  # noqa: RUF009 - frozen
     basic_auth_password_file: str = key(read_text, "", "file with it", "basic_auth_username")
     bearer_token_file: str = key(read_text, "", "file with a token to send")
@@ -2371,6 +2376,8 @@ class FileReader(DocumentReader):
 
     def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
         """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+        if self.former is not None and stat.S_ISFIFO(os.stat(self.watched(filename)).st_mode):
+            raise NodeError("a pipe, which can be read but once")
         with open(self.watched(filename), "rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
@@ -2561,9 +2568,13 @@ def notify(state: str) -> None:
 def reload_all(*parts: Watched) -> list[Problem]:
     """What is wrong with those that stay as they are; all others have been read again."""
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    problems = [problem for part in parts for problem in part.reload()]
-    notify("READY=1")
-    return problems
+    try:
+        return [problem for part in parts for problem in part.reload()]
+    except Exception:  # a fault of ours must not end a service that works
+        LOGGER.exception("unexpected error in reloading")
+        return [Problem("", 0, 0, "", "unexpected error: see the log")]
+    finally:
+        notify("READY=1")
 
 
 # --- certificates and secrets
@@ -2614,13 +2625,23 @@ def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -
     return TargetCredentials(load_target_context(target, path, reader), authorization)
 
 
+@functools.lru_cache(maxsize=1)
+def system_context() -> ssl.SSLContext:
+    """One that trusts the system's authorities; loading them takes 35 ms and 1 MB, so once. IO."""
+    context = new_context(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
+    return context
+
+
 def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
     authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
+    if not (authorities or target.tls_cert_file or target.tls_insecure_skip_verify):
+        return system_context()
     context = new_context(ssl.PROTOCOL_TLS_CLIENT)
-    if not target.tls_ca_cert_file:
+    if not (target.tls_ca_cert_file or target.tls_insecure_skip_verify):
         context.load_default_certs()
     for name, file in authorities.items():
         with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
@@ -2683,7 +2704,10 @@ class Users:
         if hmac.compare_digest(self._proved.get(name, b""), proof):
             return True
         stored = self._hashes.get(name, self._stranger)
-        with self._slots:
+        if not self._slots.acquire(timeout=Limits.bcrypt_seconds):
+            raise RequestError(503, "too many passwords are being checked, try again later")
+        with contextlib.ExitStack() as slot:
+            slot.callback(self._slots.release)
             hashed = hash_password(self._crypt_rn, password, stored)
         # A NUL would end the password for bcrypt.
         right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
@@ -4131,11 +4155,13 @@ class Connections:
             self._open.pop(connection, None)
             self._metrics.set("expexp_open_connections", to=len(self._open))
 
-    def mark(self, connection: socket.socket, *, idle: bool) -> None:
-        """Note whether a connection waits for a request, unless it has been evicted."""
+    def mark(self, connection: socket.socket, *, idle: bool) -> bool:
+        """Note whether a connection waits for a request; False if it has been evicted."""
         with self._lock:
-            if self._open.pop(connection, None) is not None:
+            is_open = self._open.pop(connection, None) is not None
+            if is_open:
                 self._open[connection] = idle
+            return is_open
 
     def evict(self) -> bool:
         """Have the oldest idle connection end; its thread wakes from reading. False if none is."""
@@ -4278,7 +4304,7 @@ class Handler(ClientConnection):
         request, refusal = Request("-", "-", (), self._client), None
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
-        connections.mark(self._slot, idle=False)
+        arrived = arrived if connections.mark(self._slot, idle=False) else b""  # or evicted
         held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
@@ -4345,17 +4371,24 @@ class Handler(ClientConnection):
         """Send a response; the connection is reset if that fails after a part of it was sent."""
         self._allowance = self._limits.write_stall_seconds  # seconds that sending may still take
         with response.cleanup:
+            response.aborted = True
             try:
                 self._send_response(response, request.method == "HEAD")
+                response.aborted = False
             except (OSError, ScrapeError) as error:
                 LOGGER.debug("%s: response not sent: %s", request.client, error)
-                response.aborted = self.close_connection = True
-                # With a reset the client sees an error: to HTTP/1.0 an end is a complete body.
-                with contextlib.suppress(OSError):
-                    linger = struct.pack("ii", 1, 0)
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                for each in (self.rfile, self.connection, self._slot):
-                    each.close()
+            finally:  # also for errors that are none of these
+                if response.aborted:
+                    self._reset()
+
+    def _reset(self) -> None:
+        """End the connection so that the client sees an error: to HTTP/1.0 an end completes."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        for each in (self.rfile, self.connection, self._slot):
+            each.close()
 
     def _send_response(self, response: Response, is_head: bool) -> None:
         """Send head and body, in one write if they are small."""
@@ -4363,9 +4396,11 @@ class Handler(ClientConnection):
         given = {name.lower() for name, _ in headers}
         bodiless = response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
         chunked = False
+        if bodiless:  # RFC 9110, 8.6
+            headers = [pair for pair in headers if pair[0].lower() != "content-length"]
         if isinstance(body, bytes):
             headers += [] if bodiless else [("Content-Length", str(len(body)))]
-        elif "content-length" not in given:
+        elif "content-length" not in given and not bodiless:
             chunked = self.request_version == "1.1"
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             self.close_connection |= not chunked  # the only end of the body there is
@@ -4411,6 +4446,7 @@ class Server(http.server.ThreadingHTTPServer):
     """A listener; several may share connections and application."""
 
     request_queue_size = 1024
+    allow_reuse_port = False  # two that listen on one port would share its requests
 
     def __init__(
         self, address: Address, tls: bool, application: Application, connections: Connections
@@ -4528,6 +4564,7 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
 def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     """The configuration that flags name; what is wrong with it is noted as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
+    system_context.cache_clear()  # the system's authorities may have changed, too
     config = ConfigLoader(limits, reader).load(*flags)
     former: Config | None = reader.former
     if former and former.modules and not (config.modules or reader.problems):
