@@ -50,12 +50,13 @@ Licensed under the Apache License, Version 2.0.
 from __future__ import annotations
 
 import base64
+import calendar
 import codecs
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import difflib
-import email.errors
 import errno
 import fnmatch
 import functools
@@ -67,6 +68,7 @@ import http.client
 import http.server
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -91,6 +93,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +146,7 @@ class Limits:
     accept_pause_seconds: float = limit(0.05, "without descriptors: accepting must not spin")
     request_line_bytes: int = limit(8192, "the longest sensible query names a blackbox target")
     header_block_bytes: int = limit(32768, "all headers of a request")
+    handshake_seconds: float = limit(10, "for a client's TLS handshake: silent ones must go")
     header_seconds: float = limit(10, "to send a request's line and headers: slow-loris")
     write_stall_seconds: float = limit(30, "a client that does not read must not keep a slot")
     write_bytes_per_second: int = limit(65536, "nor one that reads a byte at a time")
@@ -152,6 +156,18 @@ class Limits:
     body_bytes: int = limit(256 * MEBIBYTE, "a target's body, also decoded; output; a file")
     held_bytes: int = limit(512 * MEBIBYTE, "the bodies of all requests together, then busy")
     config_bytes: int = limit(16 * MEBIBYTE, "a configuration file")
+    rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
+    bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
+    bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
+    bcrypt_seconds: float = limit(5, "to wait for that, then the answer is 503")
+    certmatch_processes: int = limit(
+        2, "that match such names at once: they must not take all cores"
+    )
+    certmatch_seconds: float = limit(2, "for the operator's pattern on a client's names")
+    secret_bytes: int = limit(65536, "a file with a password or token")
+    cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
+    cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
+    commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -204,7 +220,7 @@ unreachable     502  http            -                         not resolved, ref
 truncated       502  http            -                         less than announced, invalid chunks
 protocol        502  http            -                         not HTTP, endless headers, a 1xx
 too_large       502  http exec file  -                         body, decoded body, output over limit
-busy            503  http exec file  -                         too many bodies in memory
+busy            503  http exec file  -                         max_concurrent, bodies in memory
 timeout         504  http exec file  proxy_timeout_errors      the deadline, wherever it struck
 status            0  http            -                         other than 200: passed on as it is
 aborted           0  http            -                         after the status was sent: reset
@@ -310,6 +326,10 @@ class Secret:
         """The text itself."""
         return self._text
 
+    def __bool__(self) -> bool:
+        """Whether there is any text."""
+        return bool(self._text)
+
     def __repr__(self) -> str:
         """Always the same, whatever is inside."""
         return "<secret>"
@@ -358,6 +378,19 @@ def parse_listen_address(text: str) -> tuple[str, int]:
         example = 'an address such as ":9999" or "[::1]:9999"'
         raise ValueError(f'expected {example}, found "{excerpt(text)}"')
     return found[1] or found[2] or "", int(found[3])
+
+
+def is_host(text: str) -> bool:
+    """Whether it is a host and perhaps a port, as in the header Host."""
+    host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
+    found = re.fullmatch(rf"(?:{host})(?::([0-9]{{1,5}}))?", text)
+    return found is not None and 1 <= int(found[1] or 1) <= LAST_PORT
+
+
+def render_address(address: tuple[str, int]) -> str:
+    """Host and port, as `parse_listen_address` reads them."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -414,8 +447,10 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # `(?:x|)` is `x` or nothing, faster than `(?:x)?`; a class without `^` is faster than one with.
 # Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
+Pattern = re.Pattern[bytes]
 
-def compile_production(pattern: bytes) -> re.Pattern[bytes]:
+
+def compile_production(pattern: bytes) -> Pattern:
     """Return `pattern` compiled, with plain quantifiers where Python has no possessive ones."""
     if sys.version_info < (3, 11):
         pattern = re.sub(rb"([*+?}])\+", rb"\1", pattern)
@@ -429,7 +464,7 @@ MAX_LABELS: Final = 10_000
 RUN_STEP: Final = 256
 
 
-def compile_run(unit: bytes) -> re.Pattern[bytes]:
+def compile_run(unit: bytes) -> Pattern:
     """Return a run of `unit` (up to 256 bytes) for `scan`, at most 64 KiB of it at a time.
 
     The bound keeps one match short, so that other threads and the deadline get their turn on an
@@ -446,15 +481,10 @@ LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
-INFINITY: Final = rb"[+-]?[iI][nN][fF](?:[iI][nN][iI][tT][yY])?"
-NOT_A_NUMBER: Final = rb"[nN][aA][nN]"
-NUMBER: Final = compile_production(rb"(%b)|%b|%b" % (DECIMAL, INFINITY, NOT_A_NUMBER))
-DIGITS: Final = re.compile(rb"()[0-9]+")
-MAX_INT64: Final = 2**63 - 1
+NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-ESCAPED: Final = {b"\\": b"\\", b'"': b'"', b"n": b"\n"}
 
 # Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
@@ -468,11 +498,10 @@ LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
 # Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
-CANONICAL_BYTE: Final = rb"[\0-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash or newline
+CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
-CANONICAL_NUMBER: Final = (
-    rb"(?:-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|[+-]Inf|NaN)"
-)
+FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
+CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 16  # node_os_info has 12
 
 
@@ -480,83 +509,70 @@ def compose_labels(depth: int = 0) -> bytes:
     """Return up to 16 pairs from the `depth`-th on, each with a name that none before it has."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
     pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, LABEL_NAME, CANONICAL_VALUE)
-    if depth + 1 == MAX_FAST_LABELS:
-        return pair
-    return pair + rb"(?:,%b|)" % compose_labels(depth + 1)
+    more = rb"(?:,%b|)" % compose_labels(depth + 1) if depth + 1 < MAX_FAST_LABELS else b""
+    return pair + more
 
 
-SECONDS: Final = rb"-?[0-9]{1,18}+(?:\.[0-9]{1,18}+|)(?:e\+?[0-9]{1,2}|)"
-EXEMPLAR_VALUE: Final = CANONICAL_VALUE.replace(rb"[\0-", rb"[\x01-")
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, EXEMPLAR_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
 UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
-NEW_TYPES: Final = (b"gaugehistogram", b"info", b"stateset")
-OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], *NEW_TYPES)
+OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
 
 
 RUN_SAMPLES: Final = 200
 
 
-def compose_run(
-    types: tuple[bytes, ...], timestamp: bytes, more: bytes, unit: bytes
-) -> re.Pattern[bytes]:
+def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"") -> Pattern:
     """Return a run of samples with the metadata before them, all canonical.
 
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    value = CANONICAL_NUMBER + rb"(?: %b|)" % timestamp + more
-    sample = METRIC_NAME + rb"(?:\{%b\}|) " % compose_labels() + value
+    labels_and_value = rb"(?:\{%b\}|) %b%b" % (compose_labels(), CANONICAL_NUMBER, after_value)
     metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, sample)
+    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, METRIC_NAME + labels_and_value)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
-@dataclass(frozen=True)
-class Dialect:
-    """What distinguishes the line formats and their levels; readers know no other difference."""
+class Dialect(NamedTuple):
+    """What distinguishes the line formats and their levels; readers know no other difference.
 
-    types: tuple[bytes, ...]  #: the first one is that of a family without a type
-    token: re.Pattern[bytes]
-    label_value: re.Pattern[bytes]
-    fast: re.Pattern[bytes]
-    blanks: re.Pattern[bytes] = BLANKS  #: what may stand anywhere between two tokens
-    separator: re.Pattern[bytes] = BLANKS  #: what stands before a value, a timestamp, a keyword
-    timestamp: re.Pattern[bytes] = DIGITS
-    after_name: re.Pattern[bytes] = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
-    help_text: re.Pattern[bytes] = re.compile(b"")  #: what a HELP text begins with
+    As it is, it is the text format, as Prometheus reads it.
+    """
+
+    types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
+    token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
+    label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
+    fast: Pattern = compose_run(TEXT_TYPES, rb"(?: [0-9]{1,18}+|)")
+    separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
+    timestamp: Pattern = re.compile(rb"()[0-9]+")
+    after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    help_text: Pattern = re.compile(b"")  #: what a HELP text begins with
     openmetrics: bool = False
     lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
-TEXT: Final = Dialect(
-    types=TEXT_TYPES,
-    token=compile_run(rb"[^{ \t\n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]'),
-    fast=compose_run(TEXT_TYPES, rb"[0-9]{1,18}+", b"", b""),
-)
+TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
-    blanks=NOTHING,
     separator=re.compile(b" "),
     token=compile_run(rb"[^ \n\0]{1,256}"),
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(OPENMETRICS_TYPES, SECONDS, EXEMPLAR, UNIT),
+    fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
     openmetrics=True,
 )
-STRICT_TEXT: Final = dataclasses.replace(
-    TEXT,
+STRICT_TEXT: Final = Dialect(
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
     after_name=re.compile(rb"[ \t\n]|\Z"),
     help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
     lenient=TEXT,
 )
-STRICT_OPENMETRICS: Final = dataclasses.replace(OPENMETRICS, lenient=OPENMETRICS)
+STRICT_OPENMETRICS: Final = OPENMETRICS._replace(lenient=OPENMETRICS)
 
 # ==================================================================================================
 # 5  Exposition: reading lines
@@ -597,15 +613,18 @@ class Label(NamedTuple):
     value: bytes
 
 
+Labels = list[Label]
+
+
 class Sample(NamedTuple):
     """One line with a value, the name unescaped, the rest as it was written."""
 
     pos: int
     name: bytes
-    labels: list[Label]
+    labels: Labels
     value: bytes
     timestamp: bytes
-    exemplar: list[Label] | None
+    exemplar: Labels | None
 
 
 class Metadata(NamedTuple):
@@ -622,14 +641,11 @@ Line = Union[Sample, Metadata, None]
 
 def is_utf8(text: bytes) -> bool:
     """Return whether `text` is UTF-8; in pieces, as a decoded copy may take four times as much."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    pieces = (text[start : start + WINDOW_BYTES] for start in range(0, len(text), WINDOW_BYTES))
     try:
-        for start in range(0, 0 if text.isascii() else len(text), WINDOW_BYTES):
-            decoder.decode(text[start : start + WINDOW_BYTES])
-        decoder.decode(b"", final=True)
+        return text.isascii() or all(codecs.iterdecode(pieces, "utf-8"))
     except UnicodeDecodeError:
         return False
-    return True
 
 
 def find_line_end(body: bytes, pos: int) -> int:
@@ -641,10 +657,9 @@ def find_line_end(body: bytes, pos: int) -> int:
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
     body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
-    until = body[start:pos] + (body[pos : pos + 1] or b"\n")
-    if is_utf8(body[start : find_line_end(body, pos)]):
-        until = until.translate(None, CONTINUATION_BYTES)
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, len(until), start)
+    uncounted = CONTINUATION_BYTES if is_utf8(body[start : find_line_end(body, pos)]) else b""
+    column = len(body[start : pos + 1].translate(None, uncounted)) + (pos == len(body))
+    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, column, start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -659,31 +674,37 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str) -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes what stands there instead."""
-    return refuse(source, pos, f"expected {what}, found {describe(source, pos)}")
+def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
+    """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
+    shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
+    return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def scan(source: Source, pos: int, run: re.Pattern[bytes]) -> int:
+def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
+    """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
+    if not fits:
+        raise expected(source, pos, what, found)
+
+
+def scan(source: Source, pos: int, run: Pattern) -> int:
     """Return the end of the longest repetition of `run` from `pos` on."""
-    found = run.match(source.body, pos)
-    while found and found.end() - pos >= RUN_STEP:  # shorter only where the run ends
+    # A match is shorter than RUN_STEP only where the run ends.
+    while (found := run.match(source.body, pos)) and found.end() - pos >= RUN_STEP:
         source.tick()
         pos = found.end()
-        found = run.match(source.body, pos)
     return found.end() if found else pos
 
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return scan(source, pos, source.dialect.blanks) if peek(source, pos) in b" \t" else pos
+    free = peek(source, pos) in b" \t" and not source.dialect.openmetrics
+    return scan(source, pos, BLANKS) if free else pos
 
 
-def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, bytes]:
+def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
-    if peek(source, end) == b"\\":
-        raise expected(source, end, r"one of the escapes \\, \" and \n")
+    require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
         found = describe(source, end)
         raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
@@ -692,10 +713,10 @@ def read_quoted(source: Source, pos: int, run: re.Pattern[bytes]) -> tuple[int, 
 
 def unescape(text: bytes) -> bytes:
     """Return `text` as Prometheus understands it."""
-    return ESCAPE.sub(lambda found: ESCAPED[found[1]], text)
+    return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tuple[int, bytes]:
+def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted; of a quoted one nothing is asked here."""
     if peek(source, pos) == b'"':
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
@@ -703,29 +724,23 @@ def read_name(source: Source, pos: int, run: re.Pattern[bytes], what: str) -> tu
             raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
         return end, unescape(name)
     end = scan(source, pos, run)
-    if end == pos or peek(source, pos).isdigit():
-        raise expected(source, pos, what)
+    require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
     return end, source.body[pos:end]
 
 
 def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a label's value as it was written, from the equals sign on."""
-    if peek(source, pos) != b"=":
-        raise expected(source, pos, '"="')
+    require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
-    if peek(source, pos) != b'"':
-        raise expected(source, pos, "a label value in double quotes")
+    require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
-    if not is_utf8(value):
-        raise refuse(source, pos, f'expected a label value in UTF-8, found "{excerpt(value)}"')
+    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
     return skip_blanks(source, scan(source, end, NULS)), value
 
 
-def read_labels(
-    source: Source, pos: int, name: bytes | None
-) -> tuple[int, bytes | None, list[Label]]:
+def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
-    labels: list[Label] = []
+    labels = Labels()
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
@@ -739,45 +754,34 @@ def read_labels(
             labels.append(Label(start, label, value))
         if len(labels) > MAX_LABELS:
             raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
-        pos = read_comma(source, pos)
+        if peek(source, pos) == b",":
+            pos = skip_blanks(source, pos + 1)
+            last = source.dialect is STRICT_OPENMETRICS and peek(source, pos) == b"}"
+            require(not last, source, pos, "a label name")
+        elif source.dialect is not TEXT:
+            require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos + 1, name, labels
 
 
-def read_comma(source: Source, pos: int) -> int:
-    """Return where the next pair or the closing brace is."""
-    openmetrics, strict = source.dialect.openmetrics, source.dialect.lenient
-    if peek(source, pos) == b",":
-        pos = skip_blanks(source, pos + 1)
-        if peek(source, pos) == b"}" and openmetrics and strict:
-            raise expected(source, pos, "a label name")
-    elif peek(source, pos) != b"}" and (openmetrics or strict):
-        raise expected(source, pos, '"," or "}"')
-    return pos
-
-
-def require_names(source: Source, labels: list[Label]) -> None:
+def require_names(source: Source, labels: Labels) -> None:
     """Return nothing; raise for a bad name, or one that is there twice. Empty labels do not count.
 
     The first is the metric's own, of which Prometheus makes the label `__name__`.
     """
     seen = {b"__name__"}
     for number, (pos, name, value) in enumerate(labels):
-        if not name or not is_utf8(name):
-            raise refuse(source, pos, f'expected a name in UTF-8, found "{excerpt(name)}"')
+        require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
         if number and name in seen:
             raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
         seen |= {name} if value else set()
 
 
-def read_number(
-    source: Source, pos: int, what: str, form: re.Pattern[bytes] = NUMBER
-) -> tuple[int, bytes]:
+def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
     start = scan(source, pos, source.dialect.separator)
     end = scan(source, start, source.dialect.token)
     number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
-    if start == pos and source.dialect.openmetrics:
-        raise expected(source, pos, "a blank")
+    require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
     if not number or end - start > MAX_NUMBER_BYTES:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
@@ -793,12 +797,12 @@ def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
         return pos, b""
     what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
     end, number = read_number(source, pos, what, dialect.timestamp)
-    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") > MAX_INT64:
+    if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
         raise expected(source, start, "a timestamp within the range of int64")
     return end, number
 
 
-def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
+def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
     """Return the labels of an exemplar, if there is one."""
     if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
         return pos, None
@@ -812,15 +816,14 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, list[Label] | None]:
 def read_line_end(source: Source, pos: int) -> int:
     """Return the start of the next line. Only lenient text may end without a newline."""
     pos = skip_blanks(source, pos)
-    needed = source.dialect.openmetrics or source.dialect.lenient
-    if peek(source, pos) != b"\n" and (needed or pos < len(source.body)):
-        raise expected(source, pos, "a newline")
+    over = source.dialect is TEXT and pos == len(source.body)
+    require(over or peek(source, pos) == b"\n", source, pos, "a newline")
     return pos + 1
 
 
 def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
-    start, name, labels = pos, None, list[Label]()
+    start, name, labels = pos, None, Labels()
     if peek(source, pos) not in (b"{", b'"'):
         pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
         pos = skip_blanks(source, pos)
@@ -838,45 +841,33 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
+    end = find_line_end(body, pos)
     word = scan(source, pos + 1, dialect.separator)
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
-    keyword = body[word:after].replace(b"\0", b"")
-    if dialect.lenient and after - word > len(keyword):
+    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
+    if dialect.lenient and b"\0" in body[word:after]:
         raise refuse(source, word, "expected no NUL byte in the first word of a comment")
-    known = (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]
-    if word > pos + 1 and name > after and keyword in known:
-        return read_metadata(source, Metadata(pos, keyword, b"", b""), name)
+    if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
+        return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        if word == pos + 1 or keyword != b"EOF":
-            found = excerpt(body[pos : find_line_end(body, pos)])
-            raise refuse(source, pos, f'expected HELP, TYPE, UNIT or "# EOF", found "{found}"')
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', body[pos:end])
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    end = find_line_end(body, pos)
     lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
     if lost >= 0:
         raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
     return read_line_end(source, end), None
 
 
-def read_metadata(source: Source, metadata: Metadata, pos: int) -> tuple[int, Metadata]:
-    """Return a HELP, TYPE or UNIT line, of which the name begins at `pos`."""
-    what = f"a metric name after {metadata.keyword.decode()}"
-    pos, name = read_name(source, pos, METRIC_RUN, what)
+def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
+    """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
+    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
     end = find_line_end(source.body, pos)
-    if not source.dialect.after_name.match(source.body, pos):
-        raise expected(source, pos, "a blank")
-    metadata = metadata._replace(name=name, text=source.body[pos + 1 : end])
-    require_text(source, min(pos + 1, end), metadata)
-    return read_line_end(source, end), metadata
-
-
-def require_text(source: Source, pos: int, metadata: Metadata) -> None:
-    """Return nothing; raise where the text at `pos` is none for its keyword."""
-    _, keyword, name, text = metadata
+    require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
+    text = source.body[pos + 1 : end]
     what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
@@ -884,8 +875,8 @@ def require_text(source: Source, pos: int, metadata: Metadata) -> None:
         what = "a unit that the metric's name ends in"
     elif keyword == b"HELP" and not source.dialect.help_text.match(text):
         what = r"no escapes but \\ and \n"
-    if what:
-        raise refuse(source, pos, f'expected {what}, found "{excerpt(text)}"')
+    require(not what, source, min(pos + 1, end), what, text)
+    return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -893,8 +884,7 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
     pos = skip_blanks(source, pos)
     if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
         return pos + 1, None
-    if pos == len(source.body):
-        raise expected(source, pos, '"# EOF"')
+    require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
 
 
@@ -904,41 +894,37 @@ def find_end(source: Source) -> int:
     return len(source.body) + bool(needed)
 
 
-def count_samples(body: bytes, start: int, end: int) -> int:
-    """Return how many canonical lines from `start` to `end` are samples: have no `#`."""
-    comments = body.count(b"\n#", start, end) + body.startswith(b"#", start, end)
-    return body.count(b"\n", start, end) - comments
+def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
+    """Return where the canonical lines from `pos` on end, and how many samples they have.
 
-
-def read_window(source: Source, pos: int, end: int, fast: re.Pattern[bytes]) -> tuple[int, int]:
-    """Return where the lines that start before `end` end, and how many samples they have."""
-    samples, start = 0, pos  # of the run that is not counted yet
-    while pos < end:
+    Only those of the last run need counting: another could follow on all before it.
+    """
+    samples, last = -RUN_SAMPLES, pos
+    while run := fast.match(source.body, pos, end):
         source.tick()
-        run = fast.match(source.body, pos, end)
-        if run:
-            samples += RUN_SAMPLES if start < pos else 0
-            start, pos = pos, run.end()
-        else:
-            samples += count_samples(source.body, start, pos)
-            start, line = read_line(source, pos)
-            samples, pos = samples + isinstance(line, Sample), start
-    return pos, samples + count_samples(source.body, start, pos)
+        samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
+    comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
+    return pos, max(samples, 0) + source.body.count(b"\n", last, pos) - comments
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
-    """Return how many samples the whole body has.
+    """Return how many samples the whole body has: run by run, and what is between them by line.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
     That is decided window by window: a Latin-1 comment costs its own window the fast path.
     """
-    source = Source(body, dialect, tick)
-    pos = samples = 0
+    source, run = Source(body, dialect, tick), NOTHING
+    pos = window = samples = 0
     while pos < find_end(source):
-        end = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or min(pos + WINDOW_BYTES, len(body))
-        run = dialect.fast if fast and is_utf8(body[pos:end]) else NOTHING
-        pos, found = read_window(source, pos, max(end, pos + 1), run)
+        if pos >= window:
+            window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
+            run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+        pos, found = read_runs(source, pos, window, run)
         samples += found
+        if pos < window:
+            tick()
+            pos, line = read_line(source, pos)
+            samples += isinstance(line, Sample)
     return samples
 
 
@@ -948,7 +934,8 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 # The strict level: what the formats themselves demand, beyond what Prometheus ingests. Rules of a
 # line are a stricter dialect for the same reader; rules of a family are the `check_*` functions,
 # one a rule, each with examples that pass and that do not, which the tests run. A check gets a
-# family of well-formed lines and yields complaints: where, and what is wrong.
+# family of well-formed lines, and those of its rows to look at: all in their order, or those of one
+# metric (in OpenMetrics at one point in time). It yields complaints: where, and what is wrong.
 
 Complaints = Iterator[tuple[int, str]]
 #: A family of more samples is only judged line by line: what the checks need is kept in memory,
@@ -984,20 +971,13 @@ class Row(NamedTuple):
 class Family:
     """A run of lines about one name."""
 
-    def __init__(self, first: Sample | Metadata, source: Source) -> None:
-        """Begin with the first line."""
-        dialect, self.tick = source.dialect, source.tick
+    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
+        """Begin with what the first line says; it is still to be added."""
         self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
+        self.type, self.names = dialect.types[0], {first.name}
         self.metadata: list[Metadata] = []
         self.rows: list[Row] = []
-        self.set_type(dialect.types[0])
-        self.add(first)
-
-    def set_type(self, name: bytes) -> None:
-        """Take a type, and with it the names that samples may have."""
-        self.type = name
-        suffixes = SUFFIXES.get((self.openmetrics, name), (b"",))
-        self.names = {self.name + suffix for suffix in suffixes}
+        self.metrics: dict[tuple[str, bytes], list[Row]] = {}
 
     def takes(self, line: Sample | Metadata) -> bool:
         """Return whether this family goes on with `line`."""
@@ -1005,14 +985,17 @@ class Family:
 
     def add(self, line: Sample | Metadata) -> None:
         """Take one more line."""
-        if isinstance(line, Sample):
-            if len(self.rows) > MAX_JUDGED_SAMPLES:
-                return
-            self.rows.append(self.make_row(line))
-            return
-        self.metadata.append(line)
-        if line.keyword == b"TYPE":
-            self.set_type(line.text)
+        if isinstance(line, Metadata):
+            self.metadata.append(line)
+            if line.keyword == b"TYPE":
+                self.type = line.text
+                suffixes = SUFFIXES.get((self.openmetrics, self.type), (b"",))
+                self.names = {self.name + suffix for suffix in suffixes}
+        elif len(self.rows) <= MAX_JUDGED_SAMPLES:
+            row = self.make_row(line)
+            self.rows.append(row)
+            point = row.timestamp if self.openmetrics else b""
+            self.metrics.setdefault((row.labels, point), []).append(row)
 
     def make_row(self, sample: Sample) -> Row:
         """Return what the rules ask of a sample. A label without a value is none."""
@@ -1026,51 +1009,29 @@ class Family:
         rest = repr(sorted(labels.items()))
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
-    def each(self) -> Iterator[Row]:
-        """Yield the rows, and tick now and then: a family may be a whole body."""
-        for number, row in enumerate(self.rows):
-            if number % 256 == 0:
-                self.tick()
-            yield row
 
-    def metrics(self) -> Iterable[list[Row]]:
-        """Return the rows of each metric, in OpenMetrics of each of its points in time."""
-        metrics: dict[tuple[str, bytes], list[Row]] = {}
-        for row in self.each():
-            point = row.timestamp if self.openmetrics else b""
-            metrics.setdefault((row.labels, point), []).append(row)
-        return metrics.values()
-
-
-def check_metadata(family: Family) -> Complaints:
-    r"""Yield what is repeated, or comes after the first sample.
+def check_metadata(family: Family, rows: list[Row]) -> Complaints:
+    r"""Yield what is repeated, comes after the first sample, or is not for the type.
 
     Good: `# HELP a x\n# TYPE a gauge\na 1\n`
     Bad: `# TYPE a gauge\n# TYPE a gauge\n`
     Bad: `a 1\n# TYPE a gauge\n`
-    """
-    seen: set[bytes] = set()
-    for pos, keyword, name, _ in family.metadata:
-        what = f'{keyword.decode()} of "{excerpt(name)}"'
-        if keyword in seen:
-            yield pos, f"found a second {what}"
-        elif family.rows and pos > family.rows[0].pos:
-            yield pos, f"expected the {what} before its samples"
-        seen.add(keyword)
-
-
-def check_unit(family: Family) -> Complaints:
-    r"""Yield a unit where the type has none.
-
     Good: `# TYPE a_s gauge\n# UNIT a_s s\n# EOF`
     Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
     """
-    for pos, keyword, _, text in family.metadata:
+    seen: set[bytes] = set()
+    for pos, keyword, name, text in family.metadata:
+        what = f'{keyword.decode()} of "{excerpt(name)}"'
+        if keyword in seen:
+            yield pos, f"found a second {what}"
+        elif rows and pos > rows[0].pos:
+            yield pos, f"expected the {what} before its samples"
         if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
             yield pos, f"expected no unit for the type {family.type.decode()}"
+        seen.add(keyword)
 
 
-def check_special_labels(family: Family) -> Complaints:
+def check_labels(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield a bucket, quantile or state whose label is missing or no such thing.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
@@ -1079,7 +1040,7 @@ def check_special_labels(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         if row.special == b"quantile" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
         elif row.special == b"le" and math.isnan(row.number):
@@ -1090,13 +1051,13 @@ def check_special_labels(family: Family) -> Complaints:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 
-WHOLE: Final = b"histogram_bucket histogram_count gaugehistogram_bucket gaugehistogram_gcount"
-COUNTS: Final = (*WHOLE.split(), b"summary_count")
-TOTALS: Final = (b"counter_total", b"histogram_sum", b"summary_sum", *COUNTS)
+#: How the kinds end that count something whole, and those that are not negative.
+COUNTS: Final = (b"_bucket", b"count")
+TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
 CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
 
 
-def check_values(family: Family) -> Complaints:
+def check_values(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield values that OpenMetrics does not allow for the type.
 
     Good: `# TYPE a counter\na_total 1.5\n# EOF`
@@ -1104,12 +1065,12 @@ def check_values(family: Family) -> Complaints:
     Bad: `# TYPE a summary\na_count 1.5\n# EOF`
     Bad: `# TYPE a info\na_info 2\n# EOF`
     """
-    for row in family.each() if family.openmetrics else ():
-        if row.kind in COUNTS and not row.value.is_integer():
+    for row in rows if family.openmetrics else ():
+        # A quantile of NaN is one that is not known.
+        negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
+        if row.kind.endswith(COUNTS) and not row.value.is_integer():
             yield row.pos, "expected a whole number"
-        elif (row.kind in TOTALS and not row.value >= 0) or (
-            row.kind == b"summary" and row.value < 0
-        ):
+        elif negative and row.kind.endswith(TOTALS):
             yield row.pos, "expected a number that is not negative"
         elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
             yield row.pos, "expected a sum that is a number"
@@ -1117,39 +1078,37 @@ def check_values(family: Family) -> Complaints:
             yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
 
 
-EXEMPLIFIED: Final = (b"counter_total", b"histogram_bucket")
 MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
-def check_exemplars(family: Family) -> Complaints:
+def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield exemplars that are too long, or on other samples than totals and buckets.
 
     Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
     """
-    for row in family.each():
+    for row in rows:
         pairs = row.exemplar or ()
-        if row.exemplar is not None and not row.kind.endswith(EXEMPLIFIED):
+        if row.exemplar is not None and not row.kind.endswith((b"_total", b"_bucket")):
             yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
         if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
             yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
 
 
-def check_series(family: Family) -> Complaints:
+def check_series(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
 
     Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
     Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
     """
-    for rows in family.metrics():
-        seen = set()
-        for row in rows:
-            if (row.kind, row.bound) in seen:
-                yield row.pos, "found the same series twice"
-            seen.add((row.kind, row.bound))
+    seen = set()
+    for row in rows:
+        if (row.kind, row.bound) in seen:
+            yield row.pos, "found the same series twice"
+        seen.add((row.kind, row.bound))
 
 
-def check_order(family: Family) -> Complaints:
+def check_order(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
 
     Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
@@ -1157,10 +1116,9 @@ def check_order(family: Family) -> Complaints:
     Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
     Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
     """
-    seen: set[str] = set()
-    before: Row | None = None
-    for row in family.each() if family.openmetrics else ():
-        if before is None or row.labels != before.labels:
+    seen = {row.labels for row in rows[:1]}
+    for before, row in zip(rows, rows[1:]) if family.openmetrics else ():
+        if row.labels != before.labels:
             if row.labels in seen:
                 yield row.pos, "expected the samples of one metric in one place"
             seen.add(row.labels)
@@ -1168,25 +1126,23 @@ def check_order(family: Family) -> Complaints:
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
         elif float(row.timestamp or 0) < float(before.timestamp or 0):
             yield row.pos, "expected no earlier timestamp than that of the sample before"
-        before = row
 
 
-def check_bounds(family: Family) -> Complaints:
+def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield buckets and quantiles that are not in ascending order.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
     Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
     """
-    for rows in family.metrics():
-        bounded = [row for row in rows if row.special]
-        for before, row in zip(bounded, bounded[1:]):
-            free = family.openmetrics and family.type == b"summary"
-            if row.number < before.number and not free:
-                yield row.pos, "expected buckets and quantiles in ascending order"
+    bounded = [row for row in rows if row.special]
+    free = family.openmetrics and family.type == b"summary"
+    for before, row in zip(bounded, bounded[1:]):
+        if row.number < before.number and not free:
+            yield row.pos, "expected buckets and quantiles in ascending order"
 
 
-def check_histograms(family: Family) -> Complaints:
+def check_histograms(_: Family, rows: list[Row]) -> Complaints:
     r"""Yield the first thing that is wrong with each histogram.
 
     Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
@@ -1194,41 +1150,38 @@ def check_histograms(family: Family) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
     """
-    for rows in family.metrics() if family.type.endswith(b"histogram") else ():
-        values = [0.0, *(row.value for row in rows if row.special)]
-        counts = [row.value for row in rows if row.kind.endswith(b"count")]
-        if math.inf not in [row.number for row in rows]:
-            yield rows[-1].pos, 'expected a bucket with le="+Inf"'
-        elif values != sorted(values):
-            yield rows[-1].pos, "expected no bucket with less in it than the one before"
-        elif counts[:1] not in ([], values[-1:]):
-            yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
+    values = [0.0, *(row.value for row in rows if row.special)]
+    counts = [row.value for row in rows if row.kind.endswith(b"count")]
+    if math.inf not in [row.number for row in rows]:
+        yield rows[-1].pos, 'expected a bucket with le="+Inf"'
+    elif values != sorted(values):
+        yield rows[-1].pos, "expected no bucket with less in it than the one before"
+    elif counts[:1] not in ([], values[-1:]):
+        yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
 
 
-def check_sums(family: Family) -> Complaints:
+def check_sums(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
 
     Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     """
-    if not family.openmetrics or not family.type.endswith(b"histogram"):
+    if not family.openmetrics:
         return
-    for rows in family.metrics():
-        sums = [row for row in rows if row.kind.endswith(b"sum")]
-        negative = any(row.number < 0 for row in rows)
-        if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
-            yield rows[-1].pos, "expected sum and count together, or neither"
-        elif sums and negative and family.type == b"histogram":
-            yield sums[0].pos, "expected no sum, since there is a negative bucket"
-        elif sums and not negative and sums[0].value < 0:
-            yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
+    sums = [row for row in rows if row.kind.endswith(b"sum")]
+    negative = any(row.number < 0 for row in rows)
+    if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
+        yield rows[-1].pos, "expected sum and count together, or neither"
+    elif sums and negative and family.type == b"histogram":
+        yield sums[0].pos, "expected no sum, since there is a negative bucket"
+    elif sums and not negative and sums[0].value < 0:
+        yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
 
 
-FAMILY_CHECKS: Final = (
-    *(check_metadata, check_unit, check_special_labels, check_values, check_exemplars),
-    *(check_series, check_order, check_bounds, check_histograms, check_sums),
-)
+FAMILY_CHECKS: Final = (check_metadata, check_order)
+METRIC_CHECKS: Final = (check_labels, check_values, check_exemplars, check_series, check_bounds)
+HISTOGRAM_CHECKS: Final = (*METRIC_CHECKS, check_histograms, check_sums)
 
 
 class Report:
@@ -1241,8 +1194,8 @@ class Report:
 
     def add(self, error: ExpositionError, strict: bool = True) -> None:
         """Keep a finding; raise it where it is the last that is wanted."""
-        place = error.line, error.column if error.line else error.offset
-        self.findings.append(Finding(*place, error.message, strict))
+        column = error.column or error.offset
+        self.findings.append(Finding(error.line, column, error.message, strict))
         if len(self.findings) >= self.limit:
             raise error
 
@@ -1271,15 +1224,27 @@ def read_families(source: Source, report: Report) -> Iterator[Family]:
         pos, line = read_strictly(source, pos, report)
         if line is None:
             family = family if len(report.findings) == known else None
-        elif family and family.takes(line):
-            family.add(line)
-        else:
+            continue
+        if not (family and family.takes(line)):
             if family:
                 yield family
-            family = Family(line, source)
+            family = Family(line, source.dialect)
+        family.add(line)
         report.samples += isinstance(line, Sample)
     if family:
         yield family
+
+
+def complain(family: Family, taken: set[bytes], tick: Tick) -> Complaints:
+    """Yield what is wrong with a family, of which the names should not be taken."""
+    for name in sorted(taken & {family.name, *family.names})[:1]:
+        yield family.pos, f'found "{excerpt(name)}", which is a name of another family above'
+    checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
+    groups = [family.rows, *family.metrics.values()]
+    for rows in groups if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
+        for check in FAMILY_CHECKS if rows is family.rows else checks:
+            tick()
+            yield from check(family, rows)
 
 
 def judge_families(source: Source, report: Report) -> None:
@@ -1287,17 +1252,9 @@ def judge_families(source: Source, report: Report) -> None:
     taken: set[bytes] = set()
     for family in read_families(source, report):
         report.families += 1
-        complaints: list[tuple[int, str]] = []
-        for check in FAMILY_CHECKS if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
-            source.tick()
-            complaints += check(family)
-        names = family.names | {family.name}
-        for name in sorted(taken & names)[:1]:
-            what = f'found "{excerpt(name)}", which is a name of another family above'
-            complaints.append((family.pos, what))
-        for pos, message in sorted(complaints):
+        for pos, message in sorted(complain(family, taken, source.tick)):
             report.add(refuse(source, pos, message))
-        taken |= names
+        taken |= {family.name, *family.names}
 
 
 # ==================================================================================================
@@ -1308,34 +1265,32 @@ def judge_families(source: Source, report: Report) -> None:
 # must be UTF-8, label names unique, as in Prometheus's decoder. Messages say byte offset and field.
 # Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
 
-PROTOBUF: Final = """
-    MetricFamily 1 name text, 2 help text, 3 type varint, 4 metric text, 5 unit text
-    Metric 1 label text, 2 gauge Gauge, 3 counter Counter, 4 summary Summary
-    Metric 5 untyped Gauge, 6 timestamp_ms varint, 7 histogram Histogram
-    LabelPair 1 name text, 2 value text
-    Gauge 1 value double
-    Counter 1 value double, 2 exemplar Exemplar, 3 created Timestamp
-    Summary 1 count varint, 2 sum double, 3 quantile Quantile, 4 created Timestamp
-    Quantile 1 quantile double, 2 value double
-    Histogram 1 count varint, 2 sum double, 3 bucket Bucket, 4 count_float double
-    Histogram 5 schema varint, 6 zero_threshold double, 7 zero_count varint
-    Histogram 8 zero_count_float double, 9 negative_span Span, 10 negative_delta varints
-    Histogram 11 negative_count doubles, 12 positive_span Span, 13 positive_delta varints
-    Histogram 14 positive_count doubles, 15 created Timestamp, 16 exemplar Exemplar
-    Bucket 1 count varint, 2 bound double, 3 exemplar Exemplar, 4 count_float double
-    Span 1 offset varint, 2 length varint
-    Exemplar 1 label LabelPair, 2 value double, 3 timestamp Timestamp
-    Timestamp 1 seconds varint, 2 nanos varint
-"""
-FIELDS: Final = {
-    (line.split()[0], int(number)): (name, kind)
-    for line in PROTOBUF.strip().splitlines()
-    for number, name, kind in map(str.split, line.split(maxsplit=1)[1].split(","))
+#: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
+PROTOBUF: Final = {
+    "MetricFamily": "name text, help text, type int, metric text, unit text",
+    "Metric": "label text, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
+    "timestamp_ms int, histogram Histogram",
+    "LabelPair": "name text, value text",
+    "Gauge": "value double",
+    "Counter": "value double, exemplar Exemplar, created Timestamp",
+    "Summary": "count int, sum double, quantile Quantile, created Timestamp",
+    "Quantile": "quantile double, value double",
+    "Histogram": "count int, sum double, bucket Bucket, count_float double, schema int, "
+    "zero_threshold double, zero_count int, zero_count_float double, negative_span Span, "
+    "negative_delta ints, negative_count doubles, positive_span Span, positive_delta ints, "
+    "positive_count doubles, created Timestamp, exemplar Exemplar",
+    "Bucket": "count int, bound double, exemplar Exemplar, count_float double",
+    "Span": "offset int, length int",
+    "Exemplar": "label LabelPair, value double, timestamp Timestamp",
+    "Timestamp": "seconds int, nanos int",
 }
-MESSAGES: Final = {message for message, _ in FIELDS}
-#: Wire types: 0 is a varint, 1 has 8 bytes, 2 a length and as many bytes, 5 has 4 bytes.
-WIRE_TYPES: Final = {"varint": (0,), "double": (1,), "varints": (0, 2), "doubles": (1, 2)}
+FIELDS: Final = {
+    message: {number: tuple(field.split()) for number, field in enumerate(fields.split(","), 1)}
+    for message, fields in PROTOBUF.items()
+}
 LENGTH_DELIMITED: Final = 2
+#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All else has 2: a length and as many bytes.
+WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 SUMMARY, HISTOGRAM, GAUGE_HISTOGRAM = 2, 4, 5  # no type has a higher number
 PLUS_INFINITY: Final = b"\xf0\x7f"  # as a double, without the zeros before it
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
@@ -1366,97 +1321,89 @@ def read_varint(body: bytes, field: Field) -> tuple[int, int]:
 
 def read_content(body: bytes, field: Field, wire: int) -> Field:
     """Return the field cut to its content. Groups, which are obsolete, are refused."""
-    path, start, end = field
-    length = {1: 8, 5: 4}.get(wire, 0)
-    if wire == 0:
-        length = read_varint(body, field)[0] - start
-    elif wire == LENGTH_DELIMITED:
-        start, length = read_varint(body, field)
-    elif not length:
+    start, end = field.start, field.start + {1: 8, 5: 4}.get(wire, 0)
+    if wire in (0, LENGTH_DELIMITED):
+        after, number = read_varint(body, field)
+        start, end = (after, after + number) if wire == LENGTH_DELIMITED else (start, after)
+    elif start == end:
         raise garbled(field, f"expected a wire type, found {wire}")
-    if start + length > end:
-        raise garbled(field, f"expected {length} bytes, found {end - start}")
-    return Field(path, start, start + length)
+    if end > field.end:
+        raise garbled(field, f"expected {end - start} bytes, found {field.end - start}")
+    return Field(field.path, start, end)
 
 
 def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
-    """Yield the known fields of a message, and after each the fields in it."""
+    """Yield the fields of a message, and after each the fields in it."""
     pos = message.start
     while pos < message.end:
         source.tick()
         pos, tag = read_varint(source.body, message._replace(start=pos))
         number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
-        name, content = FIELDS.get((kind, number), ("", ""))
-        field = Field(f"{message.path}.{name or number}", pos, message.end)
-        if not 0 < number < 1 << 31 or (
-            name and wire not in WIRE_TYPES.get(content, (LENGTH_DELIMITED,))
-        ):
+        name, content = FIELDS[kind].get(number, (str(number), "any"))
+        field = Field(f"{message.path}.{name}", pos, message.end)
+        if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(field, f"expected no field {number} with the wire type {wire}")
         field = read_content(source.body, field, wire)
-        if name:
-            yield field
-        if content in MESSAGES:
-            yield from read_fields(source, field, content)
-        elif content.endswith("s") and wire == LENGTH_DELIMITED:
-            require_packed(source.body, field, content)
+        yield field
         pos = field.end
+        if content in FIELDS:
+            yield from read_fields(source, field, content)
+        elif content == "doubles" and (pos - field.start) % 8:
+            raise garbled(field, "expected a multiple of 8 bytes")
+        while content == "ints" and field.start < pos:
+            source.tick()
+            field = field._replace(start=read_varint(source.body, field)[0])
 
 
-def require_packed(body: bytes, field: Field, content: str) -> None:
-    """Return nothing; raise where a list of numbers does not end with one of them."""
-    if content == "doubles" and (field.end - field.start) % 8:
-        raise garbled(field, "expected a multiple of 8 bytes")
-    while content == "varints" and field.start < field.end:
-        field = field._replace(start=read_varint(body, field)[0])
+def read_message(source: Source, message: Field, kind: str) -> dict[str, list[Field]]:
+    """Return the fields of a message by their path in it."""
+    fields: dict[str, list[Field]] = {}
+    for field in read_fields(source, message, kind):
+        fields.setdefault(field.path[len(message.path) + 1 :], []).append(field)
+    return fields
+
+
+def read_last(source: Source, fields: dict[str, list[Field]], *paths: str) -> list[bytes]:
+    """Return the content of the last field of each path, the one that counts; empty without any."""
+    return [b"".join(source.body[a:b] for _, a, b in fields.get(path, [])[-1:]) for path in paths]
 
 
 def require_labels(source: Source, labels: list[Field], special: bytes) -> None:
     """Return nothing; raise for labels that are not UTF-8, or without a name of their own."""
     seen = {b"__name__", special}
     for label in labels:
-        texts = read_texts(source, label, "LabelPair")
-        name, value = texts.get("name", b""), texts.get("value", b"")
+        name, value = read_last(source, read_message(source, label, "LabelPair"), "name", "value")
         if not name or (name in seen and value) or not is_utf8(name + b"\n" + value):
             found = f'"{excerpt(name)}"="{excerpt(value)}"'
             raise garbled(label, f"expected UTF-8 and a name of its own, found {found}")
         seen |= {name} if value else set()
 
 
-def read_texts(source: Source, message: Field, kind: str) -> dict[str, bytes]:
-    """Return the content of the fields of a message, the last one of each name."""
-    fields = read_fields(source, message, kind)
-    return {field.path.rpartition(".")[2]: source.body[field.start : field.end] for field in fields}
-
-
 def read_metric(source: Source, metric: Field, number: int) -> tuple[int, bool]:
     """Return how many samples a metric has, and whether it is a native histogram too."""
-    fields = list(read_fields(source, metric, "Metric"))
-    paths = [field.path.rpartition(".metric.")[2] for field in fields]
-    content = {path: source.body[a:b].strip(b"\0\x80") for path, (_, a, b) in zip(paths, fields)}
-    labels = [field for field, path in zip(fields, paths) if path == "label"]
-    quantiles, buckets = paths.count("summary.quantile"), paths.count("histogram.bucket")
+    fields = read_message(source, metric, "Metric")
+    samples, special, native = 1, b"", False  # special: the label that Prometheus adds
     if number == SUMMARY:
-        require_labels(source, labels, b"quantile" if quantiles else b"__name__")
-        return 2 + quantiles, False
-    if number not in (HISTOGRAM, GAUGE_HISTOGRAM):
-        require_labels(source, labels, b"__name__")
-        return 1, False
-    zeros = content.get("histogram.zero_threshold"), content.get("histogram.zero_count")
-    native = any(path.endswith("_span") for path in paths) or any(zeros)
-    require_labels(source, labels, b"__name__" if native else b"le")
-    return 2 + buckets + (content.get("histogram.bucket.bound") != PLUS_INFINITY), native
+        quantiles = len(fields.get("summary.quantile", []))
+        samples, special = 2 + quantiles, b"quantile" if quantiles else b""
+    elif number in (HISTOGRAM, GAUGE_HISTOGRAM):
+        paths = (f"histogram.{path}" for path in ("zero_threshold", "zero_count", "bucket.bound"))
+        *zeros, bound = (part.strip(b"\0\x80") for part in read_last(source, fields, *paths))
+        native = any(zeros) or any(path.endswith("_span") for path in fields)
+        samples = 2 + len(fields.get("histogram.bucket", [])) + (bound != PLUS_INFINITY)
+        special = b"" if native else b"le"
+    require_labels(source, fields.get("label", []), special)
+    return samples, native
 
 
 def read_family(source: Source, family: Field) -> int:
     """Return how many samples Prometheus makes of a family. Without metrics, it asks no more."""
-    fields = read_fields(source, family, "MetricFamily")
-    metrics = [field for field in fields if field.path.endswith(".metric")]
-    texts = read_texts(source, family, "MetricFamily")
-    name, help_text = texts.get("name", b""), texts.get("help", b"")
+    fields = read_message(source, family, "MetricFamily")
+    metrics = fields.get("metric", [])
+    name, help_text, kind = read_last(source, fields, "name", "help", "type")
+    number = read_varint(kind or b"\0", Field("type", 0, 10))[1] & 0xFFFF_FFFF
     if metrics and (not name or not is_utf8(name + b"\n" + help_text)):
         raise garbled(family, f'expected name and help in UTF-8, found "{excerpt(name)}"')
-    kind = texts.get("type", b"\0")
-    number = read_varint(kind, Field("type", 0, len(kind)))[1] & 0xFFFF_FFFF
     if metrics and number > GAUGE_HISTOGRAM:
         raise garbled(family, f"expected a type up to {GAUGE_HISTOGRAM}, found {number}")
     samples, as_native, before = 0, True, False
@@ -1487,8 +1434,6 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
-PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
-PROTOBUF_MESSAGE: Final = "io.prometheus.client.MetricFamily"
 MEDIA_PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
 MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
 
@@ -1511,12 +1456,11 @@ def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
 def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
     """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
     media_type, parameters = parse_media_type(content_type)
-    wanted = (PROTOBUF_TYPE, PROTOBUF_MESSAGE, "delimited")
-    if (media_type, parameters.get("proto"), parameters.get("encoding")) == wanted:
+    protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
+    if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
         return None
-    if media_type == OPENMETRICS_TYPE:
-        return STRICT_OPENMETRICS if strict else OPENMETRICS
-    return STRICT_TEXT if strict else TEXT
+    dialect = STRICT_OPENMETRICS if media_type == OPENMETRICS_TYPE else STRICT_TEXT
+    return dialect if strict else dialect.lenient
 
 
 def verify_exposition(
@@ -1544,24 +1488,19 @@ def verify_exposition(
     """
     if strict:
         report = Report()
-        examine_exposition(body, content_type, report, tick)
+        judge_exposition(body, content_type, report, tick)
         return report.samples
     dialect = choose_dialect(content_type, strict=False)
     return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
 
 
-def examine_exposition(
-    body: bytes, content_type: str, report: Report, tick: Tick = no_tick
-) -> None:
-    """Return nothing; fill `report`. Raises ExpositionError where it is full."""
+def judge_exposition(body: bytes, content_type: str, report: Report, tick: Tick = no_tick) -> None:
+    """Return nothing; fill `report`. ExpositionError where it is full, or protobuf broken."""
     dialect = choose_dialect(content_type, strict=True)
     if dialect:
         judge_families(Source(body, dialect, tick), report)
-        return
-    try:
+    else:  # protobuf cannot be read on
         report.samples, report.families = read_protobuf(body, tick)
-    except ExpositionError as error:  # protobuf cannot be read on
-        report.add(error, strict=False)
 
 
 # ==================================================================================================
@@ -1595,6 +1534,11 @@ expexp_http_requests_total             counter  path code  Requests answered, by
 expexp_http_requests_in_flight         gauge    -  Requests that are being answered.
 expexp_open_connections                gauge    -  Connections that clients hold open.
 expexp_rejected_connections_total      counter  -  Connections closed because no slot was free.
+expexp_tls_handshake_failures_total    counter  reason  TLS connections without a request.
+expexp_tls_certificate_expiry_timestamp_seconds  gauge  -  End of our certificate, since 1970.
+expexp_config_last_reload_successful   gauge    -  Whether the last reload was successful.
+expexp_config_last_reload_success_timestamp_seconds  gauge  -  When a reload last was, since 1970.
+expexp_credentials_last_reload_successful  gauge  -  Whether changed files of secrets were usable.
 expexp_build_info                      gauge    version pythonversion  Always 1.
 build_info                             gauge    version revision branch goversion  Always 1.
 python_info                            gauge    implementation major minor patchlevel version  1.
@@ -1607,6 +1551,10 @@ process_start_time_seconds             gauge    -  Start, in seconds since 1970.
 process_threads                        gauge    -  Threads.
     """)
 ]
+#: Why there was no request on a TLS connection: the values of the label `reason`.
+HANDSHAKE_FAULTS: Final = names_of(
+    "timeout closed plain_http protocol no_certificate chain expiry not_allowed refused_by_client"
+)
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
 
@@ -1622,12 +1570,15 @@ class SelfMetrics:
     """Our counters, gauges and summaries; may be used by all threads at once."""
 
     def __init__(self) -> None:
-        """Know every declared family; those without labels start at zero."""
+        """Know every declared family; those without labels start at zero, but no time does."""
         self._lock = threading.Lock()
         # A series, by its labels: its value, and the count that only a summary has.
         self._families: dict[str, dict[tuple[str, ...], tuple[float, int]]] = {
-            declared.name: {} if declared.labels else {(): (0, 0)} for declared in SELF_METRICS
+            name: {} if labels or "_timestamp_" in name else {(): (0, 0)}
+            for name, _, labels, _ in SELF_METRICS
         }
+        for fault in HANDSHAKE_FAULTS:
+            self.increment("expexp_tls_handshake_failures_total", fault, by=0)
 
     def set(self, name: str, *labels: str, to: float) -> None:
         """Set a gauge, or a counter that is kept elsewhere."""
@@ -1643,6 +1594,14 @@ class SelfMetrics:
         with self._lock:
             total, events = self._families[name].get(labels, (0, 0))
             self._families[name][labels] = total + seconds, events + count
+
+    def forget_modules(self, known: Iterable[str]) -> None:
+        """Drop the series of all modules but these."""
+        kept = {UNKNOWN_MODULE, *known}
+        with self._lock:
+            for name in (*MODULE_COUNTERS, "expexp_proxy_failures_total"):
+                family = self._families[name].items()
+                self._families[name] = {labels: n for labels, n in family if labels[0] in kept}
 
     def create_module(self, module: str, method: str) -> None:
         """Create all series of a module at zero: only the reasons that its method can have."""
@@ -1679,9 +1638,9 @@ class SelfMetrics:
 # ==================================================================================================
 # 10  Flags
 # ==================================================================================================
-# The original's flags and ours, each declared once, as a field of Options. The rules are those of
-# Go: `-name value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them.
-# Pure: a list of texts in, Options out.
+# The original's flags and ours, each declared once, in FLAGS. The rules are those of Go: `-name
+# value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them. Pure: a list
+# of texts in, Options out, which are asked by the flags' names.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 LEVEL_NAMES: Final = ("panic", "fatal", "error", "warning", "warn", "info", "debug", "trace")
@@ -1714,14 +1673,37 @@ def parse_listen(text: str) -> tuple[str, int] | None:
     return parse_listen_address(text) if text else None
 
 
+def parse_host(text: str) -> str:
+    """A host and perhaps a port, "" for none; ValueError."""
+    if text and not is_host(text):
+        raise ValueError("expected a host, or a host and its port")
+    return text
+
+
 def parse_offset(text: str) -> float:
-    """Seconds of a duration, or of a plain number; ValueError."""
-    return parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
+    """Seconds of a duration, or of a plain number, at most a day of them; ValueError."""
+    seconds = parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
+    if seconds > Limits.longest_scrape_seconds:
+        raise ValueError("expected a day at most")
+    return seconds
 
 
 def parse_path(text: str) -> str:
     """An absolute path without `.`, `..` and doubled slashes."""
     return "/" + os.path.normpath("/" + text).lstrip("/")
+
+
+def parse_pattern(text: str) -> str:
+    """A regular expression, "" for none; ValueError if Python reads it differently, or not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # `[a&&b]` compiles, but might mean something else
+        try:
+            re.compile(text, re.ASCII)
+        except (re.error, Warning, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a regular expression of Python: {error}") from None
+    if re.search(r"\[:\^?\w+:]", text):  # not always warned of
+        raise ValueError("not a regular expression of Python: there are no classes of POSIX")
+    return text
 
 
 def no_value(_text: str) -> str:
@@ -1730,73 +1712,72 @@ def no_value(_text: str) -> str:
 
 
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
-parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
+PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "address": parse_listen,
+    "boolean": parse_boolean,
+    "host": parse_host,
+    "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
+    "network": parse_network,
+    "none": no_value,
+    "path": parse_path,
+    "pattern": parse_pattern,
+    "seconds": parse_offset,
+    "secret": Secret,
+    "text": str,
+}
 
 
-def flag(names: str, parse: Callable[[str], Any], typed: Any, documentation: str) -> Any:
-    """A field that is a flag; `typed` is its default as a user types it, () makes it repeatable."""
-    metadata = {"names": names.split(), "parse": parse, "typed": typed, "doc": documentation}
-    default = typed if typed == () else parse(typed)
-    return dataclasses.field(default=default, metadata=metadata)
+class Flag(NamedTuple):
+    """A flag; its first name is that by which Options are asked."""
+
+    names: tuple[str, ...]
+    parse: Callable[[str], Any]
+    typed: str  # the default as a user types it
+    is_repeatable: bool
+    documentation: str
 
 
-@dataclass(frozen=True)
-class Options:
-    """The values of all flags."""
-
-    allow_net: tuple[Network, ...] = flag(
-        "allow.net", parse_network, (), "Allow clients of this network (CIDR); may be repeated."
-    )
-    config_dirs: tuple[str, ...] = flag(
-        "config.dirs", str, (), "Folder of files with one module each; may be repeated."
-    )
-    config_file: str = flag(
-        "config.file config", str, "expexp.yaml", 'File with the modules; "" for none.'
-    )
-    config_skip_dirs: bool = flag(
-        "config.skip-dirs", parse_boolean, "false", "Skip a -config.dirs that does not exist."
-    )
-    help: bool = flag("help h", parse_boolean, "false", "Show the flags and exit.")
-    log_json: bool = flag("log.json", parse_boolean, "false", "Write the log as JSON.")
-    log_level: int = flag("log.level", parse_level, "warning", f"One of {', '.join(LOG_LEVELS)}.")
-    timeout_offset: float = flag(
-        "timeout-offset", parse_offset, "0.5", "Seconds taken off Prometheus's scrape timeout."
-    )
-    verify: tuple[str, ...] = flag(
-        "verify", str, (), "Check the exposition in a file (- is stdin) and exit; may be repeated."
-    )
-    verify_content_type: str = flag(
-        "verify.content-type",
-        str,
-        "",
-        "Its type; by default its last line decides.",
-    )
-    verify_strict: bool = flag(
-        "verify.strict",
-        parse_boolean,
-        "false",
-        "Exit with 1 for strict findings, too.",
-    )
-    version: bool = flag("version", parse_boolean, "false", "Show the version and exit.")
-    bearer_token: Secret = flag("web.bearer.token", Secret, "", "Token that clients must send.")  # noqa: RUF009 - frozen
-    bearer_token_file: str = flag("web.bearer.token-file", str, "", "File with that token.")
-    listen_address: tuple[str, int] | None = flag(
-        "web.listen-address", parse_listen, ":9999", 'Address to listen on; "" for none.'
-    )
-    proxy_path: str = flag("web.proxy-path", parse_path, "/proxy", "Path of the modules.")
-    telemetry_path: str = flag("web.telemetry-path", parse_path, "/metrics", "Path of our metrics.")
-    winsvc: tuple[()] = flag("winsvc", no_value, (), "Not supported: there is no Windows service.")
-
-
-def declared_flags() -> dict[str, dataclasses.Field[Any]]:
-    """All names of flags, with the fields of Options that declare them."""
-    return {name: f for f in dataclasses.fields(Options) for name in f.metadata["names"]}
+FLAGS: Final = [
+    Flag(names_of(names), PARSERS[kind.strip("*")], typed.strip("-"), "*" in kind, documentation)
+    for names, kind, typed, documentation in rows("""
+allow.net               network*  -            Allow clients of this network (CIDR) only.
+config.auto-reload-interval  seconds  0       Look for changes this often, and reload; 0 for never.
+config.check            boolean   false        Check configuration and credentials, and exit.
+config.dirs             text*     -            Folder of files with one module each.
+config.file config      text      expexp.yaml  File with the modules; "" for none.
+config.skip-dirs        boolean   false        Skip a -config.dirs that does not exist.
+help h                  boolean   false        Show the flags and exit.
+log.json                boolean   false        Write the log as JSON.
+log.level               level     warning      Least serious lines to log, for example info.
+timeout-offset          seconds   0.5          Seconds taken off Prometheus's scrape timeout.
+verify                  text*     -            Check the exposition in a file (- is stdin) and exit.
+verify.content-type     text      -            Its type; by default its last line decides.
+verify.strict           boolean   false        Exit with 1 for strict findings, too.
+version                 boolean   false        Show the version and exit.
+web.bearer.token        secret    -            Token that clients must send.
+web.bearer.token-file   text      -            File with that token, read again when it changes.
+web.config.file         text      -            Exporter-toolkit's file: TLS settings and users.
+web.enable-lifecycle    boolean   false        Let clients reload with POST /-/reload.
+web.external-address    host      -            Address of this host in /sd, not the client's word.
+web.listen-address      address   :9999        Address to listen on; "" for none.
+web.proxy-path          path      /proxy       Path of the modules.
+web.telemetry-path      path      /metrics     Path of our metrics.
+web.tls.ca              text      ca.pem       File with the authorities of clients' certificates.
+web.tls.cert            text      cert.pem     File with the certificate of the TLS listener.
+web.tls.certmatch       pattern   -            Regular expression that a name in them must match.
+web.tls.key             text      key.pem      File with the key of the TLS listener's certificate.
+web.tls.listen-address  address   -            Address to listen on with TLS; "" for none.
+web.tls.verify          boolean   false        Require clients' certificates, and verify them.
+winsvc                  none*     -            Not supported: there is no Windows service.
+    """)
+]
+Options = Mapping[str, Any]
 
 
 def parse_flags(arguments: Sequence[str]) -> Options:
     """The options of a command line; raises FlagError with what is wrong."""
-    flags, rest = declared_flags(), iter(arguments)
-    values: dict[str, Any] = {}
+    flags, rest = {name: flag for flag in FLAGS for name in flag.names}, iter(arguments)
+    options = {f.names[0]: () if f.is_repeatable else f.parse(f.typed) for f in FLAGS}
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
@@ -1804,29 +1785,27 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         name, text = found.groups()
         if name not in flags:
             raise FlagError(f"flag provided but not defined: -{excerpt(name)}")
-        field, parse = flags[name], flags[name].metadata["parse"]
+        flag = flags[name]
         if text is None:
-            text = "true" if parse is parse_boolean else next(rest, None)
+            text = "true" if flag.parse is parse_boolean else next(rest, None)
         if text is None:
             raise FlagError(f"flag needs an argument: -{name}")
         try:
-            value = parse(text)
+            value = flag.parse(text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
-        if field.metadata["typed"] == ():
-            value = (*values.get(field.name, ()), value)
-        values[field.name] = value
-    return Options(**values)
+        first = flag.names[0]
+        options[first] = (*options[first], value) if flag.is_repeatable else value
+    return options
 
 
 def render_usage() -> str:
     """All flags with their defaults."""
     lines = ["Usage of expexp:"]
-    for field in dataclasses.fields(Options):
-        names, typed = field.metadata["names"], field.metadata["typed"]
-        shown = f" (default {typed})" if typed not in ("", (), "false") else ""
-        lines.append("  " + ", ".join(f"-{name}" for name in names))
-        lines.append(f"        {field.metadata['doc']}{shown}")
+    for names, _, typed, is_repeatable, documentation in FLAGS:
+        default = f" (default {typed})" if typed not in ("", "false") else ""
+        more = " May be repeated." if is_repeatable else default
+        lines += "  " + ", ".join(f"-{name}" for name in names), f"        {documentation}{more}"
     return "\n".join(lines) + "\n"
 
 
@@ -1838,20 +1817,16 @@ def render_usage() -> str:
 # Scalars keep their source text until a key says what it wants: YAML 1.1 would read `1.10`, `no`
 # and `010` as other things than their text. All problems are collected, then raised at once. Pure.
 
-MISSING_PYYAML: Final = (
-    "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml (RHEL, "
-    "Fedora) or PyYAML (pip), or write the configuration as a .json file"
-)
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
-SCALARS: Final = ("string", "number", "boolean", "nothing")
+SCALARS: Final = "string|number|boolean|nothing"
 Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
 
 
 class NodeError(ExpexpError):
     """A node is not what it should be; who reads the document adds its file and the path."""
 
-    def __init__(self, message: str, place: Place = (0, 0)) -> None:
-        """Keep the place."""
+    def __init__(self, message: str, place: Place | None = None) -> None:
+        """Keep the place, if it has one of its own."""
         super().__init__(message)
         self.place = place
 
@@ -1885,7 +1860,7 @@ def place_after(before: str) -> Place:
 def build_yaml(loader: Any, raw: Any) -> Node:
     """The node of PyYAML's; its loader builds each once, so that no bomb of aliases can grow."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
-    build = functools.partial(loader.construct_object, deep=True)
+    build = loader.construct_object
     if raw.id == "scalar":
         kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
         return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` is no text
@@ -1905,31 +1880,31 @@ def build_yaml(loader: Any, raw: Any) -> Node:
 def parse_yaml(text: str) -> Node:
     """The first document of a YAML text; raises NodeError."""
     if yaml is None:
-        raise NodeError(MISSING_PYYAML)
+        raise NodeError(
+            "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml "
+            "(RHEL, Fedora) or PyYAML (pip), or write the configuration as a .json file"
+        )
     loader = type("NodeLoader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
     except yaml.reader.ReaderError as error:  # has no mark
-        message, place = f"not YAML: {error.reason}", place_after(text[: error.position])
+        raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
-        place = mark.line + 1, mark.column + 1
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
         if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
             message = "an alias that contains itself"
-    raise NodeError(message, place)
+        raise NodeError(message, (mark.line + 1, mark.column + 1)) from None
 
 
 def build_json(value: Any) -> Node:
     """The node of a value in JSON, which has no place; numbers and objects are nodes already."""
     if isinstance(value, list):
         return Node("list", items=tuple(map(build_json, value)))
-    if isinstance(value, str):
-        return Node("string", value)
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
-    return value or ABSENT
+    return Node("string", value) if isinstance(value, str) else value or ABSENT
 
 
 def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
@@ -1952,7 +1927,7 @@ def parse_json(text: str) -> Node:
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
 A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
-A_NAME: Final = f"(?=.){A_TEXT}"
+A_NAME: Final = "[^\0\ud800-\udfff]+"
 
 
 def scalar(
@@ -1967,31 +1942,24 @@ def scalar(
     def read(node: Node) -> Any:
         """The value."""
         with contextlib.suppress(ValueError):
-            if node.kind in ((kind,) if kind else SCALARS) and re.fullmatch(
-                pattern, node.text, re.DOTALL
-            ):
+            if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
         raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
 
     return read
 
 
-def mapping_of(read_name: Read, read_value: Read) -> Read:
-    """A reader of a mapping of names to secrets, which its messages do not show."""
-
-    def read(node: Node) -> Mapping[str, Secret]:
-        """The names and secrets."""
-        if node.kind != "mapping":
-            raise mismatch("a mapping", Node(node.kind, "", node.place))
-        found: dict[str, Secret] = {}
-        for name_node, value in node.entries:
-            name = read_name(name_node)
-            if name in found:
-                raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
-            found[name] = read_value(value)
-        return found
-
-    return read
+def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
+    """A mapping of names to secrets, which messages do not show."""
+    if node.kind != "mapping":
+        raise mismatch("a mapping", node._replace(text=""))
+    found: dict[str, Secret] = {}
+    for name_node, value in node.entries:
+        name = read_name(name_node)
+        if name in found:
+            raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
+        found[name] = read_value(value)
+    return found
 
 
 def to_boolean(text: str) -> bool:
@@ -2019,6 +1987,16 @@ def to_path(text: str) -> str:
     return path if path.startswith("/") else "/" + path
 
 
+def to_interval(text: str) -> float:
+    """Seconds of a duration that Prometheus takes for an interval. ValueError."""
+    seconds = parse_duration(text)
+    if seconds < 1:
+        raise ValueError("too short")
+    return seconds
+
+
+COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's own 4
+BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
@@ -2027,22 +2005,34 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_argument: Final = scalar("text without a NUL", secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
+read_module_name: Final = scalar("a name", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
-read_scheme: Final = scalar("http or https", "https?")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
-read_strict: Final = scalar("true, false or strict", "strict")
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
 read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
-read_variable: Final = scalar("the name of a variable", f"(?=[^=]+$){A_TEXT}", secret=True)
-read_environment: Final = mapping_of(read_variable, read_secret)
+read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
+read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_headers: Final = mapping_of(read_header, read_header_value)
+read_count: Final = scalar("a whole number from 1", "[1-9][0-9]{0,5}", int, "number")
+read_interval: Final = scalar("a duration of 1s or more", convert=to_interval)
+read_container: Final = scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
+read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
+
+AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
+A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
+read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
+read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
+# Not shown: behind a colon the password could follow.
+read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*")
+read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
+read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
+read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
@@ -2050,31 +2040,48 @@ def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
     if node.kind != "list":
         # Arguments may be secret: what was found is not shown.
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
-    return tuple(read_argument(item) for item in node.items if item.kind != "nothing")
+    return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
 
 
-def read_verify(node: Node) -> Any:
-    """True, False or "strict"."""
-    return read_boolean(node) if node.kind == "boolean" else read_strict(node)
+def read_names(node: Node) -> tuple[str, ...]:
+    """Names of which one is needed; without any, as a template may leave them, all would do."""
+    names = read_list(node)
+    if not names:
+        raise NodeError("names nobody", node.place)
+    return names
 
 
-def read_accepted(node: Node) -> Any:
-    """What a client may add: all, nothing, or what is listed."""
-    is_list = node.kind != "boolean"
-    return read_list(node, "true, false or a list") if is_list else read_boolean(node)
+def or_boolean(read: Read) -> Read:
+    """A reader of booleans, and with the other reader of all else."""
+    return lambda node: read_boolean(node) if node.kind == "boolean" else read(node)
+
+
+read_verify: Final = or_boolean(scalar("true, false or strict", "strict"))
+read_accepted: Final = or_boolean(functools.partial(read_list, what="true, false or a list"))
 
 
 # --- sections: dataclasses whose fields declare the keys
 
 REQUIRED: Final = "required"
-NO_SECRET: Final = Secret("")
 
 
-def key(read: Read, default: Any, documentation: str) -> Any:
-    """A field that is a key of the configuration; one that is REQUIRED has no default."""
-    metadata = {"read": read, "default": default, "documentation": documentation}
+def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
+    """A field that is a key of the configuration; one that is REQUIRED has no default.
+
+    If keys are named that belong `beside` it, it makes no sense without one of them. What it is
+    read as may be a section, too.
+    """
+    metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
     factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
     return dataclasses.field(default_factory=factory, metadata=metadata)
+
+
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
+ADDRESS_KEYS: Final = ("address", "unix_socket", "container")
+OPPOSED_KEYS: Final = (ADDRESS_KEYS, (*PASSWORD_KEYS, "bearer_token_file"))
+SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
+#: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
+ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2082,26 +2089,42 @@ class HttpTarget:
     """The section `http` of a module."""
 
     port: int = key(read_port, REQUIRED, "port of the exporter")
-    scheme: str = key(read_scheme, "http", "`http` or `https`")
+    scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
+    unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
+    container: str = key(read_container, "", "container of the exporter, instead of an address")
+    container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
-    basic_auth_username: str = key(read_text, "", "user name to send")
-    basic_auth_password: Secret = key(read_secret, NO_SECRET, "its password")  # noqa: RUF009 - frozen
+    basic_auth_username: str = key(read_login, "", "user name to send", *PASSWORD_KEYS)
+    basic_auth_password: Secret = key(read_secret, Secret(""), "password", "basic_auth_username")  # noqa: RUF009 - frozen
+    basic_auth_password_file: str = key(read_text, "", "file with it", "basic_auth_username")
+    bearer_token_file: str = key(read_text, "", "file with a token to send")
     tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
-    tls_cert_file: str = key(read_text, "", "client certificate to present")
-    tls_key_file: str = key(read_text, "", "its key")
+    tls_cert_file: str = key(read_text, "", "client certificate to present", "tls_key_file")
+    tls_key_file: str = key(read_text, "", "its key", "tls_cert_file")
     tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
     server_name: str = key(read_text, "", "name to ask for and to find in the certificate")
-    tls_context: Any = dataclasses.field(default=None, compare=False, repr=False)
+    credentials: Any = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def host(self) -> str:
+        """The name by which we call the target."""
+        return self.container or ("localhost" if self.unix_socket else self.address)
+
+    @property
+    def url(self) -> str:
+        """The URL without its query, in which there may be a token."""
+        address = render_address((self.host, self.port)) if self.port else self.host
+        return f"{self.scheme}://{address}{self.path.partition('?')[0]}"
 
     @property
     def shown(self) -> str:
-        """The URL without its query, in which there may be a token."""
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return f"{self.scheme}://{host}:{self.port}{self.path.partition('?')[0]}"
+        """The URL, and where it leads to if that is no address."""
+        place = f" at {self.unix_socket}" if self.unix_socket else ""
+        return f"{self.url}{' in a container' if self.container else place}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -2135,6 +2158,9 @@ class Module:
     method: str = key(read_method, REQUIRED, "`http`, `exec` or `file`")
     timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
     verify: bool | str = key(read_verify, True, "`true`, `false` or `strict`")
+    cache: float = key(read_duration, 0.0, "how long a good answer is served again; 0: never")
+    max_concurrent: int = key(read_count, 0, "scrapes at once; 0: no bound, of commands 10")
+    scrape_interval: float = key(read_interval, 0.0, "seconds between scrapes, for /sd")
     accept_args: bool | tuple[str, ...] = key(read_accepted, True, "clients' `args`, or globs")
     accept_params: bool | tuple[str, ...] = key(read_accepted, True, "clients' `params`, or names")
     name: str = ""
@@ -2143,18 +2169,34 @@ class Module:
 
 #: Keys of a module that may stand in its method's section as well; and the methods without them.
 SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
-PAIRED_KEYS: Final = (
-    ("tls_cert_file", "tls_key_file"),
-    ("basic_auth_username", "basic_auth_password"),
-)
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """A whole configuration; a request keeps the one that it began with."""
 
     modules: Mapping[str, Module]
     default_module: str
+
+
+@dataclass(frozen=True)
+class TlsServer:
+    """The section `tls_server_config` of a web configuration."""
+
+    cert_file: str = key(read_something, REQUIRED, "certificate, and the chain behind it")
+    key_file: str = key(read_something, REQUIRED, "its key")
+    client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "who needs one", "client_ca_file")
+    client_ca_file: str = key(read_text, "", "authorities of clients", "client_auth_type")
+    client_allowed_sans: tuple[str, ...] = key(read_names, (), "clients' names", "client_auth_type")
+    min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
+    max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
+
+
+@dataclass(frozen=True, repr=False)
+class WebConfig:
+    """The file of -web.config.file: exporter-toolkit's, less what is refused as unknown."""
+
+    tls_server_config: Any = key(TlsServer, None, "how to serve TLS")  # noqa: RUF009 - frozen
+    basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
 
 
 Values = dict[str, Any]
@@ -2189,10 +2231,9 @@ class DocumentReader:
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default where the path or the nearest thing around it stands."""
-        around = path
+        around = path = path.lstrip(".")  # the paths of keys at the top begin with a dot
         while place is None:
-            place = self.places.get(around)
-            around = around.rpartition(".")[0]
+            place, around = self.places.get(around), around.rpartition(".")[0]
         self.problems.append(Problem(self.filename, *place, path, message))
 
     @contextlib.contextmanager
@@ -2213,9 +2254,8 @@ class DocumentReader:
         if node.kind != "mapping":
             self.problem(path, str(mismatch("a mapping", node)), node.place)
         for name_node, value in node.entries:
-            name = name_node.text
-            where = f"{path}.{name}".lstrip(".")
-            if not re.fullmatch(A_NAME, name, re.DOTALL):
+            name, where = name_node.text, f"{path}.{name_node.text}".lstrip(".")
+            if not re.fullmatch(A_NAME, name):
                 self.problem(path, str(mismatch("a name", name_node)), name_node.place)
             elif name in found:
                 first = found[name].place[0]
@@ -2231,13 +2271,31 @@ class DocumentReader:
         """What the readers of declared keys make of the nodes; nothing is as good as absent."""
         values: Values = {}
         for name, metadata in declared.items():
-            node, where = nodes.get(name, ABSENT), f"{path}.{name}".lstrip(".")
+            node, where = nodes.get(name, ABSENT), f"{path}.{name}"
             if node.kind != "nothing":
                 with self.noting(where):
-                    values[name] = metadata["read"](node)
+                    read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
+                    values[name] = self.section(read, node, where) if nested else read(node)
+            elif nodes.get(SUBSTITUTES.get(name, ""), ABSENT).kind != "nothing":
+                values[name] = 0
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
+        given = [name for name in values if values[name] != declared[name]["default"]]
+        for name in given:
+            beside = declared[name]["beside"]
+            if beside and not set(beside) & set(given):
+                self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
+        for group in OPPOSED_KEYS:
+            first, *others = [name for name in given if name in group] or [""]
+            for name in others:
+                self.problem(f"{path}.{name}", f"does not go with {first}")
         return values
+
+    def section(self, section: Any, node: Node, path: str) -> Any:
+        """What a mapping says, as an instance of a dataclass; None if that is unusable."""
+        before, declared = len(self.problems), declared_keys(section)
+        values = self.values(declared, self.entries(node, path.lstrip("."), declared), path)
+        return None if len(self.problems) > before else section(**values)
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
         """The nodes of a whole file's modules, and the name of the default one."""
@@ -2245,7 +2303,7 @@ class DocumentReader:
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
         listed = nodes.get("modules", ABSENT)
         modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        default = {"defaultModule": {"read": read_text, "default": ""}}
+        default = {"defaultModule": key(read_text, "", "name of a module").metadata}
         return modules, self.values(default, nodes, "").get("defaultModule", "")
 
     def module(self, name: str, node: Node) -> Module | None:
@@ -2253,9 +2311,7 @@ class DocumentReader:
         path, before = f"modules.{name}", len(self.problems)
         self.places.setdefault(path, node.place)
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
-        if node.kind != "mapping":
-            return None
-        values = self.values(declared_keys(Module), nodes, path)
+        values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
         if len(self.problems) > before:
             return None
@@ -2264,59 +2320,181 @@ class DocumentReader:
     def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
         """Values of the section of the module's method; shared ones join the module's values."""
         method = values["method"]
-        where, declared = f"{path}.{method}", declared_keys(TARGETS[method])
-        own = self.entries(nodes.get(method, Node("mapping")), where, (*declared, *SHARED_KEYS))
+        where = f"{path}.{method}"
+        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
+        declared = {**declared_keys(TARGETS[method]), **shared}
+        own = self.entries(nodes.get(method, Node("mapping")), where, declared)
+        target = self.values(declared, own, where)
         for other in set(TARGETS) & set(nodes) - {method}:
             self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
-        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
-        for name, value in self.values(shared, own, where).items():
-            if values.setdefault(name, value) != value:
-                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
         for name, refusing in SHARED_KEYS.items():
+            value = target.pop(name, None)
+            if value is not None and values.setdefault(name, value) != value:
+                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
             if method in refusing and (name in own or name in nodes):
-                place = where if name in own else path
-                self.problem(f"{place}.{name}", f'no setting of the method "{method}"')
-        target = self.values(declared, own, where)
-        for pair in PAIRED_KEYS:
-            for name, other in (pair, pair[::-1]):
-                if name in target and other not in target:
-                    self.problem(f"{where}.{name}", f"needs {other} beside it")
+                at = where if name in own else path
+                self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
+        if method == "http" and values.get("verify") is False and values.get("cache"):
+            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         return target
 
 
 # ==================================================================================================
 # 12  Loading
 # ==================================================================================================
-# The files that expexp reads when it starts: configuration, certificates, token. IO. What is wrong
-# with any of them is a ConfigError.
+# The files that expexp reads: the configuration when it starts, certificates and secrets also when
+# they change. IO. What is wrong with any of them is a ConfigError.
+
+LOGGER: Final = logging.getLogger("expexp")
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
 
-def load_text(filename: str, most_bytes: int) -> str:
-    """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
-    with open(filename, "rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise NodeError(f"larger than {most_bytes} bytes")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].decode("latin-1")  # the column counts bytes
-        raise NodeError("not UTF-8", place_after(before)) from None
+class FileReader(DocumentReader):
+    """Reads files; notes problems, and of each file what it was like just before it was read."""
+
+    def __init__(self, original: DocumentReader, former: Any = None) -> None:
+        """Begin without problems, with the places that are known already.
+
+        What is loaded is to replace the `former` value, if there is one.
+        """
+        super().__init__(original.filename, [])
+        self.places, self.former = {**original.places}, former
+        self.seen: dict[str, Any] = {}
+        self.warnings: list[str] = []
+
+    def watched(self, filename: str) -> str:
+        """The name of a file that is about to be read."""
+        self.seen[filename] = fingerprint(filename)
+        return filename
+
+    def warn_of_readers(self, filename: str) -> None:
+        """Have a warning if others can read a file that holds secrets."""
+        with contextlib.suppress(OSError):
+            if os.stat(filename).st_mode & stat.S_IROTH:
+                file = excerpt(filename, 200)
+                self.warnings.append(f"{file} holds secrets and can be read by everybody")
+
+    def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
+        """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+        if self.former is not None and stat.S_ISFIFO(os.stat(self.watched(filename)).st_mode):
+            raise NodeError("a pipe, which can be read but once")
+        with open(self.watched(filename), "rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise NodeError(f"larger than {most_bytes} bytes")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode("latin-1")  # the column counts bytes
+            raise NodeError("not UTF-8", place_after(before)) from None
+
+    def document(self, filename: str, most_bytes: int = Limits.config_bytes) -> Node:
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(self.text(filename, most_bytes))
+
+    def secret(self, filename: str) -> Secret:
+        """What a file holds, without the blanks around it; raises OSError and NodeError."""
+        self.warn_of_readers(filename)
+        try:
+            text = self.text(filename, Limits.secret_bytes).strip()
+        except NodeError as error:  # its place is one in that file
+            raise NodeError(f"the file is {error}") from None
+        if not text:
+            raise NodeError("the file should not be empty")
+        return Secret(text)
+
+    def certificates(self, filename: str) -> list[str]:
+        """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
+        found = CERTIFICATE.findall(self.text(filename))
+        if not found:
+            raise ValueError("there is no certificate in it")
+        return found
+
+    def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
+        """Give a context a certificate and its key; what is wrong with them is a problem."""
+        with self.noting(path, "cannot use certificate {} with key {}".format(*files)):
+            self.warn_of_readers(files[1])
+            certificate, private = map(self.watched, files)
+            context.load_cert_chain(certificate, private, password=no_password)
+
+
+def fingerprint(filename: str) -> Any:
+    """What changes when a file or folder is written or replaced, also behind a link."""
+    with contextlib.suppress(OSError):
+        found = os.stat(filename)
+        if not stat.S_ISFIFO(found.st_mode):  # which can be read but once
+            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return None
+
+
+class Watched:
+    """A value made of files, made again when one of them has changed, or when that is asked for.
+
+    A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
+    """
+
+    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+        """Load for the first time; without a value, `problems` say why.
+
+        `load` gets a FileReader to note problems in. The files are looked at no more often than
+        every so many seconds.
+        """
+        self._load, self._reader, self._seconds = load, reader, seconds
+        self._lock, self._due = threading.RLock(), 0.0
+        self.value: Any = None
+        self._replace()
+
+    def _replace(self) -> None:
+        """Have a new value; or the problems with it, of which all are noted."""
+        reader = FileReader(self._reader, self.value)
+        value = self._load(reader)
+        self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
+        self.working = not self.problems
+        if self.working:
+            self.value, self.loaded = value, time.time()
+            for warning in reader.warnings:
+                LOGGER.warning("%s", warning)
+
+    def reload(self) -> Sequence[Problem]:
+        """Read the files again; log, and return, the problems that there are instead of a value."""
+        with self._lock:
+            self._replace()
+            problems = self.problems
+        for problem in problems:
+            LOGGER.error("changed files are not used, the former stay: %s", problem)
+        if not problems:
+            LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
+        return problems
+
+    def has_changed(self) -> bool:
+        """Whether a file is not as it was when it was read last."""
+        return any(fingerprint(file) != before for file, before in self._seen.items())
+
+    def current(self) -> Any:
+        """The value, made of files that were looked at a moment ago."""
+        if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
+            try:
+                self._due = time.monotonic() + self._seconds
+                if self.has_changed():
+                    self.reload()
+            finally:
+                self._lock.release()
+        return self.value
 
 
 class ConfigLoader:
-    """Loads a configuration from its file and folders; `warnings` has what is no problem."""
+    """Loads a configuration from its file and folders."""
 
-    def __init__(self, limits: Limits) -> None:
-        """Begin with nothing."""
-        self._limits = limits
-        self._problems: list[Problem] = []
+    def __init__(self, limits: Limits, reader: FileReader) -> None:
+        """Begin with nothing; problems and warnings are noted in the reader."""
+        self._limits, self._reader, self._problems = limits, reader, reader.problems
+        self._document = functools.partial(reader.document, most_bytes=limits.config_bytes)
         self._modules: dict[str, Module] = {}
         self._origins: dict[str, str] = {}
-        self.warnings: list[str] = []
 
     def load(self, filename: str, folders: Sequence[str], skip_missing: bool) -> Config:
-        """The whole configuration, with TLS contexts; raises ConfigError with all problems."""
+        """The whole configuration, less what there are problems with."""
         reader, default = DocumentReader(filename, self._problems), ""
         if filename:
             with reader.noting(""):
@@ -2329,29 +2507,23 @@ class ConfigLoader:
         if default and default not in self._origins:
             message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
             reader.problem("defaultModule", message)
-        if self._problems:
-            raise ConfigError(*self._problems)
         return Config(dict(sorted(self._modules.items())), default)
-
-    def _document(self, filename: str) -> Node:
-        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
-        parse = parse_json if filename.endswith(".json") else parse_yaml
-        return parse(load_text(filename, self._limits.config_bytes))
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
-        if skip_missing and not os.path.exists(folder):
-            self.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
+        if skip_missing and not os.path.exists(self._reader.watched(folder)):
+            self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
-        for name in sorted(os.listdir(folder)):
+        for name in sorted(os.listdir(self._reader.watched(folder))):
             filename = os.path.join(folder, name)
             found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
             if not found or os.path.isdir(filename):
-                self.warnings.append(f"skipping non-yaml file {filename}")
+                self._reader.warnings.append(f"skipping non-yaml file {filename}")
                 continue
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
-                self._add(reader, found[1], self._document(filename))
+                module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
@@ -2360,52 +2532,61 @@ class ConfigLoader:
         here = f"{file}:{line}" if line else file
         first = self._origins.setdefault(name, here)
         if first != here:
-            reader.problem(
-                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
-            )
+            message = f"module {excerpt(name)} is already defined in {first}"
+            reader.problem(f"modules.{name}", message)
         elif module:
             self._modules[name] = self._check_host(module, reader)
 
     def _check_host(self, module: Module, reader: DocumentReader) -> Module:
         """The module with what it needs of this host; what is not there yet is a warning."""
-        target = module.target
+        target, missing = module.target, ""
         if isinstance(target, HttpTarget):
-            context = load_context(target, reader, f"modules.{module.name}.http")
-            target = dataclasses.replace(target, tls_context=context)
-        if isinstance(target, ExecTarget):
-            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
-            if not shutil.which(target.command, path=path.reveal() or None):
-                self.warnings.append(f"module {module.name}: no command {excerpt(target.command)}")
-        if isinstance(target, FileTarget) and not os.path.exists(target.path):
-            self.warnings.append(f"module {module.name}: no file {excerpt(target.path)}")
+            load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
+            credentials = Watched(load, reader, self._limits.rotation_seconds)
+            self._problems += credentials.problems
+            target = dataclasses.replace(target, credentials=credentials)
+        elif isinstance(target, ExecTarget):
+            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
+            missing = "" if shutil.which(target.command, path=path or None) else "command"
+        else:
+            missing = "" if os.path.exists(target.path) else "file"
+        if missing:
+            lacking = f"module {module.name}: no {missing} {excerpt(target.shown)}"
+            self._reader.warnings.append(lacking)
         return dataclasses.replace(module, target=target)
 
+
+def notify(state: str) -> None:
+    """Tell systemd, if it has started us and wants to know: sd_notify(3). IO."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.settimeout(1)
+        if address:
+            channel.sendto(state.encode(), re.sub("^@", "\0", address))
+
+
+def reload_all(*parts: Watched) -> list[Problem]:
+    """What is wrong with those that stay as they are; all others have been read again."""
+    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        return [problem for part in parts for problem in part.reload()]
+    except Exception:  # a fault of ours must not end a service that works
+        LOGGER.exception("unexpected error in reloading")
+        return [Problem("", 0, 0, "", "unexpected error: see the log")]
+    finally:
+        notify("READY=1")
+
+
+# --- certificates and secrets
 
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
 
 
-def load_context(target: HttpTarget, reader: DocumentReader, path: str) -> ssl.SSLContext | None:
-    """The TLS settings towards a target, if any; unusable files are noted as problems."""
-    names = ("tls_ca_cert_file", "tls_root_ca_file")
-    authorities = [name for name in names if getattr(target, name)]
-    if target.scheme == "http" and not (authorities or target.tls_cert_file):
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+def new_context(protocol: int) -> ssl.SSLContext:
+    """A TLS context with what both directions have in common."""
+    context = ssl.SSLContext(protocol)
     # With OpenSSL 3 Python 3.9 takes any end for a proper one: a body cut short would look whole.
     context.options &= ~IGNORE_UNEXPECTED_EOF
-    if not target.tls_ca_cert_file:
-        context.load_default_certs()
-    for name in authorities:
-        file = getattr(target, name)
-        with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
-            context.load_verify_locations(file)
-    if target.tls_cert_file:
-        certificate, private = target.tls_cert_file, target.tls_key_file
-        what = f"cannot use certificate {certificate} with key {private}"
-        with reader.noting(f"{path}.tls_cert_file", what):
-            context.load_cert_chain(certificate, private, password=no_password)
-    if target.tls_insecure_skip_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -2414,21 +2595,318 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def load_token(options: Options, limits: Limits) -> Secret | None:
-    """The bearer token that clients must send, None if none; raises ConfigError."""
-    token, filename = options.bearer_token.reveal(), options.bearer_token_file
-    if token and filename:
-        message = "-web.bearer.token and -web.bearer.token-file are mutually exclusive"
-        raise ConfigError(Problem("", 0, 0, "", message))
-    reader = DocumentReader(filename, [])
+@dataclass(frozen=True, repr=False)
+class TargetCredentials:
+    """How an http target knows us and we know it."""
+
+    context: ssl.SSLContext | None
+    authorization: str
+
+
+def given(section: Any, *names: str) -> dict[str, Any]:
+    """Those of some keys of a section that have a value, and the values."""
+    return {name: getattr(section, name) for name in names if getattr(section, name)}
+
+
+def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -> TargetCredentials:
+    """What a target's settings and files say; what is unusable is noted as a problem."""
+    secret, authorization = target.basic_auth_password, ""
+    for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
+        with reader.noting(f"{path}.{name}"):
+            secret = reader.secret(file)
+    if target.basic_auth_username:
+        pair = f"{target.basic_auth_username}:{secret.reveal()}"
+        authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
+    elif target.bearer_token_file:
+        authorization = f"Bearer {secret.reveal()}"
+        if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
+            message = "token file should hold one line of Latin-1 text"
+            reader.problem(f"{path}.bearer_token_file", message)
+    return TargetCredentials(load_target_context(target, path, reader), authorization)
+
+
+@functools.lru_cache(maxsize=1)
+def system_context() -> ssl.SSLContext:
+    """One that trusts the system's authorities; loading them takes 35 ms and 1 MB, so once. IO."""
+    context = new_context(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
+    return context
+
+
+def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
+    """The TLS settings towards a target, if any; unusable files are noted as problems."""
+    authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
+    if target.scheme == "http" and not (authorities or target.tls_cert_file):
+        return None
+    if not (authorities or target.tls_cert_file or target.tls_insecure_skip_verify):
+        return system_context()
+    context = new_context(ssl.PROTOCOL_TLS_CLIENT)
+    if not (target.tls_ca_cert_file or target.tls_insecure_skip_verify):
+        context.load_default_certs()
+    for name, file in authorities.items():
+        with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
+            context.load_verify_locations(reader.watched(file))
+    if target.tls_cert_file:
+        where = f"{path}.tls_cert_file"
+        reader.key_pair(context, where, target.tls_cert_file, target.tls_key_file)
+    if target.tls_insecure_skip_verify:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+# --- who may ask
+
+
+def load_bcrypt() -> Any:
+    """The function crypt_rn of the system's libxcrypt; NodeError where none knows bcrypt. IO."""
+    for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is there for compilers only
+        with contextlib.suppress(OSError, AttributeError):
+            function = ctypes.CDLL(name).crypt_rn
+            function.restype = ctypes.c_char_p
+            function.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_int,)
+            if hash_password(function, b"", "$2b$04$" + "." * 53):
+                return function
+    raise NodeError(
+        "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
+    )
+
+
+def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
+    """The password's bcrypt hash with cost and salt of a stored one. Takes as long as that says."""
+    buffer = ctypes.create_string_buffer(32768)  # one a call: crypt() has one for all threads
+    return cast("bytes | None", crypt_rn(password, stored.encode(), buffer, len(buffer)))
+
+
+class Users:
+    """The users of a web configuration; remembers of each the password that was right."""
+
+    def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any) -> None:
+        """Begin with nobody remembered."""
+        self._hashes = {name: secret.reveal() for name, secret in hashes.items()}
+        self._crypt_rn, self._key = crypt_rn, os.urandom(32)
+        self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
+        self._slots = threading.BoundedSemaphore(Limits.bcrypt_threads)
+        # Unknown names cost as much as the costliest known one: time must not tell them apart.
+        self._stranger = max(self._hashes.values(), key=lambda text: text[4:6], default="")
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._hashes)
+
+    def prove(self, given: str) -> bool:
+        """Whether base64 of `user:password` is right; bcrypt is asked once for a right pair."""
+        try:
+            pair = base64.b64decode(given, validate=True)
+        except ValueError:
+            return False
+        raw_name, colon, password = pair.partition(b":")
+        name, proof = raw_name.decode("utf-8", "replace"), hmac.digest(self._key, pair, "sha256")
+        if hmac.compare_digest(self._proved.get(name, b""), proof):
+            return True
+        stored = self._hashes.get(name, self._stranger)
+        if not self._slots.acquire(timeout=Limits.bcrypt_seconds):
+            raise RequestError(503, "too many passwords are being checked, try again later")
+        with contextlib.ExitStack() as slot:
+            slot.callback(self._slots.release)
+            hashed = hash_password(self._crypt_rn, password, stored)
+        # A NUL would end the password for bcrypt.
+        right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
+        if right and colon and name in self._hashes:
+            self._proved[name] = proof
+            return True
+        return False
+
+
+SEARCH_NAMES: Final = (
+    "import re, sys; pattern, *names = sys.argv[1:];"
+    "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
+)
+MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
+
+
+@functools.lru_cache(maxsize=1024)
+def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
+    """Whether one of a certificate's names matches; raises OSError, not only if it takes too long.
+
+    In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
+    like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
+    """
+    command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
+    null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    if not MATCHING.acquire(timeout=seconds):
+        raise TimeoutError("too many names are being matched")
+    try:  # no shell; after -c nothing is taken for an option
+        return subprocess.call(command, timeout=seconds, **null) == 0  # noqa: S603 - see above
+    except subprocess.TimeoutExpired:
+        raise TimeoutError("matching -web.tls.certmatch takes too long") from None
+    finally:
+        MATCHING.release()
+
+
+def canonical_name(text: str) -> str:
+    """An IP address in its one short form; any other name as it is."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text))
+    return text
+
+
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(
+    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
+)
+
+
+def certificate_end(certificate: str) -> float:
+    """When a certificate in PEM expires, in seconds since 1970; ValueError if it does not say."""
+    found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
+    if not found:
+        raise ValueError("no certificate")
+    year = "%Y" if found[1].startswith(b"\x18") else "%y"
+    return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
+
+
+NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
+
+
+@dataclass(frozen=True, repr=False)
+class ServerTls:
+    """How to serve TLS, and to whom."""
+
+    settings: TlsServer
+    context: ssl.SSLContext
+    expires: float  #: the first certificate of ours to do so, in seconds since 1970
+    authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
+
+    def admit(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> bool:
+        """Whether the names in a client's verified certificate let it in; raises OSError."""
+        subject = itertools.chain.from_iterable(certificate.get("subject", ()))
+        common = [text for kind, text in subject if kind == "commonName"]
+        others = certificate.get("subjectAltName", ())
+        names = [canonical_name(text) for kind, text in others if kind in NAME_KINDS]
+        allowed = [*map(canonical_name, self.settings.client_allowed_sans)]
+        if certificate and allowed and not set(names) & set(allowed):
+            return False
+        # Behind a line break a name could go on where the `$` of a pattern has matched.
+        shown = tuple(name for name in (*common, *names) if name.isprintable())
+        return not certmatch or match_names(certmatch, shown, seconds)
+
+
+@dataclass(frozen=True, repr=False)
+class Credentials:
+    """What decides who gets in, and whom we show ourselves as; replaced as a whole."""
+
+    token: Secret
+    users: Users
+    tls: ServerTls | None
+
+    def is_token(self, given: str) -> bool:
+        """Whether a client has sent the token, found out in a time that tells nothing of it."""
+        return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
+
+    @property
+    def trust(self) -> Any:
+        """What differs when a client that a certificate has let in might not get in now."""
+        tls = self.tls
+        return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
+
+    @property
+    def demands(self) -> dict[str, bool]:
+        """What clients must do to get in."""
+        tls = self.tls
+        demands = {
+            "TLS": tls,
+            "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
+            "client_allowed_sans": tls and tls.settings.client_allowed_sans,
+            "authentication": self.token or self.users,
+        }
+        return {what: bool(demanded) for what, demanded in demands.items()}
+
+
+def load_web_config(options: Options, reader: FileReader) -> WebConfig:
+    """What -web.config.file says, its paths relative to it; what is unusable is a problem."""
+    filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
-            token = load_text(filename, limits.config_bytes).strip()
-            if not token:
-                raise NodeError("token file should not be empty")
-    if reader.problems:
-        raise ConfigError(*reader.problems)
-    return Secret(token) if token else None
+            # A file that is no mapping but a password, named by mistake, is not shown.
+            node = reader.document(filename)._replace(text="")
+            web = reader.section(WebConfig, node, "") or web
+            if web.basic_auth_users:
+                reader.warn_of_readers(filename)
+            elif not (web.tls_server_config or reader.problems):
+                raise NodeError("neither tls_server_config nor basic_auth_users is set")
+    if web.tls_server_config and options["web.tls.listen-address"]:
+        reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
+    return web
+
+
+def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
+    """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
+    tls = web.tls_server_config
+    if tls:
+        folder = os.path.dirname(options["web.config.file"])
+        files = given(tls, "cert_file", "key_file", "client_ca_file")
+        paths = {name: os.path.join(folder, file) for name, file in files.items()}
+        return "tls_server_config", dataclasses.replace(tls, **paths)
+    if not options["web.tls.listen-address"]:
+        return "", None
+    clients = (AUTH_TYPES[-1], options["web.tls.ca"]) if options["web.tls.verify"] else ()
+    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], *clients)
+
+
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
+
+
+def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
+    """How to serve TLS with these settings; what is unusable is noted as a problem."""
+    context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
+    if tls.min_version > tls.max_version:
+        reader.problem(f"{path}.min_version", "is above max_version")
+    context.set_ciphers(SERVER_SUITES)
+    context.minimum_version = TLS_VERSIONS[tls.min_version]
+    context.maximum_version = TLS_VERSIONS[tls.max_version]
+    # No connection gets in by a ticket of an earlier one: each proves itself.
+    context.options |= ssl.OP_NO_TICKET
+    context.num_tickets = 0
+    reader.key_pair(context, path, tls.cert_file, tls.key_file)
+    if not reader.problems:
+        with reader.noting(path, f"cannot use {tls.cert_file}"):
+            ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
+    if tls.client_ca_file:
+        with reader.noting(path, f"cannot use the authorities in {tls.client_ca_file}"):
+            authorities = "\n".join(reader.certificates(tls.client_ca_file))
+            context.load_verify_locations(cadata=authorities)
+    context.verify_flags |= PARTIAL_CHAIN
+    context.verify_mode = VERIFY_MODES[tls.client_auth_type]
+    return ServerTls(tls, context, min(ends), authorities)
+
+
+def load_credentials(options: Options, reader: FileReader) -> Credentials:
+    """What flags and files say of who gets in; what is unusable is noted as a problem."""
+    former: Credentials | None = reader.former
+    web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
+    token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
+    if token and filename:
+        reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
+    elif filename:
+        with DocumentReader(filename, reader.problems).noting(""):
+            token = reader.secret(filename)
+    with reader.noting("basic_auth_users"):
+        crypt_rn = load_bcrypt() if web.basic_auth_users else None
+    path, tls = choose_tls(options, web)
+    if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
+        reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
+    served = load_server_tls(path, tls, reader) if tls else None
+    credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
+    # A file that is just being written, or gone by mistake, must not open the door.
+    for what, demanded in former.demands.items() if former and not reader.problems else ():
+        if demanded and not credentials.demands[what]:
+            reader.problem("", f"{what} cannot be given up without a restart")
+    if former and served and not former.tls:  # its listener is plain
+        reader.problem("", "TLS cannot be turned on without a restart")
+    return credentials
 
 
 # ==================================================================================================
@@ -2467,41 +2945,132 @@ class Budget:
             self._free -= count
 
 
-class Resolver:
-    """Looks names up in a few daemon threads, so that a look-up can be given up."""
+class Running:
+    """How many scrapes of each module run."""
 
-    def __init__(self, threads: int) -> None:
-        """Allow so many look-ups at once."""
-        self._slots = threading.BoundedSemaphore(threads)
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
 
-    def resolve(self, host: str, port: int, deadline: Deadline) -> Sequence[tuple[Any, ...]]:
-        """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first."""
-        look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
-        # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
-        known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-        with contextlib.suppress(socket.gaierror):
-            return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
-        if not self._slots.acquire(timeout=deadline.remaining()):
-            raise deadline.error()
-        answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    def add(self, module: str, most: float, count: int = 1) -> None:
+        """Count one more, or one less; raises ScrapeError("busy") if there would be too many."""
+        with self._lock:
+            running = self._counts.get(module, 0) + count
+            if count > 0 and running > most:
+                raise ScrapeError("busy", f"as many scrapes of it run as may at once: {most}")
+            self._counts[module] = running
+
+
+class Cache:
+    """The last good answers of modules with `cache`. Who asks while one is made waits for it."""
+
+    def __init__(self, limits: Limits) -> None:
+        """Begin with none."""
+        self._limits, self._lock = limits, threading.Lock()
+        #: When, for which module, and what was answered; the oldest first.
+        self._kept: dict[Any, tuple[float, Module, Scrape]] = {}
+        #: For which module, and what will be answered. A reload may have changed the module since.
+        self._running: dict[
+            Any, tuple[Module, concurrent.futures.Future[Scrape | ScrapeError]]
+        ] = {}
+
+    def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
+        """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
+        while True:
+            with self._lock:
+                made, module, kept = self._kept.get(key, (-math.inf, None, None))
+                age = time.monotonic() - made
+                if kept and module == job.module and age < job.module.cache:
+                    others = [pair for pair in kept.headers if pair[0].lower() != "age"]
+                    headers = [*others, ("Age", str(int(age)))]
+                    return dataclasses.replace(kept, headers=headers)
+                module, running = self._running.get(key, (None, None))
+                if module != job.module:
+                    running = None
+                    own: Any = concurrent.futures.Future()
+                    self._running[key] = job.module, own
+            outcome = self._wait(job, running) if running else self._scrape(job, key, scrape, own)
+            if outcome:
+                return outcome
+
+    def _wait(self, job: Job, running: concurrent.futures.Future[Any]) -> Scrape | None:
+        """What another one's scrape gives; None where its deadline was too soon. ScrapeError."""
         try:
-            threading.Thread(target=self._answer, args=(answer, look_up, host), daemon=True).start()
-        except RuntimeError:
-            self._slots.release()
-            raise ScrapeError("busy", "no thread can be started to look up a name") from None
-        try:
-            return cast("Sequence[tuple[Any, ...]]", answer.result(deadline.remaining()))
+            outcome = running.result(job.deadline.remaining())
         except concurrent.futures.TimeoutError:
-            raise deadline.error() from None
+            raise job.deadline.error() from None
+        if isinstance(outcome, ScrapeError) and outcome.reason.name != "timeout":
+            raise ScrapeError(outcome.reason.name, outcome.message)
+        return outcome if isinstance(outcome, Scrape) else None
 
-    def _answer(self, answer: Any, look_up: Callable[[str], Any], host: str) -> None:
-        """Resolve a name in a thread of its own."""
+    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape], running: Any) -> Scrape:
+        """What `scrape` makes, for all who wait for it."""
+        outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
         try:
-            answer.set_result(look_up(host))
-        except (OSError, UnicodeError) as error:
-            answer.set_exception(error)
+            outcome = scrape(job)
+        except ScrapeError as error:
+            outcome = error
+            raise
         finally:
-            self._slots.release()
+            with self._lock:
+                if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
+                    self._keep(key, (time.monotonic(), job.module, outcome))
+                if self._running.get(key, (None, None))[1] is running:  # and not a later module's
+                    del self._running[key]
+            running.set_result(outcome)
+        return outcome
+
+    def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
+        """Keep an answer, and no more than may be kept."""
+        self._kept.pop(key, None)
+        if len(cast(bytes, entry[2].body)) > self._limits.cache_bytes:
+            return  # or else all others would have to go for nothing
+        self._kept[key] = entry
+        sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
+        left = sum(size for _, size in sizes)
+        for number, (oldest, size) in enumerate(sizes):
+            many = len(sizes) - number > self._limits.cache_entries
+            if many or left > self._limits.cache_bytes:
+                del self._kept[oldest]
+                left -= size
+
+
+def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
+    """Take a lock, or a slot of a semaphore; raises ScrapeError when the deadline is first."""
+    if not lock.acquire(timeout=deadline.remaining()):
+        raise deadline.error()
+
+
+def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
+    """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first.
+
+    It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
+    """
+    look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
+    # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
+    known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
+    with contextlib.suppress(socket.gaierror):
+        return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
+    acquire(slots, deadline)
+    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    answer.add_done_callback(lambda _: slots.release())
+    try:
+        threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
+        return answer.result(deadline.remaining())
+    except RuntimeError:
+        answer.cancel()
+        raise ScrapeError("busy", "no thread can be started to look up a name") from None
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
+
+
+def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
+    """Resolve a name in a thread of its own."""
+    try:
+        answer.set_result(look_up(host))
+    except (OSError, UnicodeError, MemoryError) as error:
+        answer.set_exception(error)
 
 
 class Commands:
@@ -2514,15 +3083,18 @@ class Commands:
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
-    def start(self, arguments: Sequence[bytes], env: Mapping[bytes, bytes]) -> Any:
-        """A started process; raises ScrapeError("command") when it cannot be started."""
+    def start(self, job: Job) -> Any:
+        """The job's command as a process; raises ScrapeError("command") if it cannot be started."""
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         try:
+            arguments, env = command_arguments(job), command_environment(job)
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
                 arguments, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            raise ScrapeError("command", f"cannot start the command: {words_of(error)}") from None
+            no_text = isinstance(error, UnicodeError)
+            words = "it cannot be written in this locale" if no_text else words_of(error)
+            raise ScrapeError("command", f"cannot start the command: {words}") from None
         self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
@@ -2572,11 +3144,17 @@ class Tools:
 
     limits: Limits
     budget: Budget
-    resolver: Resolver
+    resolver_slots: threading.Semaphore
     commands: Commands
     metrics: SelfMetrics
+    cache: Cache
     #: One lock a path: of two readers of a FIFO each would get a part.
     fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
+    #: Host and port of containers, by their engine, name and port.
+    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(
+        default_factory=dict
+    )
+    running: Running = dataclasses.field(default_factory=Running)
 
 
 @dataclass(frozen=True)
@@ -2613,29 +3191,24 @@ def check_size(limits: Limits, count: int) -> None:
 # --- http
 
 
-class DeadlineReader(io.RawIOBase):
-    """Reads from a socket, but never longer than what remains, however slowly bytes drip in."""
+class DeadlineReader:
+    """A socket's raw file, but no read takes longer than what remains, however bytes drip in."""
 
     def __init__(self, raw: Any, connection: socket.socket, remaining: Callable[[], float]) -> None:
         """`remaining` says how many seconds the next read may take; it may raise."""
         self._raw, self._connection, self._remaining = raw, connection, remaining
         self.at_end = False
 
-    def readable(self) -> bool:
-        """Yes."""
-        return True
+    def __getattr__(self, name: str) -> Any:
+        """All else is as the raw file has it."""
+        return getattr(self._raw, name)
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> Any:
         """Read once; raises TimeoutError, or what `remaining` raises."""
         self._connection.settimeout(self._remaining())
         count = self._raw.readinto(buffer)
         self.at_end = not count
-        return cast(int, count)
-
-    def close(self) -> None:
-        """Close what is read from."""
-        self._raw.close()
-        super().close()
+        return count
 
 
 CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
@@ -2653,8 +3226,7 @@ class TargetResponse(http.client.HTTPResponse):
 
     def _safe_read(self, count: int) -> bytes:
         """The line break after a chunk, which is all that is read this way."""
-        end = self.fp.read(count)
-        if end != b"\r\n":
+        if (end := self.fp.read(count)) != b"\r\n":
             raise http.client.IncompleteRead(end)
         return end
 
@@ -2670,32 +3242,33 @@ class TargetConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
         target, deadline = self._job.module.target, self._job.deadline
-        self.sock = connect_socket(self._job, target.address, target.port)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock = connect_target(self._job)
         self.sock.settimeout(deadline.remaining())
         if target.scheme == "https":
             # A body cut short by an attacker is an error, not an end: no ragged ends.
-            wrap = functools.partial(target.tls_context.wrap_socket, suppress_ragged_eofs=False)
-            self.sock = wrap(self.sock, server_hostname=target.server_name or target.address)
+            context = target.credentials.current().context
+            wrap = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)
+            self.sock = wrap(self.sock, server_hostname=target.server_name or target.host)
             self.sock.settimeout(deadline.remaining())
 
     def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
         """A response that is read through a DeadlineReader."""
         response = TargetResponse(sock, **named)
-        reader = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
+        reader: Any = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
         response.fp = io.BufferedReader(reader, PIECE_BYTES)
         return response
 
 
 def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = job.tools.resolver.resolve(host, port, job.deadline), []
+    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = job.deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(share)
             connection.connect(address)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
             errors.append(error)
@@ -2704,17 +3277,25 @@ def connect_socket(job: Job, host: str, port: int) -> socket.socket:
     raise errors[0]
 
 
+#: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
+CERTIFICATE_FAULTS: Final = {9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 CUT_SHORT: Final = (http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 #: What urllib, http.client, ssl and sockets raise, most special first; the reason, and the words.
 TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
     ((socket.timeout, TimeoutError), "timeout", "timed out"),
     (CUT_SHORT, "truncated", "the target closed before the end of its body"),
     ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
-    (ssl.SSLError, "unreachable", "TLS: {}"),
+    (ssl.SSLError, "unreachable", "TLS: {1}: {0}"),
     (OSError, "unreachable", "{}"),
     (UnicodeError, "unreachable", "not a host name"),
     (Exception, "protocol", "not HTTP: {}"),
 )
+
+
+def tls_fault(error: Any) -> str:
+    """What went wrong in a handshake: name, chain or expiry of a certificate, or protocol."""
+    code = getattr(error, "verify_code", 0)
+    return CERTIFICATE_FAULTS.get(code, "chain") if code else "protocol"
 
 
 @contextlib.contextmanager
@@ -2728,7 +3309,8 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
             cause = ssl.SSLEOFError()
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
-        raise ScrapeError(reason, words.format(excerpt(words_of(cause), 200))) from None
+        shown = excerpt(words_of(cause), 200)
+        raise ScrapeError(reason, words.format(shown, tls_fault(cause))) from None
 
 
 def request_headers(job: Job) -> dict[str, str]:
@@ -2738,24 +3320,23 @@ def request_headers(job: Job) -> dict[str, str]:
         title = name.title()
         together = "; " if title == "Cookie" else ", "
         headers[title] = together.join(filter(None, (headers.get(title), value)))
-    headers["Host"] = urllib.parse.urlsplit(target.shown).netloc
+    headers["Host"] = urllib.parse.urlsplit(target.url).netloc
     headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-    if target.basic_auth_username:
-        pair = f"{target.basic_auth_username}:{target.basic_auth_password.reveal()}"
-        headers["Authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+    authorization = target.credentials.current().authorization
+    if authorization:
+        headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
     return headers
 
 
 def end_to_end(headers: Headers) -> Headers:
     """The headers that go on: without the hop-by-hop ones and those that Connection names."""
-    lists = (value for name, value in headers if name.lower() == "connection")
-    named = {part.strip().lower() for value in lists for part in value.split(",")}
-    dropped = named.union(HOP_BY_HOP.split("|"))
+    named = ",".join(value for name, value in headers if name.lower() == "connection").lower()
+    dropped = {*HOP_BY_HOP.split("|"), *map(str.strip, named.split(","))}
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -2764,7 +3345,7 @@ def request_url(job: Job) -> str:
     target = job.module.target
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
     queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
-    return "?".join(filter(None, (target.shown, "&".join(filter(None, queries)))))
+    return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
 def scrape_http(job: Job) -> Scrape:
@@ -2777,45 +3358,40 @@ def scrape_http(job: Job) -> Scrape:
     job.cleanup.callback(response.close)
     check_head(response)
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
-    if job.module.target.content_type and response.status == http.HTTPStatus.OK:
-        passed = with_content_type(passed, job.module.target.content_type)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
     length = [("Content-Length", str(response.length))] if response.length is not None else []
     return Scrape(response.status, [*passed, *length], pieces)
 
 
-def with_content_type(headers: Headers, content_type: str) -> Headers:
-    """The headers with another content type."""
-    others = [pair for pair in headers if pair[0].lower() != "content-type"]
-    return [*others, ("Content-Type", content_type)]
+#: What the parser says of the body of a mail, which there is not.
+MAIL_DEFECTS: Final = re.compile("NoBoundaryInMultipart|StartBoundaryNotFound|MultipartInvariant")
 
 
 def is_malformed(headers: http.client.HTTPMessage) -> bool:
-    """Whether a line among the headers is none; the parser also judges the body of a mail."""
-    multipart = (email.errors.NoBoundaryInMultipartDefect, email.errors.StartBoundaryNotFoundDefect)
-    other = (*multipart, email.errors.MultipartInvariantViolationDefect)
-    defects = [defect for defect in headers.defects if not isinstance(defect, other)]
+    """Whether a line among the headers is none; what follows such a line is lost."""
+    defects = [one for one in headers.defects if not MAIL_DEFECTS.match(type(one).__name__)]
     return bool(defects or headers.get_payload())
 
 
 def check_head(response: Any) -> None:
     """Raise ScrapeError for the head of a response that http.client lets pass."""
-    if response.status < http.HTTPStatus.OK:
-        raise ScrapeError("protocol", f"not HTTP: an answer with status {response.status}")
-    if response.fp.raw.at_end:  # http.client takes an early end for that of the headers
-        raise ScrapeError("truncated", "the target closed in the middle of its headers")
-    headers = response.headers
-    if is_malformed(headers):  # what follows a malformed line is lost
-        raise ScrapeError("protocol", "not HTTP: malformed headers")
-    lengths = {length.strip() for length in headers.get_all("Content-Length", [])}
+    headers, status = response.headers, response.status
+    lengths = {length.strip() for length in headers.get_all("Content-Length", ["0"])}
     codings = [coding.strip().lower() for coding in headers.get_all("Transfer-Encoding", [])]
     if codings == ["chunked"]:  # http.client does not see it with a blank behind it
         response.chunked, response.chunk_left, response.length = True, None, None
-    if len(lengths) > 1 or not all(re.fullmatch("[0-9]+", length) for length in lengths):
-        raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-    if codings and codings != ["chunked"]:
-        raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
+    # Of an early end http.client makes the end of the headers.
+    if response.fp.raw.at_end and status >= http.HTTPStatus.OK:
+        raise ScrapeError("truncated", "the target closed in the middle of its headers")
+    faults = {
+        f"an answer with status {status}": status < http.HTTPStatus.OK,
+        "malformed headers": is_malformed(headers),
+        "an invalid Content-Length": len(lengths) > 1 or not re.fullmatch("[0-9]+", *lengths),
+        "an unknown Transfer-Encoding": codings not in ([], ["chunked"]),
+    }
+    for fault in filter(faults.get, faults):
+        raise ScrapeError("protocol", f"not HTTP: {fault}")
 
 
 def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
@@ -2823,16 +3399,118 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
     # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
     length: Any = math.inf if response.length is None else response.length
     count, reader = 0, cast(Any, response.fp).raw
-    while count < length:
-        with target_errors(job.deadline):  # what there is: a stream is passed on as it comes
-            piece = response.read1(min(PIECE_BYTES, length - count))
-        if not piece:
-            break
-        count += len(piece)
-        check_size(job.tools.limits, count)
-        yield piece
+    with target_errors(job.deadline):  # read1: a stream is passed on as it comes
+        while count < length and (piece := response.read1(min(PIECE_BYTES, length - count))):
+            count += len(piece)
+            check_size(job.tools.limits, count)
+            yield piece
     if count < length < math.inf or (response.chunked and reader.at_end):
         raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
+
+
+# --- containers: where one is is asked of its engine, over the API that Docker and podman share
+
+
+def connect_unix(path: str, deadline: Deadline) -> socket.socket:
+    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(deadline.remaining())
+        connection.connect(path)
+    except (OSError, ScrapeError):
+        connection.close()
+        raise
+    return connection
+
+
+def connect_engine(job: Job) -> socket.socket:
+    """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
+    given, faults = job.module.target.container_host, []
+    for place in ENGINES if given == ENGINES[0] else (given,):
+        path = place.partition("://")[2]
+        try:
+            return connect_unix(path, job.deadline)
+        except OSError as error:
+            faults.append(f"{place}: {words_of(error)}")
+            if not isinstance(error, FileNotFoundError):
+                break
+    raise ScrapeError("unreachable", "; ".join(faults))
+
+
+def ask_engine(job: Job) -> bytes:
+    """What an engine says of a container, in JSON; raises ScrapeError."""
+    name = job.module.target.container
+    try:
+        asking = contextlib.closing(TargetConnection("localhost", job=job))
+        with target_errors(job.deadline), asking as connection:
+            connection.sock = connect_engine(job)
+            connection.request("GET", f"/containers/{name}/json")
+            response = connection.getresponse()
+            check_head(response)
+            body = join_pieces(job, response_pieces(job, response))
+    except ScrapeError as error:
+        if error.reason.name in ("timeout", "busy"):
+            raise
+        words = f"cannot ask the container engine: {error.message}"
+        raise ScrapeError("unreachable", words) from None
+    if response.status != http.HTTPStatus.OK:
+        is_missing = response.status == http.HTTPStatus.NOT_FOUND
+        other = f"the container engine answers with status {response.status}"
+        raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
+    return body
+
+
+ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+
+
+def find_container(job: Job) -> tuple[str, int]:
+    """Host and port of a container's port: where it is published, or else its own address."""
+    target = job.module.target
+    who, port, said = f"container {target.container}", target.port, ask_engine(job)
+    try:
+        found = json.loads(said)
+        network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
+        if not found["State"]["Running"]:
+            raise ScrapeError("unreachable", f"{who} is not running")
+        ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
+        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
+        networks = (network, *(network.get("Networks") or {}).values())
+        places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
+        places += [("", port)] if mode == "host" else []
+        hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        words = f"cannot understand what the container engine says of {who}: {error!r}"
+        raise ScrapeError("unreachable", excerpt(words, 200)) from None
+    if not places:
+        why = f"port {port} is not published, and there is no address of its own"
+        raise ScrapeError("unreachable", f"{who}: {why}")
+    return str(hosts[0]), places[0][1]
+
+
+def connect_container(job: Job) -> socket.socket:
+    """A socket that is connected to a container; where it is is asked again when that fails."""
+    target, known = job.module.target, job.tools.containers
+    place = target.container_host, target.container, target.port
+    with contextlib.suppress(KeyError, OSError):
+        return connect_socket(job, *known[place])
+    known.pop(place, None)  # now: an address that does not answer has used up all the time
+    known[place] = find_container(job)
+    try:
+        return connect_socket(job, *known[place])
+    except OSError as error:
+        job.deadline.check()
+        where = f"container {target.container} is not reachable at {render_address(known[place])}"
+        raise ScrapeError("unreachable", f"{where}: {words_of(error)}") from None
+
+
+def connect_target(job: Job) -> socket.socket:
+    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
+    target = job.module.target
+    if target.unix_socket:
+        return connect_unix(target.unix_socket, job.deadline)
+    if target.container:
+        return connect_container(job)
+    return connect_socket(job, target.address, target.port)
 
 
 # --- exec
@@ -2883,35 +3561,28 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 
 def check_exit(status: int, killed: bool) -> None:
-    """Raise ScrapeError("command") unless a command has exited with 0."""
+    """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
     names = {number.value: number.name for number in signal.Signals}
     killer = names.get(status, f"signal {status}")
-    if killed or status:
+    if status:
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
         raise ScrapeError("command", f"the command {how}")
 
 
 def exit_descriptor(process_id: int) -> Any:
     """A file that is ready to read when the process exits; a context of None if there is none."""
-    try:
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or before 5.3
         return io.FileIO(os.pidfd_open(process_id))
-    except (AttributeError, OSError):  # not Linux, or before 5.3
-        return contextlib.nullcontext()
+    return contextlib.nullcontext()
 
 
 def scrape_exec(job: Job) -> Scrape:
     """What a command prints, if it then exits with 0. IO; raises ScrapeError."""
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
-    try:
-        arguments, environment = command_arguments(job), command_environment(job)
-    except UnicodeError:
-        message = "cannot start the command: it cannot be written in this locale"
-        raise ScrapeError("command", message) from None
-    process = job.tools.commands.start(arguments, environment)
-    words = bytearray()
+    process, words = job.tools.commands.start(job), bytearray()
     try:
         with process.stdout, process.stderr:
-            body = join_pieces(job, command_pieces(job, process, words))
+            return text_scrape(join_pieces(job, command_pieces(job, process, words)))
     except ChildProcessError:  # reaped at the end of the program, by `Commands.end_all`
         raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
@@ -2919,7 +3590,6 @@ def scrape_exec(job: Job) -> Scrape:
         raise
     finally:
         job.tools.commands.end(process)
-    return text_scrape(body)
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -2933,31 +3603,25 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path = job.module.target.path
+    path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        mode = os.stat(path).st_mode  # not opened yet: opening a device may do things to it
-        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise ScrapeError("file", f"{excerpt(path)} is neither a regular file nor a FIFO")
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
+        if kind not in (stat.S_IFREG, stat.S_IFIFO):
+            raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
-            if stat.S_ISFIFO(mode):
-                lock_fifo(job, path, cleanup)
+            if kind == stat.S_IFIFO:
+                lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+                acquire(lock, job.deadline)
+                cleanup.callback(lock.release)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
-            if stat.S_IFMT(found.st_mode) != stat.S_IFMT(mode):
-                raise ScrapeError("file", f"{excerpt(path)} was replaced while it was opened")
+            if stat.S_IFMT(found.st_mode) != kind:
+                raise ScrapeError("file", f"{shown} was replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
-            modified = found.st_mtime if stat.S_ISREG(mode) else None
+            modified = found.st_mtime if kind == stat.S_IFREG else None
             return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
     except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot read {excerpt(path)}: {words_of(error)}") from None
-
-
-def lock_fifo(job: Job, path: str, cleanup: contextlib.ExitStack) -> None:
-    """Have a FIFO for this request alone, until `cleanup`; ScrapeError at the deadline."""
-    lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
-    if not lock.acquire(timeout=job.deadline.remaining()):
-        raise job.deadline.error()
-    cleanup.callback(lock.release)
+        raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -2990,63 +3654,82 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes) -> Headers:
-    """The headers, with a usable content type; ScrapeError if the body is no exposition."""
+def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str = "") -> str:
+    """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
     names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
     encoding = names.get("content-encoding", "identity").strip().lower()
-    content_type, strict = names.get("content-type", ""), job.module.verify == "strict"
-    if encoding == "gzip":
-        body = join_pieces(job, gunzip_pieces(body))
-    elif encoding not in ("", "identity"):
+    content_type = configured or names.get("content-type", "")
+    if encoding not in ("", "identity", "gzip"):
         raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
     try:
-        verify_exposition(body, content_type, strict, job.deadline.check)
+        if encoding == "gzip":
+            body = join_pieces(job, gunzip_pieces(body))
+        verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.check)
+    except zlib.error as error:
+        raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         raise ScrapeError("malformed", str(error), detail) from None
-    is_protobuf = choose_dialect(content_type, strict=False) is None
-    usable = is_protobuf or parse_media_type(content_type)[0] in ("text/plain", OPENMETRICS_TYPE)
-    chosen: str = getattr(job.module.target, "content_type", "")
-    if chosen or usable:
-        return headers
-    return with_content_type(headers, TEXT_CONTENT_TYPE)
+    is_text = choose_dialect(content_type, strict=False) is TEXT
+    is_known = not is_text or parse_media_type(content_type)[0] == "text/plain"
+    return configured or ("" if is_known else TEXT_CONTENT_TYPE)
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
-    """The decoded body, of one gzip member or several; raises ScrapeError("malformed")."""
+    """The decoded body, of one gzip member or several; raises zlib.error."""
     member: Any = None
     for start in range(0, len(body), PIECE_BYTES):  # in parts: what is left over is copied
         part = body[start : start + PIECE_BYTES]
         while part:
             member = member or zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-            try:
-                piece = member.decompress(part, 4 * PIECE_BYTES)
-            except zlib.error as error:
-                why = str(error).rpartition(": ")[2]
-                raise ScrapeError("malformed", f"broken gzip: {why}") from None
-            yield piece
+            yield member.decompress(part, 4 * PIECE_BYTES)
             # Output that is still to come never uses up the input: the checksum follows it.
             part = member.unused_data or member.unconsumed_tail
             member = None if member.eof else member
     if member or not body:
-        raise ScrapeError("malformed", "broken gzip: cut short")
+        raise zlib.error("cut short")
 
 
+#: What clients may add to a module's scrape.
+ARGUMENT_KINDS: Final = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
 
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    result = SCRAPERS[job.module.method](job)
-    headers, body = result.headers, result.body
-    if result.status != http.HTTPStatus.OK or not isinstance(body, bytes):
+    module, running = job.module, job.tools.running
+    most = job.tools.limits.commands if module.method == "exec" else math.inf
+    running.add(module.name, module.max_concurrent or most)
+    job.cleanup.callback(running.add, module.name, math.inf, -1)
+    result = SCRAPERS[module.method](job)
+    if result.status != http.HTTPStatus.OK:
         return result
-    if job.module.verify:
-        headers = verify_scrape(job, headers, body)
+    headers, body = result.headers, cast(bytes, result.body)
+    content_type: str = getattr(module.target, "content_type", "")
+    if module.verify:
+        content_type = verify_scrape(job, headers, body, content_type)
+    if content_type:
+        others = [pair for pair in headers if pair[0].lower() != "content-type"]
+        headers = [*others, ("Content-Type", content_type)]
     if result.modified is not None:
-        body = with_mtime(body, job.module, result.modified)
+        body = with_mtime(body, module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
+
+
+CACHED_HEADERS: Final = ("accept", "accept-encoding", "authorization", "cookie")
+
+
+def answer_job(job: Job) -> Scrape:
+    """What the module's target says, or has said to the same question. Raises ScrapeError."""
+    module = job.module
+    if not module.cache:
+        return scrape_target(job)
+    kinds = ARGUMENT_KINDS[module.method]
+    asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
+    chosen = [pair for pair in job.headers if pair[0].lower() in CACHED_HEADERS]
+    key = module.name, tuple(asked), tuple(chosen) if module.method == "http" else ()
+    return job.tools.cache.answer(job, key, scrape_target)
 
 
 # ==================================================================================================
@@ -3054,8 +3737,6 @@ def scrape_target(job: Job) -> Scrape:
 # ==================================================================================================
 # A Request becomes a Response: who may ask, which route, which module, and every error an answer.
 # No sockets here. `handle` never raises: the one place that catches Exception is in it.
-
-LOGGER: Final = logging.getLogger("expexp")
 
 
 @dataclass(frozen=True)
@@ -3066,6 +3747,7 @@ class Request:
     target: str
     headers: Headers
     client: str
+    scheme: str = "http"
 
     @property
     def path(self) -> str:
@@ -3127,7 +3809,6 @@ def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
 
 
 PARAMETER: Final = re.compile(rb"([A-Za-z][A-Za-z0-9_.-]*)=.*", re.DOTALL)
-ARGUMENT_KINDS: Final = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 
 
 def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
@@ -3157,68 +3838,83 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
     return any(fnmatch.fnmatchcase(os.fsdecode(value), glob) for glob in accepted)
 
 
-class Access:
-    """Who may ask: networks first, then the bearer token."""
+WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
 
-    def __init__(self, networks: Sequence[Network], token: Secret | None) -> None:
-        """No networks: any. No token: none needed."""
-        self._networks, self.token = networks, token
 
-    def check(self, request: Request) -> None:
-        """Raise RequestError with 403 or 401."""
-        address = parse_client_address(request.client)
-        if self._networks and not any(address in network for network in self._networks):
-            raise RequestError(403, "Forbidden")
-        if not self.token:
-            return
-        scheme, _, given = request.header("authorization").partition(" ")
-        given_bytes, token = given.strip().encode("latin-1"), self.token.reveal().encode()
-        wrong = "Invalid Bearer Token"
-        if not scheme:
-            wrong = "Authorization header is missing"
-        elif scheme.lower() != "bearer":
-            wrong = "Authorization header not of Bearer type"
-        elif hmac.compare_digest(given_bytes, token):
-            return
-        raise RequestError(401, wrong, ("WWW-Authenticate", 'Bearer realm="expexp"'))
+def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
+    """The request, less what was only for us; raises RequestError with 403 or 401.
+
+    Networks first, then the bearer token or a user's password. No networks: any. No token and no
+    users: nothing needs to be sent.
+    """
+    address = parse_client_address(request.client)
+    if networks and not any(address in network for network in networks):
+        raise RequestError(403, "Forbidden")
+    ways = (("Bearer", held.token, held.is_token), ("Basic", held.users, held.users.prove))
+    proofs = {scheme: prove for scheme, wanted, prove in ways if wanted}
+    if not proofs:
+        return request
+    scheme, _, given = request.header("authorization").partition(" ")
+    prove = proofs.get(scheme.title())
+    if not (prove and prove(given.strip())):
+        found = f"not of {' or '.join(proofs)} type" if scheme else "is missing"
+        wrong = WRONG_CREDENTIALS[scheme.title()] if prove else f"Authorization header {found}"
+        challenge = ", ".join(f'{name} realm="expexp"' for name in proofs)
+        raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+    rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+    return dataclasses.replace(request, headers=rest)
 
 
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(self, config: Config, options: Options, access: Access, tools: Tools) -> None:
+    def __init__(
+        self, config: Watched, credentials: Watched, options: Options, tools: Tools
+    ) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._options, self._access, self._tools = options, access, tools
-        self._metrics = tools.metrics
+        self._watched, self.credentials, self.options = config, credentials, options
+        self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
+        self._reloading = threading.Lock()
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
+            "/-/reload": self._reload,
+            "/sd": self._discover,
         }
-        self._add_route("-web.telemetry-path", options.telemetry_path, self._telemetry)
-        self._add_route("-web.proxy-path", options.proxy_path, self._proxy)
-        self.replace_config(config)
+        self._add_route("web.telemetry-path", self._telemetry)
+        self._add_route("web.proxy-path", self._proxy)
+        self.take_config()
 
-    def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
+    def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
-        if path in self._routes:
-            message = f"flag {flag} can not be set to {path}: that path is taken"
-            if self._routes[path] == self._telemetry:
-                message = f"flags {flag} and -web.telemetry-path can not be set to the same value"
+        path = self.options[flag]
+        taken = self._routes.setdefault(path, route)
+        if taken != route:
+            message = f"flag -{flag} can not be set to {path}: that path is taken"
+            if taken == self._telemetry:
+                message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
-        self._routes[path] = route
 
-    def replace_config(self, config: Config) -> None:
-        """Use another configuration for the requests that begin from now on."""
-        for module in config.modules.values():
-            self._metrics.create_module(module.name, module.method)
-        self._config = config
+    def take_config(self) -> None:
+        """Use the configuration that there is now for the requests that begin from now on."""
+        self.config: Config = self._watched.value
+        for module in self.config.modules.values():
+            self.metrics.create_module(module.name, module.method)
+        self.metrics.forget_modules(self.config.modules)
+
+    def reload(self) -> Sequence[Problem]:
+        """Read configuration and credentials again; what is wrong with those that are not used."""
+        with self._reloading:
+            problems = reload_all(self._watched, self.credentials)
+            self.take_config()
+        return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
         started = time.monotonic()
-        self._metrics.increment("expexp_http_requests_in_flight")
+        self.metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
         except RequestError as error:
@@ -3231,9 +3927,9 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        self._metrics.increment("expexp_http_requests_in_flight", by=-1)
+        self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
-        self._metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
+        self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
         phrase = http.client.responses.get(response.status, "")
         ended = f"{phrase}, aborted" if response.aborted else phrase
@@ -3244,22 +3940,27 @@ class Application:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
-        self._access.check(request)
+        request = admit(request, self.options["allow.net"], self.credentials.current())
         if request.path not in self._routes:
             raise RequestError(404, "404 page not found")
-        if request.method not in ("GET", "HEAD"):
-            raise RequestError(405, "405 method not allowed", ("Allow", "GET, HEAD"))
+        allowed = ("POST", "PUT") if request.path == "/-/reload" else ("GET", "HEAD")
+        if request.method not in allowed:
+            raise RequestError(405, "405 method not allowed", ("Allow", ", ".join(allowed)))
         return self._routes[request.path](request)
 
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
         with contextlib.ExitStack() as cleanup:
             try:
-                module, pairs = choose_module(self._config, pairs)
+                module, pairs = choose_module(self.config, pairs)
                 cleanup.callback(self._observe, module.name, time.monotonic())
-                check_arguments(module, pairs, self._tools.limits)
-                result = scrape_target(self._job(request, module, pairs, cleanup))
+                check_arguments(module, pairs, self.limits)
+                seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+                deadline = Deadline(seconds, time.monotonic)
+                asked = (module, pairs, request.headers, request.client, deadline)
+                result = answer_job(Job(*asked, cleanup, self._tools))
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
@@ -3270,18 +3971,7 @@ class Application:
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
         seconds = time.monotonic() - started
-        self._metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
-
-    def _job(
-        self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
-    ) -> Job:
-        """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self._options.timeout_offset
-        seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
-        consumed = "authorization" if self._access.token else ""
-        headers = [pair for pair in request.headers if pair[0].lower() != consumed]
-        deadline = Deadline(seconds, time.monotonic)
-        return Job(module, pairs, headers, request.client, deadline, cleanup, self._tools)
+        self.metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -3291,26 +3981,27 @@ class Application:
         elif isinstance(result.body, bytes):
             self._note_success(module)
         body = result.body
-        return body if isinstance(body, bytes) else self._streamed(module, body)
+        return body if isinstance(body, bytes) else self._streamed(module, result)
 
     def _note_success(self, module: Module) -> None:
         """Log that a module has recovered, if it has."""
         if self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
-    def _streamed(self, module: Module, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The pieces; a failure after the status was sent counts as aborted."""
+    def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
+        """The body's pieces; a failure after the status was sent counts as aborted."""
         try:
-            yield from pieces
-            self._note_success(module)
+            yield from cast("Iterator[bytes]", result.body)
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
+        if result.status == http.HTTPStatus.OK:
+            self._note_success(module)
 
     def _note(self, module: Module | None, error: ScrapeError) -> None:
         """Count a failure, and log it if it is news."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
-        self._metrics.fail(name, method, error.reason)
+        self.metrics.fail(name, method, error.reason)
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, error.reason.name, error.message, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
@@ -3320,22 +4011,67 @@ class Application:
 
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
-        collect_process(self._metrics)
-        body, headers = self._metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
+        collect_process(self.metrics)
+        config, tls, modules = self._watched, self.credentials.value.tls, self.config.modules
+        secrets = [each.target.credentials for each in modules.values() if each.method == "http"]
+        working = all(each.working for each in (self.credentials, *secrets))
+        self.metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+        self.metrics.set("expexp_config_last_reload_successful", to=int(config.working))
+        self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
+        if tls:
+            self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)
             headers.append(("Content-Encoding", "gzip"))
         return Response(http.HTTPStatus.OK, [*headers, ("Vary", "Accept-Encoding")], body)
 
+    def _reload(self, _request: Request) -> Response:
+        """Read everything again, if clients may ask for that."""
+        if not self.options["web.enable-lifecycle"]:
+            raise RequestError(403, "-web.enable-lifecycle is not set")
+        problems = self.reload()
+        text = "\n".join(map(str, problems))
+        return own_response(500 if problems else 200, text or "expexp has reloaded.")
+
+    def _discover(self, request: Request) -> Response:
+        """All modules as Prometheus's HTTP service discovery wants them."""
+        address = self.options["web.external-address"] or request.header("host")
+        if not is_host(address):
+            raise RequestError(400, "expected a header Host, or -web.external-address")
+        path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
+        same = {"__metrics_path__": path, "__scheme__": request.scheme}
+        groups = [
+            {"targets": [address], "labels": {**same, **discovery_labels(module, offset)}}
+            for module in self.config.modules.values()
+        ]
+        return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
+
     def _index(self, request: Request) -> Response:
         """The modules, for people as HTML and for programs as JSON."""
-        modules, vary = self._config.modules, ("Vary", "Accept")
+        modules, vary = self.config.modules, ("Vary", "Accept")
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(modules, self._options.proxy_path, self._options.telemetry_path)
+        text = render_index(modules, self.options)
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
+
+
+def discovery_labels(module: Module, offset: float) -> dict[str, str]:
+    """The labels of a module as a target of Prometheus."""
+    labels = {
+        "__param_module": module.name,
+        "__meta_expexp_method": module.method,
+        "module": module.name,  # else the go_* series of two modules would be the same
+    }
+    if module.scrape_interval:
+        # Both or none: a timeout above the interval drops a target, and so does a fraction.
+        longest = module.timeout + offset if module.timeout else math.inf
+        timeout = min(module.scrape_interval, longest)
+        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
+        labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
+    return labels
 
 
 def outline(module: Module) -> dict[str, Any]:
@@ -3351,14 +4087,14 @@ PAGE: Final = """<!DOCTYPE html>
 <p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
 
 
-def render_index(modules: Mapping[str, Module], proxy_path: str, telemetry_path: str) -> str:
+def render_index(modules: Mapping[str, Module], options: Options) -> str:
     """The page at /; its links are relative, so that they hold behind a reverse proxy."""
-    items = ""
+    items, proxy = "", f".{options['web.proxy-path']}"
     for name, module in modules.items():
-        link = html.escape(f".{proxy_path}?module={urllib.parse.quote(name, safe='')}")
+        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
         shown = html.escape(f"{module.method} {module.target.shown}")
         items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
-    return PAGE.format(items=items, telemetry=html.escape(telemetry_path))
+    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
 
 
 def collect_process(metrics: SelfMetrics) -> None:
@@ -3366,16 +4102,15 @@ def collect_process(metrics: SelfMetrics) -> None:
     metrics.set("process_cpu_seconds_total", to=time.process_time())
     metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     metrics.set("process_threads", to=threading.active_count())
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        with open("/proc/self/stat", "rb") as file:
-            # The name of the program may contain blanks and brackets; proc(5) counts from 1.
-            fields = file.read().rpartition(b")")[2].split()
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
+        # There on Linux. The program's name may contain blanks and brackets; proc(5) counts from 1.
+        fields = file.read().rpartition(b")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
         metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
         metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
         metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 1)
+        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 # ==================================================================================================
@@ -3420,11 +4155,13 @@ class Connections:
             self._open.pop(connection, None)
             self._metrics.set("expexp_open_connections", to=len(self._open))
 
-    def mark(self, connection: socket.socket, *, idle: bool) -> None:
-        """Note whether a connection waits for a request, unless it has been evicted."""
+    def mark(self, connection: socket.socket, *, idle: bool) -> bool:
+        """Note whether a connection waits for a request; False if it has been evicted."""
         with self._lock:
-            if self._open.pop(connection, None) is not None:
+            is_open = self._open.pop(connection, None) is not None
+            if is_open:
                 self._open[connection] = idle
+            return is_open
 
     def evict(self) -> bool:
         """Have the oldest idle connection end; its thread wakes from reading. False if none is."""
@@ -3445,34 +4182,132 @@ class Connections:
         return not self._open
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves one connection, request after request."""
+HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
+
+
+class HandshakeError(OSError):
+    """A client's certificate is well-formed, but does not let it in; says which fault that is."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        """Keep the fault."""
+        super().__init__(message)
+        self.fault = fault
+
+
+def handshake_fault(error: Any) -> str:
+    """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
+    reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
+    faults = {
+        "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
+        "not_allowed": isinstance(error, UnicodeError),  # a name that is no text
+        # Of a reset Python says that it was "Closed before TLS handshake".
+        "closed": not isinstance(error, ssl.SSLError) or re.search("EOF|Closed before", reason),
+        "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
+        "refused_by_client": "ALERT" in reason,
+    }
+    return getattr(error, "fault", "") or next(filter(faults.get, faults), tls_fault(error))
+
+
+class ClientConnection(http.server.BaseHTTPRequestHandler):
+    """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
-    rfile: io.BufferedReader
-    disable_nagle_algorithm = True
+    rfile: io.BufferedReader[Any]
 
     def setup(self) -> None:
-        """Read through a DeadlineReader."""
-        super().setup()
+        """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
-        self._limits = self.server.limits
+        self._limits, self._application = self.server.limits, self.server.application
+        self._credentials: Credentials = self._application.credentials.current()
+        self._config = self._application.config
+        self._slot = self.connection = self.request
+        self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
+
+    def handle(self) -> None:
+        """Shake hands where the listener speaks TLS, then answer request after request."""
+        try:
+            if self.server.speaks_tls:
+                self._shake_hands()
+        except (OSError, ScrapeError, UnicodeError) as error:
+            fault = handshake_fault(error)
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
+            words = "no answer in time" if fault == "timeout" else words_of(error)
+            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+            if fault not in ("timeout", "closed"):
+                self._discard()  # or else the alert that tells the client why could be lost
+            return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        reader = DeadlineReader(self.rfile.detach(), self.connection, self._remaining)
-        self.rfile = io.BufferedReader(reader)
+        raw = self.connection.makefile("rb", 0)
+        with io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining)) as self.rfile:
+            super().handle()
 
     def _remaining(self) -> float:
         """Seconds that the next read may take; raises ScrapeError when none remain."""
         return self._deadline.remaining()
 
+    def _shake_hands(self) -> None:
+        """Have a TLS connection to a client that may ask; raises OSError or ScrapeError.
+
+        Here, in the connection's own thread, since it waits for the client. Plain HTTP stays as it
+        is, for an answer that says so. What is wrapped is a duplicate: the server ends a connection
+        by its socket, which wrapping would take away.
+        """
+        self.server.connections.mark(self._slot, idle=True)
+        self._slot.settimeout(self._remaining())
+        first, tls = self._slot.recv(1, socket.MSG_PEEK), cast(ServerTls, self._credentials.tls)
+        if not first:
+            raise ConnectionResetError("closed before the handshake")
+        if first != HANDSHAKE:
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
+            return
+        with self._slot.dup() as duplicate:
+            duplicate.settimeout(self._remaining())
+            self.connection = tls.context.wrap_socket(duplicate, server_side=True)
+        certificate = self.connection.getpeercert() or {}
+        # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
+        if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
+            raise HandshakeError("expiry", "certificate has expired")
+        pattern = self._application.options["web.tls.certmatch"]
+        if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
+            raise HandshakeError("not_allowed", "no name in the certificate is allowed")
+
+    def finish(self) -> None:
+        """Close what is not the server's to close."""
+        if self.connection is not self._slot:
+            with self.connection:
+                self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """End TLS in good form, so that nothing seems to be cut off."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # or it is plain
+            self.connection.settimeout(0)
+            self.connection.unwrap()
+
+    def _discard(self) -> None:
+        """Read away what the client still sends: closing now would reset what we answered."""
+        deadline = Deadline(self._limits.unread_seconds, time.monotonic)
+        left = self._limits.unread_bytes
+        with contextlib.suppress(OSError, ScrapeError):
+            self._slot.shutdown(socket.SHUT_WR)
+            while left > 0:
+                self._slot.settimeout(deadline.remaining())
+                left -= len(self._slot.recv(PIECE_BYTES)) or left
+
+
+class Handler(ClientConnection):
+    """Serves one connection, request after request."""
+
     def handle_one_request(self) -> None:
         """Answer one request, or find that there is none; sets `close_connection`."""
         self.close_connection, connections = True, self.server.connections
         request, refusal = Request("-", "-", (), self._client), None
-        connections.mark(self.connection, idle=True)
+        connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
-        connections.mark(self.connection, idle=False)
-        if not arrived:  # the client has closed instead
+        arrived = arrived if connections.mark(self._slot, idle=False) else b""  # or evicted
+        held: Credentials = self._application.credentials.current()
+        # No answer where the client has closed, or got in by rules that hold no more.
+        if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
@@ -3481,11 +4316,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
+        if self.server.speaks_tls and self.connection is self._slot:
+            refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
-        self.close_connection |= unread
-        self._write(self.server.application.handle(request, refusal), request)
+        stale = held is not self._credentials or self._application.config is not self._config
+        self.close_connection |= unread or stale
+        self._write(self._application.handle(request, refusal), request)
         if unread:
+            self._say_goodbye()
             self._discard()
         self._deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
@@ -3503,7 +4342,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
             raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        request = Request(method, target or "/", self._read_headers(), self._client)
+        headers, scheme = self._read_headers(), self.server.scheme
+        request = Request(method, target or "/", headers, self._client, scheme)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
         self.close_connection = "close" in tokens or (old and "keep-alive" not in tokens)
@@ -3523,8 +4363,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             message = http.client.parse_headers(io.BytesIO(block))
         except http.client.HTTPException:
             raise RequestError(431, "too many headers") from None
-        tokens = all(TOKEN.fullmatch(name) for name in message)
-        if CONTROL.search(block) or is_malformed(message) or not tokens:
+        if CONTROL.search(block) or is_malformed(message) or not all(map(TOKEN.fullmatch, message)):
             raise RequestError(400, "malformed headers")
         return [(name, re.sub(r"\r?\n[ \t]*", " ", value)) for name, value in message.items()]
 
@@ -3532,17 +4371,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send a response; the connection is reset if that fails after a part of it was sent."""
         self._allowance = self._limits.write_stall_seconds  # seconds that sending may still take
         with response.cleanup:
+            response.aborted = True
             try:
                 self._send_response(response, request.method == "HEAD")
+                response.aborted = False
             except (OSError, ScrapeError) as error:
                 LOGGER.debug("%s: response not sent: %s", request.client, error)
-                response.aborted = self.close_connection = True
-                # With a reset the client sees an error: to HTTP/1.0 an end is a complete body.
-                with contextlib.suppress(OSError):
-                    linger = struct.pack("ii", 1, 0)
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.rfile.close()
-                self.connection.close()
+            finally:  # also for errors that are none of these
+                if response.aborted:
+                    self._reset()
+
+    def _reset(self) -> None:
+        """End the connection so that the client sees an error: to HTTP/1.0 an end completes."""
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        for each in (self.rfile, self.connection, self._slot):
+            each.close()
 
     def _send_response(self, response: Response, is_head: bool) -> None:
         """Send head and body, in one write if they are small."""
@@ -3550,9 +4396,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         given = {name.lower() for name, _ in headers}
         bodiless = response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
         chunked = False
+        if bodiless:  # RFC 9110, 8.6
+            headers = [pair for pair in headers if pair[0].lower() != "content-length"]
         if isinstance(body, bytes):
             headers += [] if bodiless else [("Content-Length", str(len(body)))]
-        elif "content-length" not in given:
+        elif "content-length" not in given and not bodiless:
             chunked = self.request_version == "1.1"
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
             self.close_connection |= not chunked  # the only end of the body there is
@@ -3561,15 +4409,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         head = render_head(response.status, headers)
         if is_head or bodiless:
-            self._send(head)
-        elif isinstance(body, bytes):
+            body = b""
+        if isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
             self._send(memoryview(body)[PIECE_BYTES:])
-        else:
-            self._send(head)
-            for piece in body:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            self._send(b"0\r\n\r\n" if chunked else b"")
+            return
+        self._send(head)
+        for piece in body:
+            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
         """Send all of it; raises TimeoutError when there is no progress, or too little."""
@@ -3582,15 +4430,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(min(self._allowance, stall))
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
             self._allowance -= time.monotonic() - begun
-
-    def _discard(self) -> None:
-        """Read away what the client still sends: closing now would reset what we answered."""
-        self._deadline = Deadline(self._limits.unread_seconds, time.monotonic)
-        left = self._limits.unread_bytes
-        with contextlib.suppress(OSError, ValueError, ScrapeError):
-            self.connection.shutdown(socket.SHUT_WR)
-            while left > 0:
-                left -= len(self.rfile.read1(PIECE_BYTES)) or left
 
 
 def render_head(status: int, headers: Headers) -> bytes:
@@ -3607,29 +4446,27 @@ class Server(http.server.ThreadingHTTPServer):
     """A listener; several may share connections and application."""
 
     request_queue_size = 1024
+    allow_reuse_port = False  # two that listen on one port would share its requests
 
     def __init__(
-        self, address: Address, application: Application, connections: Connections, limits: Limits
+        self, address: Address, tls: bool, application: Application, connections: Connections
     ) -> None:
         """Bind and listen, for no host to all addresses of both families; raises OSError."""
-        self.application, self.connections, self.limits = application, connections, limits
+        self.application, self.connections, self.speaks_tls = application, connections, tls
+        self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
         self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), Handler)
+        #: Where this listener is, for the log.
+        self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
         """Bind without the look-up of our own name that http.server would do."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not self._any))
         socketserver.TCPServer.server_bind(self)
-
-    @property
-    def url(self) -> str:
-        """Where this listener is, for the log."""
-        host, port = cast(Address, self.server_address[:2])
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without file descriptors an idle connection goes, and a moment is waited."""
@@ -3693,9 +4530,9 @@ class LogFormatter(logging.Formatter):
 def set_up_logging(options: Options, limits: Limits) -> None:
     """Log to stderr, as the flags say."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(options.log_json, limits.log_line_characters))
+    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_characters))
     LOGGER.handlers[:] = [handler]
-    LOGGER.setLevel(options.log_level)
+    LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
@@ -3724,66 +4561,109 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
+def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
+    """The configuration that flags name; what is wrong with it is noted as problems."""
+    flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
+    system_context.cache_clear()  # the system's authorities may have changed, too
+    config = ConfigLoader(limits, reader).load(*flags)
+    former: Config | None = reader.former
+    if former and former.modules and not (config.modules or reader.problems):
+        # A file that is just being written.
+        reader.problem("", "no modules are left: that needs a restart")
+    return config
+
+
 class Program:
     """All parts of a running expexp."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load and check everything, and bind; raises ConfigError."""
-        self._limits, metrics, loader = limits, SelfMetrics(), ConfigLoader(limits)
+        """Load and check everything; raises ConfigError."""
+        self._options, self._limits, metrics = options, limits, SelfMetrics()
         set_constant_metrics(metrics)
-        config = loader.load(options.config_file, options.config_dirs, options.config_skip_dirs)
-        access = Access(options.allow_net, load_token(options, limits))
+        reader = DocumentReader(options["web.config.file"], [])
+        load: Any = functools.partial(load_config, options, limits)
+        self.config = Watched(load, DocumentReader("", []), 0)
+        load = functools.partial(load_credentials, options)
+        credentials = Watched(load, reader, limits.rotation_seconds)
+        if self.config.problems or credentials.problems:
+            raise ConfigError(*self.config.problems, *credentials.problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, resolver = Budget(limits.held_bytes), Resolver(limits.resolver_threads)
-        tools = Tools(limits, budget, resolver, self.commands, metrics)
-        self.application = Application(config, options, access, tools)
+        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
+        tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
+        self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
-        parts = self.application, self.connections, limits
-        host, port = options.listen_address or ("", 0)
+        self.servers: list[Server] = []
+
+    def listen(self) -> None:
+        """Bind, and tell what an operator should know; raises ConfigError."""
+        options, tls = self._options, self.application.credentials.value.tls
+        own_tls = not options["web.tls.listen-address"] and bool(tls)
+        listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
         try:
-            self.servers = [Server((host, port), *parts)] if options.listen_address else []
+            for flag in filter(options.get, listeners):
+                server = Server(options[flag], listeners[flag], self.application, self.connections)
+                self.servers.append(server)
         except (OSError, UnicodeError) as error:
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            message = f"cannot listen on {where}: {words_of(error)}"
+            for server in self.servers:
+                server.server_close()
+            message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
-        for warning in loader.warnings:
-            LOGGER.warning("%s", warning)
-        self._tell_access(config, options, access)
-        if not config.modules:
+        self._tell_access()
+        if not self.application.config.modules:
             LOGGER.error("no modules loaded from any config file")
 
-    def _tell_access(self, config: Config, options: Options, access: Access) -> None:
+    def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        for network in options.allow_net:
+        networks, modules = self._options["allow.net"], self.application.config.modules.values()
+        for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
-        commands = [module for module in config.modules.values() if module.method == "exec"]
+        commands = [module for module in modules if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
+        demands: Mapping[str, bool] = self.application.credentials.current().demands
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
-        safe = access.token or options.allow_net or all(host.is_loopback for host in bound)
-        if names and not safe:
+        exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
+        plain = [server.url for server in exposed if not server.speaks_tls]
+        if plain and demands["TLS"]:
+            LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
+        open_to_all = plain or not demands["client certificates"]
+        if names and exposed and open_to_all and not (demands["authentication"] or networks):
             LOGGER.warning(
-                "anyone who reaches this port can add arguments to the commands of %s: "
-                "set accept_args and accept_params, -allow.net or -web.bearer.token",
+                "anyone who reaches this port can add arguments to the commands of %s: set "
+                "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
                 excerpt(names, 200),
             )
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
-        # A SimpleQueue may be filled in a signal handler, where a lock could be held already.
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # The kernel may hand a signal to any thread. Python's handlers run in the main one only,
+        # which does not wake up then: so each signal is a byte to wait for.
+        signals, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: signals.put(number))
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             LOGGER.info("listening on %s", server.url)
-        while signals.get() == signal.SIGHUP:
-            LOGGER.warning("SIGHUP: this version reads its configuration only when it starts")
+        notify("READY=1")
+        while self._next_signal(signals) == signal.SIGHUP:
+            self.application.reload()
         self.stop()
+
+    def _next_signal(self, signals: socket.socket) -> int:
+        """The next signal; a changed configuration is one, if that is looked for."""
+        signals.settimeout(self._options["config.auto-reload-interval"] or None)
+        while True:
+            with contextlib.suppress(socket.timeout):
+                return signals.recv(1)[0]
+            if self.config.has_changed():
+                return signal.SIGHUP
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""
         LOGGER.info("stopping")
+        notify("STOPPING=1")
         for server in self.servers:
             server.shutdown()
             server.server_close()
@@ -3795,43 +4675,40 @@ class Program:
 def verify_file(name: str, options: Options, limits: Limits) -> int:
     """Check the exposition in a file and tell all findings; the exit code, 2 if that fails. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
+    failure = f"{shown}: cannot be read"
     try:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
             body = file.read(limits.body_bytes + 1)
         check_size(limits, len(body))
-    except (OSError, ScrapeError) as error:
-        tell(f"{shown}: cannot be read: {words_of(error)}\n")
-        return 2
-    text, code = verify_body(shown, body, options, limits)
-    try:
+        text, code = verify_body(shown, body, options, limits)
+        failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
-    except OSError as error:
-        tell(f"<stdout>: cannot be written: {words_of(error)}\n")
+    except (OSError, ScrapeError) as error:
+        tell(f"{failure}: {words_of(error)}\n")
         return 2
     return code
 
 
 def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
     """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
-    report, started, more = Report(limits.findings), time.monotonic(), ""
-    content_type = options.verify_content_type or text_scrape(body).headers[0][1]
+    report, started = Report(limits.findings), time.monotonic()
+    content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
     try:  # first, so that no number of strict findings hides it
         verify_exposition(body, content_type)
     except ExpositionError as error:
         report.limit += 1  # it is found again
         report.add(error, strict=False)
-    try:
-        examine_exposition(body, content_type, report)
-    except ExpositionError:
-        more = " or more"
+    with contextlib.suppress(ExpositionError):
+        judge_exposition(body, content_type, report)
+    more = " or more" if len(report.findings) >= report.limit else ""
     findings = sorted(set(report.findings))
     wanted = {finding.line for finding in findings}
     texts = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in wanted}
     lines = [render_finding(name, texts.get(finding.line, b""), finding) for finding in findings]
     counts = f"{report.families} families, {report.samples} samples, {len(findings)} findings{more}"
     lines.append(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
-    failed = any(options.verify_strict or not finding.strict for finding in findings)
+    failed = any(options["verify.strict"] or not finding.strict for finding in findings)
     return "".join(lines), int(failed)
 
 
@@ -3842,11 +4719,30 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     head = f"{place}: {'strict: ' if strict else ''}{message}\n"
     if not line:
         return head
-    raw = raw.rstrip(b"\n")
     text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
-    start = max(0, column - 60)
-    before, rest = excerpt(text[start : column - 1], 200), excerpt(text[column - 1 :], 60)
+    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    rest = excerpt(text[column - 1 :].rstrip("\n"), 60)
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
+
+
+def perform(options: Options, limits: Limits) -> int:
+    """Do what the flags ask for; the exit code. Raises ConfigError."""
+    if options["help"]:
+        tell(render_usage())
+    elif options["version"]:
+        tell(f"expexp {__version__} (Python {platform.python_version()})\n")
+    elif options["verify"]:
+        return max(verify_file(name, options, limits) for name in options["verify"])
+    elif options["config.check"]:
+        modules = Program(options, limits).config.value.modules
+        tell(f"no problems, modules: {len(modules)}\n")
+    elif options["web.listen-address"] or options["web.tls.listen-address"]:
+        program = Program(options, limits)
+        program.listen()
+        program.run()
+    else:
+        LOGGER.warning("No web addresses to listen on, nothing to do!")
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3854,27 +4750,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = Limits()
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
+        set_up_logging(options, limits)
+        return perform(options, limits)
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    if options.help or options.version:
-        version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options.help else version)
-        return 0
-    set_up_logging(options, limits)
-    if options.verify:
-        return max(verify_file(name, options, limits) for name in options.verify)
-    if not options.listen_address:
-        LOGGER.warning("No web addresses to listen on, nothing to do!")
-        return 0
-    try:
-        program = Program(options, limits)
     except ConfigError as error:
         for problem in error.problems:
             LOGGER.critical("%s", problem)
         return 1
-    program.run()
-    return 0
 
 
 if __name__ == "__main__":
