@@ -2929,6 +2929,11 @@ class Scrape:
     modified: float | None = None  # when a regular file was, in seconds since 1970
 
 
+def with_header(headers: Headers, name: str, value: str) -> Headers:
+    """The headers, with this one instead of all of its name."""
+    return [*(pair for pair in headers if pair[0].lower() != name.lower()), (name, value)]
+
+
 class Budget:
     """Bytes that all requests together may hold."""
 
@@ -2961,48 +2966,41 @@ class Running:
             self._counts[module] = running
 
 
+class Answer(NamedTuple):
+    """What a module answers to all who ask it the same."""
+
+    module: Module  # a reload may have changed it since
+    made: float  # when; infinite as long as it is not
+    outcome: concurrent.futures.Future[Scrape | ScrapeError]
+
+
 class Cache:
     """The last good answers of modules with `cache`. Who asks while one is made waits for it."""
 
     def __init__(self, limits: Limits) -> None:
         """Begin with none."""
         self._limits, self._lock = limits, threading.Lock()
-        #: When, for which module, and what was answered; the oldest first.
-        self._kept: dict[Any, tuple[float, Module, Scrape]] = {}
-        #: For which module, and what will be answered. A reload may have changed the module since.
-        self._running: dict[
-            Any, tuple[Module, concurrent.futures.Future[Scrape | ScrapeError]]
-        ] = {}
+        self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
 
     def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
         """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
         while True:
             with self._lock:
-                made, module, kept = self._kept.get(key, (-math.inf, None, None))
-                age = time.monotonic() - made
-                if kept and module == job.module and age < job.module.cache:
-                    headers = [*kept.headers, ("Age", str(int(age)))]
-                    return dataclasses.replace(kept, headers=headers)
-                module, running = self._running.get(key, (None, None))
-                if module != job.module:
-                    running = None
-                    own: Any = concurrent.futures.Future()
-                    self._running[key] = job.module, own
-            outcome = self._wait(job, running) if running else self._scrape(job, key, scrape, own)
-            if outcome:
-                return outcome
+                known = self._answers.get(key)
+                age = time.monotonic() - known.made if known else math.inf
+                if not known or known.module != job.module or age >= job.module.cache:
+                    own = Answer(job.module, math.inf, concurrent.futures.Future())
+                    self._answers[key] = own
+                    break
+            outcome = wait_for(known.outcome, job.deadline)
+            if isinstance(outcome, Scrape):
+                aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
+                return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
+            if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
+                raise ScrapeError(outcome.reason.name, outcome.message)
+        return self._make(own, job, key, scrape)
 
-    def _wait(self, job: Job, running: concurrent.futures.Future[Any]) -> Scrape | None:
-        """What another one's scrape gives; None where its deadline was too soon. ScrapeError."""
-        try:
-            outcome = running.result(job.deadline.remaining())
-        except concurrent.futures.TimeoutError:
-            raise job.deadline.error() from None
-        if isinstance(outcome, ScrapeError) and outcome.reason.name != "timeout":
-            raise ScrapeError(outcome.reason.name, outcome.message)
-        return outcome if isinstance(outcome, Scrape) else None
-
-    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape], running: Any) -> Scrape:
+    def _make(self, own: Answer, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
         """What `scrape` makes, for all who wait for it."""
         outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
         try:
@@ -3012,24 +3010,31 @@ class Cache:
             raise
         finally:
             with self._lock:
-                if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
-                    self._keep(key, (time.monotonic(), job.module, outcome))
-                if self._running[key][1] is running:
-                    del self._running[key]
-            running.set_result(outcome)
+                own.outcome.set_result(outcome)
+                if self._answers.get(key) is own:  # and not a later module's
+                    del self._answers[key]
+                    self._keep(key, own._replace(made=time.monotonic()), outcome)
         return outcome
 
-    def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
-        """Keep an answer, and no more than may be kept."""
-        self._kept.pop(key, None)
-        self._kept[key] = entry
-        sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
-        left = sum(size for _, size in sizes)
-        for number, (oldest, size) in enumerate(sizes):
-            many = len(sizes) - number > self._limits.cache_entries
-            if many or left > self._limits.cache_bytes:
-                del self._kept[oldest]
-                left -= size
+    def _keep(self, key: Any, answer: Answer, outcome: Any) -> None:
+        """Keep an answer if it is good, and of all no more than may be kept, the newest."""
+        left = self._limits.cache_bytes
+        is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
+        if is_good and len(outcome.body) <= left:  # or else all others would go for nothing
+            self._answers[key] = answer
+        made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
+        for number, (old, each) in enumerate(reversed(made)):
+            left -= len(cast(Any, each.outcome.result()).body)
+            if left < 0 or number >= self._limits.cache_entries:
+                del self._answers[old]
+
+
+def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
+    """What another thread finds; raises what it raises, or ScrapeError if the deadline is first."""
+    try:
+        return future.result(deadline.remaining())
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
@@ -3053,12 +3058,10 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     answer.add_done_callback(lambda _: slots.release())
     try:
         threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-        return answer.result(deadline.remaining())
     except RuntimeError:
         answer.cancel()
         raise ScrapeError("busy", "no thread can be started to look up a name") from None
-    except concurrent.futures.TimeoutError:
-        raise deadline.error() from None
+    return wait_for(answer, deadline)
 
 
 def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
@@ -3706,8 +3709,7 @@ def scrape_target(job: Job) -> Scrape:
     if module.verify:
         content_type = verify_scrape(job, headers, body, content_type)
     if content_type:
-        others = [pair for pair in headers if pair[0].lower() != "content-type"]
-        headers = [*others, ("Content-Type", content_type)]
+        headers = with_header(headers, "Content-Type", content_type)
     if result.modified is not None:
         body = with_mtime(body, module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
