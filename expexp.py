@@ -2935,35 +2935,20 @@ def with_header(headers: Headers, name: str, value: str) -> Headers:
 
 
 class Budget:
-    """Bytes that all requests together may hold."""
-
-    def __init__(self, most_bytes: int) -> None:
-        """Begin with nothing held."""
-        self._free, self._lock = most_bytes, threading.Lock()
-
-    def take(self, count: int) -> None:
-        """Hold more bytes, or less; raises ScrapeError("busy") if it would be too many."""
-        with self._lock:
-            if count > self._free:
-                raise ScrapeError("busy", "too many bodies in memory, try again later")
-            self._free -= count
-
-
-class Running:
-    """How many scrapes of each module run."""
+    """How much of what requests share is in use: bytes of bodies, scrapes of a module."""
 
     def __init__(self) -> None:
-        """Begin with none."""
-        self._counts: dict[str, int] = {}
+        """Begin with nothing in use."""
+        self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, module: str, most: float, count: int = 1) -> None:
-        """Count one more, or one less; raises ScrapeError("busy") if there would be too many."""
+    def take(self, what: str, count: int, most: float, words: str = "") -> None:
+        """Use more, or less; raises ScrapeError("busy") with the words if that were too much."""
         with self._lock:
-            running = self._counts.get(module, 0) + count
-            if count > 0 and running > most:
-                raise ScrapeError("busy", f"as many scrapes of it run as may at once: {most}")
-            self._counts[module] = running
+            used = self._used.get(what, 0) + count
+            if count > 0 and used > most:
+                raise ScrapeError("busy", words)
+            self._used[what] = used
 
 
 class Answer(NamedTuple):
@@ -3137,23 +3122,18 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(process.pid, number)
 
 
-@dataclass(frozen=True)
 class Tools:
     """What the scrapers share."""
 
-    limits: Limits
-    budget: Budget
-    resolver_slots: threading.Semaphore
-    commands: Commands
-    metrics: SelfMetrics
-    cache: Cache
-    #: One lock a path: of two readers of a FIFO each would get a part.
-    fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
-    #: Host and port of containers, by their engine, name and port.
-    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(
-        default_factory=dict
-    )
-    running: Running = dataclasses.field(default_factory=Running)
+    def __init__(self, limits: Limits, commands: Commands, metrics: SelfMetrics) -> None:
+        """Begin with nothing known or in use."""
+        self.limits, self.commands, self.metrics = limits, commands, metrics
+        self.budget, self.cache = Budget(), Cache(limits)
+        self.resolver_slots = threading.Semaphore(limits.resolver_threads)
+        #: One lock a path: of two readers of a FIFO each would get a part.
+        self.fifo_locks: dict[str, threading.Lock] = {}
+        #: Host and port of containers, by their engine, name and port.
+        self.containers: dict[tuple[str, str, int], tuple[str, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -3171,13 +3151,14 @@ class Job:
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
-    body, budget = io.BytesIO(), job.tools.budget  # a BytesIO hands out what it holds uncopied
-    job.cleanup.callback(lambda: budget.take(-body.tell()))
+    body, take = io.BytesIO(), job.tools.budget.take  # a BytesIO hands out what it holds uncopied
+    limits, words = job.tools.limits, "too many bodies in memory, try again later"
+    job.cleanup.callback(lambda: take("bytes", -body.tell(), limits.held_bytes))
     for piece in pieces:
         job.deadline.check()
-        budget.take(len(piece))
+        take("bytes", len(piece), limits.held_bytes, words)
         body.write(piece)
-        check_size(job.tools.limits, body.tell())
+        check_size(limits, body.tell())
     return body.getvalue()
 
 
@@ -3697,10 +3678,11 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    module, running = job.module, job.tools.running
-    most = job.tools.limits.commands if module.method == "exec" else math.inf
-    running.add(module.name, module.max_concurrent or most)
-    job.cleanup.callback(running.add, module.name, math.inf, -1)
+    module, take = job.module, job.tools.budget.take
+    bound = job.tools.limits.commands if module.method == "exec" else math.inf
+    what, most = f"scrapes of {module.name}", module.max_concurrent or bound
+    take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
+    job.cleanup.callback(take, what, -1, most)
     result = SCRAPERS[module.method](job)
     if result.status != http.HTTPStatus.OK:
         return result
@@ -4596,8 +4578,7 @@ class Program:
         if problems:
             raise ConfigError(*problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
-        tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
+        tools = Tools(limits, self.commands, metrics)
         access = Access(options["allow.net"], credentials)
         self.application = Application(self.config, options, access, tools)
         self.connections = Connections(limits.connections, metrics)

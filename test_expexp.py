@@ -9941,10 +9941,7 @@ def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
 def scraping_job() -> expexp.Job:
     """A job for the functions that read pieces."""
     limits, metrics = expexp.Limits(), expexp.SelfMetrics()
-    budget, slots = expexp.Budget(limits.held_bytes), threading.Semaphore(1)
-    tools = expexp.Tools(
-        limits, budget, slots, expexp.Commands(limits, 0), metrics, expexp.Cache(limits)
-    )
+    tools = expexp.Tools(limits, expexp.Commands(limits, 0), metrics)
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60, time.monotonic)
     return expexp.Job(module, (), (), "::1", deadline, contextlib.ExitStack(), tools)
