@@ -382,7 +382,8 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 def is_host(text: str) -> bool:
     """Whether it is a host and perhaps a port, as in the header Host."""
     host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
-    return bool(re.fullmatch(rf"(?:{host})(?::[0-9]{{1,5}})?", text))
+    found = re.fullmatch(rf"(?:{host})(?::([0-9]{{1,5}}))?", text)
+    return found is not None and 1 <= int(found[1] or 1) <= LAST_PORT
 
 
 def render_address(address: tuple[str, int]) -> str:
@@ -2097,7 +2098,7 @@ class HttpTarget:
     port: int = key(read_port, REQUIRED, "port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
-    unix_socket: str = key(read_text, "", "socket of the exporter, instead of address and port")
+    unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
     container: str = key(read_container, "", "container of the exporter, instead of an address")
     container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
@@ -2282,7 +2283,7 @@ class DocumentReader:
                 with self.noting(where):
                     read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
                     values[name] = self.section(read, node, where) if nested else read(node)
-            elif metadata["default"] is REQUIRED and SUBSTITUTES.get(name) in nodes:
+            elif nodes.get(SUBSTITUTES.get(name, ""), ABSENT).kind != "nothing":
                 values[name] = 0
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
@@ -2449,7 +2450,7 @@ class Watched:
             self.value, self.loaded = value, time.time()
         for warning in reader.warnings if self.working else ():
             LOGGER.warning("%s", warning)
-        return reader.problems
+        return sorted(reader.problems)
 
     def reload(self) -> Sequence[Problem]:
         """Read the files again; log, and return, the problems that there are instead of a value."""
@@ -2509,7 +2510,7 @@ class ConfigLoader:
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
-        if skip_missing and not os.path.exists(folder):
+        if skip_missing and not os.path.exists(self._reader.watched(folder)):
             self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
         for name in sorted(os.listdir(self._reader.watched(folder))):
@@ -4065,7 +4066,7 @@ def discovery_labels(module: Module, offset: float) -> dict[str, str]:
             "timeout": min(module.scrape_interval, longest),
         }
         labels.update(
-            {f"__scrape_{n}__": f"{seconds * 1000:.0f}ms" for n, seconds in times.items()}
+            {f"__scrape_{n}__": f"{max(1, each * 1000):.0f}ms" for n, each in times.items()}
         )
     return labels
 
@@ -4558,7 +4559,8 @@ def load_config(options: Options, limits: Limits, reader: FileReader, former: An
     """The configuration that flags name; what is wrong with it is noted as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     config = ConfigLoader(limits, reader).load(*flags)
-    if former and former.modules and not config.modules:  # a file that is just being written
+    if former and former.modules and not (config.modules or reader.problems):
+        # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
     return config
 
@@ -4628,10 +4630,13 @@ class Program:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
-        # A SimpleQueue may be filled in a signal handler, where a lock could be held already.
-        signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+        # The kernel may hand a signal to any thread. Python's handlers run in the main one only,
+        # which does not wake up then: so each signal is a byte to wait for.
+        signals, writer = socket.socketpair()
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda number, _: signals.put(number))
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -4641,12 +4646,12 @@ class Program:
             self.application.reload()
         self.stop()
 
-    def _next_signal(self, signals: queue.SimpleQueue[int]) -> int:
+    def _next_signal(self, signals: socket.socket) -> int:
         """The next signal; a changed configuration is one, if that is looked for."""
-        interval = self._options["config.auto-reload-interval"] or None
+        signals.settimeout(self._options["config.auto-reload-interval"] or None)
         while True:
-            with contextlib.suppress(queue.Empty):
-                return signals.get(timeout=interval)
+            with contextlib.suppress(socket.timeout):
+                return signals.recv(1)[0]
             if self.config.has_changed():
                 return signal.SIGHUP
 
