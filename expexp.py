@@ -90,9 +90,7 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -3196,7 +3194,16 @@ CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
 
 
 class TargetResponse(http.client.HTTPResponse):
-    """A response whose chunks are framed as RFC 9112, 7.1 has it: http.client takes much more."""
+    """A response that is read within a deadline.
+
+    Its chunks are framed as RFC 9112, 7.1 has it: http.client takes much more.
+    """
+
+    def __init__(self, deadline: Deadline, connection: socket.socket, method: str) -> None:
+        """Put a DeadlineReader between the connection and its buffer."""
+        super().__init__(connection, method=method)
+        reader: Any = DeadlineReader(self.fp.detach(), connection, deadline.remaining)
+        self.fp = io.BufferedReader(reader, PIECE_BYTES)
 
     def _read_next_chunk_size(self) -> int:
         """The size of the next chunk; of the ValueError http.client makes an IncompleteRead."""
@@ -3212,50 +3219,34 @@ class TargetResponse(http.client.HTTPResponse):
         return end
 
 
-class TargetConnection(http.client.HTTPConnection):
-    """A connection to a target whose every wait counts against the job's deadline."""
-
-    def __init__(self, host: str, **named: Any) -> None:
-        """Keep the `job`: where to connect to is its module's to say, whatever `host` is."""
-        self._job: Job = named.pop("job")
-        super().__init__(host, **named)
-
-    def connect(self) -> None:
-        """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
-        target, deadline = self._job.module.target, self._job.deadline
-        self.sock = connect_target(self._job)
-        self.sock.settimeout(deadline.remaining())
-        if target.scheme == "https":
-            # A body cut short by an attacker is an error, not an end: no ragged ends.
-            context = target.credentials.current().context
-            wrap = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)
-            self.sock = wrap(self.sock, server_hostname=target.server_name or target.host)
-            self.sock.settimeout(deadline.remaining())
-
-    def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """A response that is read through a DeadlineReader."""
-        response = TargetResponse(sock, **named)
-        reader: Any = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
-        response.fp = io.BufferedReader(reader, PIECE_BYTES)
-        return response
+UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
 
 
-def connect_socket(job: Job, host: str, port: int) -> socket.socket:
-    """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
+def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
+    """A connection to the first that can be had of addresses as getaddrinfo gives them.
+
+    They share what remains. Raises OSError, that of the first, or ScrapeError.
+    """
+    errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = job.deadline.remaining() / (len(addresses) - position)
+        share = deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(share)
             connection.connect(address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
             errors.append(error)
         else:
             return connection
     raise errors[0]
+
+
+def connect_host(job: Job, host: str, port: int) -> socket.socket:
+    """A connection to a port; raises OSError or ScrapeError."""
+    return connect_any(resolve(host, port, job.deadline, job.tools.resolver_slots), job.deadline)
 
 
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
@@ -3286,7 +3277,7 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         deadline.check()
-        cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
+        cause: Any = error
         if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
             cause = ssl.SSLEOFError()
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
@@ -3311,7 +3302,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if authorization:
         headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
-    return headers
+    return {**headers, "Connection": "close"}
 
 
 def end_to_end(headers: Headers) -> Headers:
@@ -3321,23 +3312,33 @@ def end_to_end(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-def request_url(job: Job) -> str:
-    """The URL for a target: the client's parameters, then the path's own."""
-    target = job.module.target
+def request_path(job: Job) -> str:
+    """Path and query for a target: the client's parameters, then the path's own."""
+    path, _, own = job.module.target.path.partition("?")
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
-    return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
+    queries = (render_query(cast(Pairs, pairs)), own)
+    return "?".join(filter(None, (path, "&".join(filter(None, queries)))))
+
+
+def ask(job: Job, connect: Callable[[Job], socket.socket], path: str, headers: Any) -> Any:
+    """The response to a GET on a connection of its own, its body still to be read; ScrapeError.
+
+    http.client alone: it knows no proxies, redirects, `file:` or `ftp:`.
+    """
+    exchange: Any = http.client.HTTPConnection("localhost")
+    exchange.response_class = functools.partial(TargetResponse, job.deadline)
+    with target_errors(job.deadline), connect(job) as exchange.sock:  # open as long as its response
+        exchange.sock.settimeout(job.deadline.remaining())
+        exchange.request("GET", path, headers=headers)
+        response = exchange.getresponse()
+    job.cleanup.callback(response.close)
+    check_head(response)
+    return response
 
 
 def scrape_http(job: Job) -> Scrape:
     """The answer of an http target. IO; raises ScrapeError."""
-    url, headers = request_url(job), request_headers(job)
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
-    request.timeout = job.deadline.remaining()
-    with target_errors(job.deadline):  # the bare handler knows no proxies, redirects, file: or ftp:
-        response = urllib.request.AbstractHTTPHandler().do_open(TargetConnection, request, job=job)
-    job.cleanup.callback(response.close)
-    check_head(response)
+    response = ask(job, connect_target, request_path(job), request_headers(job))
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
@@ -3392,25 +3393,13 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
 # --- containers: where one is is asked of its engine, over the API that Docker and podman share
 
 
-def connect_unix(path: str, deadline: Deadline) -> socket.socket:
-    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(deadline.remaining())
-        connection.connect(path)
-    except (OSError, ScrapeError):
-        connection.close()
-        raise
-    return connection
-
-
 def connect_engine(job: Job) -> socket.socket:
     """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
     given, faults = job.module.target.container_host, []
     for place in ENGINES if given == ENGINES[0] else (given,):
         path = place.partition("://")[2]
         try:
-            return connect_unix(path, job.deadline)
+            return connect_any([(*UNIX, path)], job.deadline)
         except OSError as error:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
@@ -3422,12 +3411,7 @@ def ask_engine(job: Job) -> bytes:
     """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
     try:
-        asking = contextlib.closing(TargetConnection("localhost", job=job))
-        with target_errors(job.deadline), asking as connection:
-            connection.sock = connect_engine(job)
-            connection.request("GET", f"/containers/{name}/json")
-            response = connection.getresponse()
-            check_head(response)
+        with ask(job, connect_engine, f"/containers/{name}/json", {}) as response:
             body = join_pieces(job, response_pieces(job, response))
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
@@ -3473,11 +3457,11 @@ def connect_container(job: Job) -> socket.socket:
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
     with contextlib.suppress(KeyError, OSError):
-        return connect_socket(job, *known[place])
+        return connect_host(job, *known[place])
     known.pop(place, None)  # now: an address that does not answer has used up all the time
     known[place] = find_container(job)
     try:
-        return connect_socket(job, *known[place])
+        return connect_host(job, *known[place])
     except OSError as error:
         job.deadline.check()
         where = f"container {target.container} is not reachable at {render_address(known[place])}"
@@ -3485,13 +3469,22 @@ def connect_container(job: Job) -> socket.socket:
 
 
 def connect_target(job: Job) -> socket.socket:
-    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
-    target = job.module.target
+    """A connection to a module's target, over TLS if it wants that; OSError or ScrapeError."""
+    target, deadline = job.module.target, job.deadline
     if target.unix_socket:
-        return connect_unix(target.unix_socket, job.deadline)
-    if target.container:
-        return connect_container(job)
-    return connect_socket(job, target.address, target.port)
+        connection = connect_any([(*UNIX, target.unix_socket)], deadline)
+    elif target.container:
+        connection = connect_container(job)
+    else:
+        connection = connect_host(job, target.address, target.port)
+    if target.scheme != "https":
+        return connection
+    with connection:  # until TLS has taken it over
+        connection.settimeout(deadline.remaining())
+        context: ssl.SSLContext = target.credentials.current().context
+        name = target.server_name or target.host
+        # A body cut short by an attacker is an error, not an end: no ragged ends.
+        return context.wrap_socket(connection, suppress_ragged_eofs=False, server_hostname=name)
 
 
 # --- exec
