@@ -165,6 +165,7 @@ class Limits:
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
     cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
     commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
+    container_seconds: float = limit(60, "what its engine said: another may get its address")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -3131,8 +3132,9 @@ class Tools:
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
         #: One lock a path: of two readers of a FIFO each would get a part.
         self.fifo_locks: dict[str, threading.Lock] = {}
-        #: Host and port of containers, by their engine, name and port.
-        self.containers: dict[tuple[str, str, int], tuple[str, int]] = {}
+        #: When an engine was asked for a container, what host and port it said; by engine, name
+        #: and port.
+        self.containers: dict[tuple[str, str, int], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -3456,15 +3458,18 @@ def connect_container(job: Job) -> socket.socket:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
-    with contextlib.suppress(KeyError, OSError):
-        return connect_host(job, *known[place])
+    asked, *address = known.get(place, (-math.inf,))
+    if time.monotonic() - asked < job.tools.limits.container_seconds:
+        with contextlib.suppress(OSError):
+            return connect_host(job, *address)
     known.pop(place, None)  # now: an address that does not answer has used up all the time
-    known[place] = find_container(job)
+    asked, (host, port) = time.monotonic(), find_container(job)
+    known[place] = asked, host, port
     try:
-        return connect_host(job, *known[place])
+        return connect_host(job, host, port)
     except OSError as error:
         job.deadline.check()
-        where = f"container {target.container} is not reachable at {render_address(known[place])}"
+        where = f"container {target.container} is not reachable at {render_address((host, port))}"
         raise ScrapeError("unreachable", f"{where}: {words_of(error)}") from None
 
 

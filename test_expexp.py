@@ -7499,6 +7499,22 @@ def test_a_container_that_was_made_anew_is_found(engine: Engine) -> None:
     assert len(engine.asked) == 3
 
 
+def test_a_container_is_looked_for_again_after_a_while(engine: Engine) -> None:
+    """Another one may have taken the address that it had, and would answer in its place."""
+    limits = dataclasses.replace(FAST, container_seconds=0.5)
+    with (
+        target(ok(b"a 1\n")) as one,
+        target(ok(b"a 2\n")) as two,
+        running({"m": engine.module("web")}, limits=limits) as served,
+    ):
+        begun = time.monotonic()
+        for port, text in ((one, "a 1\n"), (two, "a 2\n")):
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            wait_until(lambda text=text: served.scrape("m").text == text)  # type: ignore[misc]
+        assert time.monotonic() - begun >= 0.5
+    assert len(engine.asked) == 2
+
+
 def test_a_container_is_found_whose_former_place_does_not_answer(engine: Engine) -> None:
     """The address of a container that is gone is one from which nothing comes, not even a no."""
     module = engine.module("web") | {"timeout": "300ms"}
