@@ -2942,7 +2942,7 @@ class Budget:
         self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def take(self, what: str, count: int, most: float, words: str = "") -> None:
+    def take(self, what: str, count: int, most: float = math.inf, words: str = "") -> None:
         """Use more, or less; raises ScrapeError("busy") with the words if that were too much."""
         with self._lock:
             used = self._used.get(what, 0) + count
@@ -2967,8 +2967,8 @@ class Cache:
         self._limits, self._lock = limits, threading.Lock()
         self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
 
-    def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
-        """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
+    def answer(self, job: Job, key: Any) -> Scrape:
+        """An answer that is fresh enough, or a new one; raises ScrapeError."""
         while True:
             with self._lock:
                 known = self._answers.get(key)
@@ -2983,13 +2983,13 @@ class Cache:
                 return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
             if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
                 raise ScrapeError(outcome.reason.name, outcome.message)
-        return self._make(own, job, key, scrape)
+        return self._make(own, job, key)
 
-    def _make(self, own: Answer, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
-        """What `scrape` makes, for all who wait for it."""
+    def _make(self, own: Answer, job: Job, key: Any) -> Scrape:
+        """What the target says now, for all who wait for it."""
         outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
         try:
-            outcome = scrape(job)
+            outcome = scrape_target(job)
         except ScrapeError as error:
             outcome = error
             raise
@@ -3154,7 +3154,7 @@ def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
     body, take = io.BytesIO(), job.tools.budget.take  # a BytesIO hands out what it holds uncopied
     limits, words = job.tools.limits, "too many bodies in memory, try again later"
-    job.cleanup.callback(lambda: take("bytes", -body.tell(), limits.held_bytes))
+    job.cleanup.callback(lambda: take("bytes", -body.tell()))
     for piece in pieces:
         job.deadline.check()
         take("bytes", len(piece), limits.held_bytes, words)
@@ -3279,9 +3279,8 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         deadline.check()
-        cause: Any = error
-        if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
-            cause = ssl.SSLEOFError()
+        is_end = getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # in Python 3.9
+        cause: Any = ssl.SSLEOFError() if is_end else error
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
         shown = excerpt(words_of(cause), 200)
         raise ScrapeError(reason, words.format(shown, tls_fault(cause))) from None
@@ -3300,8 +3299,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-    authorization = target.credentials.current().authorization
-    if authorization:
+    if authorization := target.credentials.current().authorization:
         headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
     return {**headers, "Connection": "close"}
@@ -3395,6 +3393,10 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
 # --- containers: where one is is asked of its engine, over the API that Docker and podman share
 
 
+#: Whatever is wrong with a container or its engine, the target cannot be reached.
+unreachable: Final = functools.partial(ScrapeError, "unreachable")
+
+
 def connect_engine(job: Job) -> socket.socket:
     """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
     given, faults = job.module.target.container_host, []
@@ -3406,7 +3408,7 @@ def connect_engine(job: Job) -> socket.socket:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
                 break
-    raise ScrapeError("unreachable", "; ".join(faults))
+    raise unreachable("; ".join(faults))
 
 
 def ask_engine(job: Job) -> bytes:
@@ -3418,12 +3420,11 @@ def ask_engine(job: Job) -> bytes:
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
             raise
-        words = f"cannot ask the container engine: {error.message}"
-        raise ScrapeError("unreachable", words) from None
+        raise unreachable(f"cannot ask the container engine: {error.message}") from None
+    if response.status == http.HTTPStatus.NOT_FOUND:
+        raise unreachable(f"there is no container {name}")
     if response.status != http.HTTPStatus.OK:
-        is_missing = response.status == http.HTTPStatus.NOT_FOUND
-        other = f"the container engine answers with status {response.status}"
-        raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
+        raise unreachable(f"the container engine answers with status {response.status}")
     return body
 
 
@@ -3438,7 +3439,7 @@ def find_container(job: Job) -> tuple[str, int]:
         found = json.loads(said)
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
-            raise ScrapeError("unreachable", f"{who} is not running")
+            raise unreachable(f"{who} is not running")
         ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
         places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
@@ -3447,10 +3448,10 @@ def find_container(job: Job) -> tuple[str, int]:
         hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of {who}: {error!r}"
-        raise ScrapeError("unreachable", excerpt(words, 200)) from None
+        raise unreachable(excerpt(words, 200)) from None
     if not places:
         why = f"port {port} is not published, and there is no address of its own"
-        raise ScrapeError("unreachable", f"{who}: {why}")
+        raise unreachable(f"{who}: {why}")
     return str(hosts[0]), places[0][1]
 
 
@@ -3470,7 +3471,7 @@ def connect_container(job: Job) -> socket.socket:
     except OSError as error:
         job.deadline.check()
         where = f"container {target.container} is not reachable at {render_address((host, port))}"
-        raise ScrapeError("unreachable", f"{where}: {words_of(error)}") from None
+        raise unreachable(f"{where}: {words_of(error)}") from None
 
 
 def connect_target(job: Job) -> socket.socket:
@@ -3541,9 +3542,8 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 def check_exit(status: int, killed: bool) -> None:
     """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
-    names = {number.value: number.name for number in signal.Signals}
-    killer = names.get(status, f"signal {status}")
     if status:
+        killer = next((s.name for s in signal.Signals if s == status), f"signal {status}")
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
         raise ScrapeError("command", f"the command {how}")
 
@@ -3677,11 +3677,11 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    module, take = job.module, job.tools.budget.take
+    module, take, what = job.module, job.tools.budget.take, f"scrapes of {job.module.name}"
     bound = job.tools.limits.commands if module.method == "exec" else math.inf
-    what, most = f"scrapes of {module.name}", module.max_concurrent or bound
+    most = module.max_concurrent or bound
     take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
-    job.cleanup.callback(take, what, -1, most)
+    job.cleanup.callback(take, what, -1)
     result = SCRAPERS[module.method](job)
     if result.status != http.HTTPStatus.OK:
         return result
@@ -3708,7 +3708,7 @@ def answer_job(job: Job) -> Scrape:
     asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
     chosen = [pair for pair in job.headers if pair[0].lower() in CACHED_HEADERS]
     key = module.name, tuple(asked), tuple(chosen) if module.method == "http" else ()
-    return job.tools.cache.answer(job, key, scrape_target)
+    return job.tools.cache.answer(job, key)
 
 
 # ==================================================================================================
