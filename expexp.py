@@ -3681,8 +3681,11 @@ def scrape_target(job: Job) -> Scrape:
     bound = job.tools.limits.commands if module.method == "exec" else math.inf
     most = module.max_concurrent or bound
     take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
-    job.cleanup.callback(take, what, -1)
-    result = SCRAPERS[module.method](job)
+    with contextlib.ExitStack() as slot:  # a client that reads slowly keeps none, but for a stream
+        slot.callback(take, what, -1)
+        result = SCRAPERS[module.method](job)
+        if not isinstance(result.body, bytes):
+            job.cleanup.push(slot.pop_all())
     if result.status != http.HTTPStatus.OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)

@@ -9001,6 +9001,18 @@ def test_a_slot_is_given_back_after_an_answer_that_is(end: str, counted: Counted
             wait_until(lambda: served.scrape("m&args=good").status == 200)
 
 
+def test_a_slot_is_given_back_though_the_client_does_not_read_its_answer() -> None:
+    body = EXPOSITION * (8 * expexp.MEBIBYTE // len(EXPOSITION))  # more than sockets hold
+    with (
+        target(ok(body)) as port,
+        running({"m": http_module(port) | {"max_concurrent": 1}}) as served,
+        connect(served.port) as client,
+    ):
+        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 200"
+        assert served.scrape("m").status == 200
+
+
 def test_a_slot_is_given_back_when_a_client_leaves_in_the_middle_of_a_stream() -> None:
     with target(endless(ENDLESS, b"a 1\n")) as port:
         module = http_module(port, verify=False) | {"max_concurrent": 1}
