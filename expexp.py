@@ -3441,7 +3441,7 @@ def find_container(job: Job) -> tuple[str, int]:
         if not found["State"]["Running"]:
             raise unreachable(f"{who} is not running")
         ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
-        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
+        places = [(one["HostIp"], to_port(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
         places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
         places += [("", port)] if mode == "host" else []

@@ -7655,6 +7655,16 @@ ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
         "unreachable",
         UNCLEAR,
     ),
+    "says that a port is too great": (
+        with_ports({"HostIp": "127.0.0.1", "HostPort": "70000"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a port is beyond all numbers of C": (
+        with_ports({"HostIp": "127.0.0.1", "HostPort": "1" * 30}),
+        "unreachable",
+        UNCLEAR,
+    ),
     "knows a port without an address": (with_ports({"HostPort": "1"}), "unreachable", UNCLEAR),
     "knows a port without a number": (with_ports({"HostIp": ""}), "unreachable", UNCLEAR),
     "says that a host is null": (
