@@ -629,7 +629,11 @@ BAD_MODULES = [
             f"{BUDGET_CODE_LINES} at most"
         ),
     ),
-    ("the budget of lines", "# a\n" * 4001, "line 4001: 4001 lines in all, 4000 at most"),
+    (
+        "the budget of lines",
+        "# a\n" * (BUDGET_LINES + 1),
+        f"line {BUDGET_LINES + 1}: {BUDGET_LINES + 1} lines in all, {BUDGET_LINES} at most",
+    ),
     ("the length of functions", with_body(*["a = 1"] * 49), "line 9: f has 51 lines, 50 at most"),
     (
         "the length of classes",
