@@ -1550,9 +1550,8 @@ process_threads                        gauge    -  Threads.
     """)
 ]
 #: Why there was no request on a TLS connection: the values of the label `reason`.
-HANDSHAKE_FAULTS: Final = (
-    *("timeout", "closed", "plain_http", "protocol", "no_certificate", "chain", "expiry"),
-    *("not_allowed", "refused_by_client"),
+HANDSHAKE_FAULTS: Final = names_of(
+    "timeout closed plain_http protocol no_certificate chain expiry not_allowed refused_by_client"
 )
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
@@ -1708,13 +1707,11 @@ def no_value(_text: str) -> str:
 
 
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
-parse_level: Final = functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS)
-
 PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "address": parse_listen,
     "boolean": parse_boolean,
     "host": parse_host,
-    "level": parse_level,
+    "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
     "network": parse_network,
     "none": no_value,
     "path": parse_path,
@@ -1886,15 +1883,14 @@ def parse_yaml(text: str) -> Node:
     try:
         return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
     except yaml.reader.ReaderError as error:  # has no mark
-        message, place = f"not YAML: {error.reason}", place_after(text[: error.position])
+        raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
-        place = mark.line + 1, mark.column + 1
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
         if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
             message = "an alias that contains itself"
-    raise NodeError(message, place)
+        raise NodeError(message, (mark.line + 1, mark.column + 1)) from None
 
 
 def build_json(value: Any) -> Node:
@@ -1951,7 +1947,7 @@ def scalar(
 def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
     """A mapping of names to secrets, which messages do not show."""
     if node.kind != "mapping":
-        raise mismatch("a mapping", Node(node.kind, "", node.place))
+        raise mismatch("a mapping", node._replace(text=""))
     found: dict[str, Secret] = {}
     for name_node, value in node.entries:
         name = read_name(name_node)
@@ -1994,15 +1990,8 @@ def to_interval(text: str) -> float:
     return seconds
 
 
-def to_bcrypt(text: str) -> Secret:
-    """A hash that does not take too long. ValueError."""
-    if not MIN_BCRYPT_COST <= int(text[4:6]) <= Limits.bcrypt_cost:
-        raise ValueError("cost")
-    return Secret(text)
-
-
-MIN_BCRYPT_COST: Final = 4  # bcrypt's own
-BCRYPT_HASH: Final = r"\$2[aby]\$[0-9]{2}\$[./A-Za-z0-9]{53}"  # salt and hash in bcrypt's base64
+COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's own 4
+BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
@@ -2012,6 +2001,7 @@ SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
 read_something: Final = scalar("text that is not empty", A_NAME)
+read_module_name: Final = scalar("a name", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
 read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
@@ -2035,7 +2025,7 @@ read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Not shown: behind a colon the password could follow.
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
-read_hash: Final = scalar(A_HASH, BCRYPT_HASH, to_bcrypt, secret=True)
+read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
@@ -2080,14 +2070,12 @@ def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
-OPPOSED_KEYS: Final = (
-    ("address", "unix_socket", "container"),
-    ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
-)
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
+ADDRESS_KEYS: Final = ("address", "unix_socket", "container")
+OPPOSED_KEYS: Final = (ADDRESS_KEYS, (*PASSWORD_KEYS, "bearer_token_file"))
 SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
 #: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
 ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
 
 
 @dataclass(frozen=True, repr=False)  # what it holds may be secret
@@ -2319,8 +2307,6 @@ class DocumentReader:
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
         values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
         target = self.target(nodes, values, path) if "method" in values else {}
-        if values.get("cache") and values.get("verify") is False and values["method"] == "http":
-            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[values["method"]](**target))
@@ -2342,6 +2328,8 @@ class DocumentReader:
             if method in refusing and (name in own or name in nodes):
                 at = where if name in own else path
                 self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
+        if method == "http" and values.get("verify") is False and values.get("cache"):
+            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
         return target
 
 
@@ -2352,28 +2340,19 @@ class DocumentReader:
 # they change. IO. What is wrong with any of them is a ConfigError.
 
 LOGGER: Final = logging.getLogger("expexp")
-
-
-def load_text(filename: str, most_bytes: int) -> str:
-    """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
-    with open(filename, "rb") as file:
-        content = file.read(most_bytes + 1)
-    if len(content) > most_bytes:
-        raise NodeError(f"larger than {most_bytes} bytes")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start].decode("latin-1")  # the column counts bytes
-        raise NodeError("not UTF-8", place_after(before)) from None
+CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
 
 class FileReader(DocumentReader):
-    """Notes problems, and of each file that is read what it was like just before."""
+    """Reads files; notes problems, and of each file what it was like just before it was read."""
 
-    def __init__(self, original: DocumentReader) -> None:
-        """Begin without problems, with the places that are known already."""
+    def __init__(self, original: DocumentReader, former: Any = None) -> None:
+        """Begin without problems, with the places that are known already.
+
+        What is loaded is to replace the `former` value, if there is one.
+        """
         super().__init__(original.filename, [])
-        self.places = {**original.places}
+        self.places, self.former = {**original.places}, former
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
@@ -2389,11 +2368,28 @@ class FileReader(DocumentReader):
                 file = excerpt(filename, 200)
                 self.warnings.append(f"{file} holds secrets and can be read by everybody")
 
+    def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
+        """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+        with open(self.watched(filename), "rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise NodeError(f"larger than {most_bytes} bytes")
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            before = error.object[: error.start].decode("latin-1")  # the column counts bytes
+            raise NodeError("not UTF-8", place_after(before)) from None
+
+    def document(self, filename: str, most_bytes: int = Limits.config_bytes) -> Node:
+        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        parse = parse_json if filename.endswith(".json") else parse_yaml
+        return parse(self.text(filename, most_bytes))
+
     def secret(self, filename: str) -> Secret:
         """What a file holds, without the blanks around it; raises OSError and NodeError."""
         self.warn_of_readers(filename)
         try:
-            text = load_text(self.watched(filename), Limits.secret_bytes).strip()
+            text = self.text(filename, Limits.secret_bytes).strip()
         except NodeError as error:  # its place is one in that file
             raise NodeError(f"the file is {error}") from None
         if not text:
@@ -2402,10 +2398,17 @@ class FileReader(DocumentReader):
 
     def certificates(self, filename: str) -> list[str]:
         """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
-        found = CERTIFICATE.findall(load_text(self.watched(filename), Limits.config_bytes))
+        found = CERTIFICATE.findall(self.text(filename))
         if not found:
             raise ValueError("there is no certificate in it")
         return found
+
+    def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
+        """Give a context a certificate and its key; what is wrong with them is a problem."""
+        with self.noting(path, "cannot use certificate {} with key {}".format(*files)):
+            self.warn_of_readers(files[1])
+            certificate, private = map(self.watched, files)
+            context.load_cert_chain(certificate, private, password=no_password)
 
 
 def fingerprint(filename: str) -> Any:
@@ -2423,38 +2426,33 @@ class Watched:
     A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
 
-    def __init__(
-        self,
-        load: Callable[..., Any],
-        reader: DocumentReader,
-        seconds: float,
-        problems: list[Problem],
-    ) -> None:
-        """Load for the first time; add the problems to those that there are.
+    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+        """Load for the first time; without a value, `problems` say why.
 
-        `load` gets a FileReader to note problems in, and the value to be replaced, if any. The
-        files are looked at no more often than every so many seconds.
+        `load` gets a FileReader to note problems in. The files are looked at no more often than
+        every so many seconds.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
-        self._lock, self._due, self._seen = threading.RLock(), 0.0, cast("dict[str, Any]", {})
+        self._lock, self._due = threading.RLock(), 0.0
         self.value: Any = None
-        problems += self._replace()
+        self._replace()
 
-    def _replace(self) -> Sequence[Problem]:
+    def _replace(self) -> None:
         """Have a new value; or the problems with it, of which all are noted."""
-        reader = FileReader(self._reader)
-        value = self._load(reader, self.value)
-        self._seen, self.working = reader.seen, not reader.problems  # also files not there yet
+        reader = FileReader(self._reader, self.value)
+        value = self._load(reader)
+        self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
+        self.working = not self.problems
         if self.working:
             self.value, self.loaded = value, time.time()
-        for warning in reader.warnings if self.working else ():
-            LOGGER.warning("%s", warning)
-        return sorted(reader.problems)
+            for warning in reader.warnings:
+                LOGGER.warning("%s", warning)
 
     def reload(self) -> Sequence[Problem]:
         """Read the files again; log, and return, the problems that there are instead of a value."""
         with self._lock:
-            problems = self._replace()
+            self._replace()
+            problems = self.problems
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
         if not problems:
@@ -2483,6 +2481,7 @@ class ConfigLoader:
     def __init__(self, limits: Limits, reader: FileReader) -> None:
         """Begin with nothing; problems and warnings are noted in the reader."""
         self._limits, self._reader, self._problems = limits, reader, reader.problems
+        self._document = functools.partial(reader.document, most_bytes=limits.config_bytes)
         self._modules: dict[str, Module] = {}
         self._origins: dict[str, str] = {}
 
@@ -2502,11 +2501,6 @@ class ConfigLoader:
             reader.problem("defaultModule", message)
         return Config(dict(sorted(self._modules.items())), default)
 
-    def _document(self, filename: str) -> Node:
-        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
-        parse = parse_json if filename.endswith(".json") else parse_yaml
-        return parse(load_text(self._reader.watched(filename), self._limits.config_bytes))
-
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order; raises OSError."""
         if skip_missing and not os.path.exists(self._reader.watched(folder)):
@@ -2520,7 +2514,8 @@ class ConfigLoader:
                 continue
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
-                self._add(reader, found[1], self._document(filename))
+                module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
         """Add a module, if there are no problems with it, checked against what is on this host."""
@@ -2529,28 +2524,27 @@ class ConfigLoader:
         here = f"{file}:{line}" if line else file
         first = self._origins.setdefault(name, here)
         if first != here:
-            reader.problem(
-                f"modules.{name}", f"module {excerpt(name)} is already defined in {first}"
-            )
+            message = f"module {excerpt(name)} is already defined in {first}"
+            reader.problem(f"modules.{name}", message)
         elif module:
             self._modules[name] = self._check_host(module, reader)
 
     def _check_host(self, module: Module, reader: DocumentReader) -> Module:
         """The module with what it needs of this host; what is not there yet is a warning."""
-        target = module.target
+        target, missing = module.target, ""
         if isinstance(target, HttpTarget):
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            seconds, problems = self._limits.rotation_seconds, self._problems
-            credentials = Watched(load, reader, seconds, problems)
+            credentials = Watched(load, reader, self._limits.rotation_seconds)
+            self._problems += credentials.problems
             target = dataclasses.replace(target, credentials=credentials)
-        if isinstance(target, ExecTarget):
-            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else ""))
-            if not shutil.which(target.command, path=path.reveal() or None):
-                missing = f"no command {excerpt(target.command)}"
-                self._reader.warnings.append(f"module {module.name}: {missing}")
-        if isinstance(target, FileTarget) and not os.path.exists(target.path):
-            missing = f"no file {excerpt(target.path)}"
-            self._reader.warnings.append(f"module {module.name}: {missing}")
+        elif isinstance(target, ExecTarget):
+            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
+            missing = "" if shutil.which(target.command, path=path or None) else "command"
+        else:
+            missing = "" if os.path.exists(target.path) else "file"
+        if missing:
+            lacking = f"module {module.name}: no {missing} {excerpt(target.shown)}"
+            self._reader.warnings.append(lacking)
         return dataclasses.replace(module, target=target)
 
 
@@ -2574,15 +2568,6 @@ def reload_all(*parts: Watched) -> list[Problem]:
 # --- certificates and secrets
 
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
-PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
-SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
-TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
-VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
-CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
-# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
-VALIDITY: Final = re.compile(
-    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
-)
 
 
 def new_context(protocol: int) -> ssl.SSLContext:
@@ -2598,16 +2583,6 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-def load_key_pair(
-    context: ssl.SSLContext, files: tuple[str, str], reader: FileReader, path: str
-) -> None:
-    """Give a context a certificate and its key; what is wrong with them is noted as a problem."""
-    with reader.noting(path, "cannot use certificate {} with key {}".format(*files)):
-        reader.warn_of_readers(files[1])
-        certificate, private = map(reader.watched, files)
-        context.load_cert_chain(certificate, private, password=no_password)
-
-
 @dataclass(frozen=True, repr=False)
 class TargetCredentials:
     """How an http target knows us and we know it."""
@@ -2616,42 +2591,42 @@ class TargetCredentials:
     authorization: str
 
 
-def load_target_credentials(
-    target: HttpTarget, path: str, reader: FileReader, _former: Any
-) -> TargetCredentials:
+def given(section: Any, *names: str) -> dict[str, Any]:
+    """Those of some keys of a section that have a value, and the values."""
+    return {name: getattr(section, name) for name in names if getattr(section, name)}
+
+
+def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -> TargetCredentials:
     """What a target's settings and files say; what is unusable is noted as a problem."""
-    secret, scheme, text = target.basic_auth_password, "", ""
-    names = ("basic_auth_password_file", "bearer_token_file")
-    for name in (name for name in names if getattr(target, name)):
+    secret, authorization = target.basic_auth_password, ""
+    for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
         with reader.noting(f"{path}.{name}"):
-            secret = reader.secret(getattr(target, name))
+            secret = reader.secret(file)
     if target.basic_auth_username:
         pair = f"{target.basic_auth_username}:{secret.reveal()}"
-        scheme, text = "Basic ", base64.b64encode(pair.encode()).decode()
+        authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
     elif target.bearer_token_file:
-        scheme, text = "Bearer ", secret.reveal()
-        if not re.fullmatch(LINE, text):  # http.client would show it in its error
+        authorization = f"Bearer {secret.reveal()}"
+        if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
             message = "token file should hold one line of Latin-1 text"
             reader.problem(f"{path}.bearer_token_file", message)
-    return TargetCredentials(load_target_context(target, path, reader), scheme + text)
+    return TargetCredentials(load_target_context(target, path, reader), authorization)
 
 
 def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
     """The TLS settings towards a target, if any; unusable files are noted as problems."""
-    names = ("tls_ca_cert_file", "tls_root_ca_file")
-    authorities = [name for name in names if getattr(target, name)]
+    authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
     context = new_context(ssl.PROTOCOL_TLS_CLIENT)
     if not target.tls_ca_cert_file:
         context.load_default_certs()
-    for name in authorities:
-        file = getattr(target, name)
+    for name, file in authorities.items():
         with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
             context.load_verify_locations(reader.watched(file))
     if target.tls_cert_file:
-        files = target.tls_cert_file, target.tls_key_file
-        load_key_pair(context, files, reader, f"{path}.tls_cert_file")
+        where = f"{path}.tls_cert_file"
+        reader.key_pair(context, where, target.tls_cert_file, target.tls_key_file)
     if target.tls_insecure_skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2661,7 +2636,7 @@ def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ss
 
 
 def load_bcrypt() -> Any:
-    """The function crypt_rn of the system's libxcrypt; None where there is none with bcrypt. IO."""
+    """The function crypt_rn of the system's libxcrypt; NodeError where none knows bcrypt. IO."""
     for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is there for compilers only
         with contextlib.suppress(OSError, AttributeError):
             function = ctypes.CDLL(name).crypt_rn
@@ -2669,7 +2644,9 @@ def load_bcrypt() -> Any:
             function.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_int,)
             if hash_password(function, b"", "$2b$04$" + "." * 53):
                 return function
-    return None
+    raise NodeError(
+        "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
+    )
 
 
 def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
@@ -2719,9 +2696,6 @@ SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
 )
-NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
-
-
 MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 
@@ -2732,18 +2706,16 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
     like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
     """
-    command, null = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names], subprocess.DEVNULL
+    command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
+    null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     if not MATCHING.acquire(timeout=seconds):
         raise TimeoutError("too many names are being matched")
-    try:
-        done = subprocess.run(  # noqa: S603 - no shell; after -c nothing is taken for an option
-            command, stdin=null, stdout=null, stderr=null, timeout=seconds, check=False
-        )
+    try:  # no shell; after -c nothing is taken for an option
+        return subprocess.call(command, timeout=seconds, **null) == 0  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
     finally:
         MATCHING.release()
-    return done.returncode == 0
 
 
 def canonical_name(text: str) -> str:
@@ -2753,6 +2725,12 @@ def canonical_name(text: str) -> str:
     return text
 
 
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(
+    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
+)
+
+
 def certificate_end(certificate: str) -> float:
     """When a certificate in PEM expires, in seconds since 1970; ValueError if it does not say."""
     found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
@@ -2760,6 +2738,9 @@ def certificate_end(certificate: str) -> float:
         raise ValueError("no certificate")
     year = "%Y" if found[1].startswith(b"\x18") else "%y"
     return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
+
+
+NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
 
 
 @dataclass(frozen=True, repr=False)
@@ -2806,13 +2787,14 @@ class Credentials:
     @property
     def demands(self) -> dict[str, bool]:
         """What clients must do to get in."""
-        asked = self.tls and self.tls.context.verify_mode == ssl.CERT_REQUIRED
-        return {
-            "TLS": bool(self.tls),
-            "client certificates": bool(asked),
-            "client_allowed_sans": bool(self.tls and self.tls.settings.client_allowed_sans),
-            "authentication": bool(self.token or self.users),
+        tls = self.tls
+        demands = {
+            "TLS": tls,
+            "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
+            "client_allowed_sans": tls and tls.settings.client_allowed_sans,
+            "authentication": self.token or self.users,
         }
+        return {what: bool(demanded) for what, demanded in demands.items()}
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2820,11 +2802,8 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
     filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
-            parse = parse_json if filename.endswith(".json") else parse_yaml
-            text = load_text(reader.watched(filename), Limits.config_bytes)
-            node = parse(text)
-            if node.kind != "mapping":  # a file with a password, named by mistake, is not shown
-                node = Node(node.kind, "", node.place)
+            # A file that is no mapping but a password, named by mistake, is not shown.
+            node = reader.document(filename)._replace(text="")
             web = reader.section(WebConfig, node, "") or web
             if web.basic_auth_users:
                 reader.warn_of_readers(filename)
@@ -2837,18 +2816,22 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
 
 def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
     """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
-    tls, folder = web.tls_server_config, os.path.dirname(options["web.config.file"])
+    tls = web.tls_server_config
     if tls:
-        names = [n for n in ("cert_file", "key_file", "client_ca_file") if getattr(tls, n)]
-        paths: Any = {name: os.path.join(folder, getattr(tls, name)) for name in names}
+        folder = os.path.dirname(options["web.config.file"])
+        files = given(tls, "cert_file", "key_file", "client_ca_file")
+        paths = {name: os.path.join(folder, file) for name, file in files.items()}
         return "tls_server_config", dataclasses.replace(tls, **paths)
     if not options["web.tls.listen-address"]:
         return "", None
-    tls = TlsServer(options["web.tls.cert"], options["web.tls.key"])
-    if options["web.tls.verify"]:
-        wanted, file = AUTH_TYPES[-1], options["web.tls.ca"]
-        tls = dataclasses.replace(tls, client_auth_type=wanted, client_ca_file=file)
-    return "-web.tls", tls
+    clients = (AUTH_TYPES[-1], options["web.tls.ca"]) if options["web.tls.verify"] else ()
+    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], *clients)
+
+
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
+VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
@@ -2862,7 +2845,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     # No connection gets in by a ticket of an earlier one: each proves itself.
     context.options |= ssl.OP_NO_TICKET
     context.num_tickets = 0
-    load_key_pair(context, (tls.cert_file, tls.key_file), reader, path)
+    reader.key_pair(context, path, tls.cert_file, tls.key_file)
     if not reader.problems:
         with reader.noting(path, f"cannot use {tls.cert_file}"):
             ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
@@ -2875,25 +2858,18 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     return ServerTls(tls, context, min(ends), authorities)
 
 
-NO_BCRYPT: Final = (
-    "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
-)
-
-
-def load_credentials(
-    options: Options, reader: FileReader, former: Credentials | None
-) -> Credentials:
+def load_credentials(options: Options, reader: FileReader) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
+    former: Credentials | None = reader.former
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
-    token: Secret = options["web.bearer.token"]
+    token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
     if token and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
         with DocumentReader(filename, reader.problems).noting(""):
             token = reader.secret(filename)
-    crypt_rn = load_bcrypt() if web.basic_auth_users else None
-    if web.basic_auth_users and not crypt_rn:
-        reader.problem("basic_auth_users", NO_BCRYPT)
+    with reader.noting("basic_auth_users"):
+        crypt_rn = load_bcrypt() if web.basic_auth_users else None
     path, tls = choose_tls(options, web)
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
@@ -3823,42 +3799,40 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
 WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
 
 
-class Access:
-    """Who may ask: networks first, then the bearer token or a user's password."""
+def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
+    """The request, less what was only for us; raises RequestError with 403 or 401.
 
-    def __init__(self, networks: Sequence[Network], credentials: Watched) -> None:
-        """No networks: any. No token and no users: nothing needs to be sent."""
-        self._networks, self.credentials = networks, credentials
-
-    def admit(self, request: Request) -> Request:
-        """The request, less what was only for us; raises RequestError with 403 or 401."""
-        address = parse_client_address(request.client)
-        if self._networks and not any(address in network for network in self._networks):
-            raise RequestError(403, "Forbidden")
-        held: Credentials = self.credentials.current()
-        proofs = {"Bearer": held.is_token, "Basic": held.users.prove}
-        wanted = [scheme for scheme, what in zip(proofs, (held.token, held.users)) if what]
-        scheme, _, given = request.header("authorization").partition(" ")
-        found = f"not of {' or '.join(wanted)} type" if scheme else "is missing"
-        wrong = f"Authorization header {found}" if wanted else ""
-        if scheme.title() in wanted:
-            right = proofs[scheme.title()](given.strip())
-            wrong = "" if right else WRONG_CREDENTIALS[scheme.title()]
-        if wrong:
-            challenge = ", ".join(f'{name} realm="expexp"' for name in wanted)
-            raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
-        rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-        return dataclasses.replace(request, headers=rest) if wanted else request
+    Networks first, then the bearer token or a user's password. No networks: any. No token and no
+    users: nothing needs to be sent.
+    """
+    address = parse_client_address(request.client)
+    if networks and not any(address in network for network in networks):
+        raise RequestError(403, "Forbidden")
+    ways = (("Bearer", held.token, held.is_token), ("Basic", held.users, held.users.prove))
+    proofs = {scheme: prove for scheme, wanted, prove in ways if wanted}
+    if not proofs:
+        return request
+    scheme, _, given = request.header("authorization").partition(" ")
+    prove = proofs.get(scheme.title())
+    if not (prove and prove(given.strip())):
+        found = f"not of {' or '.join(proofs)} type" if scheme else "is missing"
+        wrong = WRONG_CREDENTIALS[scheme.title()] if prove else f"Authorization header {found}"
+        challenge = ", ".join(f'{name} realm="expexp"' for name in proofs)
+        raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+    rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+    return dataclasses.replace(request, headers=rest)
 
 
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(self, config: Watched, options: Options, access: Access, tools: Tools) -> None:
+    def __init__(
+        self, config: Watched, credentials: Watched, options: Options, tools: Tools
+    ) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._watched, self.options, self.access, self._tools = config, options, access, tools
+        self._watched, self.credentials, self.options = config, credentials, options
+        self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         self._reloading = threading.Lock()
-        self._metrics, self.limits = tools.metrics, tools.limits
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
@@ -3867,38 +3841,38 @@ class Application:
             "/-/reload": self._reload,
             "/sd": self._discover,
         }
-        self._add_route("-web.telemetry-path", options["web.telemetry-path"], self._telemetry)
-        self._add_route("-web.proxy-path", options["web.proxy-path"], self._proxy)
+        self._add_route("web.telemetry-path", self._telemetry)
+        self._add_route("web.proxy-path", self._proxy)
         self.take_config()
 
-    def _add_route(self, flag: str, path: str, route: Callable[[Request], Response]) -> None:
+    def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
-        if path in self._routes:
-            message = f"flag {flag} can not be set to {path}: that path is taken"
-            if self._routes[path] == self._telemetry:
-                message = f"flags {flag} and -web.telemetry-path can not be set to the same value"
+        path = self.options[flag]
+        taken = self._routes.setdefault(path, route)
+        if taken != route:
+            message = f"flag -{flag} can not be set to {path}: that path is taken"
+            if taken == self._telemetry:
+                message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
-        self._routes[path] = route
 
     def take_config(self) -> None:
         """Use the configuration that there is now for the requests that begin from now on."""
-        config: Config = self._watched.value
-        for module in config.modules.values():
-            self._metrics.create_module(module.name, module.method)
-        self.config = config
-        self._metrics.forget_modules(config.modules)
+        self.config: Config = self._watched.value
+        for module in self.config.modules.values():
+            self.metrics.create_module(module.name, module.method)
+        self.metrics.forget_modules(self.config.modules)
 
     def reload(self) -> Sequence[Problem]:
         """Read configuration and credentials again; what is wrong with those that are not used."""
         with self._reloading:
-            problems = reload_all(self._watched, self.access.credentials)
+            problems = reload_all(self._watched, self.credentials)
             self.take_config()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """The response, whatever happens; `refusal` is why the server could not read a request."""
         started = time.monotonic()
-        self._metrics.increment("expexp_http_requests_in_flight")
+        self.metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
         except RequestError as error:
@@ -3911,24 +3885,20 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        self._metrics.increment("expexp_http_requests_in_flight", by=-1)
+        self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
-        self._metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
+        self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
         line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
         phrase = http.client.responses.get(response.status, "")
         ended = f"{phrase}, aborted" if response.aborted else phrase
         milliseconds = (time.monotonic() - started) * 1000
         LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, milliseconds)
 
-    def count_handshake(self, fault: str) -> None:
-        """Count a TLS connection on which there is no request."""
-        self._metrics.increment("expexp_tls_handshake_failures_total", fault)
-
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
-        request = self.access.admit(request)
+        request = admit(request, self.options["allow.net"], self.credentials.current())
         if request.path not in self._routes:
             raise RequestError(404, "404 page not found")
         allowed = ("POST", "PUT") if request.path == "/-/reload" else ("GET", "HEAD")
@@ -3939,12 +3909,16 @@ class Application:
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
+        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
                 cleanup.callback(self._observe, module.name, time.monotonic())
-                check_arguments(module, pairs, self._tools.limits)
-                result = answer_job(self._job(request, module, pairs, cleanup))
+                check_arguments(module, pairs, self.limits)
+                seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+                deadline = Deadline(seconds, time.monotonic)
+                asked = (module, pairs, request.headers, request.client, deadline)
+                result = answer_job(Job(*asked, cleanup, self._tools))
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
@@ -3955,16 +3929,7 @@ class Application:
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
         seconds = time.monotonic() - started
-        self._metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
-
-    def _job(
-        self, request: Request, module: Module, pairs: Pairs, cleanup: contextlib.ExitStack
-    ) -> Job:
-        """The scrape that a request asks for; what it holds is given back by `cleanup`."""
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
-        seconds = scrape_timeout(module.timeout, header, offset, self._tools.limits)
-        deadline = Deadline(seconds, time.monotonic)
-        return Job(module, pairs, request.headers, request.client, deadline, cleanup, self._tools)
+        self.metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -3974,26 +3939,27 @@ class Application:
         elif isinstance(result.body, bytes):
             self._note_success(module)
         body = result.body
-        return body if isinstance(body, bytes) else self._streamed(module, body)
+        return body if isinstance(body, bytes) else self._streamed(module, result)
 
     def _note_success(self, module: Module) -> None:
         """Log that a module has recovered, if it has."""
         if self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
-    def _streamed(self, module: Module, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """The pieces; a failure after the status was sent counts as aborted."""
+    def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
+        """The body's pieces; a failure after the status was sent counts as aborted."""
         try:
-            yield from pieces
-            self._note_success(module)
+            yield from cast("Iterator[bytes]", result.body)
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
+        if result.status == http.HTTPStatus.OK:
+            self._note_success(module)
 
     def _note(self, module: Module | None, error: ScrapeError) -> None:
         """Count a failure, and log it if it is news."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
-        self._metrics.fail(name, method, error.reason)
+        self.metrics.fail(name, method, error.reason)
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, error.reason.name, error.message, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
@@ -4003,17 +3969,16 @@ class Application:
 
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
-        collect_process(self._metrics)
-        targets = [m.target for m in self.config.modules.values() if m.method == "http"]
-        watched = [self.access.credentials, *(target.credentials for target in targets)]
-        working, tls = all(each.working for each in watched), watched[0].value.tls
-        reloaded = "expexp_config_last_reload_success_timestamp_seconds"
-        self._metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self._metrics.set("expexp_config_last_reload_successful", to=int(self._watched.working))
-        self._metrics.set(reloaded, to=self._watched.loaded)
+        collect_process(self.metrics)
+        config, tls, modules = self._watched, self.credentials.value.tls, self.config.modules
+        secrets = [each.target.credentials for each in modules.values() if each.method == "http"]
+        working = all(each.working for each in (self.credentials, *secrets))
+        self.metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+        self.metrics.set("expexp_config_last_reload_successful", to=int(config.working))
+        self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
         if tls:
-            self._metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
-        body, headers = self._metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
+            self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)
             headers.append(("Content-Encoding", "gzip"))
@@ -4034,9 +3999,10 @@ class Application:
             raise RequestError(400, "expected a header Host, or -web.external-address")
         path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
         same = {"__metrics_path__": path, "__scheme__": request.scheme}
-        modules = self.config.modules.values()
-        labels = ({**same, **discovery_labels(module, offset)} for module in modules)
-        groups = [{"targets": [address], "labels": each} for each in labels]
+        groups = [
+            {"targets": [address], "labels": {**same, **discovery_labels(module, offset)}}
+            for module in self.config.modules.values()
+        ]
         return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
 
     def _index(self, request: Request) -> Response:
@@ -4045,9 +4011,7 @@ class Application:
         if accepts(request.header("accept"), "application/json"):
             text = json.dumps({name: outline(module) for name, module in modules.items()})
             return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(
-            modules, self.options["web.proxy-path"], self.options["web.telemetry-path"]
-        )
+        text = render_index(modules, self.options)
         policy = ("Content-Security-Policy", "default-src 'none'")
         return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
@@ -4062,13 +4026,9 @@ def discovery_labels(module: Module, offset: float) -> dict[str, str]:
     if module.scrape_interval:
         # Both or none: a timeout above the interval drops a target, and so does a fraction.
         longest = module.timeout + offset if module.timeout else math.inf
-        times = {
-            "interval": module.scrape_interval,
-            "timeout": min(module.scrape_interval, longest),
-        }
-        labels.update(
-            {f"__scrape_{n}__": f"{max(1, each * 1000):.0f}ms" for n, each in times.items()}
-        )
+        timeout = min(module.scrape_interval, longest)
+        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
+        labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
     return labels
 
 
@@ -4085,14 +4045,14 @@ PAGE: Final = """<!DOCTYPE html>
 <p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
 
 
-def render_index(modules: Mapping[str, Module], proxy_path: str, telemetry_path: str) -> str:
+def render_index(modules: Mapping[str, Module], options: Options) -> str:
     """The page at /; its links are relative, so that they hold behind a reverse proxy."""
-    items = ""
+    items, proxy = "", f".{options['web.proxy-path']}"
     for name, module in modules.items():
-        link = html.escape(f".{proxy_path}?module={urllib.parse.quote(name, safe='')}")
+        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
         shown = html.escape(f"{module.method} {module.target.shown}")
         items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
-    return PAGE.format(items=items, telemetry=html.escape(telemetry_path))
+    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
 
 
 def collect_process(metrics: SelfMetrics) -> None:
@@ -4100,16 +4060,15 @@ def collect_process(metrics: SelfMetrics) -> None:
     metrics.set("process_cpu_seconds_total", to=time.process_time())
     metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     metrics.set("process_threads", to=threading.active_count())
-    with contextlib.suppress(OSError, AttributeError):  # not Linux
-        with open("/proc/self/stat", "rb") as file:
-            # The name of the program may contain blanks and brackets; proc(5) counts from 1.
-            fields = file.read().rpartition(b")")[2].split()
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
+        # There on Linux. The program's name may contain blanks and brackets; proc(5) counts from 1.
+        fields = file.read().rpartition(b")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
         metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
         metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
         metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 1)
+        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 # ==================================================================================================
@@ -4209,17 +4168,16 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
     """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
-    rfile: io.BufferedReader
+    rfile: io.BufferedReader[Any]
 
     def setup(self) -> None:
         """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits, self._application = self.server.limits, self.server.application
-        self._credentials: Credentials = self._application.access.credentials.current()
+        self._credentials: Credentials = self._application.credentials.current()
         self._config = self._application.config
         self._slot = self.connection = self.request
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._plain = False  # where the listener speaks TLS
         self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
 
     def handle(self) -> None:
@@ -4229,7 +4187,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
                 self._shake_hands()
         except (OSError, ScrapeError, UnicodeError) as error:
             fault = handshake_fault(error)
-            self._application.count_handshake(fault)
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
             if fault not in ("timeout", "closed"):
@@ -4237,8 +4195,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             return
         self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
         raw = self.connection.makefile("rb", 0)
-        self.rfile = io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining))
-        with self.rfile:
+        with io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining)) as self.rfile:
             super().handle()
 
     def _remaining(self) -> float:
@@ -4258,8 +4215,7 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if not first:
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
-            self._plain = True
-            self._application.count_handshake("plain_http")
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         with self._slot.dup() as duplicate:
             duplicate.settimeout(self._remaining())
@@ -4305,7 +4261,7 @@ class Handler(ClientConnection):
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
         connections.mark(self._slot, idle=False)
-        held: Credentials = self._application.access.credentials.current()
+        held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
@@ -4316,7 +4272,7 @@ class Handler(ClientConnection):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
-        if self._plain:
+        if self.server.speaks_tls and self.connection is self._slot:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
@@ -4342,7 +4298,7 @@ class Handler(ClientConnection):
         method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
         if self.request_version not in ("1.0", "1.1"):
             raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        scheme, headers = "https" if self.server.speaks_tls else "http", self._read_headers()
+        headers, scheme = self._read_headers(), self.server.scheme
         request = Request(method, target or "/", headers, self._client, scheme)
         tokens = request.header("connection").lower().replace(" ", "").split(",")
         old = self.request_version == "1.0"
@@ -4363,8 +4319,7 @@ class Handler(ClientConnection):
             message = http.client.parse_headers(io.BytesIO(block))
         except http.client.HTTPException:
             raise RequestError(431, "too many headers") from None
-        tokens = all(TOKEN.fullmatch(name) for name in message)
-        if CONTROL.search(block) or is_malformed(message) or not tokens:
+        if CONTROL.search(block) or is_malformed(message) or not all(map(TOKEN.fullmatch, message)):
             raise RequestError(400, "malformed headers")
         return [(name, re.sub(r"\r?\n[ \t]*", " ", value)) for name, value in message.items()]
 
@@ -4401,15 +4356,15 @@ class Handler(ClientConnection):
         headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
         head = render_head(response.status, headers)
         if is_head or bodiless:
-            self._send(head)
-        elif isinstance(body, bytes):
+            body = b""
+        if isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
             self._send(memoryview(body)[PIECE_BYTES:])
-        else:
-            self._send(head)
-            for piece in body:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-            self._send(b"0\r\n\r\n" if chunked else b"")
+            return
+        self._send(head)
+        for piece in body:
+            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
         """Send all of it; raises TimeoutError when there is no progress, or too little."""
@@ -4444,24 +4399,20 @@ class Server(http.server.ThreadingHTTPServer):
     ) -> None:
         """Bind and listen, for no host to all addresses of both families; raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
-        self.limits = application.limits
+        self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
         self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), Handler)
+        #: Where this listener is, for the log.
+        self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
         """Bind without the look-up of our own name that http.server would do."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not self._any))
         socketserver.TCPServer.server_bind(self)
-
-    @property
-    def url(self) -> str:
-        """Where this listener is, for the log."""
-        scheme = "https" if self.speaks_tls else "http"
-        return f"{scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without file descriptors an idle connection goes, and a moment is waited."""
@@ -4556,10 +4507,11 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
-def load_config(options: Options, limits: Limits, reader: FileReader, former: Any) -> Config:
+def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     """The configuration that flags name; what is wrong with it is noted as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     config = ConfigLoader(limits, reader).load(*flags)
+    former: Config | None = reader.former
     if former and former.modules and not (config.modules or reader.problems):
         # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
@@ -4573,56 +4525,52 @@ class Program:
         """Load and check everything; raises ConfigError."""
         self._options, self._limits, metrics = options, limits, SelfMetrics()
         set_constant_metrics(metrics)
-        reader, problems = DocumentReader(options["web.config.file"], []), list[Problem]()
+        reader = DocumentReader(options["web.config.file"], [])
         load: Any = functools.partial(load_config, options, limits)
-        self.config = Watched(load, DocumentReader("", []), 0, problems)
+        self.config = Watched(load, DocumentReader("", []), 0)
         load = functools.partial(load_credentials, options)
-        credentials = Watched(load, reader, limits.rotation_seconds, problems)
-        if problems:
-            raise ConfigError(*problems)
+        credentials = Watched(load, reader, limits.rotation_seconds)
+        if self.config.problems or credentials.problems:
+            raise ConfigError(*self.config.problems, *credentials.problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
         tools = Tools(limits, self.commands, metrics)
-        access = Access(options["allow.net"], credentials)
-        self.application = Application(self.config, options, access, tools)
+        self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
-        options, access, config = self._options, self.application.access, self.application.config
-        own_tls = not options["web.tls.listen-address"] and bool(access.credentials.value.tls)
-        self._listen(options["web.listen-address"], own_tls)
-        self._listen(options["web.tls.listen-address"], True)
-        self._tell_access(config, options, access)
-        if not config.modules:
-            LOGGER.error("no modules loaded from any config file")
-
-    def _listen(self, address: Address | None, tls: bool) -> None:
-        """Add a listener, if there is an address for it; raises ConfigError."""
+        options, tls = self._options, self.application.credentials.value.tls
+        own_tls = not options["web.tls.listen-address"] and bool(tls)
+        listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
         try:
-            if address:
-                self.servers.append(Server(address, tls, self.application, self.connections))
+            for flag in filter(options.get, listeners):
+                server = Server(options[flag], listeners[flag], self.application, self.connections)
+                self.servers.append(server)
         except (OSError, UnicodeError) as error:
             for server in self.servers:
                 server.server_close()
-            message = f"cannot listen on {render_address(address or ('', 0))}: {words_of(error)}"
+            message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
+        self._tell_access()
+        if not self.application.config.modules:
+            LOGGER.error("no modules loaded from any config file")
 
-    def _tell_access(self, config: Config, options: Options, access: Access) -> None:
+    def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        for network in options["allow.net"]:
+        networks, modules = self._options["allow.net"], self.application.config.modules.values()
+        for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
-        commands = [module for module in config.modules.values() if module.method == "exec"]
+        commands = [module for module in modules if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
+        demands: Mapping[str, bool] = self.application.credentials.current().demands
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
-        credentials: Credentials = access.credentials.current()
-        exposed = [server.url for server, host in zip(self.servers, bound) if not host.is_loopback]
-        plain = [url for url in exposed if url.startswith("http:")]
-        if plain and credentials.tls:
+        exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
+        plain = [server.url for server in exposed if not server.speaks_tls]
+        if plain and demands["TLS"]:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        demanding = credentials.demands["authentication"] or options["allow.net"]
-        certain = credentials.tls and credentials.tls.context.verify_mode == ssl.CERT_REQUIRED
-        if names and exposed and not demanding and (plain or not certain):
+        open_to_all = plain or not demands["client certificates"]
+        if names and exposed and open_to_all and not (demands["authentication"] or networks):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
@@ -4721,18 +4669,23 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
-def run_once(options: Options, limits: Limits) -> int | None:
-    """The exit code where the flags ask for something else than serving; None where they do not."""
-    if options["help"] or options["version"]:
-        version = f"expexp {__version__} (Python {platform.python_version()})\n"
-        tell(render_usage() if options["help"] else version)
-        return 0
-    if options["verify"]:
+def perform(options: Options, limits: Limits) -> int:
+    """Do what the flags ask for; the exit code. Raises ConfigError."""
+    if options["help"]:
+        tell(render_usage())
+    elif options["version"]:
+        tell(f"expexp {__version__} (Python {platform.python_version()})\n")
+    elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
-    addresses = options["web.listen-address"], options["web.tls.listen-address"]
-    if any(addresses) or options["config.check"]:
-        return None
-    LOGGER.warning("No web addresses to listen on, nothing to do!")
+    elif options["config.check"]:
+        modules = Program(options, limits).config.value.modules
+        tell(f"no problems, modules: {len(modules)}\n")
+    elif options["web.listen-address"] or options["web.tls.listen-address"]:
+        program = Program(options, limits)
+        program.listen()
+        program.run()
+    else:
+        LOGGER.warning("No web addresses to listen on, nothing to do!")
     return 0
 
 
@@ -4741,25 +4694,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = Limits()
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
+        set_up_logging(options, limits)
+        return perform(options, limits)
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")
         return 2
-    set_up_logging(options, limits)
-    code = run_once(options, limits)
-    if code is not None:
-        return code
-    try:
-        program = Program(options, limits)
-        if options["config.check"]:
-            tell(f"no problems, modules: {len(program.config.value.modules)}\n")
-            return 0
-        program.listen()
     except ConfigError as error:
         for problem in error.problems:
             LOGGER.critical("%s", problem)
         return 1
-    program.run()
-    return 0
 
 
 if __name__ == "__main__":

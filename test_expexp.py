@@ -4256,6 +4256,10 @@ PROBLEMS = {
         a_module("method:"),
         ["c.yaml:3:12: modules.a.method: required: `http`, `exec` or `file`"],
     ),
+    "no method, but a cache and no verification": (
+        a_module("cache: 1s", "verify: false"),
+        ["c.yaml:3:5: modules.a.method: required: `http`, `exec` or `file`"],
+    ),
     "a method that is none": (
         a_module("method: grpc"),
         ['c.yaml:3:13: modules.a.method: expected http, exec or file, found "grpc"'],
@@ -5234,6 +5238,14 @@ def test_what_is_no_document_is_skipped_with_a_warning() -> None:
     assert warnings == [
         f"skipping non-yaml file d/{name}" for name in ("README", "a.yaml.bak", "sub.yaml")
     ]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_file_in_a_folder_names_its_module_in_utf_8() -> None:
+    """Or else no page with the name of the module could be sent."""
+    put("d", z__yaml=A_FILE)
+    Path("d", os.fsdecode(b"a\xff.yaml")).write_text(A_FILE)
+    assert loading_problems("", "d") == ['d/a\\udcff.yaml: expected a name, found "a\\udcff"']
 
 
 @pytest.mark.usefixtures("here")
@@ -10607,6 +10619,19 @@ def test_an_aborted_answer_is_not_logged_as_a_success_bug_25(
         assert client.failures("m") == {"aborted": 1}
     (line, *_) = [message for message in caplog.messages if "took" in message]
     assert line.startswith('127.0.0.1 - GET "/proxy?module=m" 200 OK, aborted (took ')
+
+
+def test_a_failure_that_is_streamed_to_its_end_is_no_recovery(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failure = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\n\r\nnot\n"
+    with target(failure) as port, running({"m": http_module(port, verify=False)}) as client:
+        for _ in range(2):
+            assert client.scrape("m").status == 500
+        assert client.failures("m") == {"status": 2}
+    assert [message for message in caplog.messages if message.startswith("module m")] == [
+        "module m: status: the target answered with status 500"
+    ]
 
 
 def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
