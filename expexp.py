@@ -90,9 +90,7 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -168,6 +166,7 @@ class Limits:
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
     cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
     commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
+    container_seconds: float = limit(60, "what its engine said: another may get its address")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -2930,36 +2929,34 @@ class Scrape:
     modified: float | None = None  # when a regular file was, in seconds since 1970
 
 
+def with_header(headers: Headers, name: str, value: str) -> Headers:
+    """The headers, with this one instead of all of its name."""
+    return [*(pair for pair in headers if pair[0].lower() != name.lower()), (name, value)]
+
+
 class Budget:
-    """Bytes that all requests together may hold."""
-
-    def __init__(self, most_bytes: int) -> None:
-        """Begin with nothing held."""
-        self._free, self._lock = most_bytes, threading.Lock()
-
-    def take(self, count: int) -> None:
-        """Hold more bytes, or less; raises ScrapeError("busy") if it would be too many."""
-        with self._lock:
-            if count > self._free:
-                raise ScrapeError("busy", "too many bodies in memory, try again later")
-            self._free -= count
-
-
-class Running:
-    """How many scrapes of each module run."""
+    """How much of what requests share is in use: bytes of bodies, scrapes of a module."""
 
     def __init__(self) -> None:
-        """Begin with none."""
-        self._counts: dict[str, int] = {}
+        """Begin with nothing in use."""
+        self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, module: str, most: float, count: int = 1) -> None:
-        """Count one more, or one less; raises ScrapeError("busy") if there would be too many."""
+    def take(self, what: str, count: int, most: float = math.inf, words: str = "") -> None:
+        """Use more, or less; raises ScrapeError("busy") with the words if that were too much."""
         with self._lock:
-            running = self._counts.get(module, 0) + count
-            if count > 0 and running > most:
-                raise ScrapeError("busy", f"as many scrapes of it run as may at once: {most}")
-            self._counts[module] = running
+            used = self._used.get(what, 0) + count
+            if count > 0 and used > most:
+                raise ScrapeError("busy", words)
+            self._used[what] = used
+
+
+class Answer(NamedTuple):
+    """What a module answers to all who ask it the same."""
+
+    module: Module  # a reload may have changed it since
+    made: float  # when; infinite as long as it is not
+    outcome: concurrent.futures.Future[Scrape | ScrapeError]
 
 
 class Cache:
@@ -2968,72 +2965,61 @@ class Cache:
     def __init__(self, limits: Limits) -> None:
         """Begin with none."""
         self._limits, self._lock = limits, threading.Lock()
-        #: When, for which module, and what was answered; the oldest first.
-        self._kept: dict[Any, tuple[float, Module, Scrape]] = {}
-        #: For which module, and what will be answered. A reload may have changed the module since.
-        self._running: dict[
-            Any, tuple[Module, concurrent.futures.Future[Scrape | ScrapeError]]
-        ] = {}
+        self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
 
-    def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
-        """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
+    def answer(self, job: Job, key: Any) -> Scrape:
+        """An answer that is fresh enough, or a new one; raises ScrapeError."""
         while True:
             with self._lock:
-                made, module, kept = self._kept.get(key, (-math.inf, None, None))
-                age = time.monotonic() - made
-                if kept and module == job.module and age < job.module.cache:
-                    others = [pair for pair in kept.headers if pair[0].lower() != "age"]
-                    headers = [*others, ("Age", str(int(age)))]
-                    return dataclasses.replace(kept, headers=headers)
-                module, running = self._running.get(key, (None, None))
-                if module != job.module:
-                    running = None
-                    own: Any = concurrent.futures.Future()
-                    self._running[key] = job.module, own
-            outcome = self._wait(job, running) if running else self._scrape(job, key, scrape, own)
-            if outcome:
-                return outcome
+                known = self._answers.get(key)
+                age = time.monotonic() - known.made if known else math.inf
+                if not known or known.module != job.module or age >= job.module.cache:
+                    own = Answer(job.module, math.inf, concurrent.futures.Future())
+                    self._answers[key] = own
+                    break
+            outcome = wait_for(known.outcome, job.deadline)
+            if isinstance(outcome, Scrape):
+                aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
+                return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
+            if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
+                raise ScrapeError(outcome.reason.name, outcome.message)
+        return self._make(own, job, key)
 
-    def _wait(self, job: Job, running: concurrent.futures.Future[Any]) -> Scrape | None:
-        """What another one's scrape gives; None where its deadline was too soon. ScrapeError."""
-        try:
-            outcome = running.result(job.deadline.remaining())
-        except concurrent.futures.TimeoutError:
-            raise job.deadline.error() from None
-        if isinstance(outcome, ScrapeError) and outcome.reason.name != "timeout":
-            raise ScrapeError(outcome.reason.name, outcome.message)
-        return outcome if isinstance(outcome, Scrape) else None
-
-    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape], running: Any) -> Scrape:
-        """What `scrape` makes, for all who wait for it."""
+    def _make(self, own: Answer, job: Job, key: Any) -> Scrape:
+        """What the target says now, for all who wait for it."""
         outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
         try:
-            outcome = scrape(job)
+            outcome = scrape_target(job)
         except ScrapeError as error:
             outcome = error
             raise
         finally:
             with self._lock:
-                if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
-                    self._keep(key, (time.monotonic(), job.module, outcome))
-                if self._running.get(key, (None, None))[1] is running:  # and not a later module's
-                    del self._running[key]
-            running.set_result(outcome)
+                own.outcome.set_result(outcome)
+                if self._answers.get(key) is own:  # and not a later module's
+                    del self._answers[key]
+                    self._keep(key, own._replace(made=time.monotonic()), outcome)
         return outcome
 
-    def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
-        """Keep an answer, and no more than may be kept."""
-        self._kept.pop(key, None)
-        if len(cast(bytes, entry[2].body)) > self._limits.cache_bytes:
-            return  # or else all others would have to go for nothing
-        self._kept[key] = entry
-        sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
-        left = sum(size for _, size in sizes)
-        for number, (oldest, size) in enumerate(sizes):
-            many = len(sizes) - number > self._limits.cache_entries
-            if many or left > self._limits.cache_bytes:
-                del self._kept[oldest]
-                left -= size
+    def _keep(self, key: Any, answer: Answer, outcome: Any) -> None:
+        """Keep an answer if it is good, and of all no more than may be kept, the newest."""
+        left = self._limits.cache_bytes
+        is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
+        if is_good and len(outcome.body) <= left:  # or else all others would go for nothing
+            self._answers[key] = answer
+        made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
+        for number, (old, each) in enumerate(reversed(made)):
+            left -= len(cast(Any, each.outcome.result()).body)
+            if left < 0 or number >= self._limits.cache_entries:
+                del self._answers[old]
+
+
+def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
+    """What another thread finds; raises what it raises, or ScrapeError if the deadline is first."""
+    try:
+        return future.result(deadline.remaining())
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
@@ -3057,12 +3043,10 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     answer.add_done_callback(lambda _: slots.release())
     try:
         threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-        return answer.result(deadline.remaining())
     except RuntimeError:
         answer.cancel()
         raise ScrapeError("busy", "no thread can be started to look up a name") from None
-    except concurrent.futures.TimeoutError:
-        raise deadline.error() from None
+    return wait_for(answer, deadline)
 
 
 def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
@@ -3138,23 +3122,19 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(process.pid, number)
 
 
-@dataclass(frozen=True)
 class Tools:
     """What the scrapers share."""
 
-    limits: Limits
-    budget: Budget
-    resolver_slots: threading.Semaphore
-    commands: Commands
-    metrics: SelfMetrics
-    cache: Cache
-    #: One lock a path: of two readers of a FIFO each would get a part.
-    fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
-    #: Host and port of containers, by their engine, name and port.
-    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(
-        default_factory=dict
-    )
-    running: Running = dataclasses.field(default_factory=Running)
+    def __init__(self, limits: Limits, commands: Commands, metrics: SelfMetrics) -> None:
+        """Begin with nothing known or in use."""
+        self.limits, self.commands, self.metrics = limits, commands, metrics
+        self.budget, self.cache = Budget(), Cache(limits)
+        self.resolver_slots = threading.Semaphore(limits.resolver_threads)
+        #: One lock a path: of two readers of a FIFO each would get a part.
+        self.fifo_locks: dict[str, threading.Lock] = {}
+        #: When an engine was asked for a container, what host and port it said; by engine, name
+        #: and port.
+        self.containers: dict[tuple[str, str, int], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -3172,13 +3152,14 @@ class Job:
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
-    body, budget = io.BytesIO(), job.tools.budget  # a BytesIO hands out what it holds uncopied
-    job.cleanup.callback(lambda: budget.take(-body.tell()))
+    body, take = io.BytesIO(), job.tools.budget.take  # a BytesIO hands out what it holds uncopied
+    limits, words = job.tools.limits, "too many bodies in memory, try again later"
+    job.cleanup.callback(lambda: take("bytes", -body.tell()))
     for piece in pieces:
         job.deadline.check()
-        budget.take(len(piece))
+        take("bytes", len(piece), limits.held_bytes, words)
         body.write(piece)
-        check_size(job.tools.limits, body.tell())
+        check_size(limits, body.tell())
     return body.getvalue()
 
 
@@ -3215,7 +3196,16 @@ CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
 
 
 class TargetResponse(http.client.HTTPResponse):
-    """A response whose chunks are framed as RFC 9112, 7.1 has it: http.client takes much more."""
+    """A response that is read within a deadline.
+
+    Its chunks are framed as RFC 9112, 7.1 has it: http.client takes much more.
+    """
+
+    def __init__(self, deadline: Deadline, connection: socket.socket, method: str) -> None:
+        """Put a DeadlineReader between the connection and its buffer."""
+        super().__init__(connection, method=method)
+        reader: Any = DeadlineReader(self.fp.detach(), connection, deadline.remaining)
+        self.fp = io.BufferedReader(reader, PIECE_BYTES)
 
     def _read_next_chunk_size(self) -> int:
         """The size of the next chunk; of the ValueError http.client makes an IncompleteRead."""
@@ -3231,50 +3221,34 @@ class TargetResponse(http.client.HTTPResponse):
         return end
 
 
-class TargetConnection(http.client.HTTPConnection):
-    """A connection to a target whose every wait counts against the job's deadline."""
-
-    def __init__(self, host: str, **named: Any) -> None:
-        """Keep the `job`: where to connect to is its module's to say, whatever `host` is."""
-        self._job: Job = named.pop("job")
-        super().__init__(host, **named)
-
-    def connect(self) -> None:
-        """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
-        target, deadline = self._job.module.target, self._job.deadline
-        self.sock = connect_target(self._job)
-        self.sock.settimeout(deadline.remaining())
-        if target.scheme == "https":
-            # A body cut short by an attacker is an error, not an end: no ragged ends.
-            context = target.credentials.current().context
-            wrap = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)
-            self.sock = wrap(self.sock, server_hostname=target.server_name or target.host)
-            self.sock.settimeout(deadline.remaining())
-
-    def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """A response that is read through a DeadlineReader."""
-        response = TargetResponse(sock, **named)
-        reader: Any = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
-        response.fp = io.BufferedReader(reader, PIECE_BYTES)
-        return response
+UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
 
 
-def connect_socket(job: Job, host: str, port: int) -> socket.socket:
-    """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
+def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
+    """A connection to the first that can be had of addresses as getaddrinfo gives them.
+
+    They share what remains. Raises OSError, that of the first, or ScrapeError.
+    """
+    errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = job.deadline.remaining() / (len(addresses) - position)
+        share = deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(share)
             connection.connect(address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
             errors.append(error)
         else:
             return connection
     raise errors[0]
+
+
+def connect_host(job: Job, host: str, port: int) -> socket.socket:
+    """A connection to a port; raises OSError or ScrapeError."""
+    return connect_any(resolve(host, port, job.deadline, job.tools.resolver_slots), job.deadline)
 
 
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
@@ -3305,9 +3279,8 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         deadline.check()
-        cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
-        if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
-            cause = ssl.SSLEOFError()
+        is_end = getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # in Python 3.9
+        cause: Any = ssl.SSLEOFError() if is_end else error
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
         shown = excerpt(words_of(cause), 200)
         raise ScrapeError(reason, words.format(shown, tls_fault(cause))) from None
@@ -3326,11 +3299,10 @@ def request_headers(job: Job) -> dict[str, str]:
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-    authorization = target.credentials.current().authorization
-    if authorization:
+    if authorization := target.credentials.current().authorization:
         headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
-    return headers
+    return {**headers, "Connection": "close"}
 
 
 def end_to_end(headers: Headers) -> Headers:
@@ -3340,23 +3312,33 @@ def end_to_end(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-def request_url(job: Job) -> str:
-    """The URL for a target: the client's parameters, then the path's own."""
-    target = job.module.target
+def request_path(job: Job) -> str:
+    """Path and query for a target: the client's parameters, then the path's own."""
+    path, _, own = job.module.target.path.partition("?")
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
-    return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
+    queries = (render_query(cast(Pairs, pairs)), own)
+    return "?".join(filter(None, (path, "&".join(filter(None, queries)))))
+
+
+def ask(job: Job, connect: Callable[[Job], socket.socket], path: str, headers: Any) -> Any:
+    """The response to a GET on a connection of its own, its body still to be read; ScrapeError.
+
+    http.client alone: it knows no proxies, redirects, `file:` or `ftp:`.
+    """
+    exchange: Any = http.client.HTTPConnection("localhost")
+    exchange.response_class = functools.partial(TargetResponse, job.deadline)
+    with target_errors(job.deadline), connect(job) as exchange.sock:  # open as long as its response
+        exchange.sock.settimeout(job.deadline.remaining())
+        exchange.request("GET", path, headers=headers)
+        response = exchange.getresponse()
+    job.cleanup.callback(response.close)
+    check_head(response)
+    return response
 
 
 def scrape_http(job: Job) -> Scrape:
     """The answer of an http target. IO; raises ScrapeError."""
-    url, headers = request_url(job), request_headers(job)
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
-    request.timeout = job.deadline.remaining()
-    with target_errors(job.deadline):  # the bare handler knows no proxies, redirects, file: or ftp:
-        response = urllib.request.AbstractHTTPHandler().do_open(TargetConnection, request, job=job)
-    job.cleanup.callback(response.close)
-    check_head(response)
+    response = ask(job, connect_target, request_path(job), request_headers(job))
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
@@ -3411,16 +3393,8 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
 # --- containers: where one is is asked of its engine, over the API that Docker and podman share
 
 
-def connect_unix(path: str, deadline: Deadline) -> socket.socket:
-    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(deadline.remaining())
-        connection.connect(path)
-    except (OSError, ScrapeError):
-        connection.close()
-        raise
-    return connection
+#: Whatever is wrong with a container or its engine, the target cannot be reached.
+unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
 def connect_engine(job: Job) -> socket.socket:
@@ -3429,34 +3403,28 @@ def connect_engine(job: Job) -> socket.socket:
     for place in ENGINES if given == ENGINES[0] else (given,):
         path = place.partition("://")[2]
         try:
-            return connect_unix(path, job.deadline)
+            return connect_any([(*UNIX, path)], job.deadline)
         except OSError as error:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
                 break
-    raise ScrapeError("unreachable", "; ".join(faults))
+    raise unreachable("; ".join(faults))
 
 
 def ask_engine(job: Job) -> bytes:
     """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
     try:
-        asking = contextlib.closing(TargetConnection("localhost", job=job))
-        with target_errors(job.deadline), asking as connection:
-            connection.sock = connect_engine(job)
-            connection.request("GET", f"/containers/{name}/json")
-            response = connection.getresponse()
-            check_head(response)
+        with ask(job, connect_engine, f"/containers/{name}/json", {}) as response:
             body = join_pieces(job, response_pieces(job, response))
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
             raise
-        words = f"cannot ask the container engine: {error.message}"
-        raise ScrapeError("unreachable", words) from None
+        raise unreachable(f"cannot ask the container engine: {error.message}") from None
+    if response.status == http.HTTPStatus.NOT_FOUND:
+        raise unreachable(f"there is no container {name}")
     if response.status != http.HTTPStatus.OK:
-        is_missing = response.status == http.HTTPStatus.NOT_FOUND
-        other = f"the container engine answers with status {response.status}"
-        raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
+        raise unreachable(f"the container engine answers with status {response.status}")
     return body
 
 
@@ -3471,19 +3439,19 @@ def find_container(job: Job) -> tuple[str, int]:
         found = json.loads(said)
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
-            raise ScrapeError("unreachable", f"{who} is not running")
+            raise unreachable(f"{who} is not running")
         ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
-        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
+        places = [(one["HostIp"], to_port(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
         places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
         places += [("", port)] if mode == "host" else []
         hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of {who}: {error!r}"
-        raise ScrapeError("unreachable", excerpt(words, 200)) from None
+        raise unreachable(excerpt(words, 200)) from None
     if not places:
         why = f"port {port} is not published, and there is no address of its own"
-        raise ScrapeError("unreachable", f"{who}: {why}")
+        raise unreachable(f"{who}: {why}")
     return str(hosts[0]), places[0][1]
 
 
@@ -3491,26 +3459,38 @@ def connect_container(job: Job) -> socket.socket:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
-    with contextlib.suppress(KeyError, OSError):
-        return connect_socket(job, *known[place])
+    asked, *address = known.get(place, (-math.inf,))
+    if time.monotonic() - asked < job.tools.limits.container_seconds:
+        with contextlib.suppress(OSError):
+            return connect_host(job, *address)
     known.pop(place, None)  # now: an address that does not answer has used up all the time
-    known[place] = find_container(job)
+    asked, (host, port) = time.monotonic(), find_container(job)
+    known[place] = asked, host, port
     try:
-        return connect_socket(job, *known[place])
+        return connect_host(job, host, port)
     except OSError as error:
         job.deadline.check()
-        where = f"container {target.container} is not reachable at {render_address(known[place])}"
-        raise ScrapeError("unreachable", f"{where}: {words_of(error)}") from None
+        where = f"container {target.container} is not reachable at {render_address((host, port))}"
+        raise unreachable(f"{where}: {words_of(error)}") from None
 
 
 def connect_target(job: Job) -> socket.socket:
-    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
-    target = job.module.target
+    """A connection to a module's target, over TLS if it wants that; OSError or ScrapeError."""
+    target, deadline = job.module.target, job.deadline
     if target.unix_socket:
-        return connect_unix(target.unix_socket, job.deadline)
-    if target.container:
-        return connect_container(job)
-    return connect_socket(job, target.address, target.port)
+        connection = connect_any([(*UNIX, target.unix_socket)], deadline)
+    elif target.container:
+        connection = connect_container(job)
+    else:
+        connection = connect_host(job, target.address, target.port)
+    if target.scheme != "https":
+        return connection
+    with connection:  # until TLS has taken it over
+        connection.settimeout(deadline.remaining())
+        context: ssl.SSLContext = target.credentials.current().context
+        name = target.server_name or target.host
+        # A body cut short by an attacker is an error, not an end: no ragged ends.
+        return context.wrap_socket(connection, suppress_ragged_eofs=False, server_hostname=name)
 
 
 # --- exec
@@ -3562,9 +3542,8 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 def check_exit(status: int, killed: bool) -> None:
     """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
-    names = {number.value: number.name for number in signal.Signals}
-    killer = names.get(status, f"signal {status}")
     if status:
+        killer = next((s.name for s in signal.Signals if s == status), f"signal {status}")
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
         raise ScrapeError("command", f"the command {how}")
 
@@ -3698,11 +3677,15 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    module, running = job.module, job.tools.running
-    most = job.tools.limits.commands if module.method == "exec" else math.inf
-    running.add(module.name, module.max_concurrent or most)
-    job.cleanup.callback(running.add, module.name, math.inf, -1)
-    result = SCRAPERS[module.method](job)
+    module, take, what = job.module, job.tools.budget.take, f"scrapes of {job.module.name}"
+    bound = job.tools.limits.commands if module.method == "exec" else math.inf
+    most = module.max_concurrent or bound
+    take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
+    with contextlib.ExitStack() as slot:  # a client that reads slowly keeps none, but for a stream
+        slot.callback(take, what, -1)
+        result = SCRAPERS[module.method](job)
+        if not isinstance(result.body, bytes):
+            job.cleanup.push(slot.pop_all())
     if result.status != http.HTTPStatus.OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -3710,8 +3693,7 @@ def scrape_target(job: Job) -> Scrape:
     if module.verify:
         content_type = verify_scrape(job, headers, body, content_type)
     if content_type:
-        others = [pair for pair in headers if pair[0].lower() != "content-type"]
-        headers = [*others, ("Content-Type", content_type)]
+        headers = with_header(headers, "Content-Type", content_type)
     if result.modified is not None:
         body = with_mtime(body, module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
@@ -3729,7 +3711,7 @@ def answer_job(job: Job) -> Scrape:
     asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
     chosen = [pair for pair in job.headers if pair[0].lower() in CACHED_HEADERS]
     key = module.name, tuple(asked), tuple(chosen) if module.method == "http" else ()
-    return job.tools.cache.answer(job, key, scrape_target)
+    return job.tools.cache.answer(job, key)
 
 
 # ==================================================================================================
@@ -4588,8 +4570,7 @@ class Program:
         if self.config.problems or credentials.problems:
             raise ConfigError(*self.config.problems, *credentials.problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
-        tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
+        tools = Tools(limits, self.commands, metrics)
         self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []

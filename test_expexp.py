@@ -7515,6 +7515,22 @@ def test_a_container_that_was_made_anew_is_found(engine: Engine) -> None:
     assert len(engine.asked) == 3
 
 
+def test_a_container_is_looked_for_again_after_a_while(engine: Engine) -> None:
+    """Another one may have taken the address that it had, and would answer in its place."""
+    limits = dataclasses.replace(FAST, container_seconds=0.5)
+    with (
+        target(ok(b"a 1\n")) as one,
+        target(ok(b"a 2\n")) as two,
+        running({"m": engine.module("web")}, limits=limits) as served,
+    ):
+        begun = time.monotonic()
+        for port, text in ((one, "a 1\n"), (two, "a 2\n")):
+            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            wait_until(lambda text=text: served.scrape("m").text == text)  # type: ignore[misc]
+        assert time.monotonic() - begun >= 0.5
+    assert len(engine.asked) == 2
+
+
 def test_a_container_is_found_whose_former_place_does_not_answer(engine: Engine) -> None:
     """The address of a container that is gone is one from which nothing comes, not even a no."""
     module = engine.module("web") | {"timeout": "300ms"}
@@ -7652,6 +7668,16 @@ ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
     "says that a port is a text": (with_ports("127.0.0.1:9100"), "unreachable", UNCLEAR),
     "says that a port is a word": (
         with_ports({"HostIp": "127.0.0.1", "HostPort": "http"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a port is too great": (
+        with_ports({"HostIp": "127.0.0.1", "HostPort": "70000"}),
+        "unreachable",
+        UNCLEAR,
+    ),
+    "says that a port is beyond all numbers of C": (
+        with_ports({"HostIp": "127.0.0.1", "HostPort": "1" * 30}),
         "unreachable",
         UNCLEAR,
     ),
@@ -8999,6 +9025,18 @@ def test_a_slot_is_given_back_after_an_answer_that_is(end: str, counted: Counted
             else:
                 assert served.scrape(f"m&args={end}").status != 503
             wait_until(lambda: served.scrape("m&args=good").status == 200)
+
+
+def test_a_slot_is_given_back_though_the_client_does_not_read_its_answer() -> None:
+    body = EXPOSITION * (8 * expexp.MEBIBYTE // len(EXPOSITION))  # more than sockets hold
+    with (
+        target(ok(body)) as port,
+        running({"m": http_module(port) | {"max_concurrent": 1}}) as served,
+        connect(served.port) as client,
+    ):
+        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 200"
+        assert served.scrape("m").status == 200
 
 
 def test_a_slot_is_given_back_when_a_client_leaves_in_the_middle_of_a_stream() -> None:
@@ -10678,10 +10716,7 @@ def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
 def scraping_job() -> expexp.Job:
     """A job for the functions that read pieces."""
     limits, metrics = expexp.Limits(), expexp.SelfMetrics()
-    budget, slots = expexp.Budget(limits.held_bytes), threading.Semaphore(1)
-    tools = expexp.Tools(
-        limits, budget, slots, expexp.Commands(limits, 0), metrics, expexp.Cache(limits)
-    )
+    tools = expexp.Tools(limits, expexp.Commands(limits, 0), metrics)
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60, time.monotonic)
     return expexp.Job(module, (), (), "::1", deadline, contextlib.ExitStack(), tools)
