@@ -90,7 +90,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -3279,8 +3281,9 @@ def target_errors(deadline: Deadline) -> Iterator[None]:
         yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         deadline.check()
-        is_end = getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING"  # in Python 3.9
-        cause: Any = ssl.SSLEOFError() if is_end else error
+        cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
+        if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
+            cause = ssl.SSLEOFError()
         reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
         shown = excerpt(words_of(cause), 200)
         raise ScrapeError(reason, words.format(shown, tls_fault(cause))) from None
@@ -3302,7 +3305,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if authorization := target.credentials.current().authorization:
         headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
-    return {**headers, "Connection": "close"}
+    return headers
 
 
 def end_to_end(headers: Headers) -> Headers:
@@ -3312,25 +3315,27 @@ def end_to_end(headers: Headers) -> Headers:
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-def request_path(job: Job) -> str:
-    """Path and query for a target: the client's parameters, then the path's own."""
-    path, _, own = job.module.target.path.partition("?")
+def request_url(job: Job) -> str:
+    """The URL for a target: the client's parameters, then the path's own."""
+    target = job.module.target
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = (render_query(cast(Pairs, pairs)), own)
-    return "?".join(filter(None, (path, "&".join(filter(None, queries)))))
+    queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
+    return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
-def ask(job: Job, connect: Callable[[Job], socket.socket], path: str, headers: Any) -> Any:
+def ask(job: Job, connect: Callable[[Job], socket.socket], url: str, headers: Any) -> Any:
     """The response to a GET on a connection of its own, its body still to be read; ScrapeError.
 
-    http.client alone: it knows no proxies, redirects, `file:` or `ftp:`.
+    urllib's bare handler: it knows no proxies, redirects, `file:` or `ftp:`.
     """
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
+    request.timeout = job.deadline.remaining()
     exchange: Any = http.client.HTTPConnection("localhost")
     exchange.response_class = functools.partial(TargetResponse, job.deadline)
     with target_errors(job.deadline), connect(job) as exchange.sock:  # open as long as its response
         exchange.sock.settimeout(job.deadline.remaining())
-        exchange.request("GET", path, headers=headers)
-        response = exchange.getresponse()
+        handler = urllib.request.AbstractHTTPHandler()
+        response = handler.do_open(lambda *_, **__: exchange, request)
     job.cleanup.callback(response.close)
     check_head(response)
     return response
@@ -3338,7 +3343,7 @@ def ask(job: Job, connect: Callable[[Job], socket.socket], path: str, headers: A
 
 def scrape_http(job: Job) -> Scrape:
     """The answer of an http target. IO; raises ScrapeError."""
-    response = ask(job, connect_target, request_path(job), request_headers(job))
+    response = ask(job, connect_target, request_url(job), request_headers(job))
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
@@ -3415,7 +3420,7 @@ def ask_engine(job: Job) -> bytes:
     """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
     try:
-        with ask(job, connect_engine, f"/containers/{name}/json", {}) as response:
+        with ask(job, connect_engine, f"http://localhost/containers/{name}/json", {}) as response:
             body = join_pieces(job, response_pieces(job, response))
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
