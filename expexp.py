@@ -3704,7 +3704,8 @@ def scrape_target(job: Job) -> Scrape:
     return dataclasses.replace(result, headers=headers, body=body)
 
 
-CACHED_HEADERS: Final = ("accept", "accept-encoding", "authorization", "cookie")
+#: Headers that are a client's own, but ask for nothing else; any other may change the answer.
+NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", SCRAPE_TIMEOUT_HEADER.lower())
 
 
 def answer_job(job: Job) -> Scrape:
@@ -3714,8 +3715,9 @@ def answer_job(job: Job) -> Scrape:
         return scrape_target(job)
     kinds = ARGUMENT_KINDS[module.method]
     asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
-    chosen = [pair for pair in job.headers if pair[0].lower() in CACHED_HEADERS]
-    key = module.name, tuple(asked), tuple(chosen) if module.method == "http" else ()
+    sent = end_to_end(job.headers) if module.method == "http" else ()
+    telling = [(n.lower(), value) for n, value in sent if n.lower() not in NEUTRAL_HEADERS]
+    key = module.name, tuple(asked), tuple(sorted(telling))
     return job.tools.cache.answer(job, key)
 
 

@@ -8791,8 +8791,10 @@ def test_nothing_else_of_a_request_makes_a_script_run_again(counted: Counted) ->
         ("m", {"Cookie": "a=b"}, True),
         ("m", {"X-Prometheus-Scrape-Timeout-Seconds": "9"}, False),
         ("m", {"User-Agent": "Prometheus/3.0"}, False),
+        ("m", {"Host": "other:9999"}, False),
+        ("m", {"X-Scope-OrgID": "2"}, True),
     ],
-    ids=["query", "params", "Accept", "Accept-Encoding", "Authorization", "Cookie", "time", "name"],
+    ids=str,
 )
 def test_answers_over_http_are_kept_by_what_changes_them(
     path: str, headers: dict[str, str], asked_again: bool
