@@ -2464,7 +2464,7 @@ class Watched:
             problems = self.problems
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
-        if not problems:
+        if self._seen and not problems:
             LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
         return problems
 
@@ -2778,18 +2778,19 @@ class ServerTls:
     expires: float  #: the first certificate of ours to do so, in seconds since 1970
     authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
 
-    def admit(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> bool:
-        """Whether the names in a client's verified certificate let it in; raises OSError."""
+    def refuse(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> str:
+        """The names in a verified certificate of a client, if none lets it in; raises OSError."""
         subject = itertools.chain.from_iterable(certificate.get("subject", ()))
         common = [text for kind, text in subject if kind == "commonName"]
         others = certificate.get("subjectAltName", ())
         names = [canonical_name(text) for kind, text in others if kind in NAME_KINDS]
         allowed = [*map(canonical_name, self.settings.client_allowed_sans)]
-        if certificate and allowed and not set(names) & set(allowed):
-            return False
         # Behind a line break a name could go on where the `$` of a pattern has matched.
         shown = tuple(name for name in (*common, *names) if name.isprintable())
-        return not certmatch or match_names(certmatch, shown, seconds)
+        good = not (certificate and allowed) or set(names) & set(allowed)
+        if good and (not certmatch or match_names(certmatch, shown, seconds)):
+            return ""
+        return excerpt(", ".join(shown), 200) or "it has none"
 
 
 @dataclass(frozen=True, repr=False)
@@ -2875,6 +2876,8 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     if not reader.problems:
         with reader.noting(path, f"cannot use {tls.cert_file}"):
             ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
+        if 0 < min(ends) < time.time():
+            reader.warnings.append(f"a certificate in {excerpt(tls.cert_file, 200)} has expired")
     if tls.client_ca_file:
         with reader.noting(path, f"cannot use the authorities in {tls.client_ca_file}"):
             authorities = "\n".join(reader.certificates(tls.client_ca_file))
@@ -4258,8 +4261,9 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise HandshakeError("expiry", "certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
-        if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
-            raise HandshakeError("not_allowed", "no name in the certificate is allowed")
+        refused = tls.refuse(certificate, pattern, self._limits.certmatch_seconds)
+        if refused:
+            raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {refused}")
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
@@ -4617,7 +4621,7 @@ class Program:
         if names and exposed and open_to_all and not (demands["authentication"] or networks):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
-                "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
+                "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",
                 excerpt(names, 200),
             )
 
