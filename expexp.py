@@ -157,8 +157,10 @@ class Limits:
     held_bytes: int = limit(512 * MEBIBYTE, "the bodies of all requests together, then busy")
     config_bytes: int = limit(16 * MEBIBYTE, "a configuration file")
     rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
+    retry_seconds: float = limit(300, "until files that were not usable are read again as they are")
     bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
     bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
+    bcrypt_waiting: int = limit(16, "requests that hash or wait for that: others need the slots")
     bcrypt_seconds: float = limit(5, "to wait for that, then the answer is 503")
     certmatch_processes: int = limit(
         2, "that match such names at once: they must not take all cores"
@@ -2366,6 +2368,9 @@ class FileReader(DocumentReader):
     def watched(self, filename: str) -> str:
         """The name of a file that is about to be read."""
         self.seen[filename] = fingerprint(filename)
+        with contextlib.suppress(OSError):
+            if self.former is not None and stat.S_ISFIFO(os.stat(filename).st_mode):
+                raise NodeError("a pipe, which can be read but once")
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
@@ -2377,8 +2382,6 @@ class FileReader(DocumentReader):
 
     def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
         """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
-        if self.former is not None and stat.S_ISFIFO(os.stat(self.watched(filename)).st_mode):
-            raise NodeError("a pipe, which can be read but once")
         with open(self.watched(filename), "rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
@@ -2451,7 +2454,7 @@ class Watched:
         reader = FileReader(self._reader, self.value)
         value = self._load(reader)
         self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
-        self.working = not self.problems
+        self.working, self._again = not self.problems, time.monotonic() + Limits.retry_seconds
         if self.working:
             self.value, self.loaded = value, time.time()
             for warning in reader.warnings:
@@ -2477,7 +2480,9 @@ class Watched:
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._seconds
-                if self.has_changed():
+                # What failed may have done so for a moment: without a descriptor, for example.
+                late = not self.working and time.monotonic() >= self._again
+                if late or self.has_changed():
                     self.reload()
             finally:
                 self._lock.release()
@@ -2687,6 +2692,7 @@ class Users:
         self._crypt_rn, self._key = crypt_rn, os.urandom(32)
         self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
         self._slots = threading.BoundedSemaphore(Limits.bcrypt_threads)
+        self._queue = threading.BoundedSemaphore(Limits.bcrypt_waiting)
         # Unknown names cost as much as the costliest known one: time must not tell them apart.
         self._stranger = max(self._hashes.values(), key=lambda text: text[4:6], default="")
 
@@ -2705,10 +2711,12 @@ class Users:
         if hmac.compare_digest(self._proved.get(name, b""), proof):
             return True
         stored = self._hashes.get(name, self._stranger)
-        if not self._slots.acquire(timeout=Limits.bcrypt_seconds):
-            raise RequestError(503, "too many passwords are being checked, try again later")
         with contextlib.ExitStack() as slot:
-            slot.callback(self._slots.release)
+            for slots, seconds in ((self._queue, 0), (self._slots, Limits.bcrypt_seconds)):
+                if not slots.acquire(timeout=seconds):
+                    message = "too many passwords are being checked, try again later"
+                    raise RequestError(503, message)
+                slot.callback(slots.release)
             hashed = hash_password(self._crypt_rn, password, stored)
         # A NUL would end the password for bcrypt.
         right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
@@ -2720,7 +2728,7 @@ class Users:
 
 SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
-    "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
+    "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
 )
 MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
@@ -2737,11 +2745,14 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     if not MATCHING.acquire(timeout=seconds):
         raise TimeoutError("too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
-        return subprocess.call(command, timeout=seconds, **null) == 0  # noqa: S603 - see above
+        status = subprocess.call(command, timeout=seconds, **null)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
     finally:
         MATCHING.release()
+    if status not in (0, 3):  # it was killed or did not start: that is no answer to remember
+        raise ChildProcessError("matching -web.tls.certmatch failed")
+    return status == 0
 
 
 def canonical_name(text: str) -> str:
@@ -2870,7 +2881,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     context.minimum_version = TLS_VERSIONS[tls.min_version]
     context.maximum_version = TLS_VERSIONS[tls.max_version]
     # No connection gets in by a ticket of an earlier one: each proves itself.
-    context.options |= ssl.OP_NO_TICKET
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
     context.num_tickets = 0
     reader.key_pair(context, path, tls.cert_file, tls.key_file)
     if not reader.problems:
@@ -3361,7 +3372,7 @@ MAIL_DEFECTS: Final = re.compile("NoBoundaryInMultipart|StartBoundaryNotFound|Mu
 def is_malformed(headers: http.client.HTTPMessage) -> bool:
     """Whether a line among the headers is none; what follows such a line is lost."""
     defects = [one for one in headers.defects if not MAIL_DEFECTS.match(type(one).__name__)]
-    return bool(defects or headers.get_payload())
+    return bool(defects or headers.get_payload() or headers.get_unixfrom())
 
 
 def check_head(response: Any) -> None:
@@ -4191,7 +4202,8 @@ def handshake_fault(error: Any) -> str:
     reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     faults = {
         "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
-        "not_allowed": isinstance(error, UnicodeError),  # a name that is no text
+        # A name that is no text, or that could not be matched.
+        "not_allowed": isinstance(error, (UnicodeError, ChildProcessError)),
         # Of a reset Python says that it was "Closed before TLS handshake".
         "closed": not isinstance(error, ssl.SSLError) or re.search("EOF|Closed before", reason),
         "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
@@ -4226,6 +4238,8 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+            if self.connection is not self._slot:
+                self.connection.close()  # without a goodbye OpenSSL forgets the session
             if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
@@ -4297,7 +4311,6 @@ class Handler(ClientConnection):
         request, refusal = Request("-", "-", (), self._client), None
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
-        arrived = arrived if connections.mark(self._slot, idle=False) else b""  # or evicted
         held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
@@ -4309,13 +4322,18 @@ class Handler(ClientConnection):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
+        if not connections.mark(self._slot, idle=False):  # evicted: a slow request keeps no slot
+            return
         if self.server.speaks_tls and self.connection is self._slot:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
         stale = held is not self._credentials or self._application.config is not self._config
         self.close_connection |= unread or stale
-        self._write(self._application.handle(request, refusal), request)
+        response = self._application.handle(request, refusal)
+        # Who is refused may not keep a slot by reading slowly, or not at all.
+        connections.mark(self._slot, idle=bool(refusal) or response.status in (401, 403, 503))
+        self._write(response, request)
         if unread:
             self._say_goodbye()
             self._discard()
