@@ -2032,7 +2032,7 @@ A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Not shown: behind a colon the password could follow.
-read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*")
+read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*", secret=True)
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
@@ -2355,22 +2355,23 @@ CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIF
 class FileReader(DocumentReader):
     """Reads files; notes problems, and of each file what it was like just before it was read."""
 
-    def __init__(self, original: DocumentReader, former: Any = None) -> None:
+    def __init__(self, original: DocumentReader, former: Any = None, again: bool = False) -> None:
         """Begin without problems, with the places that are known already.
 
-        What is loaded is to replace the `former` value, if there is one.
+        What is loaded is to replace the `former` value, if there is one. It is read `again` then,
+        and also where it is a part of something that is.
         """
         super().__init__(original.filename, [])
         self.places, self.former = {**original.places}, former
+        self.again = again or former is not None
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
     def watched(self, filename: str) -> str:
-        """The name of a file that is about to be read."""
+        """The name of a file that is about to be read; NodeError where that could wait forever."""
         self.seen[filename] = fingerprint(filename)
-        with contextlib.suppress(OSError):
-            if self.former is not None and stat.S_ISFIFO(os.stat(filename).st_mode):
-                raise NodeError("a pipe, which can be read but once")
+        if self.again and os.path.exists(filename) and stat.S_ISFIFO(os.stat(filename).st_mode):
+            raise NodeError("a pipe, which can be read but once")
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
@@ -2438,21 +2439,27 @@ class Watched:
     A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
 
-    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+    def __init__(
+        self, load: Callable[..., Any], reader: DocumentReader, seconds: float, again: bool = False
+    ) -> None:
         """Load for the first time; without a value, `problems` say why.
 
         `load` gets a FileReader to note problems in. The files are looked at no more often than
-        every so many seconds.
+        every so many seconds. They may have been read before, `again` says.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
         self._lock, self._due = threading.RLock(), 0.0
         self.value: Any = None
-        self._replace()
+        self._replace(again)
 
-    def _replace(self) -> None:
+    def _replace(self, again: bool = True) -> None:
         """Have a new value; or the problems with it, of which all are noted."""
-        reader = FileReader(self._reader, self.value)
-        value = self._load(reader)
+        reader, value = FileReader(self._reader, self.value, again), None
+        try:
+            value = self._load(reader)
+        except Exception:  # a fault of ours must not end a service that works
+            LOGGER.exception("unexpected error in loading")
+            reader.problem("", "unexpected error: see the log")
         self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
         self.working, self._again = not self.problems, time.monotonic() + Limits.retry_seconds
         if self.working:
@@ -2548,7 +2555,8 @@ class ConfigLoader:
         target, missing = module.target, ""
         if isinstance(target, HttpTarget):
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            credentials = Watched(load, reader, self._limits.rotation_seconds)
+            seconds, again = self._limits.rotation_seconds, self._reader.again
+            credentials = Watched(load, reader, seconds, again)
             self._problems += credentials.problems
             target = dataclasses.replace(target, credentials=credentials)
         elif isinstance(target, ExecTarget):
@@ -2576,9 +2584,6 @@ def reload_all(*parts: Watched) -> list[Problem]:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         return [problem for part in parts for problem in part.reload()]
-    except Exception:  # a fault of ours must not end a service that works
-        LOGGER.exception("unexpected error in reloading")
-        return [Problem("", 0, 0, "", "unexpected error: see the log")]
     finally:
         notify("READY=1")
 

@@ -3880,6 +3880,7 @@ FLAG_FORMS = {
     "an offset as a duration": (["-timeout-offset=250ms"], "timeout-offset", 0.25),
     "no offset": (["-timeout-offset=0"], "timeout-offset", 0.0),
     "the usual offset": ([], "timeout-offset", 0.5),
+    "an offset of a day": (["-timeout-offset=24h"], "timeout-offset", 86400.0),
     "a path": (["-web.proxy-path=/a/b"], "web.proxy-path", "/a/b"),
     "a path without its slash": (["-web.proxy-path=a"], "web.proxy-path", "/a"),
     "a path to clean": (["-web.telemetry-path=//a/./b/../c/"], "web.telemetry-path", "/a/c"),
@@ -3894,6 +3895,11 @@ FLAG_FORMS = {
         ["-config.auto-reload-interval", "1m30s"],
         "config.auto-reload-interval",
         90.0,
+    ),
+    "an interval of a day": (
+        ["-config.auto-reload-interval", "86400"],
+        "config.auto-reload-interval",
+        86400.0,
     ),
     "no lifecycle": ([], "web.enable-lifecycle", False),
     "no address of this host": ([], "web.external-address", ""),
@@ -4007,6 +4013,18 @@ FLAG_ERRORS = {
             'invalid value "often" for flag -config.auto-reload-interval: expected a duration such '
             'as "5s" or "1m30s", found "often"'
         ),
+    ),
+    "an offset above a day": (
+        ["-timeout-offset=24h0m1s"],
+        'invalid value "24h0m1s" for flag -timeout-offset: expected a day at most',
+    ),
+    "an offset that no clock can wait for": (
+        ["-timeout-offset", "99999999999"],
+        'invalid value "99999999999" for flag -timeout-offset: expected a day at most',
+    ),
+    "an interval above a day": (
+        ["-config.auto-reload-interval=86401"],
+        'invalid value "86401" for flag -config.auto-reload-interval: expected a day at most',
     ),
     "a Windows service": (
         ["-winsvc", "install"],
@@ -4559,6 +4577,19 @@ PROBLEMS = {
                 "c.yaml:6:26: modules.a.http.bearer_token_file: does not go with "
                 "basic_auth_password_file"
             )
+        ],
+    ),
+    "a user for a target with a colon, behind which the password could follow": (
+        of_http("port: 1", "basic_auth_username: a:b", "basic_auth_password_file: /dev/null"),
+        [
+            (
+                "c.yaml:6:28: modules.a.http.basic_auth_username: expected the name of a user, "
+                "without a colon"
+            ),
+            (
+                "c.yaml:7:33: modules.a.http.basic_auth_password_file: needs basic_auth_username "
+                "beside it"
+            ),
         ],
     ),
     "a token in the configuration itself": (
@@ -7250,6 +7281,85 @@ def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path
         assert served.scrape("m").body == EXPOSITION
 
 
+@pytest.fixture
+def loads_of_the_system(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLContext]:
+    """The contexts into which the system's authorities were loaded."""
+    loads = list[ssl.SSLContext]()
+    load = ssl.SSLContext.load_default_certs
+
+    def count(context: ssl.SSLContext, *purpose: Any) -> None:
+        loads.append(context)
+        load(context, *purpose)
+
+    monkeypatch.setattr(ssl.SSLContext, "load_default_certs", count)
+    return loads
+
+
+def test_for_twenty_modules_the_systems_authorities_are_loaded_once_and_again_on_reload(
+    tmp_path: Path, loads_of_the_system: list[ssl.SSLContext]
+) -> None:
+    modules = {f"m{number}": https_module(closed_port()) for number in range(20)}
+    with reloadable(tmp_path, modules, limits=WATCHFUL) as (served, reload):
+        for module in modules:
+            assert served.scrape(module).status == 502
+        assert len(loads_of_the_system) == 1
+        for times in (2, 3):
+            assert reload().status == 200
+            for module in modules:
+                assert served.scrape(module).status == 502
+            assert len(loads_of_the_system) == times
+
+
+def test_after_a_reload_the_systems_authorities_are_those_that_there_are_now(
+    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system = secret_file(tmp_path / "system.pem", "")
+    monkeypatch.setenv("SSL_CERT_FILE", str(system))
+    with (
+        tls_target(certificates.server("localhost"), ok(EXPOSITION)) as port,
+        reloadable(tmp_path, {"m": https_module(port)}) as (served, reload),
+    ):
+        assert served.scrape("m").text == f"module m: TLS: {UNKNOWN_CA}\n"
+        system.write_text(Path(certificates.ca_file).read_text())
+        assert served.scrape("m").text == f"module m: TLS: {UNKNOWN_CA}\n"
+        assert reload().status == 200
+        assert served.scrape("m").body == EXPOSITION
+
+
+def test_what_one_module_trusts_and_shows_is_not_anothers(
+    tmp_path: Path, certificates: Certificates, loads_of_the_system: list[ssl.SSLContext]
+) -> None:
+    anyone, known = certificates.server("localhost"), certificates.server("localhost")
+    known.verify_mode, known.maximum_version = (
+        ssl.CERT_REQUIRED,
+        ssl.TLSVersion.TLSv1_2,
+    )  # see above
+    certificates.ca.configure_trust(known)
+    any_target: dict[str, object] = {"tls_insecure_skip_verify": True}
+    ours = {"tls_cert_file": certificates.client_file, "tls_key_file": certificates.key_file}
+    with (
+        tls_target(anyone, ok(EXPOSITION)) as port,
+        tls_target(known, ok(EXPOSITION)) as known_port,
+    ):
+        modules = {
+            "plain": https_module(port),
+            "again": https_module(port),
+            "own": https_module(port, tls_ca_cert_file=certificates.ca_file),
+            "further": https_module(port, tls_root_ca_file=certificates.ca_file),
+            "any": https_module(port, **any_target),
+            "known": https_module(known_port, **any_target, **ours),
+            "unknown": https_module(known_port, **any_target),
+        }
+        with reloadable(tmp_path, modules) as (served, reload):
+            for _ in range(2):
+                statuses = {name: served.scrape(name).status for name in (*modules, *modules)}
+                refused = {name for name, status in statuses.items() if status != 200}
+                assert refused == {"plain", "again", "unknown"}
+                assert len(loads_of_the_system) == 2  # for those without files, and for `further`
+                loads_of_the_system.clear()
+                assert reload().status == 200
+
+
 @pytest.mark.parametrize("where", ["handshake", "records"])
 def test_a_target_that_drips_its_tls(where: str, certificates: Certificates) -> None:
     context = certificates.server("localhost")
@@ -7268,6 +7378,9 @@ def test_a_target_that_drips_its_tls(where: str, certificates: Certificates) -> 
 
 
 # --- http: unverified
+
+
+CODED = "Transfer-Encoding: chunked"
 
 
 def test_an_unverified_body_is_passed_on_as_it_comes() -> None:
@@ -7325,6 +7438,30 @@ def test_an_unverified_body_is_reset_when_it_is(answer: bytes | Answerer, versio
             exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
         wait_until(lambda: served.failures("m") == {"aborted": 1})
         assert counters(served, "m") == {ERRORS}
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+@pytest.mark.parametrize("header", ["Content-Length: 0", "Content-Length: 4", "X: y", CODED])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_an_unverified_answer_that_has_no_body_has_no_length_and_the_connection_goes_on(
+    version: str, header: str, status: str
+) -> None:
+    sent = f"HTTP/1.1 {status}\r\n{header}\r\nETag: z\r\n\r\n".encode()
+    ask_for_it = f"GET /proxy?module=m HTTP/{version}\r\nConnection: keep-alive\r\n\r\n"
+    with (
+        target(sent) as port,
+        running({"m": http_module(port, verify=False)}) as served,
+        connect(served.port) as client,
+    ):
+        for _ in range(2):
+            client.sendall(ask_for_it.encode())
+            head = read_until(client, b"\r\n\r\n").decode().lower()
+            assert head.startswith(f"http/1.1 {status.lower()}\r\n")
+            assert "\r\netag: z\r\n" in head
+            assert "\r\nconnection: keep-alive\r\n" in head
+            assert not re.search(r"(?m)^(content-length|transfer-encoding):", head)
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        assert read_until(client, HEALTHY).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 # --- containers, asked of an engine that the tests play: for faults that a real one does not show
@@ -10099,6 +10236,40 @@ def test_strangers_keep_at_most_two_cores_busy_and_nobody_out(
     assert (len(counts), max(counts)) == (6, 2)
 
 
+def test_who_waits_too_long_for_bcrypt_is_told_so_and_who_is_remembered_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, release = threading.Semaphore(0), threading.Event()
+    hash_password = expexp.hash_password
+
+    def hash_slowly(*asked: Any) -> bytes | None:
+        busy.release()
+        release.wait(5)
+        return hash_password(*asked)
+
+    with (
+        running({}, write_users(tmp_path / "w.json", u="right", v="other")) as served,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        assert served.get("/", login("u:right")).status == 200
+        monkeypatch.setattr(expexp, "hash_password", hash_slowly)
+        monkeypatch.setattr(expexp.Limits, "bcrypt_seconds", 0.2)
+        strangers = [pool.submit(served.get, "/", login(f"u:{n}")) for n in range(2)]
+        try:
+            assert all(busy.acquire(timeout=5) for _ in strangers)
+            with taking(0.2, 4):  # the strangers are not done before 5
+                answer = served.get("/", login("v:other"))
+            assert (answer.status, answer.text) == (
+                503,
+                "too many passwords are being checked, try again later\n",
+            )
+            assert served.get("/", login("u:right")).status == 200
+        finally:
+            release.set()
+        assert [stranger.result().status for stranger in strangers] == [401] * 2
+        assert served.get("/", login("v:other")).status == 200  # the slots are free again
+
+
 # --- rotation
 
 
@@ -10189,6 +10360,9 @@ def test_the_former_token_stays_when_its_file_becomes(
     assert metric_with(app, RELOADED, bearer("two")) == 1
 
 
+A_PIPE = "a pipe, which can be read but once"
+
+
 def test_a_token_that_comes_through_a_pipe_is_read_once(tmp_path: Path) -> None:
     path = tmp_path / "token"
     os.mkfifo(path)
@@ -10199,6 +10373,18 @@ def test_a_token_that_comes_through_a_pipe_is_read_once(tmp_path: Path) -> None:
     for _ in range(2):
         assert ask(app, "/", bearer("one")).status == 200
     assert metric_with(app, RELOADED, bearer("one")) == 1
+
+
+def test_a_token_whose_file_becomes_a_pipe_stays(tmp_path: Path, log: list[str]) -> None:
+    path = secret_file(tmp_path / "token", "one")
+    with running({}, f"-web.bearer.token-file={path}", limits=WATCHFUL) as served:
+        log.clear()
+        path.unlink()
+        os.mkfifo(path)
+        for _ in range(3):
+            assert served.get("/", bearer("one")).status == 200
+        assert f"\n{RELOADED} 0\n" in served.get("/metrics", bearer("one")).text
+    assert log == [f"changed files are not used, the former stay: {path}: the file is {A_PIPE}"]
 
 
 def test_files_are_looked_at_once_in_a_while(
@@ -10621,6 +10807,36 @@ def test_an_aborted_answer_is_not_logged_as_a_success_bug_25(
         assert client.failures("m") == {"aborted": 1}
     (line, *_) = [message for message in caplog.messages if "took" in message]
     assert line.startswith('127.0.0.1 - GET "/proxy?module=m" 200 OK, aborted (took ')
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_fault_of_ours_in_the_middle_of_a_stream_is_a_reset_and_logged_as_aborted(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read_piece = http.client.HTTPResponse.read1
+    pieces = list[int]()
+
+    def fail_at_the_second(response: http.client.HTTPResponse, count: int) -> bytes:
+        pieces.append(count)
+        return read_piece(response, count) if len(pieces) == 1 else b"" * (1 // 0)
+
+    caplog.set_level(logging.INFO, "expexp")
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", fail_at_the_second)
+    with (
+        target(silent_after(ENDLESS + b"a 1\n")) as port,
+        running({"m": http_module(port, verify=False)}) as served,
+    ):
+        with pytest.raises(ConnectionResetError):
+            exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
+        wait_until(lambda: "unexpected error in serving 127.0.0.1" in caplog.messages)
+        monkeypatch.undo()
+        wait_until(lambda: being_answered(served, 0))
+        wait_until(lambda: served.metric("expexp_open_connections") == 1)
+    (line,) = [message for message in caplog.messages if "module=m" in message]
+    assert line.startswith('127.0.0.1 - GET "/proxy?module=m" 200 OK, aborted (took ')
+    (fault,) = [record for record in caplog.records if record.exc_info]
+    assert fault.exc_info
+    assert fault.exc_info[0] is ZeroDivisionError
 
 
 def test_a_failure_that_is_streamed_to_its_end_is_no_recovery(
@@ -11190,6 +11406,80 @@ def test_a_target_without_its_secret_is_no_good_configuration(tmp_path: Path) ->
         assert served.scrape("new").status == 404
 
 
+#: What may come through a pipe, and what a reload says of it, behind the name of a file.
+PIPED: dict[str, tuple[Callable[[Path, Certificates], dict[str, str]], str, str]] = {
+    "the token of a target": (
+        lambda pipe, _: {"bearer_token_file": str(pipe)},
+        "token",
+        f"modules.m.http.bearer_token_file: the file is {A_PIPE}",
+    ),
+    "the password for a target": (
+        lambda pipe, _: {"basic_auth_username": "u", "basic_auth_password_file": str(pipe)},
+        "password",
+        f"modules.m.http.basic_auth_password_file: the file is {A_PIPE}",
+    ),
+    "authorities for a target": (
+        lambda pipe, _: {"scheme": "https", "tls_ca_cert_file": str(pipe)},
+        "ca_file",
+        f"modules.m.http.tls_ca_cert_file: {A_PIPE}",
+    ),
+    "further authorities for a target": (
+        lambda pipe, _: {"scheme": "https", "tls_root_ca_file": str(pipe)},
+        "ca_file",
+        f"modules.m.http.tls_root_ca_file: {A_PIPE}",
+    ),
+    "our key for a target": (
+        lambda pipe, made: {
+            "scheme": "https",
+            "tls_cert_file": made.client_file,
+            "tls_key_file": str(pipe),
+        },
+        "key_file",
+        f"modules.m.http.tls_cert_file: {A_PIPE}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "content", "problem"), PIPED.values(), ids=PIPED)
+def test_a_reload_says_that_it_cannot_read_again_what_came_through_a_pipe(
+    settings: Callable[[Path, Certificates], dict[str, str]],
+    content: str,
+    problem: str,
+    tmp_path: Path,
+    certificates: Certificates,
+) -> None:
+    pipe, text = tmp_path / "pipe", "s3cret"
+    if content.endswith("_file"):
+        text = Path(getattr(certificates, content)).read_text()
+    os.mkfifo(pipe)
+    modules = {"m": http_module(closed_port(), **settings(pipe, certificates))}
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(pipe.write_text, text)
+        with reloadable(tmp_path, modules) as (served, reload):
+            assert writer.result(5) == len(text)
+            for _ in range(2):
+                with taking(*QUICK_SOCKET):
+                    answer = reload({**modules, "new": echoing("a")})
+                assert (answer.status, answer.text.count("\n")) == (500, 1)
+                assert answer.text.endswith(f": {problem}\n")
+                assert served.scrape("new").status == 404
+                assert served.scrape("m").status == 502  # it would be 500 without its credentials
+                assert served.metric(SUCCESSFUL) == 0
+
+
+def test_a_configuration_that_came_through_a_pipe_is_not_read_again(tmp_path: Path) -> None:
+    pipe = tmp_path / "c.yaml"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit(pipe.write_text, json.dumps({"modules": {"m": echoing("a")}}))
+        with running({}, f"-config={pipe}", "-web.enable-lifecycle") as served:
+            assert writer.result(5)
+            with taking(*QUICK_SOCKET):
+                answer = served.get("/-/reload", method="POST")
+            assert (answer.status, answer.text) == (500, f"{pipe}: {A_PIPE}\n")
+            assert served.scrape("m").text == "a 1\n"
+
+
 def test_what_is_wrong_with_configuration_and_credentials_comes_together(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("first")
     flag = f"-web.bearer.token-file={tmp_path}/token"
@@ -11202,6 +11492,32 @@ def test_what_is_wrong_with_configuration_and_credentials_comes_together(tmp_pat
             f'{tmp_path}/c.yaml:1:1: moduls: unknown key; did you mean "modules"?'
             in answer.text.splitlines()
         )
+
+
+@pytest.mark.parametrize("faulty", ["load_credentials", "load_target_credentials"])
+def test_a_fault_of_ours_in_reading_secrets_again_is_a_failed_reload(
+    faulty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    # Where it is called, since what loads may have been bound when expexp started.
+    token, called = tmp_path / "token", {"load_credentials": "Users"}.get(faulty, "given")
+    secret_file(token, "t")
+    modules = {"m": http_module(closed_port(), bearer_token_file=str(token))}
+    with reloadable(tmp_path, modules) as (served, reload):
+        with monkeypatch.context() as patch:
+            patch.setattr(expexp, called, lambda *_: 1 / 0)
+            answer = reload()
+            assert answer.status == 500
+            assert re.fullmatch(r".*unexpected error: see the log\n", answer.text)
+        failed = CREDENTIALS_SUCCESSFUL if faulty == "load_credentials" else SUCCESSFUL
+        assert served.metric(failed) == 0
+        assert log[0] == "unexpected error in loading (ZeroDivisionError)"
+        assert sum("ZeroDivisionError" in line for line in log) == 1
+        assert served.scrape("m").status == 502
+        assert reload().status == 200
+        assert served.metric(failed) == 1
+
+
+CREDENTIALS_SUCCESSFUL = "expexp_credentials_last_reload_successful"
 
 
 # --- service discovery
@@ -11746,6 +12062,40 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
             assert read_until(client, HEALTHY)
         wait_until(lambda: any(states.values()))
         assert served.metric("expexp_rejected_connections_total") == 0
+
+
+def test_a_request_runs_nothing_if_its_connection_was_evicted_when_it_began_to_arrive(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrived, go_on = threading.Event(), threading.Event()
+    mark, paused = expexp.Connections.mark, list[threading.Thread]()
+
+    def pause(self: expexp.Connections, connection: socket.socket, *, idle: bool) -> Any:
+        """Between a request's first byte and the note that its connection works, wait once."""
+        if not idle and not paused:
+            paused.append(threading.current_thread())
+            arrived.set()
+            assert go_on.wait(5)
+        return mark(self, connection, idle=idle)
+
+    with (
+        running({"m": counted.module("echo a 1")}, limits=fast_limits(connections=1)) as served,
+        connect(served.port) as evicted,
+    ):
+        monkeypatch.setattr(expexp.Connections, "mark", pause)
+        evicted.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+        assert arrived.wait(5)
+        with connect(served.port) as newer:
+            newer.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+            assert read_until(newer, HEALTHY)
+            go_on.set()
+            assert read_all(evicted) == b""
+            paused[0].join(5)
+            assert not paused[0].is_alive()
+            assert counted.count == 0
+            newer.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+            assert read_until(newer, b"a 1\n")
+            assert counted.count == 1
 
 
 def read_until(client: socket.socket, end: bytes) -> bytes:
@@ -13244,6 +13594,19 @@ STARTS = {
         2,
         'invalid value "start" for flag -winsvc: not supported\nUsage of expexp:\n',
     ),
+    "an offset above a day": (
+        ["-timeout-offset=25h"],
+        2,
+        'invalid value "25h" for flag -timeout-offset: expected a day at most\nUsage of expexp:\n',
+    ),
+    "an interval above a day": (
+        ["-config.auto-reload-interval=25h"],
+        2,
+        (
+            'invalid value "25h" for flag -config.auto-reload-interval: expected a day at most\n'
+            "Usage of expexp:\n"
+        ),
+    ),
     "a stray argument": (["-config", "", "x"], 2, 'unexpected argument "x"\nUsage of expexp:\n'),
     "a pattern that Python reads differently": (
         ["-web.tls.certmatch=[[:alpha:]]"],
@@ -13343,6 +13706,27 @@ def test_a_start_that_is_refused_is_exit_1_and_one_line(
 def test_a_port_in_use_is_exit_1_and_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
+        ended = run("-config", "", "-web.listen-address", address)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        f"cannot listen on {address}: address already in use\n",
+    )
+
+
+def test_two_expexp_do_not_share_a_port_on_any_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in newer Pythons, where two servers of http.server may, and each gets some requests.
+    monkeypatch.setattr(http.server.HTTPServer, "allow_reuse_port", True, raising=False)
+    assert expexp.Server.allow_reuse_port is False
+    with running({}) as first:
+        address = f"127.0.0.1:{first.port}"
+        with (
+            pytest.raises(expexp.ConfigError) as caught,
+            running({}, "-web.listen-address", address),
+        ):
+            pass
+        assert [str(problem) for problem in caught.value.problems] == [
+            f"cannot listen on {address}: address already in use"
+        ]
         ended = run("-config", "", "-web.listen-address", address)
     assert (ended.returncode, ended.stderr) == (
         1,
@@ -14198,6 +14582,99 @@ def test_fifty_reloads_in_ten_seconds_disturb_nobody_and_leave_nothing_behind(
     assert grown < 6 * expexp.MEBIBYTE, grown
 
 
+def faulty_program(folder: Path, *more: str) -> Path:
+    """An expexp that has a fault in loading its configuration while there is a file `fault`."""
+    source = folder / "faulty.py"
+    source.write_text(
+        f"""\
+import os, sys
+sys.path.insert(0, {str(FOLDER)!r})
+import expexp
+load = expexp.ConfigLoader.load
+def fail(*arguments):
+    config = load(*arguments)
+    return {{}}["fault"] if os.path.exists("fault") else config
+expexp.ConfigLoader.load = fail
+sys.exit(expexp.main([*sys.argv[1:], *{more!r}]))
+"""
+    )
+    return source
+
+
+def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is_over(
+    tmp_path: Path,
+) -> None:
+    address, source = (
+        address_of("path", tmp_path),
+        faulty_program(tmp_path, "-web.enable-lifecycle"),
+    )
+    around, fault = ["env", f"NOTIFY_SOCKET={address}"], tmp_path / "fault"
+    with (
+        service_manager(address) as channel,
+        program(tmp_path, {"m": echoing("a")}, *around, source=source) as (process, port),
+    ):
+        assert channel.recv(4096) == b"READY=1"
+        fault.touch()
+        since = time.monotonic_ns() // 1000
+        process.send_signal(signal.SIGHUP)
+        receive_reload(channel, since)
+        since = time.monotonic_ns() // 1000
+        answer = fetch(port, "/-/reload", method="POST")
+        receive_reload(channel, since)
+        assert (answer.status, answer.text) == (500, "unexpected error: see the log\n")
+        assert own_metric(port, SUCCESSFUL) == 0
+        assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        fault.unlink()
+        write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: fetch(port, "/proxy?module=m").text == "b 1\n")
+        assert own_metric(port, SUCCESSFUL) == 1
+        log = rest_of_log(process)
+    traces = [line for line in log if "Traceback" in line]
+    assert len(traces) == 2  # one a reload
+    for line in traces:
+        assert line.startswith("unexpected error in loading\nTraceback ")
+        assert line.endswith("KeyError: 'fault'")
+
+
+def test_a_fault_of_ours_is_met_once_by_who_reloads_by_itself(tmp_path: Path) -> None:
+    source = faulty_program(tmp_path, "-config.auto-reload-interval=20ms")
+    with program(tmp_path, {"m": echoing("a")}, source=source) as (process, port):
+        (tmp_path / "fault").touch()
+        write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
+        wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
+        time.sleep(0.2)  # ten times the interval
+        (tmp_path / "fault").unlink()
+        write_modules(tmp_path / "expexp.yaml", {"m": echoing("c")})
+        wait_until(lambda: fetch(port, "/proxy?module=m").text == "c 1\n")
+        assert sum("Traceback" in line for line in rest_of_log(process)) == 1
+
+
+BY_NAME = 'exec "$@" -web.bearer.token-file pipe'
+BY_SUBSTITUTION = 'exec "$@" -web.bearer.token-file <(printf one)'
+
+
+@pytest.mark.parametrize("line", [BY_NAME, BY_SUBSTITUTION], ids=["by name", "by substitution"])
+def test_a_token_from_a_pipe_does_not_hold_up_a_reload_nor_the_end(
+    line: str, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with ThreadPoolExecutor() as pool:
+        writer = pool.submit((tmp_path / "pipe").write_text, "one") if line == BY_NAME else None
+        with program(tmp_path, {"m": echoing("a")}, "bash", "-c", line, "bash") as (process, port):
+            assert writer is None or writer.result(5) == 3
+            log = Log(process)
+            for count in (1, 2):
+                process.send_signal(signal.SIGHUP)
+                wait_until(lambda count=count: log.count(A_PIPE) == count)  # type: ignore[misc]
+            assert fetch(port, "/", bearer("one")).status == 200
+            assert fetch(port, "/", bearer("")).status == 401
+            process.terminate()
+            assert process.wait(5) == 0
+            log.end()
+    assert log.count("stopping") == 1
+
+
 # --- checking a configuration: -config.check
 
 
@@ -14635,6 +15112,7 @@ NEAR_SECRETS = {
     "a password with a NUL": of_http(
         "port: 1", "basic_auth_username: u", f'basic_auth_password: "{SECRET}\\0"'
     ),
+    "a password behind the user name": of_http("port: 1", f"basic_auth_username: u:{SECRET}"),
     "a header of two lines": of_http("port: 1", f'headers: {{X: "{SECRET}\\n"}}'),
     "headers that are a text": of_http("port: 1", f'headers: "X: {SECRET}"'),
     "variables that are a text": of_exec(f"env: TOKEN={SECRET}"),
