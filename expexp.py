@@ -10,14 +10,17 @@ would mean if the exporter were scraped directly. It takes over from exporter_ex
 same configuration, same metrics.
 
 What this program does to your host: it listens on the ports you name, connects to the targets in
-its configuration, runs the commands and reads the files in its configuration. Nothing else: it
-writes no file, starts no shell, loads no plugin, follows no redirect and uses no proxy of the
-environment. Every wait has a deadline and every quantity that comes from outside a limit.
+its configuration (and asks a container engine where one is, if it is told to), runs the commands
+and reads the files in its configuration, and reads its own files again when they change. Nothing
+else: it writes no file, starts no shell, loads no plugin, follows no redirect and uses no proxy of
+the environment. Its one process that is not in the configuration is Python itself, which matches
+-web.tls.certmatch. Every wait has a deadline and every quantity that comes from outside a limit.
 
 Endpoints: /proxy (flag -web.proxy-path), /metrics (-web.telemetry-path), / (the modules, as HTML or
-JSON), /-/healthy and /-/ready. Exit codes: 0 stopped by a signal or nothing to do, 1 bad
-configuration or a port in use, 2 bad flags. With -verify it checks the expositions in files and
-exits: 0 well-formed, 1 not, 2 not readable.
+JSON), /sd (the modules, for Prometheus to discover), /-/healthy, /-/ready and /-/reload. Exit codes:
+0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad flags. With
+-config.check it only checks them; with -verify the expositions in files: 0 well-formed, 1 not, 2
+not readable.
 
 Needs Python 3.9 or later, and PyYAML for a configuration in YAML (one in JSON does without).
 To be read once, from top to bottom: nothing is used in a section above the one that defines it.
@@ -2345,8 +2348,10 @@ class DocumentReader:
 # ==================================================================================================
 # 12  Loading
 # ==================================================================================================
-# The files that expexp reads: the configuration when it starts, certificates and secrets also when
-# they change. IO. What is wrong with any of them is a ConfigError.
+# The files that expexp reads, each through a `Watched`: the configuration at start and on reload,
+# certificates and secrets also when they change. A value is replaced as a whole or not at all. What
+# is wrong with a file is a problem: at start a ConfigError, later a line in the log. The part "who
+# may ask" is what of all this decides who gets in. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
 CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
@@ -3744,7 +3749,7 @@ def answer_job(job: Job) -> Scrape:
 # 14  Application
 # ==================================================================================================
 # A Request becomes a Response: who may ask, which route, which module, and every error an answer.
-# No sockets here. `handle` never raises: the one place that catches Exception is in it.
+# No sockets here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
 
 @dataclass(frozen=True)
@@ -4125,8 +4130,10 @@ def collect_process(metrics: SelfMetrics) -> None:
 # 15  HTTP server
 # ==================================================================================================
 # Sockets in, Requests out, Responses back. A thread a connection, and no more connections than
-# there are slots. No client that does not send, does not read or hangs up decides anything here:
-# reads have a deadline, writes must make progress, and both cost one line at debug.
+# there are slots. The thread shakes hands, where the listener speaks TLS: never the one that
+# accepts. No client that does not send, does not read, is refused or hangs up decides anything here:
+# reads have a deadline, writes must make progress, both cost one line at debug, and until a request
+# is there and allowed its connection makes room for others when all slots are taken.
 
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
 URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
