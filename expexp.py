@@ -17,10 +17,11 @@ the environment. Its one process that is not in the configuration is Python itse
 -web.tls.certmatch. Every wait has a deadline and every quantity that comes from outside a limit.
 
 Endpoints: /proxy (flag -web.proxy-path), /metrics (-web.telemetry-path), / (the modules, as HTML or
-JSON), /sd (the modules, for Prometheus to discover), /-/healthy, /-/ready and /-/reload. Exit codes:
-0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad flags. With
--config.check it only checks them; with -verify the expositions in files: 0 well-formed, 1 not, 2
-not readable.
+JSON), /sd (the modules, for Prometheus to discover), /-/healthy, /-/ready and /-/reload.
+
+Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
+flags. With -config.check it only checks these; with -verify the expositions in files: 0
+well-formed, 1 not, 2 not readable.
 
 Needs Python 3.9 or later, and PyYAML for a configuration in YAML (one in JSON does without).
 To be read once, from top to bottom: nothing is used in a section above the one that defines it.
@@ -4131,9 +4132,9 @@ def collect_process(metrics: SelfMetrics) -> None:
 # ==================================================================================================
 # Sockets in, Requests out, Responses back. A thread a connection, and no more connections than
 # there are slots. The thread shakes hands, where the listener speaks TLS: never the one that
-# accepts. No client that does not send, does not read, is refused or hangs up decides anything here:
-# reads have a deadline, writes must make progress, both cost one line at debug, and until a request
-# is there and allowed its connection makes room for others when all slots are taken.
+# accepts. No client that does not send, does not read, is refused or hangs up decides anything
+# here: reads have a deadline, writes must make progress, both cost one line at debug, and until a
+# request is there and allowed its connection makes room for others when all slots are taken.
 
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
 URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
