@@ -12773,6 +12773,8 @@ def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
 MATCHERS = {
     "fails": "#!/bin/sh\nexit 1\n",
     "is killed": "#!/bin/sh\nkill -9 $$\n",
+    "is no program": "",
+    "is missing": None,
 }
 
 
