@@ -14864,6 +14864,28 @@ def test_a_token_from_a_pipe_does_not_hold_up_a_reload_nor_the_end(
     assert log.count("stopping") == 1
 
 
+@pytest.mark.parametrize("which", ["cert", "key", "ca"])
+def test_a_file_of_tls_that_becomes_a_pipe_holds_up_no_client_no_reload_and_not_the_end(
+    which: str, authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    flags, context = ["-web.tls.verify"], authorities.context(good_client)
+    for name in ("cert", "key", "ca"):
+        source = authorities.ours.file if name == "ca" else authorities.server
+        flags.append(f"-web.tls.{name}={shutil.copy(source, tmp_path / name)}")
+    with process("-web.listen-address=", *TLS_LISTENER, *flags) as started:
+        (url,), _ = listeners(started, 1)
+        log, port = Log(started), int(url.rpartition(":")[2])
+        (tmp_path / which).unlink()
+        os.mkfifo(tmp_path / which)
+        wait_until(lambda: admits(port, context) and log.count(A_PIPE) == 1)
+        started.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.count(A_PIPE) == 2)
+        assert admits(port, context)
+        started.terminate()
+        assert started.wait(5) == 0
+        log.end()
+
+
 # --- checking a configuration: -config.check
 
 
