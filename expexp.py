@@ -2759,6 +2759,8 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
         status = subprocess.call(command, timeout=seconds, **null)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
+    except OSError as error:  # it did not start
+        raise ChildProcessError(f"matching -web.tls.certmatch failed: {words_of(error)}") from None
     finally:
         MATCHING.release()
     if status not in (0, 3):  # it was killed or did not start: that is no answer to remember

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import datetime
 import email.utils
+import errno
 import functools
 import gzip
 import hmac
@@ -10270,6 +10271,38 @@ def test_who_waits_too_long_for_bcrypt_is_told_so_and_who_is_remembered_does_not
         assert served.get("/", login("v:other")).status == 200  # the slots are free again
 
 
+def test_a_flood_of_wrong_passwords_is_refused_at_once_but_for_a_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release, hash_password = threading.Event(), expexp.hash_password
+
+    def hash_slowly(*asked: Any) -> bytes | None:
+        release.wait(10)
+        return hash_password(*asked)
+
+    monkeypatch.setattr(expexp.Limits, "bcrypt_waiting", 4)  # also those that are hashed
+    with (
+        running({}, write_users(tmp_path / "w.json", u="right", v="other")) as served,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        assert served.get("/", login("u:right")).status == 200
+        monkeypatch.setattr(expexp, "hash_password", hash_slowly)
+        strangers = [pool.submit(served.get, "/", login(f"u:{n}")) for n in range(12)]
+        try:
+            with taking(0, 4):  # a turn is waited for until 5
+                ended = concurrent.futures.as_completed(strangers, timeout=4)
+                refused = [next(ended).result() for _ in range(8)]
+                assert {(answer.status, answer.text) for answer in refused} == {
+                    (503, "too many passwords are being checked, try again later\n")
+                }
+                assert served.get("/", login("u:right")).status == 200
+        finally:
+            release.set()
+        found = sorted(stranger.result().status for stranger in strangers)
+        assert found == [401] * 4 + [503] * 8
+        assert served.get("/", login("v:other")).status == 200  # the turns are free again
+
+
 # --- rotation
 
 
@@ -10356,6 +10389,40 @@ def test_the_former_token_stays_when_its_file_becomes(
     if path.is_dir():
         path.rmdir()
     by_renaming(path, "two")
+    assert ask(app, "/", bearer("one")).status == 401
+    assert metric_with(app, RELOADED, bearer("two")) == 1
+
+
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_as_it_is(
+    tmp_path: Path, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, usual, full = [time.monotonic() + 10], open, [True]
+    path = secret_file(tmp_path / "token", "one")
+    app = application({}, f"-web.bearer.token-file={path}")
+
+    def open_if_possible(name: Any, *arguments: Any, **named: Any) -> Any:
+        if full[0] and str(name) == str(path):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return usual(name, *arguments, **named)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("builtins.open", open_if_possible)
+    path.write_text("two")
+    log.clear()
+    logged = []
+    for seconds in (0, 2, 296, 4, 2, 294):
+        now[0] += seconds
+        for _ in range(3):
+            assert ask(app, "/", bearer("one")).status == 200
+        logged.append(len(log))
+    assert logged == [1, 1, 1, 2, 2, 2]
+    assert set(log) == {
+        f"changed files are not used, the former stay: {path}: cannot be read: too many open files"
+    }
+    full[0] = False
+    assert ask(app, "/", bearer("two")).status == 401
+    now[0] += 6
+    assert ask(app, "/", bearer("two")).status == 200
     assert ask(app, "/", bearer("one")).status == 401
     assert metric_with(app, RELOADED, bearer("two")) == 1
 
@@ -11849,6 +11916,7 @@ REFUSED = {
     "a header without name": (b"GET / HTTP/1.1\r\n: b\r\n\r\n", 400, "malformed headers"),
     "a blank before the colon": (b"GET / HTTP/1.1\r\nA : b\r\n\r\n", 400, "malformed headers"),
     "a first header that goes on": (b"GET / HTTP/1.1\r\n A: b\r\n\r\n", 400, "malformed headers"),
+    "a mailbox's From line": (b"GET / HTTP/1.1\r\nFrom a\r\n\r\n", 400, "malformed headers"),
     "a line end within a header": (
         b"GET / HTTP/1.0\r\nA: b\rX: c\r\n\r\n",
         400,
@@ -12062,6 +12130,51 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
             assert read_until(client, HEALTHY)
         wait_until(lambda: any(states.values()))
         assert served.metric("expexp_rejected_connections_total") == 0
+
+
+BEGINNINGS = pytest.mark.parametrize(
+    "beginning",
+    [
+        pytest.param(b"G", id="a byte"),
+        pytest.param(b"GET / HTTP/1.1\r\nA: ", id="a part of the headers"),
+    ],
+)
+
+
+def wait_until_all_is_read(served: Running, connections: int) -> None:
+    """Wait for the server to have taken what so many clients have sent so far."""
+    held = served.program.connections._open
+    wait_until(lambda: len(held) == connections and not select.select([*held], [], [], 0)[0])
+
+
+@BEGINNINGS
+def test_a_client_is_served_although_all_slots_wait_for_the_rest_after(beginning: bytes) -> None:
+    with running({}, limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(connect(served.port)).sendall(beginning)
+        wait_until_all_is_read(served, 3)
+        with taking(0, 4):
+            assert served.get("/-/healthy").body == HEALTHY
+        assert served.metric("expexp_rejected_connections_total") == 0
+
+
+def test_a_client_is_served_although_all_slots_send_refusals_that_nobody_reads() -> None:
+    limits, flag = fast_limits(connections=2), "-web.bearer.token=t"
+    with running({}, flag, limits=limits) as served, contextlib.ExitStack() as stack:
+        small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        served.program.servers[0].socket.setsockopt(*small)  # as are those of its connections
+        held = served.program.connections._open
+        for number in (1, 2):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", served.port))
+            client.sendall(b"GET / HTTP/1.1\r\n\r\n" * 1000)
+            wait_until(lambda: len(held) == number)  # noqa: B023 - at once
+        wait_until(lambda: not select.select([], [*held], [], 0)[1])
+        with taking(0, 4):
+            assert served.get("/-/healthy", bearer("t")).body == HEALTHY
+        page = served.get("/metrics", bearer("t")).text
+        assert "\nexpexp_rejected_connections_total 0\n" in page
 
 
 def test_a_request_runs_nothing_if_its_connection_was_evicted_when_it_began_to_arrive(
@@ -12657,6 +12770,38 @@ def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
         assert served.faults() == {"timeout": 1}
 
 
+MATCHERS = {
+    "fails": "#!/bin/sh\nexit 1\n",
+    "is killed": "#!/bin/sh\nkill -9 $$\n",
+    "is no program": "",
+    "is missing": None,
+}
+
+
+@pytest.mark.parametrize("script", MATCHERS.values(), ids=MATCHERS)
+def test_a_client_gets_in_at_its_next_try_where_the_process_that_matches(
+    script: str | None,
+    secure: Start,
+    authorities: Authorities,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    python = tmp_path / "python3"
+    if script is not None:
+        python.write_text(script)
+        python.chmod(0o700)
+    # A name of its own, about which there is no verdict yet.
+    context = authorities.context(authorities.ours.client(tmp_path.name))
+    with secure(
+        f"-web.tls.certmatch=^({tmp_path.name}|good)$", client_auth_type=REQUIRED
+    ) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "executable", str(python))
+            assert not admits(served.port, context)
+        assert admits(served.port, context)
+        assert served.faults() == {"not_allowed": 1}
+
+
 def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Authorities) -> None:
     names = b"\x30\x05\x82\x03a\xff\xfe"  # one DNS name
     odd = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
@@ -12697,6 +12842,24 @@ def test_a_scrape_gets_in_although_silent_clients_have_taken_all_slots(secure: S
         for _ in range(3):
             assert served.get("/-/healthy").body == HEALTHY
         assert silent[0].recv(1) == b""
+        assert served.metric("expexp_rejected_connections_total") == 0
+
+
+@BEGINNINGS
+@pytest.mark.parametrize("encrypted", [True, False], ids=["over TLS", "without TLS"])
+def test_a_scrape_gets_in_although_all_slots_wait_for_the_rest_after(
+    beginning: bytes, encrypted: bool, secure: Start
+) -> None:
+    with secure(limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
+        for _ in range(3):
+            client = stack.enter_context(connect_at_once(served.port))
+            if encrypted:
+                client = served.context.wrap_socket(client, server_hostname="localhost")
+                stack.enter_context(client)
+            client.sendall(beginning)
+        wait_until_all_is_read(served.served, 3)
+        with taking(0, 4):
+            assert served.get("/-/healthy").body == HEALTHY
         assert served.metric("expexp_rejected_connections_total") == 0
 
 
@@ -13038,6 +13201,32 @@ def test_no_session_outlives_the_clients_certificate(
         wait_until(lambda: time.time() > ends)
         assert resumable(served.port, context, session)[0] == b""
         assert served.faults() == {"expiry": 1}
+
+
+def context_of(served: Secure) -> ssl.SSLContext:
+    credentials: expexp.Credentials = served.served.program.application.credentials.current()
+    assert credentials.tls
+    return credentials.tls.context
+
+
+def test_a_client_that_is_not_allowed_leaves_no_session(
+    secure: Start, authorities: Authorities
+) -> None:
+    bad = of_version(authorities.context(authorities.ours.client("bad")), "TLSv1_2")
+    with secure("-web.tls.certmatch=^good$", client_auth_type=REQUIRED) as served:
+        for _ in range(3):
+            assert not admits(served.port, bad)
+        wait_until(lambda: not served.served.program.connections._open)
+        assert context_of(served).session_stats()["number"] == 0
+        assert admits(served.port, of_version(served.context, "TLSv1_2"))
+        assert context_of(served).session_stats()["number"] == 1
+        assert served.faults() == {"not_allowed": 3}
+
+
+def test_clients_cannot_renegotiate_also_where_openssl_would_have_it(secure: Start) -> None:
+    # Here its option is all that can be seen: OpenSSL 3 refuses by itself, 1.1.1 does not.
+    with secure() as served:
+        assert context_of(served).options & ssl.OP_NO_RENEGOTIATION
 
 
 @BOTH_VERSIONS
@@ -14673,6 +14862,28 @@ def test_a_token_from_a_pipe_does_not_hold_up_a_reload_nor_the_end(
             assert process.wait(5) == 0
             log.end()
     assert log.count("stopping") == 1
+
+
+@pytest.mark.parametrize("which", ["cert", "key", "ca"])
+def test_a_file_of_tls_that_becomes_a_pipe_holds_up_no_client_no_reload_and_not_the_end(
+    which: str, authorities: Authorities, good_client: str, tmp_path: Path
+) -> None:
+    flags, context = ["-web.tls.verify"], authorities.context(good_client)
+    for name in ("cert", "key", "ca"):
+        source = authorities.ours.file if name == "ca" else authorities.server
+        flags.append(f"-web.tls.{name}={shutil.copy(source, tmp_path / name)}")
+    with process("-web.listen-address=", *TLS_LISTENER, *flags) as started:
+        (url,), _ = listeners(started, 1)
+        log, port = Log(started), int(url.rpartition(":")[2])
+        (tmp_path / which).unlink()
+        os.mkfifo(tmp_path / which)
+        wait_until(lambda: admits(port, context) and log.count(A_PIPE) == 1)
+        started.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.count(A_PIPE) == 2)
+        assert admits(port, context)
+        started.terminate()
+        assert started.wait(5) == 0
+        log.end()
 
 
 # --- checking a configuration: -config.check
