@@ -174,7 +174,7 @@ class Limits:
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
     cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
     commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
-    container_seconds: float = limit(60, "what its engine said: another may get its address")
+    container_seconds: float = limit(5, "what its engine said: another may get its address")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -2376,8 +2376,11 @@ class FileReader(DocumentReader):
     def watched(self, filename: str) -> str:
         """The name of a file that is about to be read; NodeError where that could wait forever."""
         self.seen[filename] = fingerprint(filename)
-        if self.again and os.path.exists(filename) and stat.S_ISFIFO(os.stat(filename).st_mode):
+        mode = os.stat(filename).st_mode if os.path.exists(filename) else 0
+        if self.again and stat.S_ISFIFO(mode):
             raise NodeError("a pipe, which can be read but once")
+        if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and filename != os.devnull:
+            raise NodeError("a device, which could be read forever")
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
@@ -2466,7 +2469,7 @@ class Watched:
         except Exception:  # a fault of ours must not end a service that works
             LOGGER.exception("unexpected error in loading")
             reader.problem("", "unexpected error: see the log")
-        self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
+        self.seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
         self.working, self._again = not self.problems, time.monotonic() + Limits.retry_seconds
         if self.working:
             self.value, self.loaded = value, time.time()
@@ -2480,13 +2483,17 @@ class Watched:
             problems = self.problems
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
-        if self._seen and not problems:
-            LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
+        if self.seen and not problems:
+            LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
         return problems
 
     def has_changed(self) -> bool:
         """Whether a file is not as it was when it was read last."""
-        return any(fingerprint(file) != before for file, before in self._seen.items())
+        return self.look() != self.seen
+
+    def look(self) -> dict[str, Any]:
+        """What the files are like now."""
+        return {file: fingerprint(file) for file in self.seen}
 
     def current(self) -> Any:
         """The value, made of files that were looked at a moment ago."""
@@ -2542,6 +2549,8 @@ class ConfigLoader:
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
                 module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                if os.path.exists(filename) and not os.path.isfile(filename):
+                    raise NodeError("not a regular file")  # a pipe would be waited for
                 self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
@@ -3008,6 +3017,7 @@ class Cache:
                     break
             outcome = wait_for(known.outcome, job.deadline)
             if isinstance(outcome, Scrape):
+                hold(job, len(cast(bytes, outcome.body)))  # it may be evicted while it is sent
                 aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
                 return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
             if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
@@ -3041,6 +3051,13 @@ class Cache:
             left -= len(cast(Any, each.outcome.result()).body)
             if left < 0 or number >= self._limits.cache_entries:
                 del self._answers[old]
+
+
+def hold(job: Job, count: int) -> None:
+    """Count bytes as held in memory until the response has been sent; ScrapeError("busy")."""
+    take, most = job.tools.budget.take, job.tools.limits.held_bytes
+    take("bytes", count, most, "too many bodies in memory, try again later")
+    job.cleanup.callback(take, "bytes", -count)
 
 
 def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
@@ -3159,8 +3176,10 @@ class Tools:
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
-        #: One lock a path: of two readers of a FIFO each would get a part.
-        self.fifo_locks: dict[str, threading.Lock] = {}
+        #: One lock a FIFO, by device and inode: of two readers each would get a part. And what is
+        #: left of those of which a scrape that failed has read a part.
+        self.fifo_locks: dict[tuple[int, int], threading.Lock] = {}
+        self.torn_fifos: dict[tuple[int, int], int] = {}
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3616,23 +3635,50 @@ def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
     path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
+        before = os.stat(path)  # before it is opened: that may do things to a device
+        kind, key = stat.S_IFMT(before.st_mode), (before.st_dev, before.st_ino)
         if kind not in (stat.S_IFREG, stat.S_IFIFO):
             raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
             if kind == stat.S_IFIFO:
-                lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+                lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
                 acquire(lock, job.deadline)
                 cleanup.callback(lock.release)
+                finish_torn(job, key)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
             if stat.S_IFMT(found.st_mode) != kind:
                 raise ScrapeError("file", f"{shown} was replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
             modified = found.st_mtime if kind == stat.S_IFREG else None
-            return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
+            pieces = file_pieces(job, file)
+            pieces = pieces if modified is not None else torn_pieces(job, key, file, pieces)
+            return text_scrape(join_pieces(job, pieces), modified)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
+
+
+def torn_pieces(
+    job: Job, key: tuple[int, int], file: io.FileIO, pieces: Iterator[bytes]
+) -> Iterator[bytes]:
+    """The pieces of a FIFO; from the first to the last one it counts as torn, and stays open."""
+    torn = job.tools.torn_fifos
+    for piece in pieces:
+        if piece and key not in torn:
+            torn[key] = os.dup(file.fileno())
+        yield piece
+    if key in torn:
+        os.close(torn.pop(key))
+
+
+def finish_torn(job: Job, key: tuple[int, int]) -> None:
+    """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
+    torn = job.tools.torn_fifos
+    if key in torn:
+        with io.FileIO(torn[key], closefd=False) as rest:
+            for _ in file_pieces(job, rest):
+                pass
+        os.close(torn.pop(key))
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -3924,6 +3970,7 @@ class Application:
         """Read configuration and credentials again; what is wrong with those that are not used."""
         with self._reloading:
             problems = reload_all(self._watched, self.credentials)
+            self._tools.containers.clear()  # it may be that one has moved
             self.take_config()
         return problems
 
@@ -4618,6 +4665,7 @@ class Program:
         self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
+        self._ending = threading.Event()
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
@@ -4664,9 +4712,10 @@ class Program:
         # which does not wake up then: so each signal is a byte to wait for.
         signals, writer = socket.socketpair()
         writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGHUP, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):  # noted: in a full buffer is no byte of it
+            signal.signal(number, lambda *_: self._ending.set())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -4679,10 +4728,13 @@ class Program:
     def _next_signal(self, signals: socket.socket) -> int:
         """The next signal; a changed configuration is one, if that is looked for."""
         signals.settimeout(self._options["config.auto-reload-interval"] or None)
+        found: Any = None
         while True:
             with contextlib.suppress(socket.timeout):
-                return signals.recv(1)[0]
-            if self.config.has_changed():
+                signals.recv(PIECE_BYTES)  # of many at once one reload is enough
+                return signal.SIGTERM if self._ending.is_set() else signal.SIGHUP
+            former, found = found, self.config.look()
+            if found == former != self.config.seen:  # not while it is being written
                 return signal.SIGHUP
 
     def stop(self) -> None:
@@ -4762,6 +4814,7 @@ def perform(options: Options, limits: Limits) -> int:
         modules = Program(options, limits).config.value.modules
         tell(f"no problems, modules: {len(modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
         program = Program(options, limits)
         program.listen()
         program.run()
