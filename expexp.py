@@ -10,14 +10,18 @@ would mean if the exporter were scraped directly. It takes over from exporter_ex
 same configuration, same metrics.
 
 What this program does to your host: it listens on the ports you name, connects to the targets in
-its configuration, runs the commands and reads the files in its configuration. Nothing else: it
-writes no file, starts no shell, loads no plugin, follows no redirect and uses no proxy of the
-environment. Every wait has a deadline and every quantity that comes from outside a limit.
+its configuration (and asks a container engine where one is, if it is told to), runs the commands
+and reads the files in its configuration, and reads its own files again when they change. Nothing
+else: it writes no file, starts no shell, loads no plugin, follows no redirect and uses no proxy of
+the environment. Its one process that is not in the configuration is Python itself, which matches
+-web.tls.certmatch. Every wait has a deadline and every quantity that comes from outside a limit.
 
 Endpoints: /proxy (flag -web.proxy-path), /metrics (-web.telemetry-path), / (the modules, as HTML or
-JSON), /-/healthy and /-/ready. Exit codes: 0 stopped by a signal or nothing to do, 1 bad
-configuration or a port in use, 2 bad flags. With -verify it checks the expositions in files and
-exits: 0 well-formed, 1 not, 2 not readable.
+JSON), /sd (the modules, for Prometheus to discover), /-/healthy, /-/ready and /-/reload.
+
+Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
+flags. With -config.check it only checks these; with -verify the expositions in files: 0
+well-formed, 1 not, 2 not readable.
 
 Needs Python 3.9 or later, and PyYAML for a configuration in YAML (one in JSON does without).
 To be read once, from top to bottom: nothing is used in a section above the one that defines it.
@@ -157,8 +161,10 @@ class Limits:
     held_bytes: int = limit(512 * MEBIBYTE, "the bodies of all requests together, then busy")
     config_bytes: int = limit(16 * MEBIBYTE, "a configuration file")
     rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
+    retry_seconds: float = limit(300, "until files that were not usable are read again as they are")
     bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
     bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
+    bcrypt_waiting: int = limit(16, "requests that hash or wait for that: others need the slots")
     bcrypt_seconds: float = limit(5, "to wait for that, then the answer is 503")
     certmatch_processes: int = limit(
         2, "that match such names at once: they must not take all cores"
@@ -168,6 +174,7 @@ class Limits:
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
     cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
     commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
+    container_seconds: float = limit(5, "what its engine said: another may get its address")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
@@ -2029,7 +2036,7 @@ A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Not shown: behind a colon the password could follow.
-read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*")
+read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*", secret=True)
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
 read_users: Final = functools.partial(read_secrets, read_user, read_hash)
@@ -2342,8 +2349,10 @@ class DocumentReader:
 # ==================================================================================================
 # 12  Loading
 # ==================================================================================================
-# The files that expexp reads: the configuration when it starts, certificates and secrets also when
-# they change. IO. What is wrong with any of them is a ConfigError.
+# The files that expexp reads, each through a `Watched`: the configuration at start and on reload,
+# certificates and secrets also when they change. A value is replaced as a whole or not at all. What
+# is wrong with a file is a problem: at start a ConfigError, later a line in the log. The part "who
+# may ask" is what of all this decides who gets in. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
 CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
@@ -2352,19 +2361,26 @@ CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIF
 class FileReader(DocumentReader):
     """Reads files; notes problems, and of each file what it was like just before it was read."""
 
-    def __init__(self, original: DocumentReader, former: Any = None) -> None:
+    def __init__(self, original: DocumentReader, former: Any = None, again: bool = False) -> None:
         """Begin without problems, with the places that are known already.
 
-        What is loaded is to replace the `former` value, if there is one.
+        What is loaded is to replace the `former` value, if there is one. It is read `again` then,
+        and also where it is a part of something that is.
         """
         super().__init__(original.filename, [])
         self.places, self.former = {**original.places}, former
+        self.again = again or former is not None
         self.seen: dict[str, Any] = {}
         self.warnings: list[str] = []
 
     def watched(self, filename: str) -> str:
-        """The name of a file that is about to be read."""
+        """The name of a file that is about to be read; NodeError where that could wait forever."""
         self.seen[filename] = fingerprint(filename)
+        mode = os.stat(filename).st_mode if os.path.exists(filename) else 0
+        if self.again and stat.S_ISFIFO(mode):
+            raise NodeError("a pipe, which can be read but once")
+        if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and filename != os.devnull:
+            raise NodeError("a device, which could be read forever")
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
@@ -2376,8 +2392,6 @@ class FileReader(DocumentReader):
 
     def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
         """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
-        if self.former is not None and stat.S_ISFIFO(os.stat(self.watched(filename)).st_mode):
-            raise NodeError("a pipe, which can be read but once")
         with open(self.watched(filename), "rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
@@ -2434,23 +2448,29 @@ class Watched:
     A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
     """
 
-    def __init__(self, load: Callable[..., Any], reader: DocumentReader, seconds: float) -> None:
+    def __init__(
+        self, load: Callable[..., Any], reader: DocumentReader, seconds: float, again: bool = False
+    ) -> None:
         """Load for the first time; without a value, `problems` say why.
 
         `load` gets a FileReader to note problems in. The files are looked at no more often than
-        every so many seconds.
+        every so many seconds. They may have been read before, `again` says.
         """
         self._load, self._reader, self._seconds = load, reader, seconds
         self._lock, self._due = threading.RLock(), 0.0
         self.value: Any = None
-        self._replace()
+        self._replace(again)
 
-    def _replace(self) -> None:
+    def _replace(self, again: bool = True) -> None:
         """Have a new value; or the problems with it, of which all are noted."""
-        reader = FileReader(self._reader, self.value)
-        value = self._load(reader)
-        self._seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
-        self.working = not self.problems
+        reader, value = FileReader(self._reader, self.value, again), None
+        try:
+            value = self._load(reader)
+        except Exception:  # a fault of ours must not end a service that works
+            LOGGER.exception("unexpected error in loading")
+            reader.problem("", "unexpected error: see the log")
+        self.seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
+        self.working, self._again = not self.problems, time.monotonic() + Limits.retry_seconds
         if self.working:
             self.value, self.loaded = value, time.time()
             for warning in reader.warnings:
@@ -2463,20 +2483,26 @@ class Watched:
             problems = self.problems
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
-        if not problems:
-            LOGGER.info("read again: %s", excerpt(", ".join(self._seen), 400))
+        if self.seen and not problems:
+            LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
         return problems
 
     def has_changed(self) -> bool:
         """Whether a file is not as it was when it was read last."""
-        return any(fingerprint(file) != before for file, before in self._seen.items())
+        return self.look() != self.seen
+
+    def look(self) -> dict[str, Any]:
+        """What the files are like now."""
+        return {file: fingerprint(file) for file in self.seen}
 
     def current(self) -> Any:
         """The value, made of files that were looked at a moment ago."""
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._seconds
-                if self.has_changed():
+                # What failed may have done so for a moment: without a descriptor, for example.
+                late = not self.working and time.monotonic() >= self._again
+                if late or self.has_changed():
                     self.reload()
             finally:
                 self._lock.release()
@@ -2523,6 +2549,8 @@ class ConfigLoader:
             reader = DocumentReader(filename, self._problems)
             with reader.noting(""):
                 module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                if os.path.exists(filename) and not os.path.isfile(filename):
+                    raise NodeError("not a regular file")  # a pipe would be waited for
                 self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
@@ -2542,7 +2570,8 @@ class ConfigLoader:
         target, missing = module.target, ""
         if isinstance(target, HttpTarget):
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            credentials = Watched(load, reader, self._limits.rotation_seconds)
+            seconds, again = self._limits.rotation_seconds, self._reader.again
+            credentials = Watched(load, reader, seconds, again)
             self._problems += credentials.problems
             target = dataclasses.replace(target, credentials=credentials)
         elif isinstance(target, ExecTarget):
@@ -2570,9 +2599,6 @@ def reload_all(*parts: Watched) -> list[Problem]:
     notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         return [problem for part in parts for problem in part.reload()]
-    except Exception:  # a fault of ours must not end a service that works
-        LOGGER.exception("unexpected error in reloading")
-        return [Problem("", 0, 0, "", "unexpected error: see the log")]
     finally:
         notify("READY=1")
 
@@ -2686,6 +2712,7 @@ class Users:
         self._crypt_rn, self._key = crypt_rn, os.urandom(32)
         self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
         self._slots = threading.BoundedSemaphore(Limits.bcrypt_threads)
+        self._queue = threading.BoundedSemaphore(Limits.bcrypt_waiting)
         # Unknown names cost as much as the costliest known one: time must not tell them apart.
         self._stranger = max(self._hashes.values(), key=lambda text: text[4:6], default="")
 
@@ -2704,10 +2731,12 @@ class Users:
         if hmac.compare_digest(self._proved.get(name, b""), proof):
             return True
         stored = self._hashes.get(name, self._stranger)
-        if not self._slots.acquire(timeout=Limits.bcrypt_seconds):
-            raise RequestError(503, "too many passwords are being checked, try again later")
         with contextlib.ExitStack() as slot:
-            slot.callback(self._slots.release)
+            for slots, seconds in ((self._queue, 0), (self._slots, Limits.bcrypt_seconds)):
+                if not slots.acquire(timeout=seconds):
+                    message = "too many passwords are being checked, try again later"
+                    raise RequestError(503, message)
+                slot.callback(slots.release)
             hashed = hash_password(self._crypt_rn, password, stored)
         # A NUL would end the password for bcrypt.
         right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
@@ -2719,7 +2748,7 @@ class Users:
 
 SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
-    "sys.exit(not any(re.search(pattern, name, re.ASCII) for name in names))"
+    "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
 )
 MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
@@ -2736,11 +2765,16 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     if not MATCHING.acquire(timeout=seconds):
         raise TimeoutError("too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
-        return subprocess.call(command, timeout=seconds, **null) == 0  # noqa: S603 - see above
+        status = subprocess.call(command, timeout=seconds, **null)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise TimeoutError("matching -web.tls.certmatch takes too long") from None
+    except OSError as error:  # it did not start
+        raise ChildProcessError(f"matching -web.tls.certmatch failed: {words_of(error)}") from None
     finally:
         MATCHING.release()
+    if status not in (0, 3):  # it was killed or did not start: that is no answer to remember
+        raise ChildProcessError("matching -web.tls.certmatch failed")
+    return status == 0
 
 
 def canonical_name(text: str) -> str:
@@ -2777,18 +2811,19 @@ class ServerTls:
     expires: float  #: the first certificate of ours to do so, in seconds since 1970
     authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
 
-    def admit(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> bool:
-        """Whether the names in a client's verified certificate let it in; raises OSError."""
+    def refuse(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> str:
+        """The names in a verified certificate of a client, if none lets it in; raises OSError."""
         subject = itertools.chain.from_iterable(certificate.get("subject", ()))
         common = [text for kind, text in subject if kind == "commonName"]
         others = certificate.get("subjectAltName", ())
         names = [canonical_name(text) for kind, text in others if kind in NAME_KINDS]
         allowed = [*map(canonical_name, self.settings.client_allowed_sans)]
-        if certificate and allowed and not set(names) & set(allowed):
-            return False
         # Behind a line break a name could go on where the `$` of a pattern has matched.
         shown = tuple(name for name in (*common, *names) if name.isprintable())
-        return not certmatch or match_names(certmatch, shown, seconds)
+        good = not (certificate and allowed) or set(names) & set(allowed)
+        if good and (not certmatch or match_names(certmatch, shown, seconds)):
+            return ""
+        return excerpt(", ".join(shown), 200) or "it has none"
 
 
 @dataclass(frozen=True, repr=False)
@@ -2868,12 +2903,14 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
     context.minimum_version = TLS_VERSIONS[tls.min_version]
     context.maximum_version = TLS_VERSIONS[tls.max_version]
     # No connection gets in by a ticket of an earlier one: each proves itself.
-    context.options |= ssl.OP_NO_TICKET
+    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
     context.num_tickets = 0
     reader.key_pair(context, path, tls.cert_file, tls.key_file)
     if not reader.problems:
         with reader.noting(path, f"cannot use {tls.cert_file}"):
             ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
+        if 0 < min(ends) < time.time():
+            reader.warnings.append(f"a certificate in {excerpt(tls.cert_file, 200)} has expired")
     if tls.client_ca_file:
         with reader.noting(path, f"cannot use the authorities in {tls.client_ca_file}"):
             authorities = "\n".join(reader.certificates(tls.client_ca_file))
@@ -2930,36 +2967,34 @@ class Scrape:
     modified: float | None = None  # when a regular file was, in seconds since 1970
 
 
+def with_header(headers: Headers, name: str, value: str) -> Headers:
+    """The headers, with this one instead of all of its name."""
+    return [*(pair for pair in headers if pair[0].lower() != name.lower()), (name, value)]
+
+
 class Budget:
-    """Bytes that all requests together may hold."""
-
-    def __init__(self, most_bytes: int) -> None:
-        """Begin with nothing held."""
-        self._free, self._lock = most_bytes, threading.Lock()
-
-    def take(self, count: int) -> None:
-        """Hold more bytes, or less; raises ScrapeError("busy") if it would be too many."""
-        with self._lock:
-            if count > self._free:
-                raise ScrapeError("busy", "too many bodies in memory, try again later")
-            self._free -= count
-
-
-class Running:
-    """How many scrapes of each module run."""
+    """How much of what requests share is in use: bytes of bodies, scrapes of a module."""
 
     def __init__(self) -> None:
-        """Begin with none."""
-        self._counts: dict[str, int] = {}
+        """Begin with nothing in use."""
+        self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def add(self, module: str, most: float, count: int = 1) -> None:
-        """Count one more, or one less; raises ScrapeError("busy") if there would be too many."""
+    def take(self, what: str, count: int, most: float = math.inf, words: str = "") -> None:
+        """Use more, or less; raises ScrapeError("busy") with the words if that were too much."""
         with self._lock:
-            running = self._counts.get(module, 0) + count
-            if count > 0 and running > most:
-                raise ScrapeError("busy", f"as many scrapes of it run as may at once: {most}")
-            self._counts[module] = running
+            used = self._used.get(what, 0) + count
+            if count > 0 and used > most:
+                raise ScrapeError("busy", words)
+            self._used[what] = used
+
+
+class Answer(NamedTuple):
+    """What a module answers to all who ask it the same."""
+
+    module: Module  # a reload may have changed it since
+    made: float  # when; infinite as long as it is not
+    outcome: concurrent.futures.Future[Scrape | ScrapeError]
 
 
 class Cache:
@@ -2968,72 +3003,69 @@ class Cache:
     def __init__(self, limits: Limits) -> None:
         """Begin with none."""
         self._limits, self._lock = limits, threading.Lock()
-        #: When, for which module, and what was answered; the oldest first.
-        self._kept: dict[Any, tuple[float, Module, Scrape]] = {}
-        #: For which module, and what will be answered. A reload may have changed the module since.
-        self._running: dict[
-            Any, tuple[Module, concurrent.futures.Future[Scrape | ScrapeError]]
-        ] = {}
+        self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
 
-    def answer(self, job: Job, key: Any, scrape: Callable[[Job], Scrape]) -> Scrape:
-        """An answer that is fresh enough, or that `scrape` makes; raises ScrapeError."""
+    def answer(self, job: Job, key: Any) -> Scrape:
+        """An answer that is fresh enough, or a new one; raises ScrapeError."""
         while True:
             with self._lock:
-                made, module, kept = self._kept.get(key, (-math.inf, None, None))
-                age = time.monotonic() - made
-                if kept and module == job.module and age < job.module.cache:
-                    others = [pair for pair in kept.headers if pair[0].lower() != "age"]
-                    headers = [*others, ("Age", str(int(age)))]
-                    return dataclasses.replace(kept, headers=headers)
-                module, running = self._running.get(key, (None, None))
-                if module != job.module:
-                    running = None
-                    own: Any = concurrent.futures.Future()
-                    self._running[key] = job.module, own
-            outcome = self._wait(job, running) if running else self._scrape(job, key, scrape, own)
-            if outcome:
-                return outcome
+                known = self._answers.get(key)
+                age = time.monotonic() - known.made if known else math.inf
+                if not known or known.module != job.module or age >= job.module.cache:
+                    own = Answer(job.module, math.inf, concurrent.futures.Future())
+                    self._answers[key] = own
+                    break
+            outcome = wait_for(known.outcome, job.deadline)
+            if isinstance(outcome, Scrape):
+                hold(job, len(cast(bytes, outcome.body)))  # it may be evicted while it is sent
+                aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
+                return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
+            if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
+                raise ScrapeError(outcome.reason.name, outcome.message)
+        return self._make(own, job, key)
 
-    def _wait(self, job: Job, running: concurrent.futures.Future[Any]) -> Scrape | None:
-        """What another one's scrape gives; None where its deadline was too soon. ScrapeError."""
-        try:
-            outcome = running.result(job.deadline.remaining())
-        except concurrent.futures.TimeoutError:
-            raise job.deadline.error() from None
-        if isinstance(outcome, ScrapeError) and outcome.reason.name != "timeout":
-            raise ScrapeError(outcome.reason.name, outcome.message)
-        return outcome if isinstance(outcome, Scrape) else None
-
-    def _scrape(self, job: Job, key: Any, scrape: Callable[[Job], Scrape], running: Any) -> Scrape:
-        """What `scrape` makes, for all who wait for it."""
+    def _make(self, own: Answer, job: Job, key: Any) -> Scrape:
+        """What the target says now, for all who wait for it."""
         outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
         try:
-            outcome = scrape(job)
+            outcome = scrape_target(job)
         except ScrapeError as error:
             outcome = error
             raise
         finally:
             with self._lock:
-                if isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK:
-                    self._keep(key, (time.monotonic(), job.module, outcome))
-                if self._running.get(key, (None, None))[1] is running:  # and not a later module's
-                    del self._running[key]
-            running.set_result(outcome)
+                own.outcome.set_result(outcome)
+                if self._answers.get(key) is own:  # and not a later module's
+                    del self._answers[key]
+                    self._keep(key, own._replace(made=time.monotonic()), outcome)
         return outcome
 
-    def _keep(self, key: Any, entry: tuple[float, Module, Scrape]) -> None:
-        """Keep an answer, and no more than may be kept."""
-        self._kept.pop(key, None)
-        if len(cast(bytes, entry[2].body)) > self._limits.cache_bytes:
-            return  # or else all others would have to go for nothing
-        self._kept[key] = entry
-        sizes = [(key, len(cast(bytes, kept.body))) for key, (_, _, kept) in self._kept.items()]
-        left = sum(size for _, size in sizes)
-        for number, (oldest, size) in enumerate(sizes):
-            many = len(sizes) - number > self._limits.cache_entries
-            if many or left > self._limits.cache_bytes:
-                del self._kept[oldest]
-                left -= size
+    def _keep(self, key: Any, answer: Answer, outcome: Any) -> None:
+        """Keep an answer if it is good, and of all no more than may be kept, the newest."""
+        left = self._limits.cache_bytes
+        is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
+        if is_good and len(outcome.body) <= left:  # or else all others would go for nothing
+            self._answers[key] = answer
+        made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
+        for number, (old, each) in enumerate(reversed(made)):
+            left -= len(cast(Any, each.outcome.result()).body)
+            if left < 0 or number >= self._limits.cache_entries:
+                del self._answers[old]
+
+
+def hold(job: Job, count: int) -> None:
+    """Count bytes as held in memory until the response has been sent; ScrapeError("busy")."""
+    take, most = job.tools.budget.take, job.tools.limits.held_bytes
+    take("bytes", count, most, "too many bodies in memory, try again later")
+    job.cleanup.callback(take, "bytes", -count)
+
+
+def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
+    """What another thread finds; raises what it raises, or ScrapeError if the deadline is first."""
+    try:
+        return future.result(deadline.remaining())
+    except concurrent.futures.TimeoutError:
+        raise deadline.error() from None
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
@@ -3057,12 +3089,10 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     answer.add_done_callback(lambda _: slots.release())
     try:
         threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-        return answer.result(deadline.remaining())
     except RuntimeError:
         answer.cancel()
         raise ScrapeError("busy", "no thread can be started to look up a name") from None
-    except concurrent.futures.TimeoutError:
-        raise deadline.error() from None
+    return wait_for(answer, deadline)
 
 
 def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
@@ -3138,23 +3168,21 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(process.pid, number)
 
 
-@dataclass(frozen=True)
 class Tools:
     """What the scrapers share."""
 
-    limits: Limits
-    budget: Budget
-    resolver_slots: threading.Semaphore
-    commands: Commands
-    metrics: SelfMetrics
-    cache: Cache
-    #: One lock a path: of two readers of a FIFO each would get a part.
-    fifo_locks: dict[str, threading.Lock] = dataclasses.field(default_factory=dict)
-    #: Host and port of containers, by their engine, name and port.
-    containers: dict[tuple[str, str, int], tuple[str, int]] = dataclasses.field(
-        default_factory=dict
-    )
-    running: Running = dataclasses.field(default_factory=Running)
+    def __init__(self, limits: Limits, commands: Commands, metrics: SelfMetrics) -> None:
+        """Begin with nothing known or in use."""
+        self.limits, self.commands, self.metrics = limits, commands, metrics
+        self.budget, self.cache = Budget(), Cache(limits)
+        self.resolver_slots = threading.Semaphore(limits.resolver_threads)
+        #: One lock a FIFO, by device and inode: of two readers each would get a part. And what is
+        #: left of those of which a scrape that failed has read a part.
+        self.fifo_locks: dict[tuple[int, int], threading.Lock] = {}
+        self.torn_fifos: dict[tuple[int, int], int] = {}
+        #: When an engine was asked for a container, what host and port it said; by engine, name
+        #: and port.
+        self.containers: dict[tuple[str, str, int], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -3172,13 +3200,14 @@ class Job:
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
-    body, budget = io.BytesIO(), job.tools.budget  # a BytesIO hands out what it holds uncopied
-    job.cleanup.callback(lambda: budget.take(-body.tell()))
+    body, take = io.BytesIO(), job.tools.budget.take  # a BytesIO hands out what it holds uncopied
+    limits, words = job.tools.limits, "too many bodies in memory, try again later"
+    job.cleanup.callback(lambda: take("bytes", -body.tell()))
     for piece in pieces:
         job.deadline.check()
-        budget.take(len(piece))
+        take("bytes", len(piece), limits.held_bytes, words)
         body.write(piece)
-        check_size(job.tools.limits, body.tell())
+        check_size(limits, body.tell())
     return body.getvalue()
 
 
@@ -3215,7 +3244,16 @@ CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
 
 
 class TargetResponse(http.client.HTTPResponse):
-    """A response whose chunks are framed as RFC 9112, 7.1 has it: http.client takes much more."""
+    """A response that is read within a deadline.
+
+    Its chunks are framed as RFC 9112, 7.1 has it: http.client takes much more.
+    """
+
+    def __init__(self, deadline: Deadline, connection: socket.socket, method: str) -> None:
+        """Put a DeadlineReader between the connection and its buffer."""
+        super().__init__(connection, method=method)
+        reader: Any = DeadlineReader(self.fp.detach(), connection, deadline.remaining)
+        self.fp = io.BufferedReader(reader, PIECE_BYTES)
 
     def _read_next_chunk_size(self) -> int:
         """The size of the next chunk; of the ValueError http.client makes an IncompleteRead."""
@@ -3231,50 +3269,34 @@ class TargetResponse(http.client.HTTPResponse):
         return end
 
 
-class TargetConnection(http.client.HTTPConnection):
-    """A connection to a target whose every wait counts against the job's deadline."""
-
-    def __init__(self, host: str, **named: Any) -> None:
-        """Keep the `job`: where to connect to is its module's to say, whatever `host` is."""
-        self._job: Job = named.pop("job")
-        super().__init__(host, **named)
-
-    def connect(self) -> None:
-        """Connect, and shake hands where the scheme is https; raises OSError or ScrapeError."""
-        target, deadline = self._job.module.target, self._job.deadline
-        self.sock = connect_target(self._job)
-        self.sock.settimeout(deadline.remaining())
-        if target.scheme == "https":
-            # A body cut short by an attacker is an error, not an end: no ragged ends.
-            context = target.credentials.current().context
-            wrap = functools.partial(context.wrap_socket, suppress_ragged_eofs=False)
-            self.sock = wrap(self.sock, server_hostname=target.server_name or target.host)
-            self.sock.settimeout(deadline.remaining())
-
-    def response_class(self, sock: Any, **named: Any) -> http.client.HTTPResponse:  # type: ignore[override]
-        """A response that is read through a DeadlineReader."""
-        response = TargetResponse(sock, **named)
-        reader: Any = DeadlineReader(response.fp.detach(), sock, self._job.deadline.remaining)
-        response.fp = io.BufferedReader(reader, PIECE_BYTES)
-        return response
+UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
 
 
-def connect_socket(job: Job, host: str, port: int) -> socket.socket:
-    """A connected socket; several addresses share what remains. Raises OSError or ScrapeError."""
-    addresses, errors = resolve(host, port, job.deadline, job.tools.resolver_slots), []
+def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
+    """A connection to the first that can be had of addresses as getaddrinfo gives them.
+
+    They share what remains. Raises OSError, that of the first, or ScrapeError.
+    """
+    errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = job.deadline.remaining() / (len(addresses) - position)
+        share = deadline.remaining() / (len(addresses) - position)
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(share)
             connection.connect(address)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
             connection.close()
             errors.append(error)
         else:
             return connection
     raise errors[0]
+
+
+def connect_host(job: Job, host: str, port: int) -> socket.socket:
+    """A connection to a port; raises OSError or ScrapeError."""
+    return connect_any(resolve(host, port, job.deadline, job.tools.resolver_slots), job.deadline)
 
 
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
@@ -3326,8 +3348,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-    authorization = target.credentials.current().authorization
-    if authorization:
+    if authorization := target.credentials.current().authorization:
         headers["Authorization"] = authorization
     headers.update((name, secret.reveal()) for name, secret in target.headers.items())
     return headers
@@ -3348,15 +3369,27 @@ def request_url(job: Job) -> str:
     return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
-def scrape_http(job: Job) -> Scrape:
-    """The answer of an http target. IO; raises ScrapeError."""
-    url, headers = request_url(job), request_headers(job)
+def ask(job: Job, connect: Callable[[Job], socket.socket], url: str, headers: Any) -> Any:
+    """The response to a GET on a connection of its own, its body still to be read; ScrapeError.
+
+    urllib's bare handler: it knows no proxies, redirects, `file:` or `ftp:`.
+    """
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
     request.timeout = job.deadline.remaining()
-    with target_errors(job.deadline):  # the bare handler knows no proxies, redirects, file: or ftp:
-        response = urllib.request.AbstractHTTPHandler().do_open(TargetConnection, request, job=job)
+    exchange: Any = http.client.HTTPConnection("localhost")
+    exchange.response_class = functools.partial(TargetResponse, job.deadline)
+    with target_errors(job.deadline), connect(job) as exchange.sock:  # open as long as its response
+        exchange.sock.settimeout(job.deadline.remaining())
+        handler = urllib.request.AbstractHTTPHandler()
+        response = handler.do_open(lambda *_, **__: exchange, request)
     job.cleanup.callback(response.close)
     check_head(response)
+    return response
+
+
+def scrape_http(job: Job) -> Scrape:
+    """The answer of an http target. IO; raises ScrapeError."""
+    response = ask(job, connect_target, request_url(job), request_headers(job))
     passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
@@ -3371,7 +3404,7 @@ MAIL_DEFECTS: Final = re.compile("NoBoundaryInMultipart|StartBoundaryNotFound|Mu
 def is_malformed(headers: http.client.HTTPMessage) -> bool:
     """Whether a line among the headers is none; what follows such a line is lost."""
     defects = [one for one in headers.defects if not MAIL_DEFECTS.match(type(one).__name__)]
-    return bool(defects or headers.get_payload())
+    return bool(defects or headers.get_payload() or headers.get_unixfrom())
 
 
 def check_head(response: Any) -> None:
@@ -3411,16 +3444,8 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
 # --- containers: where one is is asked of its engine, over the API that Docker and podman share
 
 
-def connect_unix(path: str, deadline: Deadline) -> socket.socket:
-    """A socket that is connected to one of this host; raises OSError or ScrapeError."""
-    connection = socket.socket(socket.AF_UNIX)
-    try:
-        connection.settimeout(deadline.remaining())
-        connection.connect(path)
-    except (OSError, ScrapeError):
-        connection.close()
-        raise
-    return connection
+#: Whatever is wrong with a container or its engine, the target cannot be reached.
+unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
 def connect_engine(job: Job) -> socket.socket:
@@ -3429,34 +3454,28 @@ def connect_engine(job: Job) -> socket.socket:
     for place in ENGINES if given == ENGINES[0] else (given,):
         path = place.partition("://")[2]
         try:
-            return connect_unix(path, job.deadline)
+            return connect_any([(*UNIX, path)], job.deadline)
         except OSError as error:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
                 break
-    raise ScrapeError("unreachable", "; ".join(faults))
+    raise unreachable("; ".join(faults))
 
 
 def ask_engine(job: Job) -> bytes:
     """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
     try:
-        asking = contextlib.closing(TargetConnection("localhost", job=job))
-        with target_errors(job.deadline), asking as connection:
-            connection.sock = connect_engine(job)
-            connection.request("GET", f"/containers/{name}/json")
-            response = connection.getresponse()
-            check_head(response)
+        with ask(job, connect_engine, f"http://localhost/containers/{name}/json", {}) as response:
             body = join_pieces(job, response_pieces(job, response))
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
             raise
-        words = f"cannot ask the container engine: {error.message}"
-        raise ScrapeError("unreachable", words) from None
+        raise unreachable(f"cannot ask the container engine: {error.message}") from None
+    if response.status == http.HTTPStatus.NOT_FOUND:
+        raise unreachable(f"there is no container {name}")
     if response.status != http.HTTPStatus.OK:
-        is_missing = response.status == http.HTTPStatus.NOT_FOUND
-        other = f"the container engine answers with status {response.status}"
-        raise ScrapeError("unreachable", f"there is no container {name}" if is_missing else other)
+        raise unreachable(f"the container engine answers with status {response.status}")
     return body
 
 
@@ -3471,19 +3490,19 @@ def find_container(job: Job) -> tuple[str, int]:
         found = json.loads(said)
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
-            raise ScrapeError("unreachable", f"{who} is not running")
+            raise unreachable(f"{who} is not running")
         ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
-        places = [(one["HostIp"], int(one["HostPort"])) for one in ports]
+        places = [(one["HostIp"], to_port(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
         places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
         places += [("", port)] if mode == "host" else []
         hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of {who}: {error!r}"
-        raise ScrapeError("unreachable", excerpt(words, 200)) from None
+        raise unreachable(excerpt(words, 200)) from None
     if not places:
         why = f"port {port} is not published, and there is no address of its own"
-        raise ScrapeError("unreachable", f"{who}: {why}")
+        raise unreachable(f"{who}: {why}")
     return str(hosts[0]), places[0][1]
 
 
@@ -3491,26 +3510,38 @@ def connect_container(job: Job) -> socket.socket:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
-    with contextlib.suppress(KeyError, OSError):
-        return connect_socket(job, *known[place])
+    asked, *address = known.get(place, (-math.inf,))
+    if time.monotonic() - asked < job.tools.limits.container_seconds:
+        with contextlib.suppress(OSError):
+            return connect_host(job, *address)
     known.pop(place, None)  # now: an address that does not answer has used up all the time
-    known[place] = find_container(job)
+    asked, (host, port) = time.monotonic(), find_container(job)
+    known[place] = asked, host, port
     try:
-        return connect_socket(job, *known[place])
+        return connect_host(job, host, port)
     except OSError as error:
         job.deadline.check()
-        where = f"container {target.container} is not reachable at {render_address(known[place])}"
-        raise ScrapeError("unreachable", f"{where}: {words_of(error)}") from None
+        where = f"container {target.container} is not reachable at {render_address((host, port))}"
+        raise unreachable(f"{where}: {words_of(error)}") from None
 
 
 def connect_target(job: Job) -> socket.socket:
-    """A socket that is connected to a module's target; raises OSError or ScrapeError."""
-    target = job.module.target
+    """A connection to a module's target, over TLS if it wants that; OSError or ScrapeError."""
+    target, deadline = job.module.target, job.deadline
     if target.unix_socket:
-        return connect_unix(target.unix_socket, job.deadline)
-    if target.container:
-        return connect_container(job)
-    return connect_socket(job, target.address, target.port)
+        connection = connect_any([(*UNIX, target.unix_socket)], deadline)
+    elif target.container:
+        connection = connect_container(job)
+    else:
+        connection = connect_host(job, target.address, target.port)
+    if target.scheme != "https":
+        return connection
+    with connection:  # until TLS has taken it over
+        connection.settimeout(deadline.remaining())
+        context: ssl.SSLContext = target.credentials.current().context
+        name = target.server_name or target.host
+        # A body cut short by an attacker is an error, not an end: no ragged ends.
+        return context.wrap_socket(connection, suppress_ragged_eofs=False, server_hostname=name)
 
 
 # --- exec
@@ -3562,9 +3593,8 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 def check_exit(status: int, killed: bool) -> None:
     """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
-    names = {number.value: number.name for number in signal.Signals}
-    killer = names.get(status, f"signal {status}")
     if status:
+        killer = next((s.name for s in signal.Signals if s == status), f"signal {status}")
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
         raise ScrapeError("command", f"the command {how}")
 
@@ -3605,23 +3635,50 @@ def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
     path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
+        before = os.stat(path)  # before it is opened: that may do things to a device
+        kind, key = stat.S_IFMT(before.st_mode), (before.st_dev, before.st_ino)
         if kind not in (stat.S_IFREG, stat.S_IFIFO):
             raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
             if kind == stat.S_IFIFO:
-                lock = job.tools.fifo_locks.setdefault(path, threading.Lock())
+                lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
                 acquire(lock, job.deadline)
                 cleanup.callback(lock.release)
+                finish_torn(job, key)
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
             if stat.S_IFMT(found.st_mode) != kind:
                 raise ScrapeError("file", f"{shown} was replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
             modified = found.st_mtime if kind == stat.S_IFREG else None
-            return text_scrape(join_pieces(job, file_pieces(job, file)), modified)
+            pieces = file_pieces(job, file)
+            pieces = pieces if modified is not None else torn_pieces(job, key, file, pieces)
+            return text_scrape(join_pieces(job, pieces), modified)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
+
+
+def torn_pieces(
+    job: Job, key: tuple[int, int], file: io.FileIO, pieces: Iterator[bytes]
+) -> Iterator[bytes]:
+    """The pieces of a FIFO; from the first to the last one it counts as torn, and stays open."""
+    torn = job.tools.torn_fifos
+    for piece in pieces:
+        if piece and key not in torn:
+            torn[key] = os.dup(file.fileno())
+        yield piece
+    if key in torn:
+        os.close(torn.pop(key))
+
+
+def finish_torn(job: Job, key: tuple[int, int]) -> None:
+    """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
+    torn = job.tools.torn_fifos
+    if key in torn:
+        with io.FileIO(torn[key], closefd=False) as rest:
+            for _ in file_pieces(job, rest):
+                pass
+        os.close(torn.pop(key))
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -3698,11 +3755,15 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    module, running = job.module, job.tools.running
-    most = job.tools.limits.commands if module.method == "exec" else math.inf
-    running.add(module.name, module.max_concurrent or most)
-    job.cleanup.callback(running.add, module.name, math.inf, -1)
-    result = SCRAPERS[module.method](job)
+    module, take, what = job.module, job.tools.budget.take, f"scrapes of {job.module.name}"
+    bound = job.tools.limits.commands if module.method == "exec" else math.inf
+    most = module.max_concurrent or bound
+    take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
+    with contextlib.ExitStack() as slot:  # a client that reads slowly keeps none, but for a stream
+        slot.callback(take, what, -1)
+        result = SCRAPERS[module.method](job)
+        if not isinstance(result.body, bytes):
+            job.cleanup.push(slot.pop_all())
     if result.status != http.HTTPStatus.OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -3710,14 +3771,14 @@ def scrape_target(job: Job) -> Scrape:
     if module.verify:
         content_type = verify_scrape(job, headers, body, content_type)
     if content_type:
-        others = [pair for pair in headers if pair[0].lower() != "content-type"]
-        headers = [*others, ("Content-Type", content_type)]
+        headers = with_header(headers, "Content-Type", content_type)
     if result.modified is not None:
         body = with_mtime(body, module, result.modified)
     return dataclasses.replace(result, headers=headers, body=body)
 
 
-CACHED_HEADERS: Final = ("accept", "accept-encoding", "authorization", "cookie")
+#: Headers that are a client's own, but ask for nothing else; any other may change the answer.
+NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", SCRAPE_TIMEOUT_HEADER.lower())
 
 
 def answer_job(job: Job) -> Scrape:
@@ -3727,16 +3788,17 @@ def answer_job(job: Job) -> Scrape:
         return scrape_target(job)
     kinds = ARGUMENT_KINDS[module.method]
     asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
-    chosen = [pair for pair in job.headers if pair[0].lower() in CACHED_HEADERS]
-    key = module.name, tuple(asked), tuple(chosen) if module.method == "http" else ()
-    return job.tools.cache.answer(job, key, scrape_target)
+    sent = end_to_end(job.headers) if module.method == "http" else ()
+    telling = [(n.lower(), value) for n, value in sent if n.lower() not in NEUTRAL_HEADERS]
+    key = module.name, tuple(asked), tuple(sorted(telling))
+    return job.tools.cache.answer(job, key)
 
 
 # ==================================================================================================
 # 14  Application
 # ==================================================================================================
 # A Request becomes a Response: who may ask, which route, which module, and every error an answer.
-# No sockets here. `handle` never raises: the one place that catches Exception is in it.
+# No sockets here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
 
 @dataclass(frozen=True)
@@ -3908,6 +3970,7 @@ class Application:
         """Read configuration and credentials again; what is wrong with those that are not used."""
         with self._reloading:
             problems = reload_all(self._watched, self.credentials)
+            self._tools.containers.clear()  # it may be that one has moved
             self.take_config()
         return problems
 
@@ -4117,8 +4180,10 @@ def collect_process(metrics: SelfMetrics) -> None:
 # 15  HTTP server
 # ==================================================================================================
 # Sockets in, Requests out, Responses back. A thread a connection, and no more connections than
-# there are slots. No client that does not send, does not read or hangs up decides anything here:
-# reads have a deadline, writes must make progress, and both cost one line at debug.
+# there are slots. The thread shakes hands, where the listener speaks TLS: never the one that
+# accepts. No client that does not send, does not read, is refused or hangs up decides anything
+# here: reads have a deadline, writes must make progress, both cost one line at debug, and until a
+# request is there and allowed its connection makes room for others when all slots are taken.
 
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
 URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
@@ -4199,7 +4264,8 @@ def handshake_fault(error: Any) -> str:
     reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
     faults = {
         "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
-        "not_allowed": isinstance(error, UnicodeError),  # a name that is no text
+        # A name that is no text, or that could not be matched.
+        "not_allowed": isinstance(error, (UnicodeError, ChildProcessError)),
         # Of a reset Python says that it was "Closed before TLS handshake".
         "closed": not isinstance(error, ssl.SSLError) or re.search("EOF|Closed before", reason),
         "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
@@ -4234,6 +4300,8 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+            if self.connection is not self._slot:
+                self.connection.close()  # without a goodbye OpenSSL forgets the session
             if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
@@ -4269,8 +4337,9 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise HandshakeError("expiry", "certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
-        if not tls.admit(certificate, pattern, self._limits.certmatch_seconds):
-            raise HandshakeError("not_allowed", "no name in the certificate is allowed")
+        refused = tls.refuse(certificate, pattern, self._limits.certmatch_seconds)
+        if refused:
+            raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {refused}")
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
@@ -4304,7 +4373,6 @@ class Handler(ClientConnection):
         request, refusal = Request("-", "-", (), self._client), None
         connections.mark(self._slot, idle=True)
         arrived = self.rfile.peek(1)
-        arrived = arrived if connections.mark(self._slot, idle=False) else b""  # or evicted
         held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
@@ -4316,13 +4384,18 @@ class Handler(ClientConnection):
             refusal = error
         except (TimeoutError, socket.timeout, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
+        if not connections.mark(self._slot, idle=False):  # evicted: a slow request keeps no slot
+            return
         if self.server.speaks_tls and self.connection is self._slot:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
         stale = held is not self._credentials or self._application.config is not self._config
         self.close_connection |= unread or stale
-        self._write(self._application.handle(request, refusal), request)
+        response = self._application.handle(request, refusal)
+        # Who is refused may not keep a slot by reading slowly, or not at all.
+        connections.mark(self._slot, idle=bool(refusal) or response.status in (401, 403, 503))
+        self._write(response, request)
         if unread:
             self._say_goodbye()
             self._discard()
@@ -4588,11 +4661,11 @@ class Program:
         if self.config.problems or credentials.problems:
             raise ConfigError(*self.config.problems, *credentials.problems)
         self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
-        budget, slots = Budget(limits.held_bytes), threading.Semaphore(limits.resolver_threads)
-        tools = Tools(limits, budget, slots, self.commands, metrics, Cache(limits))
+        tools = Tools(limits, self.commands, metrics)
         self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
+        self._ending = threading.Event()
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
@@ -4629,7 +4702,7 @@ class Program:
         if names and exposed and open_to_all and not (demands["authentication"] or networks):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
-                "accept_args and accept_params, -allow.net, -web.bearer.token or -web.tls.verify",
+                "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",
                 excerpt(names, 200),
             )
 
@@ -4639,9 +4712,10 @@ class Program:
         # which does not wake up then: so each signal is a byte to wait for.
         signals, writer = socket.socketpair()
         writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno())
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGHUP, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT):  # noted: in a full buffer is no byte of it
+            signal.signal(number, lambda *_: self._ending.set())
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -4654,10 +4728,13 @@ class Program:
     def _next_signal(self, signals: socket.socket) -> int:
         """The next signal; a changed configuration is one, if that is looked for."""
         signals.settimeout(self._options["config.auto-reload-interval"] or None)
+        found: Any = None
         while True:
             with contextlib.suppress(socket.timeout):
-                return signals.recv(1)[0]
-            if self.config.has_changed():
+                signals.recv(PIECE_BYTES)  # of many at once one reload is enough
+                return signal.SIGTERM if self._ending.is_set() else signal.SIGHUP
+            former, found = found, self.config.look()
+            if found == former != self.config.seen:  # not while it is being written
                 return signal.SIGHUP
 
     def stop(self) -> None:
@@ -4737,6 +4814,7 @@ def perform(options: Options, limits: Limits) -> int:
         modules = Program(options, limits).config.value.modules
         tell(f"no problems, modules: {len(modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
         program = Program(options, limits)
         program.listen()
         program.run()
