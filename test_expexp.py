@@ -12150,14 +12150,21 @@ def socket_recording(records: list[logging.LogRecord]) -> Iterator[None]:
     logger.propagate = propagate
 
 
+def is_idle_since_last(states: Mapping[socket.socket, bool], client: object) -> bool:
+    """Whether the connection of a client is idle, and began to be so after all others."""
+    connection, is_idle = list(states.items())[-1]
+    return is_idle and connection.getpeername() == client
+
+
 def test_an_idle_connection_makes_room_for_a_new_one() -> None:
     with running({}, limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(served.port)) for _ in range(3)]
         states = served.program.connections._open
-        for number, client in enumerate(clients, 1):
+        for client in clients:
             client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
             assert read_until(client, HEALTHY)
-            wait_until(lambda: list(states.values())[-number:] == [True] * number)  # noqa: B023 - at once
+            own = client.getsockname()
+            wait_until(lambda: is_idle_since_last(states, own))  # noqa: B023 - at once
         newest = stack.enter_context(connect(served.port))
         assert clients[0].recv(1) == b""
         for client in (newest, *clients[1:]):
