@@ -12160,6 +12160,7 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
     with running({}, limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(connect(served.port)) for _ in range(3)]
         states = served.program.connections._open
+        wait_until(lambda: list(states.values()) == [True] * 3)  # they are accepted one by one
         for client in clients:
             client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
             assert read_until(client, HEALTHY)
