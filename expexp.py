@@ -3017,7 +3017,9 @@ class Cache:
                     break
             outcome = wait_for(known.outcome, job.deadline)
             if isinstance(outcome, Scrape):
-                hold(job, len(cast(bytes, outcome.body)))  # it may be evicted while it is sent
+                count = len(cast(bytes, outcome.body))  # it may be evicted while it is sent
+                hold(job, count)
+                job.cleanup.callback(hold, job, -count)
                 aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
                 return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
             if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
@@ -3054,10 +3056,9 @@ class Cache:
 
 
 def hold(job: Job, count: int) -> None:
-    """Count bytes as held in memory until the response has been sent; ScrapeError("busy")."""
-    take, most = job.tools.budget.take, job.tools.limits.held_bytes
-    take("bytes", count, most, "too many bodies in memory, try again later")
-    job.cleanup.callback(take, "bytes", -count)
+    """Count so many more bytes as held in memory, or less; raises ScrapeError("busy")."""
+    words = "too many bodies in memory, try again later"
+    job.tools.budget.take("bytes", count, job.tools.limits.held_bytes, words)
 
 
 def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
@@ -3200,14 +3201,13 @@ class Job:
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
-    body, take = io.BytesIO(), job.tools.budget.take  # a BytesIO hands out what it holds uncopied
-    limits, words = job.tools.limits, "too many bodies in memory, try again later"
-    job.cleanup.callback(lambda: take("bytes", -body.tell()))
+    body = io.BytesIO()  # which hands out what it holds uncopied
+    job.cleanup.callback(lambda: hold(job, -body.tell()))
     for piece in pieces:
         job.deadline.check()
-        take("bytes", len(piece), limits.held_bytes, words)
+        hold(job, len(piece))
         body.write(piece)
-        check_size(limits, body.tell())
+        check_size(job.tools.limits, body.tell())
     return body.getvalue()
 
 

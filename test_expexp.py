@@ -8983,6 +8983,24 @@ def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path) -> 
     assert not served.program.application._tools.torn_fifos
 
 
+def test_what_is_kept_counts_as_held_in_memory_while_it_is_sent(tmp_path: Path) -> None:
+    (tmp_path / "a.prom").write_bytes(b"a 1\n" * 150)
+    module = dataclasses.replace(
+        scraping_job().module, target=expexp.FileTarget(str(tmp_path / "a.prom")), cache=60
+    )
+    first = dataclasses.replace(scraping_job(), module=module)
+    first.tools.limits = dataclasses.replace(FAST, held_bytes=1000)
+    second, third = (dataclasses.replace(first, cleanup=contextlib.ExitStack()) for _ in range(2))
+    with first.cleanup:
+        expexp.answer_job(first)
+    with second.cleanup:
+        assert expexp.answer_job(second).headers[-1][0] == "Age"
+        with pytest.raises(expexp.ScrapeError, match="too many bodies in memory"):
+            expexp.answer_job(third)
+    with third.cleanup:
+        assert expexp.answer_job(third).headers[-1][0] == "Age"
+
+
 def test_a_file_is_kept_too(tmp_path: Path) -> None:
     (tmp_path / "a.prom").write_text("a 1\n")
     with running({"m": file_module(tmp_path / "a.prom") | {"cache": "1m"}}) as served:
