@@ -16914,9 +16914,8 @@ def own_cgroup() -> Iterator[Path]:
     places = [place for _, place, kind, *_ in mounts if kind == "cgroup2"]
     if not places:
         pytest.skip("no cgroup2 is mounted here")
-    cgroup = Path(places[0], f"expexp-{os.getpid()}")
     try:
-        cgroup.mkdir()
+        cgroup = Path(tempfile.mkdtemp(prefix="expexp-", dir=places[0]))
     except OSError as error:
         pytest.skip(f"a control group is needed, which root may make: {error}")
 
@@ -16981,6 +16980,11 @@ class Systemd:
         except FileNotFoundError:
             return []
 
+    def log(self) -> str:
+        """What expexp has logged in this test."""
+        path = self.path("/run/log")
+        return path.read_text() if path.exists() else "expexp has logged nothing"
+
     def configure(self, modules: Mapping[str, object]) -> None:
         """Change the configuration; JSON is YAML as well."""
         self.path(INSTALLED_CONFIG).write_text(json.dumps({"modules": modules}))
@@ -17041,7 +17045,7 @@ def installed(booted: Systemd) -> dict[str, str]:
     for command in blocks[0].splitlines():
         if not command.startswith("apt "):
             done = booted("sh", "-c", f"cd /srv && {command}")
-            assert done.returncode == 0, done.stderr
+            assert done.returncode == 0, done.stderr + booted.log()
             said[command] = done.stdout
     assert booted.systemctl("stop") == 0
     return said
@@ -17053,9 +17057,8 @@ def service(booted: Systemd, installed: dict[str, str]) -> Iterator[Systemd]:
     assert installed
     booted.configure({"m": exec_module("echo m 1")})
     yield booted
-    log = booted.path("/run/log")
-    print(log.read_text() if log.exists() else "expexp was not started")
-    log.unlink(missing_ok=True)
+    print(booted.log())
+    booted.path("/run/log").unlink(missing_ok=True)
     assert booted.systemctl("stop") == 0
     booted.systemctl("reset-failed")
     assert booted.show("ActiveState") == {"ActiveState": "inactive"}
@@ -17124,7 +17127,7 @@ IN_SANDBOX: Final = {
     "touch /tmp/own /var/tmp/own /dev/shm/own": (True, True),
     "cat /etc/shadow": (False, True),
     'touch "$STATE_DIRECTORY/kept"': (False, True),
-    "touch /etc/expexp/new": (False, False),
+    "touch /var/open-to-all/new": (False, False),
     "cat /tmp/of-others": (False, False),
     "unshare --user true": (False, False),
     "env | grep NOTIFY_SOCKET": (False, False),
@@ -17137,6 +17140,7 @@ def test_scripts_find_what_the_unit_says_in_the_sandbox(
     service: Systemd, with_drop_in: bool
 ) -> None:
     service.path("/tmp/of-others").touch()
+    service("install", "-d", "-m", "0777", "/var/open-to-all")
     service.configure(
         {
             f"m{number}": exec_module(f"{script} >/dev/null && echo a 1")
