@@ -15871,8 +15871,8 @@ def serving(target: Target, port: int = 0) -> Iterator[str]:
         thread.join()
 
 
-# expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter and
-# podman. Where one is missing its tests are skipped, but not in CI (EXPEXP_CI), where they fail.
+# expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter, podman
+# and systemd. Where one is missing its tests are skipped, but not in CI (EXPEXP_CI): they fail.
 
 ORIGINAL_SCRIPT = Path("/tmp/myscript.sh")
 ORIGINAL_SCRIPT_TEXT = """\
@@ -16860,6 +16860,385 @@ def test_podman_is_needed_only_to_find_a_container(podman: Podman, contained: Pe
         502,
         f"module deserted: cannot ask the container engine: {place}: {why}",
     )
+
+
+# A real systemd: the first process of namespaces of its own, which sees the files of this host and
+# may change all of them, since what it writes is gone at its end. It has no unit but expexp's and
+# the targets that this needs. What the README says under Installation installs it there.
+
+#: Mounts, in an empty folder $1, the root of a system that has only this host's files; the kernel's
+#: settings can be read but not written, since they are also this host's.
+MOUNT_ROOT: Final = """
+mount -t tmpfs tmpfs "$1"
+cd "$1"
+mkdir upper work root
+mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+cd root
+mount -t proc proc proc
+mount --bind -o ro proc/sys proc/sys
+mount -t sysfs -o ro sysfs sys
+mount -t cgroup2 cgroup2 sys/fs/cgroup
+mount -t tmpfs -o mode=755 tmpfs dev
+cp -a /dev/null /dev/zero /dev/full /dev/random /dev/urandom /dev/tty dev
+ln -s pts/ptmx dev/ptmx
+mount -t tmpfs -o mode=755 tmpfs etc/systemd/system
+"""
+
+#: Starts systemd there, where the folder $2 is /srv and no expexp was ever installed. Services log
+#: to a file, so that no journal is needed; one that is never ready fails within a test's time.
+BOOT: Final = """
+mount --bind -o ro "$2" srv
+rm -rf opt/expexp etc/expexp etc/default/expexp var/lib/expexp
+chroot . userdel expexp 2>/dev/null || :
+cd etc/systemd/system
+for name in sysinit basic multi-user; do cp "/lib/systemd/system/$name.target" .; done
+mkdir service.d
+printf '[Service]\\nStandardError=append:/run/log\\nTimeoutStartSec=10s\\n' >service.d/trial.conf
+cd ../../..
+pivot_root . mnt
+umount -l mnt
+exec env -i container=expexp-test PATH=/usr/sbin:/usr/bin SYSTEMD_UNIT_PATH=/etc/systemd/system \
+    SYSTEMD_GENERATOR_PATH=/nowhere SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/nowhere \
+    /lib/systemd/systemd --system --unit=multi-user.target
+"""
+
+UNITS: Final = "/etc/systemd/system"
+INSTALLED_CONFIG: Final = "/etc/expexp/expexp.yaml"
+LAST_RELOAD: Final = "expexp_config_last_reload_successful"
+
+
+@contextmanager
+def own_cgroup() -> Iterator[Path]:
+    """A control group for the processes of a test; at its end they are killed, and it is gone."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    places = [place for _, place, kind, *_ in mounts if kind == "cgroup2"]
+    if not places:
+        pytest.skip("no cgroup2 is mounted here")
+    try:
+        cgroup = Path(tempfile.mkdtemp(prefix="expexp-", dir=places[0]))
+    except OSError as error:
+        pytest.skip(f"a control group is needed, which root may make: {error}")
+
+    def is_gone() -> bool:
+        (cgroup / "cgroup.kill").write_text("1")
+        for folder, _, _ in os.walk(cgroup, topdown=False):
+            os.rmdir(folder)
+        return True
+
+    try:
+        if not (cgroup / "cgroup.kill").exists():
+            pytest.skip("Linux 5.14 is needed, which can kill a whole control group")
+        yield cgroup
+    finally:
+        eventually(is_gone, f"the end of {cgroup}", 10)
+
+
+def in_namespaces(cgroup: Path, script: str, *arguments: object) -> list[str]:
+    """The command that runs a script in this control group and namespaces; it ends with us."""
+    command = [peer_program("setpriv"), "--pdeathsig=KILL", peer_program("unshare"), "--fork"]
+    command += ["--kill-child", "--mount", "--pid", "--net", "--ipc", "--uts", "sh", "-c"]
+    command += ['echo 0 >"$0/cgroup.procs" && exec unshare --cgroup sh -euc "$@"', str(cgroup)]
+    return [*command, script, "sh", *map(str, arguments)]
+
+
+@dataclass(frozen=True)
+class Systemd:
+    """A running systemd: its process, and its control group."""
+
+    pid: int
+    cgroup: Path
+
+    def __call__(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """What a command says there."""
+        return subprocess.run(
+            [peer_program("nsenter"), "--all", f"--target={self.pid}", *command],
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+
+    def path(self, path: str) -> Path:
+        """Where a path of its own is found from here."""
+        return Path(f"/proc/{self.pid}/root{path}")
+
+    def systemctl(self, verb: str, *arguments: str) -> int:
+        """The exit status of systemctl, for expexp."""
+        return self("systemctl", verb, *arguments, "expexp").returncode
+
+    def show(self, *names: str) -> dict[str, str]:
+        """Properties of expexp's unit."""
+        lines = self("systemctl", "show", "--property", ",".join(names), "expexp").stdout
+        found = dict(line.split("=", 1) for line in lines.splitlines())
+        return {name: found[name] for name in names}
+
+    def processes(self) -> list[str]:
+        """Those of expexp's unit."""
+        try:
+            return (self.cgroup / "system.slice/expexp.service/cgroup.procs").read_text().split()
+        except FileNotFoundError:
+            return []
+
+    def log(self) -> str:
+        """What expexp has logged in this test."""
+        path = self.path("/run/log")
+        return path.read_text() if path.exists() else "expexp has logged nothing"
+
+    def configure(self, modules: Mapping[str, object]) -> None:
+        """Change the configuration; JSON is YAML as well."""
+        self.path(INSTALLED_CONFIG).write_text(json.dumps({"modules": modules}))
+
+    def override(self, *settings: str) -> None:
+        """Add settings to the unit, as `systemctl edit` does."""
+        drop_in = self.path(f"{UNITS}/{DROP_IN.parent.name}/override.conf")
+        drop_in.parent.mkdir(exist_ok=True)
+        drop_in.write_text("\n".join(["[Service]", *settings, ""]))
+        assert self("systemctl", "daemon-reload").returncode == 0
+
+    def get(self, path: str) -> tuple[int, str]:
+        """The status and the body of an answer of expexp."""
+        url = f"http://localhost:9999{path}"
+        done = self("curl", "-sS", "--max-time", "10", "-w", "%{stderr}%{http_code}", url)
+        assert done.returncode == 0, done.stderr
+        return int(done.stderr), done.stdout
+
+
+@pytest.fixture(scope="module")
+def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
+    """A systemd that has nothing to do."""
+    for name in ("systemctl", "useradd", "curl"):
+        peer_program(name)
+    folder = tmp_path_factory.mktemp("systemd")
+    with own_cgroup() as cgroup, (folder / "log").open("w") as log:
+        probe = in_namespaces(cgroup, MOUNT_ROOT, folder)
+        tried = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=20)
+        if tried.returncode:
+            pytest.skip(f"namespaces and mounts in them are needed: {tried.stderr.strip()}")
+        command = in_namespaces(cgroup, MOUNT_ROOT + BOOT, folder, FOLDER)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+        def is_running() -> Systemd | None:
+            if process.poll() is not None:
+                pytest.fail(f"no systemd: {process.returncode}: {Path(log.name).read_text()}")
+            for pid in (cgroup / "init.scope/cgroup.procs").read_text().split():
+                systemd = Systemd(int(pid), cgroup)
+                if systemd("systemctl", "is-system-running").stdout == "running\n":
+                    return systemd
+            return None
+
+        try:
+            yield eventually(is_running, "systemd to have started", 20)
+        finally:
+            (cgroup / "cgroup.kill").write_text("1")
+            process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def installed(booted: Systemd) -> dict[str, str]:
+    """What the README's commands to install expexp have said; all but the one for PyYAML."""
+    with peer("PyYAML is needed for the system's Python, which Debian has as python3-yaml"):
+        if booted("/usr/bin/python3", "-c", "import yaml").returncode:
+            raise FileNotFoundError("it is not installed")
+    blocks = [text for name, text in FENCE.findall(readme_section("Installation")) if name == "sh"]
+    said = {}
+    for command in blocks[0].splitlines():
+        if not command.startswith("apt "):
+            done = booted("sh", "-c", f"cd /srv && {command}")
+            assert done.returncode == 0, done.stderr + booted.log()
+            said[command] = done.stdout
+    assert booted.systemctl("stop") == 0
+    return said
+
+
+@pytest.fixture
+def service(booted: Systemd, installed: dict[str, str]) -> Iterator[Systemd]:
+    """The systemd where expexp is installed but not running; and so it is afterwards."""
+    assert installed
+    booted.configure({"m": exec_module("echo m 1")})
+    yield booted
+    print(booted.log())
+    booted.path("/run/log").unlink(missing_ok=True)
+    assert booted.systemctl("stop") == 0
+    booted.systemctl("reset-failed")
+    assert booted.show("ActiveState") == {"ActiveState": "inactive"}
+    shutil.rmtree(booted.path(f"{UNITS}/{DROP_IN.parent.name}"), ignore_errors=True)
+    booted.path("/etc/default/expexp").unlink(missing_ok=True)
+    assert booted("systemctl", "daemon-reload").returncode == 0
+
+
+RUNNING: Final = {"ActiveState": "active", "SubState": "running"}
+WITH_DROP_IN = pytest.mark.parametrize(
+    "with_drop_in", [False, True], ids=["unit", "unit and drop-in"]
+)
+
+
+def install_drop_in(systemd: Systemd) -> None:
+    """Do what the drop-in's own comment says, which also starts expexp."""
+    commands = re.findall(r"(?m)^#   (.+)$", DROP_IN.read_text(encoding="utf-8"))
+    done = systemd("sh", "-euc", "\n".join(["cd /srv", *commands]))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.peer
+def test_the_readme_installs_a_service_that_answers_at_once(installed: dict[str, str]) -> None:
+    page, scraped = (text for command, text in installed.items() if command.startswith("curl "))
+    assert "/proxy?module=demo_script" in page
+    assert re.fullmatch(r"# HELP demo_answer .*\n# TYPE .*\ndemo_answer\{.*\} 42\n", scraped)
+
+
+@pytest.mark.peer
+def test_systemd_waits_until_expexp_listens(service: Systemd) -> None:
+    assert service.systemctl("start") == 0
+    assert service.get("/proxy?module=m") == (200, "m 1\n")
+    assert service.systemctl("is-active") == 0
+    shown = service.show("Type", *RUNNING, "NRestarts", "StatusText")
+    assert shown == {"Type": "notify", **RUNNING, "NRestarts": "0", "StatusText": ""}
+
+
+@pytest.mark.peer
+@WITH_DROP_IN
+def test_the_service_has_no_rights_but_those_of_its_unit(
+    service: Systemd, with_drop_in: bool
+) -> None:
+    if with_drop_in:
+        install_drop_in(service)
+    assert service.systemctl("start") == 0
+    (pid,) = service.processes()
+    status = dict(re.findall(r"(\w+):\t(.*)\n", Path(f"/proc/{pid}/status").read_text()))
+    assert service.show("MainPID") == {"MainPID": status["NSpid"].split()[-1]}
+    who = service("ps", "-o", "user=,group=,supgrp=", "-p", status["NSpid"].split()[-1]).stdout
+    assert who.split() == ["expexp", "expexp", "disk,expexp" if with_drop_in else "expexp"]
+    # CAP_DAC_READ_SEARCH and CAP_SYS_RAWIO
+    rights = f"{(1 << 2 | 1 << 17) * with_drop_in:016x}"
+    capabilities = {name: value for name, value in status.items() if name.startswith("Cap")}
+    assert capabilities == dict.fromkeys(["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"], rights)
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+
+
+#: Whether a command of an exec module works, in the unit and with the drop-in.
+IN_SANDBOX: Final = {
+    "df /": (True, True),
+    "ps -p 1": (True, True),
+    "ip address": (True, True),
+    "ss -ltn": (True, True),
+    "curl -sSf http://localhost:9999/-/healthy": (True, True),
+    "cat /proc/meminfo /proc/1/stat /sys/class/net/lo/operstate": (True, True),
+    "touch /tmp/own /var/tmp/own /dev/shm/own": (True, True),
+    "cat /etc/shadow": (False, True),
+    'touch "$STATE_DIRECTORY/kept"': (False, True),
+    "touch /var/open-to-all/new": (False, False),
+    "cat /tmp/of-others": (False, False),
+    "unshare --user true": (False, False),
+    "env | grep NOTIFY_SOCKET": (False, False),
+}
+
+
+@pytest.mark.peer
+@WITH_DROP_IN
+def test_scripts_find_what_the_unit_says_in_the_sandbox(
+    service: Systemd, with_drop_in: bool
+) -> None:
+    service.path("/tmp/of-others").touch()
+    service("install", "-d", "-m", "0777", "/var/open-to-all")
+    service.configure(
+        {
+            f"m{number}": exec_module(f"{script} >/dev/null && echo a 1")
+            for number, script in enumerate(IN_SANDBOX)
+        }
+    )
+    if with_drop_in:
+        install_drop_in(service)
+    assert service.systemctl("start") == 0
+    works = {
+        script: service.get(f"/proxy?module=m{number}")[0] == 200
+        for number, script in enumerate(IN_SANDBOX)
+    }
+    assert works == {script: expected[with_drop_in] for script, expected in IN_SANDBOX.items()}
+
+
+@pytest.mark.peer
+def test_systemctl_reload_brings_a_new_configuration_into_force(service: Systemd) -> None:
+    assert service.systemctl("start") == 0
+    before = service.show("MainPID")
+    service.configure({"n": exec_module("echo n 1")})
+    # Mostly systemctl waits until it is in force, but not if kill ends before expexp has begun.
+    assert service.systemctl("reload") == 0
+    wait_until(lambda: service.get("/proxy?module=n") == (200, "n 1\n"))
+    wait_until(lambda: service.show(*RUNNING) == RUNNING)
+    assert f"\n{LAST_RELOAD} 1\n" in service.get("/metrics")[1]
+    assert service.show("MainPID", "NRestarts") == {**before, "NRestarts": "0"}
+
+
+@pytest.mark.peer
+def test_systemctl_reload_leaves_all_as_it_is_if_the_configuration_is_bad(service: Systemd) -> None:
+    assert service.systemctl("start") == 0
+    service.path(INSTALLED_CONFIG).write_text("nonsense")
+    assert service.systemctl("reload") == 0
+    wait_until(lambda: f"\n{LAST_RELOAD} 0\n" in service.get("/metrics")[1])
+    wait_until(lambda: service.show(*RUNNING) == RUNNING)
+    assert service.get("/proxy?module=m") == (200, "m 1\n")
+
+
+@pytest.mark.peer
+def test_systemctl_stop_is_a_success_and_leaves_nothing(service: Systemd) -> None:
+    script = "trap '' TERM; sleep 600 >/dev/null 2>&1 & echo m 1"
+    service.configure({"m": exec_module(f"setsid --wait sh -c {shlex.quote(script)}")})
+    assert service.systemctl("start") == 0
+    assert service.get("/proxy?module=m") == (200, "m 1\n")
+    assert len(service.processes()) == 2
+    assert service.systemctl("stop") == 0
+    assert service.processes() == []
+    shown = service.show("ActiveState", "Result", "ExecMainStatus", "MainPID")
+    assert shown == {
+        "ActiveState": "inactive",
+        "Result": "success",
+        "ExecMainStatus": "0",
+        "MainPID": "0",
+    }
+
+
+@pytest.mark.peer
+def test_systemd_starts_expexp_again_when_it_is_killed(service: Systemd) -> None:
+    service.override("RestartSec=100ms")
+    assert service.systemctl("start") == 0
+    (pid,) = service.processes()
+    os.kill(int(pid), signal.SIGKILL)
+    again = {**RUNNING, "NRestarts": "1"}
+    wait_until(lambda: service.show(*again) == again, 10)
+    assert service.get("/proxy?module=m") == (200, "m 1\n")
+
+
+@pytest.mark.peer
+def test_systemd_starts_expexp_again_until_its_configuration_is_good(service: Systemd) -> None:
+    service.override("RestartSec=1s")
+    service.path(INSTALLED_CONFIG).write_text("nonsense")
+    assert service.systemctl("start") == 1
+    failed = {"ActiveState": "activating", "Result": "exit-code", "ExecMainStatus": "1"}
+    assert service.show(*failed) == failed
+    service.configure({"m": exec_module("echo m 1")})
+    wait_until(lambda: service.show(*RUNNING) == RUNNING, 10)
+    assert service.get("/proxy?module=m") == (200, "m 1\n")
+
+
+@pytest.mark.peer
+def test_systemd_does_not_start_expexp_again_with_flags_that_are_wrong(service: Systemd) -> None:
+    service.path("/etc/default/expexp").write_text('ARGS="-log.level info -wrong"\n')
+    assert service.systemctl("start") == 1
+    shown = service.show("ActiveState", "Result", "ExecMainStatus", "NRestarts")
+    assert shown == {
+        "ActiveState": "failed",
+        "Result": "exit-code",
+        "ExecMainStatus": "2",
+        "NRestarts": "0",
+    }
+
+
+@pytest.mark.peer
+def test_the_service_takes_the_flags_of_its_own_file(service: Systemd) -> None:
+    service.path("/etc/default/expexp").write_text('ARGS="-web.proxy-path /p -log.level info"\n')
+    assert service.systemctl("start") == 0
+    assert service.get("/p?module=m") == (200, "m 1\n")
 
 
 if __name__ == "__main__":
