@@ -2384,11 +2384,11 @@ class FileReader(DocumentReader):
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
-        """Have a warning if others can read a file that holds secrets."""
+        """Have a warning, one a file, if others can read a file that holds secrets."""
+        warning = f"{excerpt(filename, 200)} holds secrets and can be read by everybody"
         with contextlib.suppress(OSError):
-            if os.stat(filename).st_mode & stat.S_IROTH:
-                file = excerpt(filename, 200)
-                self.warnings.append(f"{file} holds secrets and can be read by everybody")
+            if os.stat(filename).st_mode & stat.S_IROTH and warning not in self.warnings:
+                self.warnings.append(warning)
 
     def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
         """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
@@ -2569,6 +2569,8 @@ class ConfigLoader:
         """The module with what it needs of this host; what is not there yet is a warning."""
         target, missing = module.target, ""
         if isinstance(target, HttpTarget):
+            if target.basic_auth_password or "Authorization" in target.headers:
+                self._reader.warn_of_readers(reader.filename)
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
             seconds, again = self._limits.rotation_seconds, self._reader.again
             credentials = Watched(load, reader, seconds, again)

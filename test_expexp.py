@@ -5944,6 +5944,38 @@ def test_a_web_configuration_without_users_holds_no_secrets(
     assert caplog.messages == ["no modules loaded from any config file"]
 
 
+#: What a module of a configuration holds, and whether that is known to be secret.
+HELD: dict[str, tuple[dict[str, object], bool]] = {
+    "a password": (http_module(1, basic_auth_username="u", basic_auth_password="x"), True),
+    "a header Authorization": (http_module(1, headers={"authorization": "Bearer x"}), True),
+    "another header": (http_module(1, headers={"Accept-Language": "en"}), False),
+    "the name of a file with a password": (
+        http_module(1, basic_auth_username="u", basic_auth_password_file="password"),
+        False,
+    ),
+    "an environment": (exec_module("true", env={"LANG": "C"}), False),
+    "a path": (file_module("/dev/null"), False),
+}
+
+
+@pytest.mark.parametrize(("module", "secret"), HELD.values(), ids=HELD)
+@pytest.mark.parametrize("mode", [0o640, 0o644])
+def test_a_configuration_that_everybody_can_read_is_one_warning_if_it_holds(
+    mode: int, module: dict[str, object], secret: bool, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"c.json": {"modules": {"a": module, "b": module}}, "d/e.json": module}
+    files["d/f.json"] = file_module("/dev/null")
+    secret_file(here / "password", "x")
+    (here / "d").mkdir()
+    for name, text in files.items():
+        (here / name).write_text(json.dumps(text))
+        (here / name).chmod(mode)
+    with caplog.at_level(logging.WARNING, "expexp"):
+        web_program("-config=c.json", "-config.dirs=d", name="")
+    named = ["c.json", "d/e.json"] if secret and mode & 0o004 else []
+    assert caplog.messages == [WORLD_READABLE.format(name) for name in named]
+
+
 def test_a_file_with_secrets_that_everybody_can_read_from_now_on_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -6534,6 +6566,7 @@ def test_the_place_of_a_failure_is_shown_without_what_may_be_secret_and_in_one_l
     module = http_module(closed_port(), path="/a?token=sentinel", **secret)
     long = http_module(closed_port(), path="/" + "x" * 300)
     with running({"m": module, "long": long}) as served:
+        log.clear()
         answers = [served.scrape("m&params=b=sentinel").text, served.scrape("long").text]
         places = [served.shown("m"), served.shown("long")[:200] + "..."]
     words = [f"{place}: connection refused" for place in places]
