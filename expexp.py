@@ -2487,12 +2487,8 @@ class Watched:
             LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
         return problems
 
-    def has_changed(self) -> bool:
-        """Whether a file is not as it was when it was read last."""
-        return self.look() != self.seen
-
     def look(self) -> dict[str, Any]:
-        """What the files are like now."""
+        """What the files are like now; when they were read last they were as in `seen`."""
         return {file: fingerprint(file) for file in self.seen}
 
     def current(self) -> Any:
@@ -2502,7 +2498,7 @@ class Watched:
                 self._due = time.monotonic() + self._seconds
                 # What failed may have done so for a moment: without a descriptor, for example.
                 late = not self.working and time.monotonic() >= self._again
-                if late or self.has_changed():
+                if late or self.look() != self.seen:
                     self.reload()
             finally:
                 self._lock.release()
