@@ -2384,11 +2384,11 @@ class FileReader(DocumentReader):
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
-        """Have a warning if others can read a file that holds secrets."""
+        """Have a warning, one a file, if others can read a file that holds secrets."""
+        warning = f"{excerpt(filename, 200)} holds secrets and can be read by everybody"
         with contextlib.suppress(OSError):
-            if os.stat(filename).st_mode & stat.S_IROTH:
-                file = excerpt(filename, 200)
-                self.warnings.append(f"{file} holds secrets and can be read by everybody")
+            if os.stat(filename).st_mode & stat.S_IROTH and warning not in self.warnings:
+                self.warnings.append(warning)
 
     def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
         """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
@@ -2487,12 +2487,8 @@ class Watched:
             LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
         return problems
 
-    def has_changed(self) -> bool:
-        """Whether a file is not as it was when it was read last."""
-        return self.look() != self.seen
-
     def look(self) -> dict[str, Any]:
-        """What the files are like now."""
+        """What the files are like now; when they were read last they were as in `seen`."""
         return {file: fingerprint(file) for file in self.seen}
 
     def current(self) -> Any:
@@ -2502,7 +2498,7 @@ class Watched:
                 self._due = time.monotonic() + self._seconds
                 # What failed may have done so for a moment: without a descriptor, for example.
                 late = not self.working and time.monotonic() >= self._again
-                if late or self.has_changed():
+                if late or self.look() != self.seen:
                     self.reload()
             finally:
                 self._lock.release()
@@ -2569,6 +2565,8 @@ class ConfigLoader:
         """The module with what it needs of this host; what is not there yet is a warning."""
         target, missing = module.target, ""
         if isinstance(target, HttpTarget):
+            if target.basic_auth_password or "Authorization" in target.headers:
+                self._reader.warn_of_readers(reader.filename)
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
             seconds, again = self._limits.rotation_seconds, self._reader.again
             credentials = Watched(load, reader, seconds, again)
@@ -3125,7 +3123,8 @@ class Commands:
         except (OSError, ValueError) as error:
             no_text = isinstance(error, UnicodeError)
             words = "it cannot be written in this locale" if no_text else words_of(error)
-            raise ScrapeError("command", f"cannot start the command: {words}") from None
+            shown = excerpt(job.module.target.shown, 200)
+            raise ScrapeError("command", f"cannot start the command {shown}: {words}") from None
         self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
@@ -3444,7 +3443,8 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
 # --- containers: where one is is asked of its engine, over the API that Docker and podman share
 
 
-#: Whatever is wrong with a container or its engine, the target cannot be reached.
+#: Whatever is wrong with a container or its engine, the target cannot be reached. The words do not
+#: name it: before them goes the target's URL, which does.
 unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
@@ -3473,7 +3473,7 @@ def ask_engine(job: Job) -> bytes:
             raise
         raise unreachable(f"cannot ask the container engine: {error.message}") from None
     if response.status == http.HTTPStatus.NOT_FOUND:
-        raise unreachable(f"there is no container {name}")
+        raise unreachable("there is no such container")
     if response.status != http.HTTPStatus.OK:
         raise unreachable(f"the container engine answers with status {response.status}")
     return body
@@ -3484,13 +3484,12 @@ ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # n
 
 def find_container(job: Job) -> tuple[str, int]:
     """Host and port of a container's port: where it is published, or else its own address."""
-    target = job.module.target
-    who, port, said = f"container {target.container}", target.port, ask_engine(job)
+    port, said = job.module.target.port, ask_engine(job)
     try:
         found = json.loads(said)
         network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
         if not found["State"]["Running"]:
-            raise unreachable(f"{who} is not running")
+            raise unreachable("the container is not running")
         ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
         places = [(one["HostIp"], to_port(one["HostPort"])) for one in ports]
         networks = (network, *(network.get("Networks") or {}).values())
@@ -3498,11 +3497,10 @@ def find_container(job: Job) -> tuple[str, int]:
         places += [("", port)] if mode == "host" else []
         hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        words = f"cannot understand what the container engine says of {who}: {error!r}"
+        words = f"cannot understand what the container engine says of it: {error!r}"
         raise unreachable(excerpt(words, 200)) from None
     if not places:
-        why = f"port {port} is not published, and there is no address of its own"
-        raise unreachable(f"{who}: {why}")
+        raise unreachable(f"the container publishes no port {port}, and has no address of its own")
     return str(hosts[0]), places[0][1]
 
 
@@ -3521,7 +3519,7 @@ def connect_container(job: Job) -> socket.socket:
         return connect_host(job, host, port)
     except OSError as error:
         job.deadline.check()
-        where = f"container {target.container} is not reachable at {render_address((host, port))}"
+        where = f"the container is not reachable at {render_address((host, port))}"
         raise unreachable(f"{where}: {words_of(error)}") from None
 
 
@@ -4027,9 +4025,8 @@ class Application:
                 body = self._noted_body(module, result)
                 return Response(result.status, result.headers, body, cleanup.pop_all())
             except ScrapeError as error:
-                self._note(module, error)
                 who = f"module {excerpt(module.name)}: " if module else ""
-                return own_response(error.reason.status, who + error.message)
+                return own_response(error.reason.status, who + self._note(module, error))
 
     def _observe(self, module: str, started: float) -> None:
         """Count a proxied request and its duration."""
@@ -4061,16 +4058,20 @@ class Application:
         if result.status == http.HTTPStatus.OK:
             self._note_success(module)
 
-    def _note(self, module: Module | None, error: ScrapeError) -> None:
-        """Count a failure, and log it if it is news."""
+    def _note(self, module: Module | None, error: ScrapeError) -> str:
+        """Count a failure, and log it if it is news. Returns what went wrong, and where."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
         self.metrics.fail(name, method, error.reason)
-        place = f"module {name}" if module else "no module"
-        text = ": ".join(filter(None, (place, error.reason.name, error.message, error.detail)))
+        place, words = f"module {name}" if module else "no module", error.message
+        # Not where it is about the request, about what the body says or about ourselves.
+        if module and method == "http" and error.reason.status in (0, 502, 504):
+            words = f"{excerpt(module.target.shown, 200)}: {words}"
+        text = ": ".join(filter(None, (place, error.reason.name, words, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
         clients_fault = error.reason.status in range(400, 500)
         news = not clients_fault and self._failures.is_news(name, error.reason.name)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
+        return words
 
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""

@@ -1113,6 +1113,11 @@ class Running:
     def scrape(self, module: str, headers: Mapping[str, str] | None = None) -> Answer:
         return self.get(f"/proxy?module={module}", headers)
 
+    def shown(self, module: str) -> str:
+        """What the list of modules says of a module's target."""
+        listed = json.loads(self.get("/", {"Accept": "application/json"}).body)
+        return cast("str", listed[module]["target"])
+
     def metric(self, series: str) -> float:
         """The value of one of our own series, as a client reads it; KeyError if it is not there."""
         lines = self.get("/metrics").text.splitlines()
@@ -5939,6 +5944,38 @@ def test_a_web_configuration_without_users_holds_no_secrets(
     assert caplog.messages == ["no modules loaded from any config file"]
 
 
+#: What a module of a configuration holds, and whether that is known to be secret.
+HELD: dict[str, tuple[dict[str, object], bool]] = {
+    "a password": (http_module(1, basic_auth_username="u", basic_auth_password="x"), True),
+    "a header Authorization": (http_module(1, headers={"authorization": "Bearer x"}), True),
+    "another header": (http_module(1, headers={"Accept-Language": "en"}), False),
+    "the name of a file with a password": (
+        http_module(1, basic_auth_username="u", basic_auth_password_file="password"),
+        False,
+    ),
+    "an environment": (exec_module("true", env={"LANG": "C"}), False),
+    "a path": (file_module("/dev/null"), False),
+}
+
+
+@pytest.mark.parametrize(("module", "secret"), HELD.values(), ids=HELD)
+@pytest.mark.parametrize("mode", [0o640, 0o644])
+def test_a_configuration_that_everybody_can_read_is_one_warning_if_it_holds(
+    mode: int, module: dict[str, object], secret: bool, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {"c.json": {"modules": {"a": module, "b": module}}, "d/e.json": module}
+    files["d/f.json"] = file_module("/dev/null")
+    secret_file(here / "password", "x")
+    (here / "d").mkdir()
+    for name, text in files.items():
+        (here / name).write_text(json.dumps(text))
+        (here / name).chmod(mode)
+    with caplog.at_level(logging.WARNING, "expexp"):
+        web_program("-config=c.json", "-config.dirs=d", name="")
+    named = ["c.json", "d/e.json"] if secret and mode & 0o004 else []
+    assert caplog.messages == [WORLD_READABLE.format(name) for name in named]
+
+
 def test_a_file_with_secrets_that_everybody_can_read_from_now_on_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -6502,17 +6539,40 @@ def test_a_target_that(what: str, failing_targets: tuple[Running, list[Future[Ti
     answer, seconds = scrapes[number].result()
     least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
     assert least <= seconds <= most
-    assert (answer.status, answer.text) == (status, f"module {module}: {message}\n")
+    where = "" if reason == "malformed" else f"{served.shown(module)}: "
+    assert (answer.status, answer.text) == (status, f"module {module}: {where}{message}\n")
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
     assert served.failures(module) == {reason: 1}
     assert counters(served, module) == {ERRORS} | HTTP_COUNTERS.get(reason, set())
 
 
 def test_a_target_that_is_not_there_is_unreachable() -> None:
-    with running({"m": http_module(closed_port())}) as served, taking(*QUICK_SOCKET):
+    port = closed_port()
+    with running({"m": http_module(port)}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (502, "module m: connection refused\n")
+        message = f"module m: http://localhost:{port}/metrics: connection refused\n"
+        assert (answer.status, answer.text) == (502, message)
         assert served.failures("m") == {"unreachable": 1}
+
+
+def test_the_place_of_a_failure_is_shown_without_what_may_be_secret_and_in_one_line(
+    log: list[str],
+) -> None:
+    secret: dict[str, Any] = {
+        "headers": {"X-Api-Key": "sentinel"},
+        "basic_auth_username": "sentinel",
+        "basic_auth_password": "sentinel",
+    }
+    module = http_module(closed_port(), path="/a?token=sentinel", **secret)
+    long = http_module(closed_port(), path="/" + "x" * 300)
+    with running({"m": module, "long": long}) as served:
+        log.clear()
+        answers = [served.scrape("m&params=b=sentinel").text, served.scrape("long").text]
+        places = [served.shown("m"), served.shown("long")[:200] + "..."]
+    words = [f"{place}: connection refused" for place in places]
+    assert answers == [f"module m: {words[0]}\n", f"module long: {words[1]}\n"]
+    assert log == [f"module m: unreachable: {words[0]}", f"module long: unreachable: {words[1]}"]
+    assert re.fullmatch("http://localhost:[0-9]+/a: connection refused", words[0])
 
 
 def test_a_reset_within_the_body_is_no_complete_body() -> None:
@@ -6540,6 +6600,9 @@ def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, Resolve]:
     return made_up
 
 
+GONE = "http://gone.example:9100/metrics: name or service not known"
+
+
 def test_a_name_that_does_not_resolve_is_unreachable(names: dict[str, Resolve]) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -6548,7 +6611,7 @@ def test_a_name_that_does_not_resolve_is_unreachable(names: dict[str, Resolve]) 
     module = http_module(9100, address="gone.example")
     with running({"m": module}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (502, "module m: name or service not known\n")
+        assert (answer.status, answer.text) == (502, f"module m: {GONE}\n")
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -6556,6 +6619,7 @@ def test_a_resolver_that_hangs_meets_the_deadline(names: dict[str, Resolve]) -> 
     over = threading.Event()
     names["slow.example"] = lambda *_, **__: cast("list[Any]", over.wait(20) and [])
     slow = http_module(9100, address="slow.example") | {"timeout": "200ms"}
+    where = "http://slow.example:9100/metrics"
     limits = dataclasses.replace(FAST, resolver_threads=1)
     with (
         target(ok(EXPOSITION)) as port,
@@ -6567,7 +6631,7 @@ def test_a_resolver_that_hangs_meets_the_deadline(names: dict[str, Resolve]) -> 
         finally:
             over.set()
         assert [answer.status for answer in answers] == [504, 504, 200]
-        assert {answer.text for answer in answers[:2]} == {f"module slow: {LATE}\n"}
+        assert {answer.text for answer in answers[:2]} == {f"module slow: {where}: {LATE}\n"}
         assert served.failures("slow") == {"timeout": 2}
 
 
@@ -6599,7 +6663,7 @@ def test_connecting_meets_the_deadline() -> None:
         running({"m": http_module(port, address="127.0.0.1") | {"timeout": "200ms"}}) as served,
         taking(*AT_DEADLINE),
     ):
-        assert served.scrape("m").text == f"module m: {LATE}\n"
+        assert served.scrape("m").text == f"module m: http://127.0.0.1:{port}/metrics: {LATE}\n"
 
 
 @pytest.mark.parametrize(
@@ -6619,7 +6683,8 @@ def test_the_deadline_is_that_of_the_client(flags: list[str], header: str, words
         taking(float(words), float(words) + 0.2),
     ):
         answer = served.scrape("m", {"X-Prometheus-Scrape-Timeout-Seconds": header})
-        assert (answer.status, answer.text) == (504, f"module m: timed out after {words} s\n")
+        where = f"module m: http://localhost:{port}/metrics"
+        assert (answer.status, answer.text) == (504, f"{where}: timed out after {words} s\n")
 
 
 # --- http: bodies
@@ -7080,7 +7145,7 @@ def test_a_certificate_is_refused_that_is(
         taking(*QUICK_SOCKET),
     ):
         answer = served.scrape("m")
-        expected = f"module m: TLS: {message}\n"
+        expected = f"module m: {served.shown('m')}: TLS: {message}\n"
         assert (answer.status, answer.text) == (502, expected)
         assert served.failures("m") == {"unreachable": 1}
 
@@ -7126,7 +7191,8 @@ def test_a_client_certificate_is_presented(certificates: Certificates) -> None:
         assert served.scrape("with").body == EXPOSITION
         answer = served.scrape("without")
     assert answer.status == 502
-    assert re.fullmatch(r"module without: TLS: protocol: .* alert handshake failure\n", answer.text)
+    where = f"module without: https://localhost:{port}/metrics"
+    assert re.fullmatch(rf"{where}: TLS: protocol: .* alert handshake failure\n", answer.text)
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -7140,7 +7206,8 @@ def test_tls_that_ends_without_goodbye_is_cut_short(
     ):
         if verify:
             answer = served.scrape("m")
-            assert (answer.status, answer.text) == (502, f"module m: {NO_END}\n")
+            where = f"module m: https://localhost:{port}/metrics"
+            assert (answer.status, answer.text) == (502, f"{where}: {NO_END}\n")
         else:
             with pytest.raises((ConnectionError, http.client.IncompleteRead)):
                 served.scrape("m")
@@ -7157,7 +7224,7 @@ def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
         answer = served.scrape("m")
         assert (answer.status, answer.text) == (
             502,
-            "module m: TLS: protocol: wrong version number\n",
+            f"module m: https://localhost:{port}/metrics: TLS: protocol: wrong version number\n",
         )
         assert served.failures("m") == {"unreachable": 1}
 
@@ -7191,7 +7258,8 @@ def test_a_certificate_that_vouches_for_itself_is_no_chain(
         running({"m": https_module(port, **trust)}) as served,
     ):
         answer = served.scrape("m")
-    expected = r"module m: TLS: chain: self.signed certificate\n"
+    where = f"module m: https://localhost:{port}/metrics"
+    expected = rf"{where}: TLS: chain: self.signed certificate\n"
     assert answer.status == 502
     assert re.fullmatch(expected, answer.text)
 
@@ -7208,7 +7276,8 @@ def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(certificates: Cert
         running({"m": https_module(port, **trust)}) as served,
     ):
         answer = served.scrape("m")
-    assert (answer.status, answer.text[:24]) == (502, "module m: TLS: protocol:")
+    begin = f"module m: https://localhost:{port}/metrics: TLS: protocol:"
+    assert (answer.status, answer.text[: len(begin)]) == (502, begin)
 
 
 def sent_authorization(heads: list[bytes]) -> str:
@@ -7292,9 +7361,10 @@ def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path
         tls_target(context, ok(EXPOSITION)) as port,
         running({"m": https_module(port, **settings)}, limits=WATCHFUL) as served,
     ):
-        assert served.scrape("m").text.startswith("module m: TLS: chain: ")
+        where = f"module m: https://localhost:{port}/metrics"
+        assert served.scrape("m").text.startswith(f"{where}: TLS: chain: ")
         by_renaming(tmp_path / "ca.pem", (folders[1] / "ca.pem").read_text())
-        assert served.scrape("m").text.startswith("module m: TLS: protocol: ")
+        assert served.scrape("m").text.startswith(f"{where}: TLS: protocol: ")
         by_renaming(tmp_path / "client.pem", client.certificate + client.key)
         assert served.scrape("m").body == EXPOSITION
 
@@ -7337,9 +7407,10 @@ def test_after_a_reload_the_systems_authorities_are_those_that_there_are_now(
         tls_target(certificates.server("localhost"), ok(EXPOSITION)) as port,
         reloadable(tmp_path, {"m": https_module(port)}) as (served, reload),
     ):
-        assert served.scrape("m").text == f"module m: TLS: {UNKNOWN_CA}\n"
+        untrusted = f"module m: https://localhost:{port}/metrics: TLS: {UNKNOWN_CA}\n"
+        assert served.scrape("m").text == untrusted
         system.write_text(Path(certificates.ca_file).read_text())
-        assert served.scrape("m").text == f"module m: TLS: {UNKNOWN_CA}\n"
+        assert served.scrape("m").text == untrusted
         assert reload().status == 200
         assert served.scrape("m").body == EXPOSITION
 
@@ -7391,7 +7462,8 @@ def test_a_target_that_drips_its_tls(where: str, certificates: Certificates) -> 
         module = https_module(port, tls_ca_cert_file=certificates.ca_file) | {"timeout": "200ms"}
         with running({"m": module}) as served, taking(*AT_DEADLINE):
             answer = served.scrape("m")
-            assert (answer.status, answer.text) == (504, f"module m: {LATE}\n")
+            where = f"module m: https://localhost:{port}/metrics"
+            assert (answer.status, answer.text) == (504, f"{where}: {LATE}\n")
             assert served.failures("m") == {"timeout": 1}
 
 
@@ -7663,7 +7735,7 @@ def test_a_container_that_was_made_anew_is_found(engine: Engine) -> None:
             engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
             assert served.scrape("m").text == "a 1\n"
         engine.says["web"] = in_json(container(running=False))
-        assert served.scrape("m").text == "module m: container web is not running\n"
+        assert served.scrape("m").text == f"{WEB}: the container is not running\n"
         with target(ok(b"a 2\n")) as port:
             engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
             assert [served.scrape("m").text for _ in range(3)] == ["a 2\n"] * 3
@@ -7708,12 +7780,15 @@ def test_a_container_may_speak_tls_in_its_own_name(
         with running(modules) as served:
             assert served.scrape("web").body == EXPOSITION
             words = "hostname mismatch, certificate is not valid for 'other'."
-            assert served.scrape("other").text == f"module other: TLS: name: {words}\n"
+            where = "module other: https://other:9100/metrics in a container"
+            assert served.scrape("other").text == f"{where}: TLS: name: {words}\n"
 
 
-NOT_PUBLISHED = "port 9100 is not published, and there is no address of its own"
-UNCLEAR = "cannot understand what the container engine says of container {0}: "
+NOT_PUBLISHED = "the container publishes no port 9100, and has no address of its own"
+NOT_REACHABLE = "the container is not reachable at {}: connection refused\n"
+UNCLEAR = "cannot understand what the container engine says of it: "
 NO_ENGINE = "cannot ask the container engine: "
+WEB = "module m: http://web:9100/metrics in a container"
 
 
 def with_ports(*ports: object) -> bytes:
@@ -7732,13 +7807,12 @@ def without(*path: str) -> bytes:
     return in_json(said)
 
 
-#: What an engine does when it is asked, and the reason, and how the message begins; {0} stands for
-#: the container.
+#: What an engine does when it is asked, and the reason, and how the message begins.
 ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
     "knows no such container": (
         b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
         "unreachable",
-        "there is no container {0}\n",
+        "there is no such container\n",
     ),
     "fails": (
         b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 2\r\n\r\n{}",
@@ -7753,37 +7827,37 @@ ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
     "says that it is not running": (
         in_json(container(running=False)),
         "unreachable",
-        "container {0} is not running\n",
+        "the container is not running\n",
     ),
     "says that it is not running, but its port published": (
         in_json(container("127.0.0.1:1", running=False)),
         "unreachable",
-        "container {0} is not running\n",
+        "the container is not running\n",
     ),
     "knows no address": (
         in_json(container()),
         "unreachable",
-        "container {0}: " + NOT_PUBLISHED + "\n",
+        NOT_PUBLISHED + "\n",
     ),
     "knows no address of one without networks": (
         in_json(container(mode="none")),
         "unreachable",
-        "container {0}: " + NOT_PUBLISHED + "\n",
+        NOT_PUBLISHED + "\n",
     ),
     "knows an address where nobody listens": (
         in_json(container("127.0.0.1:1")),
         "unreachable",
-        "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
+        NOT_REACHABLE.format("127.0.0.1:1"),
     ),
     "knows a port of every address where nobody listens": (
         in_json(container("0.0.0.0:1")),
         "unreachable",
-        "container {0} is not reachable at 127.0.0.1:1: connection refused\n",
+        NOT_REACHABLE.format("127.0.0.1:1"),
     ),
     "knows an IPv6 address where nobody listens": (
         in_json(container(":::1")),
         "unreachable",
-        "container {0} is not reachable at [::1]:1: connection refused\n",
+        NOT_REACHABLE.format("[::1]:1"),
     ),
     "closes without an answer": (b"", "unreachable", NO_ENGINE),
     "resets the connection": (reset_after(b""), "unreachable", NO_ENGINE),
@@ -7881,7 +7955,7 @@ def test_an_engine_that(what: str, failing_engine: tuple[Running, list[Future[Ti
     answer, seconds = scrapes[number].result()
     least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
     assert least <= seconds <= most
-    message = f"module {module}: {begin.format(module)}"
+    message = f"module {module}: http://{module}:9100/metrics in a container: {begin}"
     assert (answer.status, answer.text[: len(message)]) == (expexp.REASONS[reason].status, message)
     assert answer.text.count("\n") == 1
     assert len(answer.text) < 300
@@ -7906,7 +7980,7 @@ def test_an_engine_that_does_not_let_expexp_ask(engine: Engine) -> None:
     with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
         with without_the_rights_of_root():
             answer = served.scrape("m")
-        message = f"module m: {NO_ENGINE}{engine.address}: permission denied\n"
+        message = f"{WEB}: {NO_ENGINE}{engine.address}: permission denied\n"
         assert (answer.status, answer.text) == (502, message)
         assert served.failures("m") == {"unreachable": 1}
     assert not engine.asked
@@ -7927,7 +8001,7 @@ def test_an_engine_that_is_gone(is_left: bool, why: str, folder_of_sockets: Path
         engine.path.unlink()
     with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
-        message = f"module m: {NO_ENGINE}{engine.address}: {why}\n"
+        message = f"{WEB}: {NO_ENGINE}{engine.address}: {why}\n"
         assert (answer.status, answer.text) == (502, message)
         assert served.failures("m") == {"unreachable": 1}
 
@@ -7976,7 +8050,7 @@ def test_podman_is_asked_where_docker_is_not_there(
 def test_podman_is_not_asked_instead_of_an_engine_that_is_configured(engines: Engines) -> None:
     other = Engine(engines.docker.with_name("other.sock"))
     with engine_at(engines.podman) as podman, running({"m": other.module("web")}) as served:
-        message = f"module m: {NO_ENGINE}{other.address}: no such file or directory\n"
+        message = f"{WEB}: {NO_ENGINE}{other.address}: no such file or directory\n"
         assert served.scrape("m").text == message
     assert not podman.asked
 
@@ -7985,7 +8059,7 @@ def test_podman_is_not_asked_where_docker_does_not_know_the_container(engines: E
     with engine_at(engines.docker) as docker, engine_at(engines.podman) as podman:
         docker.says["web"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
         with running({"m": docker.module("web")}) as served:
-            assert served.scrape("m").text == "module m: there is no container web\n"
+            assert served.scrape("m").text == f"{WEB}: there is no such container\n"
     assert not podman.asked
 
 
@@ -7994,7 +8068,7 @@ def test_podman_is_not_asked_where_docker_does_not_let_expexp_ask(engines: Engin
         engines.docker.chmod(0)
         engines.podman.chmod(0o777)
         with running({"m": docker.module("web")}) as served, without_the_rights_of_root():
-            message = f"module m: {NO_ENGINE}{docker.address}: permission denied\n"
+            message = f"{WEB}: {NO_ENGINE}{docker.address}: permission denied\n"
             assert served.scrape("m").text == message
     assert not docker.asked + podman.asked
 
@@ -8006,7 +8080,7 @@ def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Eng
         with without_the_rights_of_root():
             answer = served.scrape("m")
     words = f"{docker.address}: no such file or directory; {podman.address}: permission denied"
-    assert (answer.status, answer.text) == (502, f"module m: {NO_ENGINE}{words}\n")
+    assert (answer.status, answer.text) == (502, f"{WEB}: {NO_ENGINE}{words}\n")
 
 
 # --- exec
@@ -8089,12 +8163,14 @@ EXEC_COUNTERS = {
         ("/nowhere/script", "no such file or directory"),
         ("no-such-command", "no such file or directory"),
         ("/dev/null", "permission denied"),
+        ("/\n" + "x" * 250, "no such file or directory"),
     ],
 )
 def test_a_command_that_cannot_start_fails(name: str, message: str) -> None:
-    with running({"m": command(name)}) as served, taking(*QUICK_SOCKET):
+    with running({"m": command(name, "sentinel")}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
-        expected = f"module m: cannot start the command: {message}\n"
+        shown = expexp.excerpt(name, 200)
+        expected = f"module m: cannot start the command {shown}: {message}\n"
         assert (answer.status, answer.text) == (500, expected)
         assert served.failures("m") == {"command": 1}
         assert counters(served, "m") == {ERRORS, COMMAND_FAILS}
@@ -8663,7 +8739,7 @@ def test_the_deadline_cuts_the_verification_of_a_hostile_body() -> None:
         for name in ("x", "strict"):
             with taking(0.2, 1):
                 answer = served.scrape(name)
-            text = f"module {name}: timed out after 0.2 s\n"
+            text = f"module {name}: http://localhost:{port}/metrics: timed out after 0.2 s\n"
             assert (answer.status, answer.text) == (504, text)
             assert served.failures(name) == {"timeout": 1}
 
@@ -8736,7 +8812,8 @@ def test_a_certificate_on_a_unix_socket_is_verified_for(
         assert (served.scrape("good").status, served.scrape("good").body) == (200, EXPOSITION)
         answer = served.scrape("bad")
         assert answer.status == 502
-        assert answer.text.startswith("module bad: TLS: name: hostname mismatch, ")
+        where = f"module bad: https://localhost/metrics at {path}"
+        assert answer.text.startswith(f"{where}: TLS: name: hostname mismatch, ")
 
 
 def no_socket(path: Path, kind: str) -> contextlib.AbstractContextManager[object]:
@@ -8772,7 +8849,8 @@ def test_a_unix_socket_is_unreachable_that_is(kind: str, message: str, tmp_path:
         taking(*QUICK_SOCKET),
     ):
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (502, f"module m: {message}\n")
+        where = f"module m: http://localhost/metrics at {path}"
+        assert (answer.status, answer.text) == (502, f"{where}: {message}\n")
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -8790,7 +8868,8 @@ def test_a_unix_sockets_path_has_at_most_107_bytes(
             answer = served.scrape("m")
             assert answer.status == status, answer.text
             if status != 200:
-                assert answer.text == "module m: AF_UNIX path too long\n"
+                where = f"module m: http://localhost/metrics at {path}"
+                assert answer.text == f"{where}: AF_UNIX path too long\n"
                 assert served.failures("m") == {"unreachable": 1}
 
 
@@ -8806,7 +8885,8 @@ def test_a_unix_socket_that_expexp_may_not_use(tmp_path: Path) -> None:
         around = without_roots_rights()
         with program(tmp_path, {"m": socket_module(path)}, *around) as (_, port):
             answer = fetch(port, "/proxy?module=m")
-            assert (answer.status, answer.text) == (502, "module m: permission denied\n")
+            where = f"module m: http://localhost/metrics at {path}"
+            assert (answer.status, answer.text) == (502, f"{where}: permission denied\n")
             path.chmod(0o600)
             assert fetch(port, "/proxy?module=m").status == 200
         assert len(asked) == 1
@@ -8819,7 +8899,8 @@ def test_a_unix_socket_that_says_nothing_meets_the_deadline(tmp_path: Path) -> N
         module = socket_module(tmp_path / "x.sock") | {"timeout": "200ms"}
         with running({"m": module}) as served, taking(*AT_DEADLINE):
             answer = served.scrape("m")
-            assert (answer.status, answer.text) == (504, f"module m: {LATE}\n")
+            where = f"module m: http://localhost/metrics at {tmp_path}/x.sock"
+            assert (answer.status, answer.text) == (504, f"{where}: {LATE}\n")
             assert served.failures("m") == {"timeout": 1}
 
 
@@ -9082,6 +9163,29 @@ def test_a_failure_is_shared_by_all_who_wait_for_it(counted: Counted) -> None:
         assert answers == {(500, "module m: the command exited with status 3\n")}
         assert counted.count == 1
         assert served.failures("m") == {"command": 3}
+
+
+def test_who_waits_for_anothers_scrape_is_told_of_its_target_once() -> None:
+    go_on, asked = threading.Event(), threading.Event()
+
+    def answer(_connection: socket.socket, _head: bytes) -> None:
+        asked.set()
+        go_on.wait(5)
+
+    soon = {"X-Prometheus-Scrape-Timeout-Seconds": "0.7"}
+    with (
+        target(answer) as port,
+        running({"m": http_module(port) | {"cache": "1m"}}) as served,
+        ThreadPoolExecutor() as pool,
+    ):
+        leader = pool.submit(served.scrape, "m")
+        assert asked.wait(5)
+        follower = pool.submit(served.scrape, "m")
+        late = served.scrape("m", soon)
+        go_on.set()
+        where = f"module m: http://localhost:{port}/metrics"
+        assert late.text == f"{where}: {LATE}\n"
+        assert {leader.result().text, follower.result().text} == {f"{where}: {NO_ANSWER}\n"}
 
 
 def test_requests_with_other_arguments_do_not_wait(counted: Counted) -> None:
@@ -9564,7 +9668,7 @@ FAILING = {
         500,
         "command",
         {"expexp_command_fails_total", "expexp_command_starts_total"},
-        "cannot start the command: no such file or directory",
+        "cannot start the command /no/such: no such file or directory",
     ),
     "a command that prints nonsense": (
         exec_module("echo up"),
@@ -9610,7 +9714,7 @@ FAILING = {
         502,
         "unreachable",
         set(),
-        "connection refused",
+        "http://127.0.0.1:1/metrics: connection refused",
     ),
 }
 
@@ -10968,7 +11072,7 @@ def test_a_failure_that_is_streamed_to_its_end_is_no_recovery(
             assert client.scrape("m").status == 500
         assert client.failures("m") == {"status": 2}
     assert [message for message in caplog.messages if message.startswith("module m")] == [
-        "module m: status: the target answered with status 500"
+        f"module m: status: http://localhost:{port}/metrics: the target answered with status 500"
     ]
 
 
@@ -11006,7 +11110,8 @@ def test_a_stream_that_always_breaks_is_one_warning(log: list[str]) -> None:
             with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
                 server.scrape("m")
         wait_until(lambda: server.failures("m") == {"aborted": 3})
-    assert log == ["module m: aborted: the target closed after 4 bytes of its body"]
+    where = f"module m: aborted: http://localhost:{port}/metrics"
+    assert log == [f"{where}: the target closed after 4 bytes of its body"]
 
 
 def test_the_time_that_a_target_takes_is_not_the_clients(log: list[str]) -> None:
@@ -16765,6 +16870,11 @@ def contained(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield expexp
 
 
+def at_podman(container: str) -> str:
+    """How the failures of a module of a container begin."""
+    return f"http://{container}:9100/metrics in a container"
+
+
 def scrape_until(expexp: PeerRunning, module: str, status: int, words: str) -> None:
     """Scrape until this is the answer."""
     wanted = f"{words}\n"
@@ -16788,15 +16898,17 @@ def test_a_container_of_podman_is_scraped(way: str, contained: PeerRunning) -> N
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_a_container_that_podman_does_not_know(contained: PeerRunning) -> None:
-    scrape_until(contained, "never", 502, "module never: there is no container never")
+    scrape_until(
+        contained, "never", 502, f"module never: {at_podman('never')}: there is no such container"
+    )
 
 
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_a_container_of_podman_without_a_network(podman: Podman, contained: PeerRunning) -> None:
     podman.start("lonely", "--network=none")
-    words = "port 9100 is not published, and there is no address of its own"
-    scrape_until(contained, "lonely", 502, f"module lonely: container lonely: {words}")
+    words = f"{at_podman('lonely')}: {NOT_PUBLISHED}"
+    scrape_until(contained, "lonely", 502, f"module lonely: {words}")
 
 
 @pytest.mark.peer
@@ -16807,7 +16919,12 @@ def test_a_container_of_podman_is_stopped_and_started(
     podman.start("stopped", f"--publish=127.0.0.1:{free_port()}:9100")
     scrape_until(contained, "stopped", 200, "stopped 1")
     podman("stop", "--time=0", "stopped")
-    scrape_until(contained, "stopped", 502, "module stopped: container stopped is not running")
+    scrape_until(
+        contained,
+        "stopped",
+        502,
+        f"module stopped: {at_podman('stopped')}: the container is not running",
+    )
     podman("start", "stopped")
     scrape_until(contained, "stopped", 200, "stopped 1")
 
@@ -16821,7 +16938,9 @@ def test_a_container_of_podman_is_removed_and_made_anew_with_another_port(
     podman.start("moved", f"--publish=127.0.0.1:{first}:9100")
     scrape_until(contained, "moved", 200, "moved 1")
     podman("rm", "--force", "--time=0", "moved")
-    scrape_until(contained, "moved", 502, "module moved: there is no container moved")
+    scrape_until(
+        contained, "moved", 502, f"module moved: {at_podman('moved')}: there is no such container"
+    )
     podman.start("moved", f"--publish=127.0.0.1:{second}:9100")
     scrape_until(contained, "moved", 200, "moved 1")
 
@@ -16858,7 +16977,7 @@ def test_podman_is_needed_only_to_find_a_container(podman: Podman, contained: Pe
         contained,
         "deserted",
         502,
-        f"module deserted: cannot ask the container engine: {place}: {why}",
+        f"module deserted: {at_podman('deserted')}: {NO_ENGINE}{place}: {why}",
     )
 
 
