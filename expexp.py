@@ -2461,8 +2461,8 @@ class Watched:
         self.value: Any = None
         self._replace(again)
 
-    def _replace(self, again: bool = True) -> None:
-        """Have a new value; or the problems with it, of which all are noted."""
+    def _replace(self, again: bool = True, refused: bool = False) -> None:
+        """Have a new value; or the problems with it, of which all are noted, if not others'."""
         reader, value = FileReader(self._reader, self.value, again), None
         try:
             value = self._load(reader)
@@ -2470,22 +2470,32 @@ class Watched:
             LOGGER.exception("unexpected error in loading")
             reader.problem("", "unexpected error: see the log")
         self.seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
-        self.working, self._again = not self.problems, time.monotonic() + Limits.retry_seconds
+        self.working = not (self.problems or refused)
+        self._again = time.monotonic() + Limits.retry_seconds
         if self.working:
             self.value, self.loaded = value, time.time()
             for warning in reader.warnings:
                 LOGGER.warning("%s", warning)
 
-    def reload(self) -> Sequence[Problem]:
-        """Read the files again; log, and return, the problems that there are instead of a value."""
+    def reload(self, needed: Watched | None = None) -> Sequence[Problem]:
+        """Read the files again; log, and return, the problems that there are instead of a value.
+
+        Problems with what is `needed` beside it are some with it as well, until it changes.
+        """
         with self._lock:
-            self._replace()
-            problems = self.problems
+            self._replace(refused=bool(needed and needed.problems))
+            problems, working = self.problems, self.working
+            if needed and needed.problems:
+                self.seen = {**self.seen, **needed.seen}
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
-        if self.seen and not problems:
+        if self.seen and working:
             LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
         return problems
+
+    def is_late(self) -> bool:
+        """Whether what failed is to be tried again: it may have failed for lack of descriptors."""
+        return not self.working and time.monotonic() >= self._again
 
     def look(self) -> dict[str, Any]:
         """What the files are like now; when they were read last they were as in `seen`."""
@@ -2496,9 +2506,7 @@ class Watched:
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._seconds
-                # What failed may have done so for a moment: without a descriptor, for example.
-                late = not self.working and time.monotonic() >= self._again
-                if late or self.look() != self.seen:
+                if self.is_late() or self.look() != self.seen:
                     self.reload()
             finally:
                 self._lock.release()
@@ -2571,6 +2579,8 @@ class ConfigLoader:
             seconds, again = self._limits.rotation_seconds, self._reader.again
             credentials = Watched(load, reader, seconds, again)
             self._problems += credentials.problems
+            # Otherwise they are read again when they change without the configuration.
+            self._reader.seen.update(credentials.seen if credentials.problems else {})
             target = dataclasses.replace(target, credentials=credentials)
         elif isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
@@ -2590,15 +2600,6 @@ def notify(state: str) -> None:
         channel.settimeout(1)
         if address:
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
-
-
-def reload_all(*parts: Watched) -> list[Problem]:
-    """What is wrong with those that stay as they are; all others have been read again."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    try:
-        return [problem for part in parts for problem in part.reload()]
-    finally:
-        notify("READY=1")
 
 
 # --- certificates and secrets
@@ -2992,7 +2993,8 @@ class Answer(NamedTuple):
 
     module: Module  # a reload may have changed it since
     made: float  # when; infinite as long as it is not
-    outcome: concurrent.futures.Future[Scrape | ScrapeError]
+    size: int  # of the body, in bytes
+    outcome: concurrent.futures.Future[Scrape]
 
 
 class Cache:
@@ -3005,58 +3007,86 @@ class Cache:
 
     def answer(self, job: Job, key: Any) -> Scrape:
         """An answer that is fresh enough, or a new one; raises ScrapeError."""
-        while True:
-            with self._lock:
-                known = self._answers.get(key)
-                age = time.monotonic() - known.made if known else math.inf
-                if not known or known.module != job.module or age >= job.module.cache:
-                    own = Answer(job.module, math.inf, concurrent.futures.Future())
-                    self._answers[key] = own
-                    break
-            outcome = wait_for(known.outcome, job.deadline)
-            if isinstance(outcome, Scrape):
-                count = len(cast(bytes, outcome.body))  # it may be evicted while it is sent
-                hold(job, count)
-                job.cleanup.callback(hold, job, -count)
-                aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
-                return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
-            if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
-                raise ScrapeError(outcome.reason.name, outcome.message)
-        return self._make(own, job, key)
+        with self._lock:
+            known, now = self._answers.get(key), time.monotonic()
+            if not known or known.module != job.module or now - known.made >= job.module.cache:
+                known = self._answers[key] = self._begin(job, key)
+        scrape: Scrape = wait_for(known.outcome, job.deadline)
+        count = len(cast(bytes, scrape.body))  # it may be evicted while it is sent
+        hold(job, count)
+        job.cleanup.callback(hold, job, -count)
+        if now < known.made:
+            return scrape
+        aged = with_header(scrape.headers, "Age", str(int(now - known.made)))
+        return dataclasses.replace(scrape, headers=aged)
 
-    def _make(self, own: Answer, job: Job, key: Any) -> Scrape:
-        """What the target says now, for all who wait for it."""
-        outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
-        try:
-            outcome = scrape_target(job)
-        except ScrapeError as error:
-            outcome = error
-            raise
-        finally:
-            with self._lock:
-                own.outcome.set_result(outcome)
-                if self._answers.get(key) is own:  # and not a later module's
-                    del self._answers[key]
-                    self._keep(key, own._replace(made=time.monotonic()), outcome)
-        return outcome
+    def _begin(self, job: Job, key: Any) -> Answer:
+        """An answer that is being made, in a thread of its own; raises ScrapeError("busy")."""
+        take, most = job.tools.budget.take, self._limits.connections
+        take("answers", 1, most, f"as many answers are being made as may at once: {most}")
+        outcome = aside(lambda: take("answers", -1), self._make, job, key)
+        return Answer(job.module, math.inf, 0, outcome)
 
-    def _keep(self, key: Any, answer: Answer, outcome: Any) -> None:
+    def _make(self, job: Job, key: Any) -> Scrape:
+        """What the target says now; raises ScrapeError.
+
+        That takes as long as the module allows, even when all who wait have given up: a script that
+        is too slow for one scrape answers the next.
+        """
+        own, scrape = scrape_timeout(job.module.timeout, "", 0, self._limits), None
+        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(lambda: self._keep(key, job.module, scrape))
+            scrape = scrape_target(dataclasses.replace(job, deadline=deadline, cleanup=cleanup))
+        return scrape
+
+    def _keep(self, key: Any, module: Module, scrape: Scrape | None) -> None:
         """Keep an answer if it is good, and of all no more than may be kept, the newest."""
         left = self._limits.cache_bytes
-        is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
-        if is_good and len(outcome.body) <= left:  # or else all others would go for nothing
-            self._answers[key] = answer
-        made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
-        for number, (old, each) in enumerate(reversed(made)):
-            left -= len(cast(Any, each.outcome.result()).body)
-            if left < 0 or number >= self._limits.cache_entries:
-                del self._answers[old]
+        with self._lock:
+            own = self._answers.get(key)
+            if own and own.module is module:  # and not a later module's
+                del self._answers[key]
+                size = len(cast(bytes, scrape.body)) if scrape else 0
+                is_good = scrape and scrape.status == http.HTTPStatus.OK
+                if is_good and size <= left:  # or else all others would go for nothing
+                    self._answers[key] = own._replace(made=time.monotonic(), size=size)
+            made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
+            for number, (old, each) in enumerate(reversed(made)):
+                left -= each.size
+                if left < 0 or number >= self._limits.cache_entries:
+                    del self._answers[old]
 
 
 def hold(job: Job, count: int) -> None:
     """Count so many more bytes as held in memory, or less; raises ScrapeError("busy")."""
     words = "too many bodies in memory, try again later"
     job.tools.budget.take("bytes", count, job.tools.limits.held_bytes, words)
+
+
+def aside(done: Callable[[], None], work: Callable[..., Any], *given: Any) -> Any:
+    """A future for a function in a daemon thread, which can be left behind; ScrapeError("busy").
+
+    When it is done, or if there can be no such thread, `done` is called.
+    """
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.add_done_callback(lambda _: done())
+    try:
+        threading.Thread(target=fulfil, args=(future, work, *given), daemon=True).start()
+    except RuntimeError:
+        future.cancel()
+        raise ScrapeError("busy", "no thread can be started, try again later") from None
+    return future
+
+
+def fulfil(future: concurrent.futures.Future[Any], work: Callable[..., Any], *given: Any) -> None:
+    """Call a function; what it raises is raised where its result is waited for."""
+    try:
+        future.set_result(work(*given))
+    except (ExpexpError, OSError, UnicodeError, MemoryError) as error:
+        future.set_exception(error)
+    finally:
+        future.cancel()  # it is done, but for a fault of ours, of which the thread leaves a trace
 
 
 def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
@@ -3084,22 +3114,7 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     with contextlib.suppress(socket.gaierror):
         return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
     acquire(slots, deadline)
-    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    answer.add_done_callback(lambda _: slots.release())
-    try:
-        threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-    except RuntimeError:
-        answer.cancel()
-        raise ScrapeError("busy", "no thread can be started to look up a name") from None
-    return wait_for(answer, deadline)
-
-
-def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
-    """Resolve a name in a thread of its own."""
-    try:
-        answer.set_result(look_up(host))
-    except (OSError, UnicodeError, MemoryError) as error:
-        answer.set_exception(error)
+    return wait_for(aside(slots.release, look_up, host), deadline)
 
 
 class Commands:
@@ -3965,11 +3980,16 @@ class Application:
         self.metrics.forget_modules(self.config.modules)
 
     def reload(self) -> Sequence[Problem]:
-        """Read configuration and credentials again; what is wrong with those that are not used."""
+        """Read all files again; what is wrong with those that are not used.
+
+        Credentials are used if they are good: they must not expire because of a module.
+        """
         with self._reloading:
-            problems = reload_all(self._watched, self.credentials)
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
             self._tools.containers.clear()  # it may be that one has moved
             self.take_config()
+            notify("READY=1")
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -4735,7 +4755,8 @@ class Program:
                 signals.recv(PIECE_BYTES)  # of many at once one reload is enough
                 return signal.SIGTERM if self._ending.is_set() else signal.SIGHUP
             former, found = found, self.config.look()
-            if found == former != self.config.seen:  # not while it is being written
+            news = found != self.config.seen or self.config.is_late()
+            if news and found == former:  # not while it is being written
                 return signal.SIGHUP
 
     def stop(self) -> None:
