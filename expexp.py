@@ -3007,11 +3007,15 @@ class Cache:
 
     def answer(self, job: Job, key: Any) -> Scrape:
         """An answer that is fresh enough, or a new one; raises ScrapeError."""
-        with self._lock:
-            known, now = self._answers.get(key), time.monotonic()
-            if not known or known.module != job.module or now - known.made >= job.module.cache:
-                known = self._answers[key] = self._begin(job, key)
-        scrape: Scrape = wait_for(known.outcome, job.deadline)
+        while True:
+            now, known = time.monotonic(), self._find(job, key)
+            try:
+                scrape: Scrape = wait_for(known.outcome, job.deadline)
+                break
+            except ScrapeError as error:
+                if error.reason.name != "timeout":
+                    raise
+                job.deadline.check()  # or else it was that of a run which began before us
         count = len(cast(bytes, scrape.body))  # it may be evicted while it is sent
         hold(job, count)
         job.cleanup.callback(hold, job, -count)
@@ -3020,12 +3024,16 @@ class Cache:
         aged = with_header(scrape.headers, "Age", str(int(now - known.made)))
         return dataclasses.replace(scrape, headers=aged)
 
-    def _begin(self, job: Job, key: Any) -> Answer:
-        """An answer that is being made, in a thread of its own; raises ScrapeError("busy")."""
-        take, most = job.tools.budget.take, self._limits.connections
-        take("answers", 1, most, f"as many answers are being made as may at once: {most}")
-        outcome = aside(lambda: take("answers", -1), self._make, job, key)
-        return Answer(job.module, math.inf, 0, outcome)
+    def _find(self, job: Job, key: Any) -> Answer:
+        """One that is fresh enough or being made, in a thread; raises ScrapeError("busy")."""
+        take, most, now = job.tools.budget.take, self._limits.connections, time.monotonic()
+        with self._lock:
+            known = self._answers.get(key)
+            if not known or known.module != job.module or now - known.made >= job.module.cache:
+                take("answers", 1, most, f"as many answers are being made as may at once: {most}")
+                outcome = aside(lambda: take("answers", -1), self._make, job, key)
+                known = self._answers[key] = Answer(job.module, math.inf, 0, outcome)
+            return known
 
     def _make(self, job: Job, key: Any) -> Scrape:
         """What the target says now; raises ScrapeError.

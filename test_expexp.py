@@ -9166,24 +9166,37 @@ def test_a_script_slower_than_a_scrape_may_be_answers_the_next_one(counted: Coun
 
 
 @pytest.mark.parametrize(
-    ("timeout", "asked", "status"),
+    ("timeout", "asked", "seconds"),
     [
-        ("300ms", "5", 504),  # no longer than the module allows
-        ("0", "5", 200),  # as long as who asked first
-        ("0", "0.1", 504),  # as long as a scrape where nobody says anything, which is 0.3 s here
+        ("7s", "1", 7),  # what the module allows, whoever asks
+        ("7s", "20", 7),
+        ("0", "1", 10),  # what a scrape may take where nobody says anything
+        ("0", "20", 19.5),  # or who asks first, if that is more
     ],
 )
-def test_a_run_of_a_second_takes_no_longer_than_it_may(
-    timeout: str, asked: str, status: int, counted: Counted
+def test_a_run_may_take(
+    timeout: str, asked: str, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module, limits = counted.module("sleep 1; echo a 1", timeout=timeout), FAST
-    limits = dataclasses.replace(FAST, scrape_seconds=0.3)
-    with running({"m": module}, limits=limits) as served, ThreadPoolExecutor() as pool:
-        first = pool.submit(served.scrape, "m", {expexp.SCRAPE_TIMEOUT_HEADER: asked})
-        wait_until(lambda: counted.count == 1)
-        second = pool.submit(served.scrape, "m", {expexp.SCRAPE_TIMEOUT_HEADER: "5"})
-        assert (first.result().status, second.result().status) == (status, status)
-        assert counted.count == 1
+    given, scrape = list[float](), expexp.scrape_target
+
+    def noting(job: expexp.Job) -> expexp.Scrape:
+        given.append(job.deadline.remaining())
+        return scrape(job)
+
+    monkeypatch.setattr(expexp, "scrape_target", noting)
+    with running({"m": exec_module("echo a 1") | {"cache": "1m", "timeout": timeout}}) as served:
+        served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: asked})
+    assert given == [pytest.approx(seconds, abs=0.2)]
+
+
+def test_who_comes_just_before_a_run_meets_its_end_has_one_of_its_own(counted: Counted) -> None:
+    script = f"[ $(wc -l <{counted.runs}) = 1 ] && exec sleep 5; echo a 1"
+    module, own = counted.module(script), dataclasses.replace(FAST, scrape_seconds=1)
+    with running({"m": module}, limits=own) as served:
+        assert served.scrape("m", SOON).status == 504
+        assert served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "5"}).status == 200
+        assert counted.count == 2
+        assert served.failures("m") == {"timeout": 1}
 
 
 def test_no_more_answers_are_made_at_once_than_there_may_be_connections() -> None:
