@@ -3279,14 +3279,15 @@ def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = deadline.remaining() / (len(addresses) - position)
-        connection = socket.socket(family, kind, protocol)
-        try:
+        failed = contextlib.ExitStack()
+        try:  # a host without IPv6 has no such sockets
+            connection = failed.enter_context(socket.socket(family, kind, protocol))
             connection.settimeout(share)
             connection.connect(address)
             if family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            connection.close()
+            failed.close()
             errors.append(error)
         else:
             return connection

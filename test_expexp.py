@@ -6555,6 +6555,25 @@ def test_a_target_that_is_not_there_is_unreachable() -> None:
         assert served.failures("m") == {"unreachable": 1}
 
 
+def test_a_host_without_ipv6_says_what_is_wrong_with_the_address_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = socket.socket
+
+    def make(family: int = -1, *rest: Any, **named: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return usual(family, *rest, **named)
+
+    port = closed_port()
+    with running({"m": http_module(port)}) as served:
+        monkeypatch.setattr(socket, "socket", make)
+        answer = served.scrape("m")
+        monkeypatch.undo()
+    message = f"module m: http://localhost:{port}/metrics: connection refused\n"
+    assert (answer.status, answer.text) == (502, message)
+
+
 def test_the_place_of_a_failure_is_shown_without_what_may_be_secret_and_in_one_line(
     log: list[str],
 ) -> None:
