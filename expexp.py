@@ -1602,10 +1602,10 @@ class SelfMetrics:
             total, events = self._families[name].get(labels, (0, 0))
             self._families[name][labels] = total + seconds, events + count
 
-    def forget_modules(self, known: Iterable[str]) -> None:
-        """Drop the series of all modules but these."""
-        kept = {UNKNOWN_MODULE, *known}
-        with self._lock:
+    def forget_modules(self, known: Callable[[], Iterable[str]]) -> None:
+        """Drop the series of all modules but those that are known."""
+        with self._lock:  # asked for within it, so that none gets its first series meanwhile
+            kept = {UNKNOWN_MODULE, *known()}
             for name in (*MODULE_COUNTERS, "expexp_proxy_failures_total"):
                 family = self._families[name].items()
                 self._families[name] = {labels: n for labels, n in family if labels[0] in kept}
@@ -3963,7 +3963,6 @@ class Application:
         self.config: Config = self._watched.value
         for module in self.config.modules.values():
             self.metrics.create_module(module.name, module.method)
-        self.metrics.forget_modules(self.config.modules)
 
     def reload(self) -> Sequence[Problem]:
         """Read configuration and credentials again; what is wrong with those that are not used."""
@@ -4085,6 +4084,8 @@ class Application:
         self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
         if tls:
             self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        # Not at a reload: requests for modules that are gone may have ended since.
+        self.metrics.forget_modules(lambda: self.config.modules)
         body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)

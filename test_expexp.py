@@ -11483,6 +11483,37 @@ def test_series_of_modules_go_and_come_with_them(tmp_path: Path) -> None:
         assert set(series_of(served, "goes").values()) == {0}
 
 
+def test_series_of_a_module_that_goes_while_it_is_scraped_do_not_come_back(
+    tmp_path: Path, counted: Counted
+) -> None:
+    goes = counted.waiting("exit 1", cache="0")
+    with reloadable(tmp_path, {"goes": goes}) as (served, reload), ThreadPoolExecutor() as pool:
+        scrape = pool.submit(served.scrape, "goes")
+        wait_until(lambda: counted.count == 1)
+        reload({"comes": goes})
+        assert series_of(served, "goes") == {}
+        counted.release()
+        assert scrape.result().status == 500
+        wait_until(lambda: being_answered(served, 0))
+        assert series_of(served, "goes") == {}
+        assert set(series_of(served, "comes").values()) == {0}
+
+
+def test_series_that_a_reload_makes_while_ours_are_read_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget = expexp.SelfMetrics.forget_modules
+    with reloadable(tmp_path, {"a": echoing("a")}) as (served, reload):
+
+        def forget_late(metrics: expexp.SelfMetrics, known: Any) -> None:
+            monkeypatch.undo()
+            reload({"b": echoing("b")})
+            forget(metrics, known)
+
+        monkeypatch.setattr(expexp.SelfMetrics, "forget_modules", forget_late)
+        assert set(series_of(served, "b").values()) == {0}
+
+
 def test_a_module_that_changes_its_method_has_the_reasons_of_the_new_one(tmp_path: Path) -> None:
     with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
         reload({"m": file_module("/dev/null")})
