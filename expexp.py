@@ -3176,10 +3176,10 @@ class Tools:
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
-        #: One lock a FIFO, by device and inode: of two readers each would get a part. And what is
-        #: left of those of which a scrape that failed has read a part.
-        self.fifo_locks: dict[tuple[int, int], threading.Lock] = {}
-        self.torn_fifos: dict[tuple[int, int], int] = {}
+        #: One lock a FIFO, by its path without links: of two readers each would get a part. And
+        #: the descriptors of those of which a scrape that failed has read a part.
+        self.fifo_locks: dict[str, threading.Lock] = {}
+        self.torn_fifos: dict[str, int] = {}
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3634,8 +3634,8 @@ def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
     path, shown = job.module.target.path, excerpt(job.module.target.path)
     try:
-        before = os.stat(path)  # before it is opened: that may do things to a device
-        kind, key = stat.S_IFMT(before.st_mode), (before.st_dev, before.st_ino)
+        key = os.path.realpath(path)  # not the inode: each new FIFO would leave one behind
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
         if kind not in (stat.S_IFREG, stat.S_IFIFO):
             raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
@@ -3657,9 +3657,7 @@ def scrape_file(job: Job) -> Scrape:
         raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
 
 
-def torn_pieces(
-    job: Job, key: tuple[int, int], file: io.FileIO, pieces: Iterator[bytes]
-) -> Iterator[bytes]:
+def torn_pieces(job: Job, key: str, file: io.FileIO, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """The pieces of a FIFO; from the first to the last one it counts as torn, and stays open."""
     torn = job.tools.torn_fifos
     for piece in pieces:
@@ -3670,12 +3668,14 @@ def torn_pieces(
         os.close(torn.pop(key))
 
 
-def finish_torn(job: Job, key: tuple[int, int]) -> None:
+def finish_torn(job: Job, key: str) -> None:
     """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
     torn = job.tools.torn_fifos
     if key in torn:
         with io.FileIO(torn[key], closefd=False) as rest:
-            for _ in file_pieces(job, rest):
+            # If another one is there by now, nothing of this one can be taken for its answer.
+            is_there = os.path.samestat(os.fstat(torn[key]), os.stat(job.module.target.path))
+            for _ in file_pieces(job, rest) if is_there else ():
                 pass
         os.close(torn.pop(key))
 

@@ -9065,10 +9065,12 @@ def test_answers_over_http_are_kept_by_what_changes_them(
     assert len(heads) == 1 + asked_again
 
 
-def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("same", ["/fifo", "link"], ids=["another spelling", "a link"])
+def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path, same: str) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
-    modules = {"m": file_module(path), "same": file_module(f"{tmp_path}//fifo")}
+    (tmp_path / "link").symlink_to(path)
+    modules = {"m": file_module(path), "same": file_module(f"{tmp_path}/{same}")}
     with running(modules) as served, ThreadPoolExecutor(1) as pool:
         first = pool.submit(served.scrape, "m", {expexp.SCRAPE_TIMEOUT_HEADER: "0.6"})
         with path.open("wb", buffering=0) as writer:
@@ -9081,6 +9083,57 @@ def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path) -> 
         path.write_bytes(b"c_whole 3\n")
         assert third.result().text == "c_whole 3\n"
     assert not served.program.application._tools.torn_fifos
+
+
+def has_at_most(descriptors: int) -> bool:
+    """Whether this process has no more of them."""
+    return open_things()[0] <= descriptors
+
+
+def replace_fifo(path: Path) -> None:
+    """Put a new FIFO in the place of what is there."""
+    os.mkfifo(f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+def test_what_is_left_in_a_fifo_that_was_replaced_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    soon = {expexp.SCRAPE_TIMEOUT_HEADER: "0.6"}
+    with (
+        running({"m": file_module(path)}) as served,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.ExitStack() as writers,
+    ):
+        assert served.scrape("m").status == 500
+        before = open_things()[0]
+        for writing in range(1, 6):
+            replace_fifo(path)
+            half = pool.submit(served.scrape, "m", soon)
+            writers.enter_context(path.open("wb", buffering=0)).write(b"a_half 1\n")
+            assert half.result().status == 504
+            most = before + writing + 1  # our own writers, and what is left in the last FIFO
+            wait_until(functools.partial(has_at_most, most))
+        replace_fifo(path)
+        whole = pool.submit(served.scrape, "m")
+        path.write_bytes(b"b_whole 2\n")
+        assert whole.result().text == "b_whole 2\n"
+        wait_until(lambda: has_at_most(before + writing))
+        assert len(served.program.application._tools.fifo_locks) == 1
+
+
+def test_who_waits_for_a_fifo_reads_the_one_that_has_replaced_it(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with running({"m": file_module(path)}) as served, ThreadPoolExecutor(2) as pool:
+        half = pool.submit(served.scrape, "m", {expexp.SCRAPE_TIMEOUT_HEADER: "1"})
+        with path.open("wb", buffering=0) as writer:
+            writer.write(b"a_half 1\n")
+            whole = pool.submit(served.scrape, "m")
+            wait_until(lambda: being_answered(served, 2))
+            replace_fifo(path)
+            assert half.result().status == 504
+            path.write_bytes(b"b_whole 2\n")
+            assert whole.result().text == "b_whole 2\n"
 
 
 def test_what_is_kept_counts_as_held_in_memory_while_it_is_sent(tmp_path: Path) -> None:
