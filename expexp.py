@@ -3843,10 +3843,10 @@ class FailureLog:
     def __init__(self, reminder_seconds: float, clock: Callable[[], float]) -> None:
         """Begin with all modules well."""
         self._reminder_seconds, self._clock = reminder_seconds, clock
-        self._last: dict[str, tuple[str, float]] = {}
+        self._last: dict[Any, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def is_news(self, module: str, reason: str) -> bool:
+    def is_news(self, module: Any, reason: str) -> bool:
         """Whether this outcome ("" is success) differs from the last one, or is a reminder."""
         now = self._clock()
         with self._lock:
@@ -4067,9 +4067,12 @@ class Application:
         if module and method == "http" and error.reason.status in (0, 502, 504):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
         text = ": ".join(filter(None, (place, error.reason.name, words, error.detail)))
-        # What a client does wrong is no failure of the module, and must not fill the log.
+        # What a client does wrong is no failure of the module, and must not fill the log. Nor is
+        # one that is busy ill: that has reminders of its own, and no recovery.
         clients_fault = error.reason.status in range(400, 500)
-        news = not clients_fault and self._failures.is_news(name, error.reason.name)
+        reason = error.reason.name
+        state = (name, reason) if reason == "busy" else name
+        news = not clients_fault and self._failures.is_news(state, reason)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
         return words
 

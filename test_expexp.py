@@ -9351,6 +9351,52 @@ def holding_target() -> Iterator[tuple[int, list[bytes], threading.Event]]:
             go_on.set()
 
 
+@pytest.mark.parametrize(
+    ("reminder", "warnings"), [(300, 1), (0, 3)], ids=["is one warning", "is one in a while"]
+)
+def test_a_module_that_is_busy_again_and_again(
+    reminder: float, warnings: int, counted: Counted, log: list[str]
+) -> None:
+    limits = dataclasses.replace(FAST, failure_reminder_seconds=reminder)
+    module = counted.waiting(cache="0", max_concurrent=1)
+    with running({"m": module}, limits=limits) as served:
+        for _ in range(3):
+            meet_a_busy_one(served, counted, 200)
+        assert served.failures("m") == {"busy": 3}
+    busy = "module m: busy: as many scrapes of it run as may at once: 1"
+    assert log == [busy] * warnings
+
+
+def test_a_failing_module_that_is_busy_in_between_is_no_news(
+    counted: Counted, log: list[str]
+) -> None:
+    ends = counted.runs.with_name("ends")
+    module = counted.waiting(f"exit $(cat {ends})", cache="0", max_concurrent=1)
+    with running({"m": module}) as served:
+        for code, status in ((3, 500), (3, 500), (0, 200), (0, 200)):
+            ends.write_text(str(code))
+            meet_a_busy_one(served, counted, status)
+        assert served.failures("m") == {"busy": 4, "command": 2}
+    assert log == [
+        "module m: busy: as many scrapes of it run as may at once: 1",
+        "module m: command: the command exited with status 3",
+        "module m: recovered",
+    ]
+
+
+def meet_a_busy_one(served: Running, counted: Counted, status: int) -> None:
+    """Two scrapes of module `m` at once, of which one finds it busy."""
+    before = counted.count
+    counted.go.unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.scrape, "m")
+        wait_until(lambda: counted.count > before)
+        assert served.scrape("m").status == 503
+        counted.release()
+        assert first.result().status == status
+        wait_until(lambda: being_answered(served, 0))
+
+
 def test_http_has_no_bound_but_its_own() -> None:
     with holding_target() as (port, heads, go_on):
         modules = {"free": http_module(port), "one": http_module(port) | {"max_concurrent": 1}}
