@@ -3123,8 +3123,7 @@ class Commands:
         except (OSError, ValueError) as error:
             no_text = isinstance(error, UnicodeError)
             words = "it cannot be written in this locale" if no_text else words_of(error)
-            shown = excerpt(job.module.target.shown, 200)
-            raise ScrapeError("command", f"cannot start the command {shown}: {words}") from None
+            raise ScrapeError("command", f"cannot start the command: {words}") from None
         self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
@@ -3632,12 +3631,12 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path, shown = job.module.target.path, excerpt(job.module.target.path)
+    path = job.module.target.path
     try:
         key = os.path.realpath(path)  # not the inode: each new FIFO would leave one behind
         kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
         if kind not in (stat.S_IFREG, stat.S_IFIFO):
-            raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
+            raise ScrapeError("file", "neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
             if kind == stat.S_IFIFO:
                 lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
@@ -3647,14 +3646,14 @@ def scrape_file(job: Job) -> Scrape:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
             if stat.S_IFMT(found.st_mode) != kind:
-                raise ScrapeError("file", f"{shown} was replaced while it was opened")
+                raise ScrapeError("file", "replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
             modified = found.st_mtime if kind == stat.S_IFREG else None
             pieces = file_pieces(job, file)
             pieces = pieces if modified is not None else torn_pieces(job, key, file, pieces)
             return text_scrape(join_pieces(job, pieces), modified)
     except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
+        raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
 
 
 def torn_pieces(job: Job, key: str, file: io.FileIO, pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -4062,15 +4061,15 @@ class Application:
         """Count a failure, and log it if it is news. Returns what went wrong, and where."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
         self.metrics.fail(name, method, error.reason)
-        place, words = f"module {name}" if module else "no module", error.message
+        reason, words = error.reason.name, error.message
         # Not where it is about the request, about what the body says or about ourselves.
-        if module and method == "http" and error.reason.status in (0, 502, 504):
+        if module and reason not in ("bad_arguments", "malformed", "busy"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
-        text = ": ".join(filter(None, (place, error.reason.name, words, error.detail)))
+        place = f"module {name}" if module else "no module"
+        text = ": ".join(filter(None, (place, reason, words, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log. Nor is
         # one that is busy ill: that has reminders of its own, and no recovery.
         clients_fault = error.reason.status in range(400, 500)
-        reason = error.reason.name
         state = (name, reason) if reason == "busy" else name
         news = not clients_fault and self._failures.is_news(state, reason)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)

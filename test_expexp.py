@@ -8120,17 +8120,19 @@ def command(name: str, *arguments: str, **settings: object) -> dict[str, object]
 
 #: What a command does, and the status, reason and words that follow.
 EXEC_FAILURES = {
-    "exits with 3": ("echo a 1; exit 3", 500, "command", "the command exited with status 3"),
-    "is killed": ("echo a 1; kill -KILL $$", 500, "command", "the command was killed by SIGKILL"),
-    "is killed by a nameless signal": (
-        "kill -40 $$", 500, "command", "the command was killed by signal 40",
+    "exits with 3": ("echo a 1; exit 3", 500, "command", "sh: the command exited with status 3"),
+    "is killed": (
+        "echo a 1; kill -KILL $$", 500, "command", "sh: the command was killed by SIGKILL",
     ),
-    "hangs": ("exec sleep 30", 504, "timeout", LATE),
-    "ignores TERM": ("trap '' TERM; echo a 1; exec sleep 30", 504, "timeout", LATE),
-    "closes its output and hangs": ("exec sleep 30 >&- 2>&-", 504, "timeout", LATE),
-    "drips": ("while echo a 1; do sleep .02; done", 504, "timeout", LATE),
-    "floods stdout": ("exec yes 'a 1'", 502, "too_large", TOO_MUCH),
-    "floods stderr": ("exec yes >&2", 504, "timeout", LATE),
+    "is killed by a nameless signal": (
+        "kill -40 $$", 500, "command", "sh: the command was killed by signal 40",
+    ),
+    "hangs": ("exec sleep 30", 504, "timeout", f"sh: {LATE}"),
+    "ignores TERM": ("trap '' TERM; echo a 1; exec sleep 30", 504, "timeout", f"sh: {LATE}"),
+    "closes its output and hangs": ("exec sleep 30 >&- 2>&-", 504, "timeout", f"sh: {LATE}"),
+    "drips": ("while echo a 1; do sleep .02; done", 504, "timeout", f"sh: {LATE}"),
+    "floods stdout": ("exec yes 'a 1'", 502, "too_large", f"sh: {TOO_MUCH}"),
+    "floods stderr": ("exec yes >&2", 504, "timeout", f"sh: {LATE}"),
     "prints no exposition": (
         "echo a 1; echo b x", 500, "malformed", 'line 2, column 3: expected a value, found "x"',
     ),
@@ -8189,7 +8191,7 @@ def test_a_command_that_cannot_start_fails(name: str, message: str) -> None:
     with running({"m": command(name, "sentinel")}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
         shown = expexp.excerpt(name, 200)
-        expected = f"module m: cannot start the command {shown}: {message}\n"
+        expected = f"module m: {shown}: cannot start the command: {message}\n"
         assert (answer.status, answer.text) == (500, expected)
         assert served.failures("m") == {"command": 1}
         assert counters(served, "m") == {ERRORS, COMMAND_FAILS}
@@ -8252,8 +8254,8 @@ def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(module: str, command
 
 def test_the_last_words_of_a_command_are_logged(commands: Running, log: list[str]) -> None:
     answer = commands.scrape("last%20words")
-    assert answer.text == "module last words: the command exited with status 1\n"
-    begin = "module last words: command: the command exited with status 1: "
+    assert answer.text == "module last words: sh: the command exited with status 1\n"
+    begin = "module last words: command: sh: the command exited with status 1: "
     assert log[0].startswith(begin)
     assert log[0].endswith("oops\\noops\\nthe end")
     said = log[0][len(begin) :].replace("\\n", "\n")
@@ -8375,12 +8377,12 @@ def files(folder: Path) -> Iterator[Running]:
 @pytest.mark.parametrize(
     ("module", "status", "reason", "message"),
     [
-        ("missing", 500, "file", "cannot read {}/missing: no such file or directory"),
-        (".", 500, "file", "{} is neither a regular file nor a FIFO"),
-        ("device", 500, "file", "/dev/null is neither a regular file nor a FIFO"),
+        ("missing", 500, "file", "{}/missing: cannot be read: no such file or directory"),
+        (".", 500, "file", "{}: neither a regular file nor a FIFO"),
+        ("device", 500, "file", "/dev/null: neither a regular file nor a FIFO"),
         ("broken", 500, "malformed", 'line 2, column 3: expected a value, found "x"'),
-        ("large", 502, "too_large", "more than 300000 bytes"),
-        ("write-only", 500, "file", f"cannot read {WRITE_ONLY}: permission denied"),
+        ("large", 502, "too_large", "{}/large: more than 300000 bytes"),
+        ("write-only", 500, "file", f"{WRITE_ONLY}: cannot be read: permission denied"),
     ],
 )  # fmt: skip
 def test_a_file_that_is(
@@ -8478,12 +8480,12 @@ def test_two_readers_of_a_fifo_do_not_share_a_body(files: Running, folder: Path)
     assert files.failures("fifo") == {"timeout": 1}
 
 
-def test_a_fifo_that_nobody_writes_to_meets_the_deadline(files: Running) -> None:
+def test_a_fifo_that_nobody_writes_to_meets_the_deadline(files: Running, folder: Path) -> None:
     before = open_things()
     with taking(*AT_DEADLINE), ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(files.scrape, ["lonely"] * 20))
     assert {answer.status for answer in answers} == {504}
-    assert {answer.text for answer in answers} == {f"module lonely: {LATE}\n"}
+    assert {answer.text for answer in answers} == {f"module lonely: {folder}/lonely: {LATE}\n"}
     assert files.failures("lonely") == {"timeout": 20}
     wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
 
@@ -9207,7 +9209,7 @@ def test_who_waits_for_anothers_run_does_so_within_its_own_deadline(counted: Cou
             wait_until(lambda: counted.count == 1)
             with taking(*AT_DEADLINE):
                 follower = served.scrape("m", soon)
-            assert (follower.status, follower.text) == (504, f"module m: {LATE}\n")
+            assert (follower.status, follower.text) == (504, f"module m: sh: {LATE}\n")
             counted.release()
             assert leader.result().status == 200
         assert counted.count == 1
@@ -9232,7 +9234,7 @@ def test_a_failure_is_shared_by_all_who_wait_for_it(counted: Counted) -> None:
         with several(served, counted, "m", "m", "m") as scrapes:
             pass
         answers = {(scrape.result().status, scrape.result().text) for scrape in scrapes}
-        assert answers == {(500, "module m: the command exited with status 3\n")}
+        assert answers == {(500, "module m: sh: the command exited with status 3\n")}
         assert counted.count == 1
         assert served.failures("m") == {"command": 3}
 
@@ -9379,7 +9381,7 @@ def test_a_failing_module_that_is_busy_in_between_is_no_news(
         assert served.failures("m") == {"busy": 4, "command": 2}
     assert log == [
         "module m: busy: as many scrapes of it run as may at once: 1",
-        "module m: command: the command exited with status 3",
+        "module m: command: sh: the command exited with status 3",
         "module m: recovered",
     ]
 
@@ -9779,14 +9781,14 @@ FAILING = {
         500,
         "command",
         {"expexp_command_fails_total", "expexp_command_starts_total"},
-        "the command exited with status 3",
+        "sh: the command exited with status 3",
     ),
     "a command that is not there": (
         {"method": "exec", "exec": {"command": "/no/such"}},
         500,
         "command",
         {"expexp_command_fails_total", "expexp_command_starts_total"},
-        "cannot start the command /no/such: no such file or directory",
+        "/no/such: cannot start the command: no such file or directory",
     ),
     "a command that prints nonsense": (
         exec_module("echo up"),
@@ -9804,21 +9806,21 @@ FAILING = {
             "expexp_command_fails_total",
             "expexp_command_starts_total",
         },
-        "timed out after 0.05 s",
+        "sh: timed out after 0.05 s",
     ),
     "a file that is not there": (
         file_module("/no/file"),
         500,
         "file",
         {"expexp_file_fails_total"},
-        "cannot read /no/file: no such file or directory",
+        "/no/file: cannot be read: no such file or directory",
     ),
     "a file that is a folder": (
         file_module("/"),
         500,
         "file",
         {"expexp_file_fails_total"},
-        "/ is neither a regular file nor a FIFO",
+        "/: neither a regular file nor a FIFO",
     ),
     "a file of nonsense": (
         file_module("/etc/passwd"),
@@ -9888,7 +9890,7 @@ def test_a_scrape_timeout_of_ages_breaks_nothing(tmp_path: Path, name: str, seco
 
 def test_a_failure_of_a_module_with_a_line_break_in_its_name_is_one_line() -> None:
     reply = ask(application({"a\nb": exec_module("exit 1")}), "/proxy?module=a%0Ab")
-    assert reply.text == "module a\\nb: the command exited with status 1\n"
+    assert reply.text == "module a\\nb: sh: the command exited with status 1\n"
 
 
 def test_an_unexpected_error_is_a_500_and_one_record_never_an_exception(
@@ -11112,7 +11114,7 @@ def test_failures_and_recoveries_are_one_warning_each_bug_20(
         if record.name == "expexp"
     ] == [
         ("WARNING", f"module m: no file {expexp.excerpt(str(file))}"),
-        ("WARNING", f"module m: file: cannot read {file}: no such file or directory"),
+        ("WARNING", f"module m: file: {file}: cannot be read: no such file or directory"),
         (
             "WARNING",
             (
@@ -11131,9 +11133,9 @@ def test_the_last_words_of_a_failing_command_are_logged_but_not_sent(
         application({"m": exec_module("printf 'why\\033[31m\\nnot' >&2; exit 2")}),
         "/proxy?module=m",
     )
-    assert reply.text == "module m: the command exited with status 2\n"
+    assert reply.text == "module m: sh: the command exited with status 2\n"
     assert caplog.messages == [
-        r"module m: command: the command exited with status 2: why\x1b[31m\nnot"
+        r"module m: command: sh: the command exited with status 2: why\x1b[31m\nnot"
     ]
 
 
@@ -11331,7 +11333,7 @@ def test_a_file_that_becomes_a_fifo_while_it_is_opened_is_a_failure_of_the_file(
     with running({"m": file_module(path)}) as server:
         monkeypatch.setattr(os, "open", swap)
         answer = server.scrape("m")
-    assert answer.text == f"module m: {path} was replaced while it was opened\n"
+    assert answer.text == f"module m: {path}: replaced while it was opened\n"
     assert answer.status == 500
 
 
@@ -11340,7 +11342,7 @@ def test_a_sparse_file_is_too_large_at_once(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(10 << 30)
     with running({"m": file_module(path)}) as server, taking(0, 1):
-        assert server.scrape("m").text == "module m: more than 268435456 bytes\n"
+        assert server.scrape("m").text == f"module m: {path}: more than 268435456 bytes\n"
         assert server.failures("m") == {"too_large": 1}
 
 
@@ -14530,7 +14532,7 @@ def test_commands_that_run_when_the_drain_is_over_are_ended(tmp_path: Path) -> N
         with running({"m": exec_module(script)}, limits=fast_limits(drain_seconds=0.1)) as served:
             scrape = pool.submit(served.scrape, "m")
             wait_until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
-        assert scrape.result().text == "module m: the command was killed by SIGKILL\n"
+        assert scrape.result().text == "module m: sh: the command was killed by SIGKILL\n"
     for name in ("own", "child"):
         process_id = int((tmp_path / name).read_text())
         wait_until(lambda process_id=process_id: is_gone(process_id), 2)  # type: ignore[misc]
@@ -14653,7 +14655,7 @@ def test_a_parent_that_ignores_its_children_changes_nothing(
     _, port = odd_parent
     assert fetch(port, "/proxy?module=good").body == b"a 1\n"
     bad = fetch(port, "/proxy?module=bad")
-    assert bad.text == "module bad: the command exited with status 3\n"
+    assert bad.text == "module bad: sh: the command exited with status 3\n"
 
 
 def test_commands_get_their_own_limit_of_descriptors_back(
