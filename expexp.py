@@ -1602,10 +1602,10 @@ class SelfMetrics:
             total, events = self._families[name].get(labels, (0, 0))
             self._families[name][labels] = total + seconds, events + count
 
-    def forget_modules(self, known: Iterable[str]) -> None:
-        """Drop the series of all modules but these."""
-        kept = {UNKNOWN_MODULE, *known}
-        with self._lock:
+    def forget_modules(self, known: Callable[[], Iterable[str]]) -> None:
+        """Drop the series of all modules but those that are known."""
+        with self._lock:  # asked for within it, so that none gets its first series meanwhile
+            kept = {UNKNOWN_MODULE, *known()}
             for name in (*MODULE_COUNTERS, "expexp_proxy_failures_total"):
                 family = self._families[name].items()
                 self._families[name] = {labels: n for labels, n in family if labels[0] in kept}
@@ -3146,8 +3146,7 @@ class Commands:
         except (OSError, ValueError) as error:
             no_text = isinstance(error, UnicodeError)
             words = "it cannot be written in this locale" if no_text else words_of(error)
-            shown = excerpt(job.module.target.shown, 200)
-            raise ScrapeError("command", f"cannot start the command {shown}: {words}") from None
+            raise ScrapeError("command", f"cannot start the command: {words}") from None
         self._running.add(process)
         if self._soft_descriptors and hasattr(resource, "prlimit"):
             # Not in the child before exec: Python code there can deadlock in a program of threads.
@@ -3199,10 +3198,10 @@ class Tools:
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
-        #: One lock a FIFO, by device and inode: of two readers each would get a part. And what is
-        #: left of those of which a scrape that failed has read a part.
-        self.fifo_locks: dict[tuple[int, int], threading.Lock] = {}
-        self.torn_fifos: dict[tuple[int, int], int] = {}
+        #: One lock a FIFO, by its path without links: of two readers each would get a part. And
+        #: the descriptors of those of which a scrape that failed has read a part.
+        self.fifo_locks: dict[str, threading.Lock] = {}
+        self.torn_fifos: dict[str, int] = {}
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3302,14 +3301,15 @@ def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = deadline.remaining() / (len(addresses) - position)
-        connection = socket.socket(family, kind, protocol)
-        try:
+        failed = contextlib.ExitStack()
+        try:  # a host without IPv6 has no such sockets
+            connection = failed.enter_context(socket.socket(family, kind, protocol))
             connection.settimeout(share)
             connection.connect(address)
             if family != socket.AF_UNIX:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            connection.close()
+            failed.close()
             errors.append(error)
         else:
             return connection
@@ -3654,12 +3654,12 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path, shown = job.module.target.path, excerpt(job.module.target.path)
+    path = job.module.target.path
     try:
-        before = os.stat(path)  # before it is opened: that may do things to a device
-        kind, key = stat.S_IFMT(before.st_mode), (before.st_dev, before.st_ino)
+        key = os.path.realpath(path)  # not the inode: each new FIFO would leave one behind
+        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
         if kind not in (stat.S_IFREG, stat.S_IFIFO):
-            raise ScrapeError("file", f"{shown} is neither a regular file nor a FIFO")
+            raise ScrapeError("file", "neither a regular file nor a FIFO")
         with contextlib.ExitStack() as cleanup:
             if kind == stat.S_IFIFO:
                 lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
@@ -3669,19 +3669,17 @@ def scrape_file(job: Job) -> Scrape:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
             file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
             if stat.S_IFMT(found.st_mode) != kind:
-                raise ScrapeError("file", f"{shown} was replaced while it was opened")
+                raise ScrapeError("file", "replaced while it was opened")
             check_size(job.tools.limits, found.st_size)
             modified = found.st_mtime if kind == stat.S_IFREG else None
             pieces = file_pieces(job, file)
             pieces = pieces if modified is not None else torn_pieces(job, key, file, pieces)
             return text_scrape(join_pieces(job, pieces), modified)
     except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot read {shown}: {words_of(error)}") from None
+        raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
 
 
-def torn_pieces(
-    job: Job, key: tuple[int, int], file: io.FileIO, pieces: Iterator[bytes]
-) -> Iterator[bytes]:
+def torn_pieces(job: Job, key: str, file: io.FileIO, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """The pieces of a FIFO; from the first to the last one it counts as torn, and stays open."""
     torn = job.tools.torn_fifos
     for piece in pieces:
@@ -3692,12 +3690,14 @@ def torn_pieces(
         os.close(torn.pop(key))
 
 
-def finish_torn(job: Job, key: tuple[int, int]) -> None:
+def finish_torn(job: Job, key: str) -> None:
     """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
     torn = job.tools.torn_fifos
     if key in torn:
         with io.FileIO(torn[key], closefd=False) as rest:
-            for _ in file_pieces(job, rest):
+            # If another one is there by now, nothing of this one can be taken for its answer.
+            is_there = os.path.samestat(os.fstat(torn[key]), os.stat(job.module.target.path))
+            for _ in file_pieces(job, rest) if is_there else ():
                 pass
         os.close(torn.pop(key))
 
@@ -3865,10 +3865,10 @@ class FailureLog:
     def __init__(self, reminder_seconds: float, clock: Callable[[], float]) -> None:
         """Begin with all modules well."""
         self._reminder_seconds, self._clock = reminder_seconds, clock
-        self._last: dict[str, tuple[str, float]] = {}
+        self._last: dict[Any, tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def is_news(self, module: str, reason: str) -> bool:
+    def is_news(self, module: Any, reason: str) -> bool:
         """Whether this outcome ("" is success) differs from the last one, or is a reminder."""
         now = self._clock()
         with self._lock:
@@ -3985,7 +3985,6 @@ class Application:
         self.config: Config = self._watched.value
         for module in self.config.modules.values():
             self.metrics.create_module(module.name, module.method)
-        self.metrics.forget_modules(self.config.modules)
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again; what is wrong with those that are not used.
@@ -4090,14 +4089,17 @@ class Application:
         """Count a failure, and log it if it is news. Returns what went wrong, and where."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
         self.metrics.fail(name, method, error.reason)
-        place, words = f"module {name}" if module else "no module", error.message
+        reason, words = error.reason.name, error.message
         # Not where it is about the request, about what the body says or about ourselves.
-        if module and method == "http" and error.reason.status in (0, 502, 504):
+        if module and reason not in ("bad_arguments", "malformed", "busy"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
-        text = ": ".join(filter(None, (place, error.reason.name, words, error.detail)))
-        # What a client does wrong is no failure of the module, and must not fill the log.
+        place = f"module {name}" if module else "no module"
+        text = ": ".join(filter(None, (place, reason, words, error.detail)))
+        # What a client does wrong is no failure of the module, and must not fill the log. Nor is
+        # one that is busy ill: that has reminders of its own, and no recovery.
         clients_fault = error.reason.status in range(400, 500)
-        news = not clients_fault and self._failures.is_news(name, error.reason.name)
+        state = (name, reason) if reason == "busy" else name
+        news = not clients_fault and self._failures.is_news(state, reason)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
         return words
 
@@ -4112,6 +4114,8 @@ class Application:
         self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
         if tls:
             self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        # Not at a reload: requests for modules that are gone may have ended since.
+        self.metrics.forget_modules(lambda: self.config.modules)
         body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)

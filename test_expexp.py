@@ -6555,6 +6555,25 @@ def test_a_target_that_is_not_there_is_unreachable() -> None:
         assert served.failures("m") == {"unreachable": 1}
 
 
+def test_a_host_without_ipv6_says_what_is_wrong_with_the_address_that_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = socket.socket
+
+    def make(family: int = -1, *rest: Any, **named: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return usual(family, *rest, **named)
+
+    port = closed_port()
+    with running({"m": http_module(port)}) as served:
+        monkeypatch.setattr(socket, "socket", make)
+        answer = served.scrape("m")
+        monkeypatch.undo()
+    message = f"module m: http://localhost:{port}/metrics: connection refused\n"
+    assert (answer.status, answer.text) == (502, message)
+
+
 def test_the_place_of_a_failure_is_shown_without_what_may_be_secret_and_in_one_line(
     log: list[str],
 ) -> None:
@@ -8101,17 +8120,19 @@ def command(name: str, *arguments: str, **settings: object) -> dict[str, object]
 
 #: What a command does, and the status, reason and words that follow.
 EXEC_FAILURES = {
-    "exits with 3": ("echo a 1; exit 3", 500, "command", "the command exited with status 3"),
-    "is killed": ("echo a 1; kill -KILL $$", 500, "command", "the command was killed by SIGKILL"),
-    "is killed by a nameless signal": (
-        "kill -40 $$", 500, "command", "the command was killed by signal 40",
+    "exits with 3": ("echo a 1; exit 3", 500, "command", "sh: the command exited with status 3"),
+    "is killed": (
+        "echo a 1; kill -KILL $$", 500, "command", "sh: the command was killed by SIGKILL",
     ),
-    "hangs": ("exec sleep 30", 504, "timeout", LATE),
-    "ignores TERM": ("trap '' TERM; echo a 1; exec sleep 30", 504, "timeout", LATE),
-    "closes its output and hangs": ("exec sleep 30 >&- 2>&-", 504, "timeout", LATE),
-    "drips": ("while echo a 1; do sleep .02; done", 504, "timeout", LATE),
-    "floods stdout": ("exec yes 'a 1'", 502, "too_large", TOO_MUCH),
-    "floods stderr": ("exec yes >&2", 504, "timeout", LATE),
+    "is killed by a nameless signal": (
+        "kill -40 $$", 500, "command", "sh: the command was killed by signal 40",
+    ),
+    "hangs": ("exec sleep 30", 504, "timeout", f"sh: {LATE}"),
+    "ignores TERM": ("trap '' TERM; echo a 1; exec sleep 30", 504, "timeout", f"sh: {LATE}"),
+    "closes its output and hangs": ("exec sleep 30 >&- 2>&-", 504, "timeout", f"sh: {LATE}"),
+    "drips": ("while echo a 1; do sleep .02; done", 504, "timeout", f"sh: {LATE}"),
+    "floods stdout": ("exec yes 'a 1'", 502, "too_large", f"sh: {TOO_MUCH}"),
+    "floods stderr": ("exec yes >&2", 504, "timeout", f"sh: {LATE}"),
     "prints no exposition": (
         "echo a 1; echo b x", 500, "malformed", 'line 2, column 3: expected a value, found "x"',
     ),
@@ -8170,7 +8191,7 @@ def test_a_command_that_cannot_start_fails(name: str, message: str) -> None:
     with running({"m": command(name, "sentinel")}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
         shown = expexp.excerpt(name, 200)
-        expected = f"module m: cannot start the command {shown}: {message}\n"
+        expected = f"module m: {shown}: cannot start the command: {message}\n"
         assert (answer.status, answer.text) == (500, expected)
         assert served.failures("m") == {"command": 1}
         assert counters(served, "m") == {ERRORS, COMMAND_FAILS}
@@ -8233,8 +8254,8 @@ def test_a_grandchild_that_holds_the_pipe_is_not_waited_for(module: str, command
 
 def test_the_last_words_of_a_command_are_logged(commands: Running, log: list[str]) -> None:
     answer = commands.scrape("last%20words")
-    assert answer.text == "module last words: the command exited with status 1\n"
-    begin = "module last words: command: the command exited with status 1: "
+    assert answer.text == "module last words: sh: the command exited with status 1\n"
+    begin = "module last words: command: sh: the command exited with status 1: "
     assert log[0].startswith(begin)
     assert log[0].endswith("oops\\noops\\nthe end")
     said = log[0][len(begin) :].replace("\\n", "\n")
@@ -8356,12 +8377,12 @@ def files(folder: Path) -> Iterator[Running]:
 @pytest.mark.parametrize(
     ("module", "status", "reason", "message"),
     [
-        ("missing", 500, "file", "cannot read {}/missing: no such file or directory"),
-        (".", 500, "file", "{} is neither a regular file nor a FIFO"),
-        ("device", 500, "file", "/dev/null is neither a regular file nor a FIFO"),
+        ("missing", 500, "file", "{}/missing: cannot be read: no such file or directory"),
+        (".", 500, "file", "{}: neither a regular file nor a FIFO"),
+        ("device", 500, "file", "/dev/null: neither a regular file nor a FIFO"),
         ("broken", 500, "malformed", 'line 2, column 3: expected a value, found "x"'),
-        ("large", 502, "too_large", "more than 300000 bytes"),
-        ("write-only", 500, "file", f"cannot read {WRITE_ONLY}: permission denied"),
+        ("large", 502, "too_large", "{}/large: more than 300000 bytes"),
+        ("write-only", 500, "file", f"{WRITE_ONLY}: cannot be read: permission denied"),
     ],
 )  # fmt: skip
 def test_a_file_that_is(
@@ -8459,12 +8480,12 @@ def test_two_readers_of_a_fifo_do_not_share_a_body(files: Running, folder: Path)
     assert files.failures("fifo") == {"timeout": 1}
 
 
-def test_a_fifo_that_nobody_writes_to_meets_the_deadline(files: Running) -> None:
+def test_a_fifo_that_nobody_writes_to_meets_the_deadline(files: Running, folder: Path) -> None:
     before = open_things()
     with taking(*AT_DEADLINE), ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(files.scrape, ["lonely"] * 20))
     assert {answer.status for answer in answers} == {504}
-    assert {answer.text for answer in answers} == {f"module lonely: {LATE}\n"}
+    assert {answer.text for answer in answers} == {f"module lonely: {folder}/lonely: {LATE}\n"}
     assert files.failures("lonely") == {"timeout": 20}
     wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
 
@@ -9046,10 +9067,12 @@ def test_answers_over_http_are_kept_by_what_changes_them(
     assert len(heads) == 1 + asked_again
 
 
-def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("same", ["/fifo", "link"], ids=["another spelling", "a link"])
+def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path, same: str) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
-    modules = {"m": file_module(path), "same": file_module(f"{tmp_path}//fifo")}
+    (tmp_path / "link").symlink_to(path)
+    modules = {"m": file_module(path), "same": file_module(f"{tmp_path}/{same}")}
     with running(modules) as served, ThreadPoolExecutor(1) as pool:
         first = pool.submit(served.scrape, "m", {expexp.SCRAPE_TIMEOUT_HEADER: "0.6"})
         with path.open("wb", buffering=0) as writer:
@@ -9062,6 +9085,57 @@ def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path) -> 
         path.write_bytes(b"c_whole 3\n")
         assert third.result().text == "c_whole 3\n"
     assert not served.program.application._tools.torn_fifos
+
+
+def has_at_most(descriptors: int) -> bool:
+    """Whether this process has no more of them."""
+    return open_things()[0] <= descriptors
+
+
+def replace_fifo(path: Path) -> None:
+    """Put a new FIFO in the place of what is there."""
+    os.mkfifo(f"{path}.new")
+    os.replace(f"{path}.new", path)
+
+
+def test_what_is_left_in_a_fifo_that_was_replaced_is_neither_read_nor_kept(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    soon = {expexp.SCRAPE_TIMEOUT_HEADER: "0.6"}
+    with (
+        running({"m": file_module(path)}) as served,
+        ThreadPoolExecutor(1) as pool,
+        contextlib.ExitStack() as writers,
+    ):
+        assert served.scrape("m").status == 500
+        before = open_things()[0]
+        for writing in range(1, 6):
+            replace_fifo(path)
+            half = pool.submit(served.scrape, "m", soon)
+            writers.enter_context(path.open("wb", buffering=0)).write(b"a_half 1\n")
+            assert half.result().status == 504
+            most = before + writing + 1  # our own writers, and what is left in the last FIFO
+            wait_until(functools.partial(has_at_most, most))
+        replace_fifo(path)
+        whole = pool.submit(served.scrape, "m")
+        path.write_bytes(b"b_whole 2\n")
+        assert whole.result().text == "b_whole 2\n"
+        wait_until(lambda: has_at_most(before + writing))
+        assert len(served.program.application._tools.fifo_locks) == 1
+
+
+def test_who_waits_for_a_fifo_reads_the_one_that_has_replaced_it(tmp_path: Path) -> None:
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    with running({"m": file_module(path)}) as served, ThreadPoolExecutor(2) as pool:
+        half = pool.submit(served.scrape, "m", {expexp.SCRAPE_TIMEOUT_HEADER: "1"})
+        with path.open("wb", buffering=0) as writer:
+            writer.write(b"a_half 1\n")
+            whole = pool.submit(served.scrape, "m")
+            wait_until(lambda: being_answered(served, 2))
+            replace_fifo(path)
+            assert half.result().status == 504
+            path.write_bytes(b"b_whole 2\n")
+            assert whole.result().text == "b_whole 2\n"
 
 
 def test_what_is_kept_counts_as_held_in_memory_while_it_is_sent(tmp_path: Path) -> None:
@@ -9137,7 +9211,7 @@ def test_who_waits_for_anothers_run_does_so_within_its_own_deadline(counted: Cou
             wait_until(lambda: counted.count == 1)
             with taking(*AT_DEADLINE):
                 follower = served.scrape("m", SOON)
-            assert (follower.status, follower.text) == (504, f"module m: {LATE}\n")
+            assert (follower.status, follower.text) == (504, f"module m: sh: {LATE}\n")
             counted.release()
             assert leader.result().status == 200
         assert counted.count == 1
@@ -9149,7 +9223,7 @@ def test_a_run_goes_on_for_others_when_who_began_it_gives_up(counted: Counted) -
         leader = pool.submit(served.scrape, "m", SOON)
         wait_until(lambda: counted.count == 1)
         followers = [pool.submit(served.scrape, "m") for _ in range(3)]
-        assert (leader.result().status, leader.result().text) == (504, f"module m: {LATE}\n")
+        assert (leader.result().status, leader.result().text) == (504, f"module m: sh: {LATE}\n")
         counted.release()
         assert {follower.result().status for follower in followers} == {200}
         assert counted.count == 1
@@ -9259,7 +9333,7 @@ def test_a_failure_is_shared_by_all_who_wait_for_it(counted: Counted) -> None:
         with several(served, counted, "m", "m", "m") as scrapes:
             pass
         answers = {(scrape.result().status, scrape.result().text) for scrape in scrapes}
-        assert answers == {(500, "module m: the command exited with status 3\n")}
+        assert answers == {(500, "module m: sh: the command exited with status 3\n")}
         assert counted.count == 1
         assert served.failures("m") == {"command": 3}
 
@@ -9375,6 +9449,52 @@ def holding_target() -> Iterator[tuple[int, list[bytes], threading.Event]]:
             yield port, heads, go_on
         finally:
             go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("reminder", "warnings"), [(300, 1), (0, 3)], ids=["is one warning", "is one in a while"]
+)
+def test_a_module_that_is_busy_again_and_again(
+    reminder: float, warnings: int, counted: Counted, log: list[str]
+) -> None:
+    limits = dataclasses.replace(FAST, failure_reminder_seconds=reminder)
+    module = counted.waiting(cache="0", max_concurrent=1)
+    with running({"m": module}, limits=limits) as served:
+        for _ in range(3):
+            meet_a_busy_one(served, counted, 200)
+        assert served.failures("m") == {"busy": 3}
+    busy = "module m: busy: as many scrapes of it run as may at once: 1"
+    assert log == [busy] * warnings
+
+
+def test_a_failing_module_that_is_busy_in_between_is_no_news(
+    counted: Counted, log: list[str]
+) -> None:
+    ends = counted.runs.with_name("ends")
+    module = counted.waiting(f"exit $(cat {ends})", cache="0", max_concurrent=1)
+    with running({"m": module}) as served:
+        for code, status in ((3, 500), (3, 500), (0, 200), (0, 200)):
+            ends.write_text(str(code))
+            meet_a_busy_one(served, counted, status)
+        assert served.failures("m") == {"busy": 4, "command": 2}
+    assert log == [
+        "module m: busy: as many scrapes of it run as may at once: 1",
+        "module m: command: sh: the command exited with status 3",
+        "module m: recovered",
+    ]
+
+
+def meet_a_busy_one(served: Running, counted: Counted, status: int) -> None:
+    """Two scrapes of module `m` at once, of which one finds it busy."""
+    before = counted.count
+    counted.go.unlink(missing_ok=True)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.scrape, "m")
+        wait_until(lambda: counted.count > before)
+        assert served.scrape("m").status == 503
+        counted.release()
+        assert first.result().status == status
+        wait_until(lambda: being_answered(served, 0))
 
 
 def test_http_has_no_bound_but_its_own() -> None:
@@ -9759,14 +9879,14 @@ FAILING = {
         500,
         "command",
         {"expexp_command_fails_total", "expexp_command_starts_total"},
-        "the command exited with status 3",
+        "sh: the command exited with status 3",
     ),
     "a command that is not there": (
         {"method": "exec", "exec": {"command": "/no/such"}},
         500,
         "command",
         {"expexp_command_fails_total", "expexp_command_starts_total"},
-        "cannot start the command /no/such: no such file or directory",
+        "/no/such: cannot start the command: no such file or directory",
     ),
     "a command that prints nonsense": (
         exec_module("echo up"),
@@ -9784,21 +9904,21 @@ FAILING = {
             "expexp_command_fails_total",
             "expexp_command_starts_total",
         },
-        "timed out after 0.05 s",
+        "sh: timed out after 0.05 s",
     ),
     "a file that is not there": (
         file_module("/no/file"),
         500,
         "file",
         {"expexp_file_fails_total"},
-        "cannot read /no/file: no such file or directory",
+        "/no/file: cannot be read: no such file or directory",
     ),
     "a file that is a folder": (
         file_module("/"),
         500,
         "file",
         {"expexp_file_fails_total"},
-        "/ is neither a regular file nor a FIFO",
+        "/: neither a regular file nor a FIFO",
     ),
     "a file of nonsense": (
         file_module("/etc/passwd"),
@@ -9868,7 +9988,7 @@ def test_a_scrape_timeout_of_ages_breaks_nothing(tmp_path: Path, name: str, seco
 
 def test_a_failure_of_a_module_with_a_line_break_in_its_name_is_one_line() -> None:
     reply = ask(application({"a\nb": exec_module("exit 1")}), "/proxy?module=a%0Ab")
-    assert reply.text == "module a\\nb: the command exited with status 1\n"
+    assert reply.text == "module a\\nb: sh: the command exited with status 1\n"
 
 
 def test_an_unexpected_error_is_a_500_and_one_record_never_an_exception(
@@ -11092,7 +11212,7 @@ def test_failures_and_recoveries_are_one_warning_each_bug_20(
         if record.name == "expexp"
     ] == [
         ("WARNING", f"module m: no file {expexp.excerpt(str(file))}"),
-        ("WARNING", f"module m: file: cannot read {file}: no such file or directory"),
+        ("WARNING", f"module m: file: {file}: cannot be read: no such file or directory"),
         (
             "WARNING",
             (
@@ -11111,9 +11231,9 @@ def test_the_last_words_of_a_failing_command_are_logged_but_not_sent(
         application({"m": exec_module("printf 'why\\033[31m\\nnot' >&2; exit 2")}),
         "/proxy?module=m",
     )
-    assert reply.text == "module m: the command exited with status 2\n"
+    assert reply.text == "module m: sh: the command exited with status 2\n"
     assert caplog.messages == [
-        r"module m: command: the command exited with status 2: why\x1b[31m\nnot"
+        r"module m: command: sh: the command exited with status 2: why\x1b[31m\nnot"
     ]
 
 
@@ -11311,7 +11431,7 @@ def test_a_file_that_becomes_a_fifo_while_it_is_opened_is_a_failure_of_the_file(
     with running({"m": file_module(path)}) as server:
         monkeypatch.setattr(os, "open", swap)
         answer = server.scrape("m")
-    assert answer.text == f"module m: {path} was replaced while it was opened\n"
+    assert answer.text == f"module m: {path}: replaced while it was opened\n"
     assert answer.status == 500
 
 
@@ -11320,7 +11440,7 @@ def test_a_sparse_file_is_too_large_at_once(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(10 << 30)
     with running({"m": file_module(path)}) as server, taking(0, 1):
-        assert server.scrape("m").text == "module m: more than 268435456 bytes\n"
+        assert server.scrape("m").text == f"module m: {path}: more than 268435456 bytes\n"
         assert server.failures("m") == {"too_large": 1}
 
 
@@ -11560,6 +11680,37 @@ def test_series_of_modules_go_and_come_with_them(tmp_path: Path) -> None:
         assert served.metric('expexp_proxy_errors_total{module="unknown"}') == 1
         reload(both)
         assert set(series_of(served, "goes").values()) == {0}
+
+
+def test_series_of_a_module_that_goes_while_it_is_scraped_do_not_come_back(
+    tmp_path: Path, counted: Counted
+) -> None:
+    goes = counted.waiting("exit 1", cache="0")
+    with reloadable(tmp_path, {"goes": goes}) as (served, reload), ThreadPoolExecutor() as pool:
+        scrape = pool.submit(served.scrape, "goes")
+        wait_until(lambda: counted.count == 1)
+        reload({"comes": goes})
+        assert series_of(served, "goes") == {}
+        counted.release()
+        assert scrape.result().status == 500
+        wait_until(lambda: being_answered(served, 0))
+        assert series_of(served, "goes") == {}
+        assert set(series_of(served, "comes").values()) == {0}
+
+
+def test_series_that_a_reload_makes_while_ours_are_read_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget = expexp.SelfMetrics.forget_modules
+    with reloadable(tmp_path, {"a": echoing("a")}) as (served, reload):
+
+        def forget_late(metrics: expexp.SelfMetrics, known: Any) -> None:
+            monkeypatch.undo()
+            reload({"b": echoing("b")})
+            forget(metrics, known)
+
+        monkeypatch.setattr(expexp.SelfMetrics, "forget_modules", forget_late)
+        assert set(series_of(served, "b").values()) == {0}
 
 
 def test_a_module_that_changes_its_method_has_the_reasons_of_the_new_one(tmp_path: Path) -> None:
@@ -14514,7 +14665,7 @@ def test_commands_that_run_when_the_drain_is_over_are_ended(tmp_path: Path) -> N
         with running({"m": exec_module(script)}, limits=fast_limits(drain_seconds=0.1)) as served:
             scrape = pool.submit(served.scrape, "m")
             wait_until(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text())
-        assert scrape.result().text == "module m: the command was killed by SIGKILL\n"
+        assert scrape.result().text == "module m: sh: the command was killed by SIGKILL\n"
     for name in ("own", "child"):
         process_id = int((tmp_path / name).read_text())
         wait_until(lambda process_id=process_id: is_gone(process_id), 2)  # type: ignore[misc]
@@ -14637,7 +14788,7 @@ def test_a_parent_that_ignores_its_children_changes_nothing(
     _, port = odd_parent
     assert fetch(port, "/proxy?module=good").body == b"a 1\n"
     bad = fetch(port, "/proxy?module=bad")
-    assert bad.text == "module bad: the command exited with status 3\n"
+    assert bad.text == "module bad: sh: the command exited with status 3\n"
 
 
 def test_commands_get_their_own_limit_of_descriptors_back(
