@@ -415,11 +415,6 @@ def parse_query(query: str) -> Pairs:
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
-def render_query(pairs: Pairs) -> str:
-    """A query that `parse_query` reads back to the same pairs."""
-    return urllib.parse.urlencode(pairs)
-
-
 def accepts(header: str, wanted: str) -> bool:
     """Whether a header such as Accept names the wanted value, and not with q=0."""
     for part in header.lower().replace(" ", "").split(","):
@@ -3387,7 +3382,7 @@ def request_url(job: Job) -> str:
     """The URL for a target: the client's parameters, then the path's own."""
     target = job.module.target
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
+    queries = (urllib.parse.urlencode(cast(Pairs, pairs)), target.path.partition("?")[2])
     return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
@@ -3865,17 +3860,20 @@ class FailureLog:
     def __init__(self, reminder_seconds: float, clock: Callable[[], float]) -> None:
         """Begin with all modules well."""
         self._reminder_seconds, self._clock = reminder_seconds, clock
-        self._last: dict[Any, tuple[str, float]] = {}
+        self._last: dict[tuple[str, bool], tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def is_news(self, module: Any, reason: str) -> bool:
-        """Whether this outcome ("" is success) differs from the last one, or is a reminder."""
-        now = self._clock()
+    def is_news(self, module: str, reason: str) -> bool:
+        """Whether this outcome ("" is success) differs from the last one, or is a reminder.
+
+        A module that is busy is not ill: that has reminders of its own, and no recovery.
+        """
+        now, kind = self._clock(), (module, reason == "busy")
         with self._lock:
-            last, since = self._last.get(module, ("", now))
+            last, since = self._last.get(kind, ("", now))
             is_news = reason != last or (reason != "" and now - since >= self._reminder_seconds)
             if is_news:
-                self._last[module] = (reason, now)
+                self._last[kind] = (reason, now)
             return is_news
 
 
@@ -3987,11 +3985,8 @@ class Application:
             self.metrics.create_module(module.name, module.method)
 
     def reload(self) -> Sequence[Problem]:
-        """Read all files again; what is wrong with those that are not used.
-
-        Credentials are used if they are good: they must not expire because of a module.
-        """
-        with self._reloading:
+        """Read all files again; what is wrong with those that are not used."""
+        with self._reloading:  # credentials come first: they must not expire because of a module
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
             self._tools.containers.clear()  # it may be that one has moved
@@ -4065,14 +4060,14 @@ class Application:
         if result.status != http.HTTPStatus.OK:
             message = f"the target answered with status {result.status}"
             self._note(module, ScrapeError("status", message))
-        elif isinstance(result.body, bytes):
-            self._note_success(module)
-        body = result.body
-        return body if isinstance(body, bytes) else self._streamed(module, result)
+        if not isinstance(result.body, bytes):
+            return self._streamed(module, result)
+        self._note_success(module, result.status)
+        return result.body
 
-    def _note_success(self, module: Module) -> None:
+    def _note_success(self, module: Module, status: int) -> None:
         """Log that a module has recovered, if it has."""
-        if self._failures.is_news(module.name, ""):
+        if status == http.HTTPStatus.OK and self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
     def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
@@ -4082,8 +4077,7 @@ class Application:
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
-        if result.status == http.HTTPStatus.OK:
-            self._note_success(module)
+        self._note_success(module, result.status)
 
     def _note(self, module: Module | None, error: ScrapeError) -> str:
         """Count a failure, and log it if it is news. Returns what went wrong, and where."""
@@ -4095,11 +4089,9 @@ class Application:
             words = f"{excerpt(module.target.shown, 200)}: {words}"
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, reason, words, error.detail)))
-        # What a client does wrong is no failure of the module, and must not fill the log. Nor is
-        # one that is busy ill: that has reminders of its own, and no recovery.
+        # What a client does wrong is no failure of the module, and must not fill the log.
         clients_fault = error.reason.status in range(400, 500)
-        state = (name, reason) if reason == "busy" else name
-        news = not clients_fault and self._failures.is_news(state, reason)
+        news = not clients_fault and self._failures.is_news(name, reason)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
         return words
 
