@@ -2869,6 +2869,9 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
     if web.tls_server_config and options["web.tls.listen-address"]:
         reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
+    if web.tls_server_config and options["web.tls.verify"]:  # ignored, it would let anybody in
+        message = "does not go with -web.tls.verify: set client_auth_type and client_ca_file"
+        reader.problem("tls_server_config", message)
     return web
 
 
@@ -2932,7 +2935,7 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
         crypt_rn = load_bcrypt() if web.basic_auth_users else None
     path, tls = choose_tls(options, web)
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
-        reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
+        reader.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
     served = load_server_tls(path, tls, reader) if tls else None
     credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.

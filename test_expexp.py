@@ -5814,36 +5814,64 @@ def test_tls_by_a_file_and_by_flags_do_not_go_together() -> None:
     ]
 
 
+VERIFY_BESIDE = (
+    f"w.yaml:2:3: {TLS_AT}: does not go with -web.tls.verify: set client_auth_type and "
+    "client_ca_file"
+)
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize("lines", [[], ASKING], ids=["no certificates", "certificates"])
+def test_a_file_with_tls_says_itself_whether_clients_need_certificates(lines: list[str]) -> None:
+    """Or else -web.tls.verify would be ignored, and who has no certificate would get in."""
+    flags = ["-web.tls.verify", "-web.tls.ca=ca.pem"]
+    assert web_problems(serving_tls(*lines), *flags) == [VERIFY_BESIDE]
+
+
+@pytest.mark.usefixtures("here_with_pems")
+@pytest.mark.parametrize("text", ["", with_users(f"a: {HASHED}")], ids=["no file", "users alone"])
+def test_without_a_listener_for_tls_the_demand_for_certificates_is_ignored(text: str) -> None:
+    Path("w.yaml").write_text(text)
+    program = web_program("-web.tls.verify", name="w.yaml" if text else "")
+    assert program.application.credentials.value.tls is None
+
+
 OWN_TLS = ["-web.tls.listen-address=127.0.0.1:0", "-web.tls.cert=cert.pem", "-web.tls.key=key.pem"]
-CERTMATCH = "-web.tls.verify must be set to use -web.tls.certmatch"
+CERTMATCH = "-web.tls.certmatch needs -web.tls.verify or RequireAndVerifyClientCert"
+CERTMATCH_BY_FILE = f"w.yaml: {CERTMATCH}"
 CERTMATCHES = {
-    "by flags, without asking for certificates": (None, OWN_TLS, False),
-    "by flags, with asking": (None, [*OWN_TLS, "-web.tls.verify", "-web.tls.ca=ca.pem"], True),
-    "without TLS": (with_users(f"a: {HASHED}"), [], False),
-    "by a file, without asking": (serving_tls(), [], False),
+    "by flags, without asking for certificates": (None, OWN_TLS, [CERTMATCH]),
+    "by flags, with asking": (None, [*OWN_TLS, "-web.tls.verify", "-web.tls.ca=ca.pem"], []),
+    "without TLS": (with_users(f"a: {HASHED}"), [], [CERTMATCH_BY_FILE]),
+    "by a file, without asking": (serving_tls(), [], [CERTMATCH_BY_FILE]),
     "by a file, for certificates that need not be": (
         serving_tls("client_ca_file: ca.pem", "client_auth_type: VerifyClientCertIfGiven"),
         [],
-        False,
+        [CERTMATCH_BY_FILE],
     ),
-    "by a file, with asking": (serving_tls(*ASKING), [], True),
-    "by a file, with the flag for the other listener": (serving_tls(), ["-web.tls.verify"], False),
+    "by a file, with asking": (serving_tls(*ASKING), [], []),
+    "by a file, with the flag for the other listener": (
+        serving_tls(),
+        ["-web.tls.verify"],
+        [CERTMATCH_BY_FILE, VERIFY_BESIDE],
+    ),
 }
 
 
 @pytest.mark.usefixtures("here_with_pems")
-@pytest.mark.parametrize(("text", "flags", "taken"), CERTMATCHES.values(), ids=CERTMATCHES)
+@pytest.mark.parametrize(("text", "flags", "messages"), CERTMATCHES.values(), ids=CERTMATCHES)
 def test_a_pattern_for_certificates_needs_them(
-    text: str | None, flags: list[str], taken: bool
+    text: str | None, flags: list[str], messages: list[str]
 ) -> None:
     Path("w.yaml").write_text(text or "")
     name = "w.yaml" if text else ""
-    if taken:
+    if not messages:
         for server in web_program("-web.tls.certmatch=a", *flags, name=name).servers:
             server.server_close()
     else:
-        with pytest.raises(expexp.ConfigError, match=f"{CERTMATCH}$"):
+        with pytest.raises(expexp.ConfigError) as caught:
             web_program("-web.tls.certmatch=a", *flags, name=name)
+        assert [str(problem) for problem in caught.value.problems] == messages
 
 
 @pytest.mark.parametrize("name", ["web/w.yaml", "web/../web/w.yaml", "{}/web/w.yaml"])
@@ -14045,7 +14073,7 @@ REFUSED_STARTS = {
     ),
     "a pattern for certificates that nobody asks for": (
         ["-web.tls.certmatch=a"],
-        "-web.tls.verify must be set to use -web.tls.certmatch",
+        "-web.tls.certmatch needs -web.tls.verify or RequireAndVerifyClientCert",
     ),
     "a web configuration that is not there": (
         ["-web.config.file=nofile"],
@@ -15113,7 +15141,7 @@ def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
         *(f"c.yaml:{problem}" for problem in BAD_PROBLEMS),
         "d/a.yaml:1:1: modules.a.file.path: required: regular file or FIFO to read",
         "token: the file should not be empty",
-        "web.yaml: -web.tls.verify must be set to use -web.tls.certmatch",
+        "web.yaml: -web.tls.certmatch needs -web.tls.verify or RequireAndVerifyClientCert",
         "web.yaml:1:23: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
     ]
 
