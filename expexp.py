@@ -4528,11 +4528,10 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self, address: Address, tls: bool, application: Application, connections: Connections
     ) -> None:
-        """Bind and listen, for no host to all addresses of both families; raises OSError."""
+        """Bind and listen, for no host and `::` to both families; raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
         self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
-        self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), Handler)
@@ -4540,9 +4539,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
-        """Bind without the look-up of our own name that http.server would do."""
+        """Bind without the look-up of our own name that http.server would do; `::` to both."""
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not self._any))
+            only = self.server_address[0] != "::"
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only))
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
