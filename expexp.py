@@ -1995,9 +1995,9 @@ def to_path(text: str) -> str:
 
 
 def to_interval(text: str) -> float:
-    """Seconds of a duration that Prometheus takes for an interval. ValueError."""
+    """Seconds of a duration that Prometheus takes for an interval, or 0. ValueError."""
     seconds = parse_duration(text)
-    if seconds < 1:
+    if 0 < seconds < 1:
         raise ValueError("too short")
     return seconds
 
@@ -2025,8 +2025,8 @@ read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", 
 read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_count: Final = scalar("a whole number from 1", "[1-9][0-9]{0,5}", int, "number")
-read_interval: Final = scalar("a duration of 1s or more", convert=to_interval)
+read_count: Final = scalar("a whole number from 0 to 999999", "0|[1-9][0-9]{0,5}", int, "number")
+read_interval: Final = scalar("a duration of 1s or more, or 0", convert=to_interval)
 read_container: Final = scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
 read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
@@ -2100,7 +2100,7 @@ class HttpTarget:
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
     unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
     container: str = key(read_container, "", "container of the exporter, instead of an address")
-    container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
+    container_host: str = key(read_engine, ENGINES[0], "socket of its engine", "container")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
     basic_auth_username: str = key(read_login, "", "user name to send", *PASSWORD_KEYS)
@@ -2538,7 +2538,7 @@ class ConfigLoader:
             return
         for name in sorted(os.listdir(self._reader.watched(folder))):
             filename = os.path.join(folder, name)
-            found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
+            found = re.fullmatch(r"(?!\.#)(.+)\.(?:yml|yaml|json)", name)  # `.#`: Emacs's locks
             if not found or os.path.isdir(filename):
                 self._reader.warnings.append(f"skipping non-yaml file {filename}")
                 continue
@@ -4670,6 +4670,8 @@ class Program:
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
         self._ending = threading.Event()
+        if not self.config.value.modules:
+            LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
@@ -4686,8 +4688,6 @@ class Program:
             message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
         self._tell_access()
-        if not self.application.config.modules:
-            LOGGER.error("no modules loaded from any config file")
 
     def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""

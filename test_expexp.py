@@ -4204,6 +4204,8 @@ def exec_target(text: str) -> expexp.ExecTarget:
 
 A_FILE = "{method: file, file: {path: /dev/null}}"
 A_PORT = "c.yaml:5:13: modules.a.http.port: expected a port from 1 to 65535, found "
+NO_MODULES = "no modules loaded from any config file"
+SOMETHING = "expected text, not empty and without a NUL, found "
 A_DURATION = 'c.yaml:3:14: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
 
 PROBLEMS = {
@@ -4686,12 +4688,21 @@ PROBLEMS = {
         of_exec("cache: 5m"),
         ["c.yaml:6:7: modules.a.exec.cache: unknown key"],
     ),
-    "no scrape at once": (
-        a_module("method: file", "max_concurrent: 0", "file: {path: /dev/null}"),
+    "less than no scrape at once": (
+        a_module("method: file", "max_concurrent: -1", "file: {path: /dev/null}"),
         [
             (
-                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 1, found the "
-                "number 0"
+                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, "
+                "found the number -1"
+            )
+        ],
+    ),
+    "a million scrapes at once": (
+        a_module("method: file", "max_concurrent: 1000000", "file: {path: /dev/null}"),
+        [
+            (
+                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, "
+                "found the number 1000000"
             )
         ],
     ),
@@ -4699,8 +4710,8 @@ PROBLEMS = {
         a_module("method: file", "max_concurrent: 1.5", "file: {path: /dev/null}"),
         [
             (
-                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 1, found the "
-                "number 1.5"
+                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, "
+                "found the number 1.5"
             )
         ],
     ),
@@ -4708,8 +4719,26 @@ PROBLEMS = {
         a_module("method: file", "scrape_interval: 999ms", "file: {path: /dev/null}"),
         [
             (
-                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, found "
-                '"999ms"'
+                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, "
+                'found "999ms"'
+            )
+        ],
+    ),
+    "an interval of half a second": (
+        a_module("method: file", "scrape_interval: 0.5s", "file: {path: /dev/null}"),
+        [
+            (
+                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, "
+                'found "0.5s"'
+            )
+        ],
+    ),
+    "an interval of a second without its unit": (
+        a_module("method: file", "scrape_interval: 1", "file: {path: /dev/null}"),
+        [
+            (
+                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, "
+                "found the number 1"
             )
         ],
     ),
@@ -4914,6 +4943,13 @@ def test_a_container_does_not_go_with(other: str, value: str) -> None:
 
 
 @pytest.mark.usefixtures("here")
+def test_an_engine_needs_a_container() -> None:
+    assert a_container("container_host: unix:///run/x.sock") == [
+        "c.yaml:6:23: modules.a.http.container_host: needs container beside it"
+    ]
+
+
+@pytest.mark.usefixtures("here")
 def test_a_container_needs_a_port() -> None:
     assert problems_of(of_http("container: web")) == [
         "c.yaml:5:7: modules.a.http.port: required: port of the exporter"
@@ -5085,6 +5121,14 @@ def test_keys_of_costly_modules_are_those_of_every_method(method: str) -> None:
     keys = ("cache: 5m", "max_concurrent: 3", "scrape_interval: 1m30s")
     module = load(a_module(f"method: {method}", *keys, f"{method}: {{{section}}}")).modules["a"]
     assert (module.cache, module.max_concurrent, module.scrape_interval) == (300, 3, 90)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("zero", ["0", "0s", "0ms"])
+def test_the_defaults_of_costly_modules_may_be_written(zero: str) -> None:
+    keys = (f"cache: {zero}", "max_concurrent: 0", f"scrape_interval: {zero}")
+    text = a_module("method: file", *keys, "file: {path: /dev/null}")
+    assert load(text) == load(a_module("method: file", "file: {path: /dev/null}"))
 
 
 @pytest.mark.usefixtures("here")
@@ -5275,6 +5319,14 @@ def test_what_is_no_document_is_skipped_with_a_warning() -> None:
     assert warnings == [
         f"skipping non-yaml file d/{name}" for name in ("README", "a.yaml.bak", "sub.yaml")
     ]
+
+
+@pytest.mark.usefixtures("here")
+def test_the_lock_of_an_editor_is_skipped_with_a_warning_but_no_other_hidden_file() -> None:
+    """Emacs makes `.#a.yaml`, a link to nothing, while somebody changes a.yaml."""
+    folder = Path(put("d", a__yaml=A_FILE, __b__yaml=A_FILE))
+    (folder / ".#a.yaml").symlink_to("somebody@host.4711:1764000000")
+    assert load_all("", "d") == ([".b", "a"], ["skipping non-yaml file d/.#a.yaml"])
 
 
 @pytest.mark.usefixtures("here")
@@ -5969,7 +6021,7 @@ def test_a_web_configuration_without_users_holds_no_secrets(
     (here_with_pems / "w.yaml").chmod(0o644)
     with caplog.at_level(logging.WARNING, "expexp"):
         web_program()
-    assert caplog.messages == ["no modules loaded from any config file"]
+    assert caplog.messages == [NO_MODULES]
 
 
 #: What a module of a configuration holds, and whether that is known to be secret.
@@ -10681,7 +10733,7 @@ def test_users_are_added_and_removed(
     right = [password for password, setting in hashed if password in (b"q", b"r")]
     assert right == [b"q", b"r"]  # what was remembered is forgotten
     assert ask(app, "/", login("a:p")).status == 401
-    assert caplog.messages == []
+    assert caplog.messages == [NO_MODULES]
 
 
 @pytest.mark.parametrize(("pair", "status"), [("a:p", 401), ("b:q", 200)])
@@ -14095,22 +14147,27 @@ def test_a_start_that_is_refused_is_exit_1_and_one_line(
 ) -> None:
     (here / "bad.yaml").write_text("module: {}\n")
     (here / "empty").write_text(" \n")
-    code, text = main_in_process("-config=", "-web.listen-address=127.0.0.1:0", *flags)
+    (here / "good.yaml").write_text(f"modules: {{a: {A_FILE}}}\n")
+    code, text = main_in_process("-config=good.yaml", "-web.listen-address=127.0.0.1:0", *flags)
     assert (code, text.count("\n")) == (1, 1)
     assert text.startswith(line)
 
 
-def test_a_port_in_use_is_exit_1_and_one_line() -> None:
+def test_a_port_in_use_is_exit_1_and_one_line(here: Path) -> None:
+    (here / "c.yaml").write_text(f"modules: {{a: {A_FILE}}}\n")
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        ended = run("-config", "", "-web.listen-address", address)
+        ended = run("-config", "c.yaml", "-web.listen-address", address)
     assert (ended.returncode, ended.stderr) == (
         1,
         f"cannot listen on {address}: address already in use\n",
     )
 
 
-def test_two_expexp_do_not_share_a_port_on_any_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_expexp_do_not_share_a_port_on_any_python(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "c.yaml").write_text(f"modules: {{a: {A_FILE}}}\n")
     # As in newer Pythons, where two servers of http.server may, and each gets some requests.
     monkeypatch.setattr(http.server.HTTPServer, "allow_reuse_port", True, raising=False)
     assert expexp.Server.allow_reuse_port is False
@@ -14124,7 +14181,7 @@ def test_two_expexp_do_not_share_a_port_on_any_python(monkeypatch: pytest.Monkey
         assert [str(problem) for problem in caught.value.problems] == [
             f"cannot listen on {address}: address already in use"
         ]
-        ended = run("-config", "", "-web.listen-address", address)
+        ended = run("-config", "c.yaml", "-web.listen-address", address)
     assert (ended.returncode, ended.stderr) == (
         1,
         f"cannot listen on {address}: address already in use\n",
@@ -15129,6 +15186,24 @@ def test_a_check_of_a_good_configuration_is_one_line_and_exit_0(here: Path) -> N
     write_modules(here / "c.yaml", {"m": exec_module("echo a 1"), "n": file_module("/dev/null")})
     ended = run("-config.check", "-config=c.yaml", "-config.dirs=d")
     assert (ended.returncode, ended.stdout + ended.stderr) == (0, "no problems, modules: 3\n")
+
+
+@pytest.mark.parametrize("text", ["", "modules: {}\n"], ids=["an empty file", "no modules"])
+def test_a_check_of_a_configuration_without_modules_says_so_and_exits_with_0(
+    text: str, here: Path
+) -> None:
+    (here / "c.yaml").write_text(text)
+    ended = run("-config.check", "-config=c.yaml")
+    error, counted = ended.stderr.splitlines()
+    assert error.endswith(f' level=error msg="{NO_MODULES}"')
+    assert (ended.returncode, ended.stdout, counted) == (0, "", "no problems, modules: 0")
+
+
+def test_a_start_without_modules_says_so_once(here: Path) -> None:
+    (here / "c.yaml").write_text("")
+    with process("-config=c.yaml", "-web.listen-address=127.0.0.1:0", "-log.level=info") as started:
+        _, lines = listeners(started, 1)
+    assert [NO_MODULES in line for line in lines].count(True) == 1
 
 
 def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
