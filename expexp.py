@@ -1943,7 +1943,7 @@ def scalar(
     """A reader of a scalar: its source text matches the pattern, `convert` makes the value of it.
 
     Where `convert` raises a ValueError the text is not what was expected, either. No message shows
-    the text of a secret.
+    the text of a secret, only what kind of a node is there instead of a text.
     """
 
     def read(node: Node) -> Any:
@@ -1951,7 +1951,8 @@ def scalar(
         with contextlib.suppress(ValueError):
             if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
-        raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
+        hidden = secret and node.text
+        raise NodeError(f"expected {what}", node.place) if hidden else mismatch(what, node)
 
     return read
 
@@ -1959,7 +1960,7 @@ def scalar(
 def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
     """A mapping of names to secrets, which messages do not show."""
     if node.kind != "mapping":
-        raise mismatch("a mapping", node._replace(text=""))
+        raise NodeError(f"expected a mapping, found the {node.kind}", node.place)
     found: dict[str, Secret] = {}
     for name_node, value in node.entries:
         name = read_name(name_node)
@@ -2012,7 +2013,7 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_something: Final = scalar("text that is not empty", A_NAME)
+read_something: Final = scalar("text, not empty and without a NUL", A_NAME)
 read_module_name: Final = scalar("a name", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
@@ -2216,8 +2217,9 @@ def declared_keys(section: Any) -> Mapping[str, Mapping[str, Any]]:
 
 def suggest(message: str, name: str, known: Iterable[str]) -> str:
     """The message, with the nearest of the known names if one is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return message + (f'; did you mean "{near[0]}"?' if near else "")
+    # Like tls_server_config, but another thing: a key of exporter-toolkit that we do not have.
+    near = difflib.get_close_matches(name, ["http_server_config", *known], 1)
+    return message + (f'; did you mean "{near[0]}"?' if near and near[0] in known else "")
 
 
 def words_of(error: BaseException) -> str:
@@ -2427,7 +2429,9 @@ class FileReader(DocumentReader):
 
     def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
         """Give a context a certificate and its key; what is wrong with them is a problem."""
-        with self.noting(path, "cannot use certificate {} with key {}".format(*files)):
+        what = ["cannot use certificate {} with key {}".format(*files)]
+        what += [f for f in files if not (os.path.exists(f) and os.access(f, os.R_OK))]
+        with self.noting(path, ": ".join(what[:2])):  # OpenSSL does not say which it cannot read
             self.warn_of_readers(files[1])
             certificate, private = map(self.watched, files)
             context.load_cert_chain(certificate, private, password=no_password)
@@ -2568,13 +2572,12 @@ class ConfigLoader:
             if target.basic_auth_password or "Authorization" in target.headers:
                 self._reader.warn_of_readers(reader.filename)
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            seconds, again = self._limits.rotation_seconds, self._reader.again
-            credentials = Watched(load, reader, seconds, again)
+            credentials = Watched(load, reader, self._limits.rotation_seconds, self._reader.again)
             self._problems += credentials.problems
             target = dataclasses.replace(target, credentials=credentials)
         elif isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
-            missing = "" if shutil.which(target.command, path=path or None) else "command"
+            missing = "" if shutil.which(target.command, path=path or None) else "executable"
         else:
             missing = "" if os.path.exists(target.path) else "file"
         if missing:
@@ -2671,8 +2674,7 @@ def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ss
         with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
             context.load_verify_locations(reader.watched(file))
     if target.tls_cert_file:
-        where = f"{path}.tls_cert_file"
-        reader.key_pair(context, where, target.tls_cert_file, target.tls_key_file)
+        reader.key_pair(context, f"{path}.tls_cert_file", target.tls_cert_file, target.tls_key_file)
     if target.tls_insecure_skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -4105,7 +4107,8 @@ class Application:
         """All modules as Prometheus's HTTP service discovery wants them."""
         address = self.options["web.external-address"] or request.header("host")
         if not is_host(address):
-            raise RequestError(400, "expected a header Host, or -web.external-address")
+            expected = "a header Host with a host and perhaps a port, or -web.external-address"
+            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
         path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
         same = {"__metrics_path__": path, "__scheme__": request.scheme}
         groups = [
