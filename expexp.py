@@ -1938,7 +1938,7 @@ def scalar(
     """A reader of a scalar: its source text matches the pattern, `convert` makes the value of it.
 
     Where `convert` raises a ValueError the text is not what was expected, either. No message shows
-    the text of a secret.
+    the text of a secret, only what kind of a node is there instead of a text.
     """
 
     def read(node: Node) -> Any:
@@ -1946,7 +1946,8 @@ def scalar(
         with contextlib.suppress(ValueError):
             if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
-        raise NodeError(f"expected {what}", node.place) if secret else mismatch(what, node)
+        hidden = secret and node.text
+        raise NodeError(f"expected {what}", node.place) if hidden else mismatch(what, node)
 
     return read
 
@@ -1954,7 +1955,7 @@ def scalar(
 def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
     """A mapping of names to secrets, which messages do not show."""
     if node.kind != "mapping":
-        raise mismatch("a mapping", node._replace(text=""))
+        raise NodeError(f"expected a mapping, found the {node.kind}", node.place)
     found: dict[str, Secret] = {}
     for name_node, value in node.entries:
         name = read_name(name_node)
@@ -1990,9 +1991,9 @@ def to_path(text: str) -> str:
 
 
 def to_interval(text: str) -> float:
-    """Seconds of a duration that Prometheus takes for an interval. ValueError."""
+    """Seconds of a duration that Prometheus takes for an interval, or 0. ValueError."""
     seconds = parse_duration(text)
-    if seconds < 1:
+    if 0 < seconds < 1:
         raise ValueError("too short")
     return seconds
 
@@ -2007,7 +2008,7 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
 read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_something: Final = scalar("text that is not empty", A_NAME)
+read_something: Final = scalar("text, not empty and without a NUL", A_NAME)
 read_module_name: Final = scalar("a name", A_NAME)
 read_method: Final = scalar("http, exec or file", "http|exec|file")
 read_latin: Final = scalar("one line of Latin-1 text", LINE)
@@ -2020,8 +2021,8 @@ read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", 
 read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_count: Final = scalar("a whole number from 1", "[1-9][0-9]{0,5}", int, "number")
-read_interval: Final = scalar("a duration of 1s or more", convert=to_interval)
+read_count: Final = scalar("a whole number from 0 to 999999", "0|[1-9][0-9]{0,5}", int, "number")
+read_interval: Final = scalar("a duration of 1s or more, or 0", convert=to_interval)
 read_container: Final = scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
 read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
@@ -2095,7 +2096,7 @@ class HttpTarget:
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
     unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
     container: str = key(read_container, "", "container of the exporter, instead of an address")
-    container_host: str = key(read_engine, ENGINES[0], "socket of the container's engine")
+    container_host: str = key(read_engine, ENGINES[0], "socket of its engine", "container")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
     headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
     basic_auth_username: str = key(read_login, "", "user name to send", *PASSWORD_KEYS)
@@ -2211,8 +2212,9 @@ def declared_keys(section: Any) -> Mapping[str, Mapping[str, Any]]:
 
 def suggest(message: str, name: str, known: Iterable[str]) -> str:
     """The message, with the nearest of the known names if one is near."""
-    near = difflib.get_close_matches(name, list(known), 1)
-    return message + (f'; did you mean "{near[0]}"?' if near else "")
+    # Like tls_server_config, but another thing: a key of exporter-toolkit that we do not have.
+    near = difflib.get_close_matches(name, ["http_server_config", *known], 1)
+    return message + (f'; did you mean "{near[0]}"?' if near and near[0] in known else "")
 
 
 def words_of(error: BaseException) -> str:
@@ -2422,7 +2424,9 @@ class FileReader(DocumentReader):
 
     def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
         """Give a context a certificate and its key; what is wrong with them is a problem."""
-        with self.noting(path, "cannot use certificate {} with key {}".format(*files)):
+        what = ["cannot use certificate {} with key {}".format(*files)]
+        what += [f for f in files if not (os.path.exists(f) and os.access(f, os.R_OK))]
+        with self.noting(path, ": ".join(what[:2])):  # OpenSSL does not say which it cannot read
             self.warn_of_readers(files[1])
             certificate, private = map(self.watched, files)
             context.load_cert_chain(certificate, private, password=no_password)
@@ -2541,7 +2545,7 @@ class ConfigLoader:
             return
         for name in sorted(os.listdir(self._reader.watched(folder))):
             filename = os.path.join(folder, name)
-            found = re.fullmatch(r"(.+)\.(?:yml|yaml|json)", name)
+            found = re.fullmatch(r"(?!\.#)(.+)\.(?:yml|yaml|json)", name)  # `.#`: Emacs's locks
             if not found or os.path.isdir(filename):
                 self._reader.warnings.append(f"skipping non-yaml file {filename}")
                 continue
@@ -2571,15 +2575,14 @@ class ConfigLoader:
             if target.basic_auth_password or "Authorization" in target.headers:
                 self._reader.warn_of_readers(reader.filename)
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            seconds, again = self._limits.rotation_seconds, self._reader.again
-            credentials = Watched(load, reader, seconds, again)
+            credentials = Watched(load, reader, self._limits.rotation_seconds, self._reader.again)
             self._problems += credentials.problems
             # Otherwise they are read again when they change without the configuration.
             self._reader.seen.update(credentials.seen if credentials.problems else {})
             target = dataclasses.replace(target, credentials=credentials)
         elif isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
-            missing = "" if shutil.which(target.command, path=path or None) else "command"
+            missing = "" if shutil.which(target.command, path=path or None) else "executable"
         else:
             missing = "" if os.path.exists(target.path) else "file"
         if missing:
@@ -2667,8 +2670,7 @@ def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ss
         with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
             context.load_verify_locations(reader.watched(file))
     if target.tls_cert_file:
-        where = f"{path}.tls_cert_file"
-        reader.key_pair(context, where, target.tls_cert_file, target.tls_key_file)
+        reader.key_pair(context, f"{path}.tls_cert_file", target.tls_cert_file, target.tls_key_file)
     if target.tls_insecure_skip_verify:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -2865,6 +2867,9 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
     if web.tls_server_config and options["web.tls.listen-address"]:
         reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
+    if web.tls_server_config and options["web.tls.verify"]:  # ignored, it would let anybody in
+        message = "does not go with -web.tls.verify: set client_auth_type and client_ca_file"
+        reader.problem("tls_server_config", message)
     return web
 
 
@@ -2928,7 +2933,7 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
         crypt_rn = load_bcrypt() if web.basic_auth_users else None
     path, tls = choose_tls(options, web)
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
-        reader.problem("", "-web.tls.verify must be set to use -web.tls.certmatch")
+        reader.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
     served = load_server_tls(path, tls, reader) if tls else None
     credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
     # A file that is just being written, or gone by mistake, must not open the door.
@@ -4126,7 +4131,8 @@ class Application:
         """All modules as Prometheus's HTTP service discovery wants them."""
         address = self.options["web.external-address"] or request.header("host")
         if not is_host(address):
-            raise RequestError(400, "expected a header Host, or -web.external-address")
+            expected = "a header Host with a host and perhaps a port, or -web.external-address"
+            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
         path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
         same = {"__metrics_path__": path, "__scheme__": request.scheme}
         groups = [
@@ -4549,11 +4555,10 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self, address: Address, tls: bool, application: Application, connections: Connections
     ) -> None:
-        """Bind and listen, for no host to all addresses of both families; raises OSError."""
+        """Bind and listen, for no host and `::` to both families; raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
         self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
-        self._any = not address[0]
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), Handler)
@@ -4561,9 +4566,10 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
-        """Bind without the look-up of our own name that http.server would do."""
+        """Bind without the look-up of our own name that http.server would do; `::` to both."""
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(not self._any))
+            only = self.server_address[0] != "::"
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only))
         socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
@@ -4691,6 +4697,8 @@ class Program:
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
         self._ending = threading.Event()
+        if not self.config.value.modules:
+            LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
@@ -4707,8 +4715,6 @@ class Program:
             message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
         self._tell_access()
-        if not self.application.config.modules:
-            LOGGER.error("no modules loaded from any config file")
 
     def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
