@@ -267,7 +267,6 @@ class ConfigError(ExpexpError):
     """The configuration cannot be used; for the operator. `problems` has all of them, sorted."""
 
     def __init__(self, *problems: Problem) -> None:
-        """Sort the problems by file and line."""
         self.problems = sorted(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
@@ -276,7 +275,6 @@ class RequestError(ExpexpError):
     """A request is refused before any module is asked; for the client."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
-        """Keep the status, the text for the client and headers such as `Allow`."""
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
@@ -285,7 +283,6 @@ class ScrapeError(ExpexpError):
     """A scrape failed; `reason` is one of REASONS, `detail` is for the log alone."""
 
     def __init__(self, reason: str, message: str, detail: str = "") -> None:
-        """Look the reason up."""
         super().__init__(message)
         self.reason, self.message, self.detail = REASONS[reason], message, detail
 
@@ -297,7 +294,6 @@ class ExpositionError(ExpexpError):
     """
 
     def __init__(self, message: str, line: int = 0, column: int = 0, offset: int = 0) -> None:
-        """Keep the position and the message."""
         super().__init__(
             f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
         )
@@ -326,7 +322,6 @@ class Secret:
     """A text that shows itself only when asked to: never in a page, log, error, repr or metric."""
 
     def __init__(self, text: str) -> None:
-        """Wrap the text."""
         self._text = text
 
     def reveal(self) -> str:
@@ -1190,7 +1185,6 @@ class Report:
     """What was found in one exposition: up to `limit` findings, families and samples."""
 
     def __init__(self, limit: int = 1) -> None:
-        """Begin with nothing."""
         self.limit, self.samples, self.families = limit, 0, 0
         self.findings: list[Finding] = []
 
@@ -1828,7 +1822,6 @@ class NodeError(ExpexpError):
     """A node is not what it should be; who reads the document adds its file and the path."""
 
     def __init__(self, message: str, place: Place | None = None) -> None:
-        """Keep the place, if it has one of its own."""
         super().__init__(message)
         self.place = place
 
@@ -2703,7 +2696,6 @@ class Users:
     """The users of a web configuration; remembers of each the password that was right."""
 
     def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any) -> None:
-        """Begin with nobody remembered."""
         self._hashes = {name: secret.reveal() for name, secret in hashes.items()}
         self._crypt_rn, self._key = crypt_rn, os.urandom(32)
         self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
@@ -2975,7 +2967,6 @@ class Budget:
     """How much of what requests share is in use: bytes of bodies, scrapes of a module."""
 
     def __init__(self) -> None:
-        """Begin with nothing in use."""
         self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -3001,7 +2992,6 @@ class Cache:
     """The last good answers of modules with `cache`. Who asks while one is made waits for it."""
 
     def __init__(self, limits: Limits) -> None:
-        """Begin with none."""
         self._limits, self._lock = limits, threading.Lock()
         self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
 
@@ -3194,14 +3184,13 @@ class Tools:
     """What the scrapers share."""
 
     def __init__(self, limits: Limits, commands: Commands, metrics: SelfMetrics) -> None:
-        """Begin with nothing known or in use."""
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
         #: One lock a FIFO, by its path without links: of two readers each would get a part. And
         #: the descriptors of those of which a scrape that failed has read a part.
         self.fifo_locks: dict[str, threading.Lock] = {}
-        self.torn_fifos: dict[str, int] = {}
+        self.torn_fifos: dict[str, io.FileIO] = {}
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3684,22 +3673,21 @@ def torn_pieces(job: Job, key: str, file: io.FileIO, pieces: Iterator[bytes]) ->
     torn = job.tools.torn_fifos
     for piece in pieces:
         if piece and key not in torn:
-            torn[key] = os.dup(file.fileno())
+            torn[key] = io.FileIO(os.dup(file.fileno()))
         yield piece
     if key in torn:
-        os.close(torn.pop(key))
+        torn.pop(key).close()
 
 
 def finish_torn(job: Job, key: str) -> None:
     """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
     torn = job.tools.torn_fifos
-    if key in torn:
-        with io.FileIO(torn[key], closefd=False) as rest:
-            # If another one is there by now, nothing of this one can be taken for its answer.
-            is_there = os.path.samestat(os.fstat(torn[key]), os.stat(job.module.target.path))
-            for _ in file_pieces(job, rest) if is_there else ():
-                pass
-        os.close(torn.pop(key))
+    if rest := torn.get(key):
+        # If another one is there by now, nothing of this one can be taken for its answer.
+        is_there = os.path.samestat(os.fstat(rest.fileno()), os.stat(job.module.target.path))
+        for _ in file_pieces(job, rest) if is_there else ():
+            pass
+        torn.pop(key).close()
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -3863,7 +3851,6 @@ class FailureLog:
     """Decides which failures and recoveries of modules are worth a line in the log."""
 
     def __init__(self, reminder_seconds: float, clock: Callable[[], float]) -> None:
-        """Begin with all modules well."""
         self._reminder_seconds, self._clock = reminder_seconds, clock
         self._last: dict[tuple[str, bool], tuple[str, float]] = {}
         self._lock = threading.Lock()
@@ -4228,7 +4215,6 @@ class Connections:
     """The connections that clients hold, and which of them are idle."""
 
     def __init__(self, most: int, metrics: SelfMetrics) -> None:
-        """Begin with none."""
         self._most, self._metrics = most, metrics
         #: Whether each is idle; of the idle ones that which has been so for longest comes first.
         self._open: dict[socket.socket, bool] = {}
@@ -4285,7 +4271,6 @@ class HandshakeError(OSError):
     """A client's certificate is well-formed, but does not let it in; says which fault that is."""
 
     def __init__(self, fault: str, message: str) -> None:
-        """Keep the fault."""
         super().__init__(message)
         self.fault = fault
 
@@ -4613,7 +4598,6 @@ class LogFormatter(logging.Formatter):
     """One line a record, `key=value` or JSON; control characters escaped, length bounded."""
 
     def __init__(self, as_json: bool, most_characters: int) -> None:
-        """Choose between the two forms."""
         super().__init__()
         self._as_json, self._most = as_json, most_characters
 
