@@ -1664,11 +1664,6 @@ def parse_network(text: str) -> Network:
     raise ValueError(f"invalid CIDR address: {excerpt(text)}")
 
 
-def parse_listen(text: str) -> tuple[str, int] | None:
-    """Host and port to listen on, None for ""; ValueError."""
-    return parse_listen_address(text) if text else None
-
-
 def parse_host(text: str) -> str:
     """A host and perhaps a port, "" for none; ValueError."""
     if text and not is_host(text):
@@ -1702,19 +1697,14 @@ def parse_pattern(text: str) -> str:
     return text
 
 
-def no_value(_text: str) -> str:
-    """Never a value; ValueError."""
-    raise ValueError("not supported")
-
-
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
 PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "address": parse_listen,
+    "address": lambda text: parse_listen_address(text) if text else None,
     "boolean": parse_boolean,
     "host": parse_host,
     "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
     "network": parse_network,
-    "none": no_value,
+    "none": functools.partial(parse_word, "nothing: it is not supported", {}),
     "path": parse_path,
     "pattern": parse_pattern,
     "seconds": parse_offset,

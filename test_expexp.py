@@ -4034,7 +4034,7 @@ FLAG_ERRORS = {
     ),
     "a Windows service": (
         ["-winsvc", "install"],
-        'invalid value "install" for flag -winsvc: not supported',
+        'invalid value "install" for flag -winsvc: expected nothing: it is not supported',
     ),
     "a TLS port that is none": (
         ["-web.tls.listen-address=443"],
@@ -14379,7 +14379,7 @@ STARTS = {
     "a Windows service": (
         ["-winsvc", "start"],
         2,
-        'invalid value "start" for flag -winsvc: not supported\nUsage of expexp:\n',
+        'invalid value "start" for flag -winsvc: expected nothing: it is not supported\nUsage of expexp:\n',
     ),
     "an offset above a day": (
         ["-timeout-offset=25h"],
