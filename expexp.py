@@ -4644,8 +4644,7 @@ def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     system_context.cache_clear()  # the system's authorities may have changed, too
     config = ConfigLoader(limits, reader).load(*flags)
-    former: Config | None = reader.former
-    if former and former.modules and not (config.modules or reader.problems):
+    if reader.former and reader.former.modules and not (config.modules or reader.problems):
         # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
     return config

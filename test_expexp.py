@@ -11908,18 +11908,28 @@ def test_a_changed_module_does_not_give_the_old_ones_answer(
         assert counted.count == 3
 
 
+@pytest.mark.parametrize(
+    ("script", "status", "text"),
+    [
+        ("echo old 1", 200, "old 1\n"),
+        ("exit 3", 500, "module m: sh: the command exited with status 3\n"),
+    ],
+)
 def test_a_changed_module_does_not_wait_for_the_old_ones_run(
-    tmp_path: Path, counted: Counted
+    script: str, status: int, text: str, tmp_path: Path, counted: Counted
 ) -> None:
-    old, new = counted.waiting("echo old 1"), counted.module("echo new 1")
+    old, new = counted.waiting(script), counted.module("echo new 1")
     with reloadable(tmp_path, {"m": old}) as (served, reload):
         with several(served, counted, "m", "m") as scrapes:
             reload({"m": new})
             with taking(*QUICK_SOCKET):
                 assert served.scrape("m").text == "new 1\n"
             assert served.scrape("m").headers["Age"] == "0"
-        assert [(s.result().status, s.result().text) for s in scrapes] == [(200, "old 1\n")] * 2
-        assert served.scrape("m").text == "new 1\n"
+        answers = [(scrape.result().status, scrape.result().text) for scrape in scrapes]
+        assert answers == [(status, text)] * 2
+        kept = served.scrape("m")  # what the old one has said does not take its place
+        assert (kept.text, kept.headers["Age"]) == ("new 1\n", "0")
+        assert counted.count == 2
 
 
 def test_a_reload_reads_the_token_again(tmp_path: Path) -> None:
@@ -14379,7 +14389,7 @@ STARTS = {
     "a Windows service": (
         ["-winsvc", "start"],
         2,
-        'invalid value "start" for flag -winsvc: expected nothing: it is not supported\nUsage of expexp:\n',
+        'invalid value "start" for flag -winsvc: expected nothing: it is not supported\n',
     ),
     "an offset above a day": (
         ["-timeout-offset=25h"],
