@@ -4816,8 +4816,7 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
     elif options["config.check"]:
-        modules = Program(options, limits).config.value.modules
-        tell(f"no problems, modules: {len(modules)}\n")
+        tell(f"no problems, modules: {len(Program(options, limits).config.value.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
         signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
         program = Program(options, limits)
