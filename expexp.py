@@ -267,7 +267,6 @@ class ConfigError(ExpexpError):
     """The configuration cannot be used; for the operator. `problems` has all of them, sorted."""
 
     def __init__(self, *problems: Problem) -> None:
-        """Sort the problems by file and line."""
         self.problems = sorted(problems)
         super().__init__("\n".join(map(str, self.problems)))
 
@@ -276,7 +275,6 @@ class RequestError(ExpexpError):
     """A request is refused before any module is asked; for the client."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
-        """Keep the status, the text for the client and headers such as `Allow`."""
         super().__init__(message)
         self.status, self.message, self.headers = status, message, headers
 
@@ -285,7 +283,6 @@ class ScrapeError(ExpexpError):
     """A scrape failed; `reason` is one of REASONS, `detail` is for the log alone."""
 
     def __init__(self, reason: str, message: str, detail: str = "") -> None:
-        """Look the reason up."""
         super().__init__(message)
         self.reason, self.message, self.detail = REASONS[reason], message, detail
 
@@ -297,7 +294,6 @@ class ExpositionError(ExpexpError):
     """
 
     def __init__(self, message: str, line: int = 0, column: int = 0, offset: int = 0) -> None:
-        """Keep the position and the message."""
         super().__init__(
             f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
         )
@@ -326,7 +322,6 @@ class Secret:
     """A text that shows itself only when asked to: never in a page, log, error, repr or metric."""
 
     def __init__(self, text: str) -> None:
-        """Wrap the text."""
         self._text = text
 
     def reveal(self) -> str:
@@ -413,11 +408,6 @@ def parse_query(query: str) -> Pairs:
     """Names and values of a query in their order, as bytes; http.server hands it on as latin-1."""
     pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="latin-1")
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
-
-
-def render_query(pairs: Pairs) -> str:
-    """A query that `parse_query` reads back to the same pairs."""
-    return urllib.parse.urlencode(pairs)
 
 
 def accepts(header: str, wanted: str) -> bool:
@@ -1195,7 +1185,6 @@ class Report:
     """What was found in one exposition: up to `limit` findings, families and samples."""
 
     def __init__(self, limit: int = 1) -> None:
-        """Begin with nothing."""
         self.limit, self.samples, self.families = limit, 0, 0
         self.findings: list[Finding] = []
 
@@ -1675,11 +1664,6 @@ def parse_network(text: str) -> Network:
     raise ValueError(f"invalid CIDR address: {excerpt(text)}")
 
 
-def parse_listen(text: str) -> tuple[str, int] | None:
-    """Host and port to listen on, None for ""; ValueError."""
-    return parse_listen_address(text) if text else None
-
-
 def parse_host(text: str) -> str:
     """A host and perhaps a port, "" for none; ValueError."""
     if text and not is_host(text):
@@ -1713,19 +1697,14 @@ def parse_pattern(text: str) -> str:
     return text
 
 
-def no_value(_text: str) -> str:
-    """Never a value; ValueError."""
-    raise ValueError("not supported")
-
-
 parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
 PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "address": parse_listen,
+    "address": lambda text: parse_listen_address(text) if text else None,
     "boolean": parse_boolean,
     "host": parse_host,
     "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
     "network": parse_network,
-    "none": no_value,
+    "none": functools.partial(parse_word, "nothing: it is not supported", {}),
     "path": parse_path,
     "pattern": parse_pattern,
     "seconds": parse_offset,
@@ -1833,7 +1812,6 @@ class NodeError(ExpexpError):
     """A node is not what it should be; who reads the document adds its file and the path."""
 
     def __init__(self, message: str, place: Place | None = None) -> None:
-        """Keep the place, if it has one of its own."""
         super().__init__(message)
         self.place = place
 
@@ -2465,8 +2443,8 @@ class Watched:
         self.value: Any = None
         self._replace(again)
 
-    def _replace(self, again: bool = True) -> None:
-        """Have a new value; or the problems with it, of which all are noted."""
+    def _replace(self, again: bool = True, refused: bool = False) -> None:
+        """Have a new value; or the problems with it, of which all are noted, if not others'."""
         reader, value = FileReader(self._reader, self.value, again), None
         try:
             value = self._load(reader)
@@ -2474,22 +2452,32 @@ class Watched:
             LOGGER.exception("unexpected error in loading")
             reader.problem("", "unexpected error: see the log")
         self.seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
-        self.working, self._again = not self.problems, time.monotonic() + Limits.retry_seconds
+        self.working = not (self.problems or refused)
+        self._again = time.monotonic() + Limits.retry_seconds
         if self.working:
             self.value, self.loaded = value, time.time()
             for warning in reader.warnings:
                 LOGGER.warning("%s", warning)
 
-    def reload(self) -> Sequence[Problem]:
-        """Read the files again; log, and return, the problems that there are instead of a value."""
+    def reload(self, needed: Watched | None = None) -> Sequence[Problem]:
+        """Read the files again; log, and return, the problems that there are instead of a value.
+
+        Problems with what is `needed` beside it are some with it as well, until it changes.
+        """
         with self._lock:
-            self._replace()
-            problems = self.problems
+            self._replace(refused=bool(needed and needed.problems))
+            problems, working = self.problems, self.working
+            if needed and needed.problems:
+                self.seen = {**self.seen, **needed.seen}
         for problem in problems:
             LOGGER.error("changed files are not used, the former stay: %s", problem)
-        if self.seen and not problems:
+        if self.seen and working:
             LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
         return problems
+
+    def is_late(self) -> bool:
+        """Whether what failed is to be tried again: it may have failed for lack of descriptors."""
+        return not self.working and time.monotonic() >= self._again
 
     def look(self) -> dict[str, Any]:
         """What the files are like now; when they were read last they were as in `seen`."""
@@ -2500,9 +2488,7 @@ class Watched:
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._seconds
-                # What failed may have done so for a moment: without a descriptor, for example.
-                late = not self.working and time.monotonic() >= self._again
-                if late or self.look() != self.seen:
+                if self.is_late() or self.look() != self.seen:
                     self.reload()
             finally:
                 self._lock.release()
@@ -2574,6 +2560,8 @@ class ConfigLoader:
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
             credentials = Watched(load, reader, self._limits.rotation_seconds, self._reader.again)
             self._problems += credentials.problems
+            # Otherwise they are read again when they change without the configuration.
+            self._reader.seen.update(credentials.seen if credentials.problems else {})
             target = dataclasses.replace(target, credentials=credentials)
         elif isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
@@ -2593,15 +2581,6 @@ def notify(state: str) -> None:
         channel.settimeout(1)
         if address:
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
-
-
-def reload_all(*parts: Watched) -> list[Problem]:
-    """What is wrong with those that stay as they are; all others have been read again."""
-    notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-    try:
-        return [problem for part in parts for problem in part.reload()]
-    finally:
-        notify("READY=1")
 
 
 # --- certificates and secrets
@@ -2707,7 +2686,6 @@ class Users:
     """The users of a web configuration; remembers of each the password that was right."""
 
     def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any) -> None:
-        """Begin with nobody remembered."""
         self._hashes = {name: secret.reveal() for name, secret in hashes.items()}
         self._crypt_rn, self._key = crypt_rn, os.urandom(32)
         self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
@@ -2979,7 +2957,6 @@ class Budget:
     """How much of what requests share is in use: bytes of bodies, scrapes of a module."""
 
     def __init__(self) -> None:
-        """Begin with nothing in use."""
         self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -2997,71 +2974,107 @@ class Answer(NamedTuple):
 
     module: Module  # a reload may have changed it since
     made: float  # when; infinite as long as it is not
-    outcome: concurrent.futures.Future[Scrape | ScrapeError]
+    size: int  # of the body, in bytes
+    outcome: concurrent.futures.Future[Scrape]
 
 
 class Cache:
     """The last good answers of modules with `cache`. Who asks while one is made waits for it."""
 
     def __init__(self, limits: Limits) -> None:
-        """Begin with none."""
         self._limits, self._lock = limits, threading.Lock()
         self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
 
     def answer(self, job: Job, key: Any) -> Scrape:
         """An answer that is fresh enough, or a new one; raises ScrapeError."""
         while True:
-            with self._lock:
-                known = self._answers.get(key)
-                age = time.monotonic() - known.made if known else math.inf
-                if not known or known.module != job.module or age >= job.module.cache:
-                    own = Answer(job.module, math.inf, concurrent.futures.Future())
-                    self._answers[key] = own
-                    break
-            outcome = wait_for(known.outcome, job.deadline)
-            if isinstance(outcome, Scrape):
-                count = len(cast(bytes, outcome.body))  # it may be evicted while it is sent
-                hold(job, count)
-                job.cleanup.callback(hold, job, -count)
-                aged = with_header(outcome.headers, "Age", str(int(max(age, 0))))
-                return dataclasses.replace(outcome, headers=aged) if age >= 0 else outcome
-            if outcome.reason.name != "timeout":  # of a deadline that was sooner than ours
-                raise ScrapeError(outcome.reason.name, outcome.message)
-        return self._make(own, job, key)
+            now, known = time.monotonic(), self._find(job, key)
+            try:
+                scrape: Scrape = wait_for(known.outcome, job.deadline)
+                break
+            except ScrapeError as error:
+                if error.reason.name != "timeout":
+                    raise
+                job.deadline.check()  # or else it was that of a run which began before us
+        count = len(cast(bytes, scrape.body))  # it may be evicted while it is sent
+        hold(job, count)
+        job.cleanup.callback(hold, job, -count)
+        if now < known.made:
+            return scrape
+        aged = with_header(scrape.headers, "Age", str(int(now - known.made)))
+        return dataclasses.replace(scrape, headers=aged)
 
-    def _make(self, own: Answer, job: Job, key: Any) -> Scrape:
-        """What the target says now, for all who wait for it."""
-        outcome: Scrape | ScrapeError = ScrapeError("timeout", "")  # then others try themselves
-        try:
-            outcome = scrape_target(job)
-        except ScrapeError as error:
-            outcome = error
-            raise
-        finally:
-            with self._lock:
-                own.outcome.set_result(outcome)
-                if self._answers.get(key) is own:  # and not a later module's
-                    del self._answers[key]
-                    self._keep(key, own._replace(made=time.monotonic()), outcome)
-        return outcome
+    def _find(self, job: Job, key: Any) -> Answer:
+        """One that is fresh enough or being made, in a thread; raises ScrapeError("busy")."""
+        take, most, now = job.tools.budget.take, self._limits.connections, time.monotonic()
+        with self._lock:
+            known = self._answers.get(key)
+            if not known or known.module != job.module or now - known.made >= job.module.cache:
+                take("answers", 1, most, f"as many answers are being made as may at once: {most}")
+                outcome = aside(lambda: take("answers", -1), self._make, job, key)
+                known = self._answers[key] = Answer(job.module, math.inf, 0, outcome)
+            return known
 
-    def _keep(self, key: Any, answer: Answer, outcome: Any) -> None:
+    def _make(self, job: Job, key: Any) -> Scrape:
+        """What the target says now; raises ScrapeError.
+
+        That takes as long as the module allows, even when all who wait have given up: a script that
+        is too slow for one scrape answers the next.
+        """
+        own, scrape = scrape_timeout(job.module.timeout, "", 0, self._limits), None
+        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(lambda: self._keep(key, job.module, scrape))
+            scrape = scrape_target(dataclasses.replace(job, deadline=deadline, cleanup=cleanup))
+        return scrape
+
+    def _keep(self, key: Any, module: Module, scrape: Scrape | None) -> None:
         """Keep an answer if it is good, and of all no more than may be kept, the newest."""
         left = self._limits.cache_bytes
-        is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
-        if is_good and len(outcome.body) <= left:  # or else all others would go for nothing
-            self._answers[key] = answer
-        made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
-        for number, (old, each) in enumerate(reversed(made)):
-            left -= len(cast(Any, each.outcome.result()).body)
-            if left < 0 or number >= self._limits.cache_entries:
-                del self._answers[old]
+        with self._lock:
+            own = self._answers.get(key)
+            if own and own.module is module:  # and not a later module's
+                del self._answers[key]
+                size = len(cast(bytes, scrape.body)) if scrape else 0
+                is_good = scrape and scrape.status == http.HTTPStatus.OK
+                if is_good and size <= left:  # or else all others would go for nothing
+                    self._answers[key] = own._replace(made=time.monotonic(), size=size)
+            made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
+            for number, (old, each) in enumerate(reversed(made)):
+                left -= each.size
+                if left < 0 or number >= self._limits.cache_entries:
+                    del self._answers[old]
 
 
 def hold(job: Job, count: int) -> None:
     """Count so many more bytes as held in memory, or less; raises ScrapeError("busy")."""
     words = "too many bodies in memory, try again later"
     job.tools.budget.take("bytes", count, job.tools.limits.held_bytes, words)
+
+
+def aside(done: Callable[[], None], work: Callable[..., Any], *given: Any) -> Any:
+    """A future for a function in a daemon thread, which can be left behind; ScrapeError("busy").
+
+    When it is done, or if there can be no such thread, `done` is called.
+    """
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.add_done_callback(lambda _: done())
+    try:
+        threading.Thread(target=fulfil, args=(future, work, *given), daemon=True).start()
+    except RuntimeError:
+        future.cancel()
+        raise ScrapeError("busy", "no thread can be started, try again later") from None
+    return future
+
+
+def fulfil(future: concurrent.futures.Future[Any], work: Callable[..., Any], *given: Any) -> None:
+    """Call a function; what it raises is raised where its result is waited for."""
+    try:
+        future.set_result(work(*given))
+    except (ExpexpError, OSError, UnicodeError, MemoryError) as error:
+        future.set_exception(error)
+    finally:
+        future.cancel()  # it is done, but for a fault of ours, of which the thread leaves a trace
 
 
 def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
@@ -3089,22 +3102,7 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     with contextlib.suppress(socket.gaierror):
         return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
     acquire(slots, deadline)
-    answer: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    answer.add_done_callback(lambda _: slots.release())
-    try:
-        threading.Thread(target=fulfil, args=(answer, look_up, host), daemon=True).start()
-    except RuntimeError:
-        answer.cancel()
-        raise ScrapeError("busy", "no thread can be started to look up a name") from None
-    return wait_for(answer, deadline)
-
-
-def fulfil(answer: Any, look_up: Callable[[str], Any], host: str) -> None:
-    """Resolve a name in a thread of its own."""
-    try:
-        answer.set_result(look_up(host))
-    except (OSError, UnicodeError, MemoryError) as error:
-        answer.set_exception(error)
+    return wait_for(aside(slots.release, look_up, host), deadline)
 
 
 class Commands:
@@ -3176,14 +3174,13 @@ class Tools:
     """What the scrapers share."""
 
     def __init__(self, limits: Limits, commands: Commands, metrics: SelfMetrics) -> None:
-        """Begin with nothing known or in use."""
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
         #: One lock a FIFO, by its path without links: of two readers each would get a part. And
         #: the descriptors of those of which a scrape that failed has read a part.
         self.fifo_locks: dict[str, threading.Lock] = {}
-        self.torn_fifos: dict[str, int] = {}
+        self.torn_fifos: dict[str, io.FileIO] = {}
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3369,7 +3366,7 @@ def request_url(job: Job) -> str:
     """The URL for a target: the client's parameters, then the path's own."""
     target = job.module.target
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = (render_query(cast(Pairs, pairs)), target.path.partition("?")[2])
+    queries = (urllib.parse.urlencode(cast(Pairs, pairs)), target.path.partition("?")[2])
     return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
@@ -3666,22 +3663,21 @@ def torn_pieces(job: Job, key: str, file: io.FileIO, pieces: Iterator[bytes]) ->
     torn = job.tools.torn_fifos
     for piece in pieces:
         if piece and key not in torn:
-            torn[key] = os.dup(file.fileno())
+            torn[key] = io.FileIO(os.dup(file.fileno()))
         yield piece
     if key in torn:
-        os.close(torn.pop(key))
+        torn.pop(key).close()
 
 
 def finish_torn(job: Job, key: str) -> None:
     """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
     torn = job.tools.torn_fifos
-    if key in torn:
-        with io.FileIO(torn[key], closefd=False) as rest:
-            # If another one is there by now, nothing of this one can be taken for its answer.
-            is_there = os.path.samestat(os.fstat(torn[key]), os.stat(job.module.target.path))
-            for _ in file_pieces(job, rest) if is_there else ():
-                pass
-        os.close(torn.pop(key))
+    if rest := torn.get(key):
+        # If another one is there by now, nothing of this one can be taken for its answer.
+        is_there = os.path.samestat(os.fstat(rest.fileno()), os.stat(job.module.target.path))
+        for _ in file_pieces(job, rest) if is_there else ():
+            pass
+        torn.pop(key).close()
 
 
 def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -3845,19 +3841,21 @@ class FailureLog:
     """Decides which failures and recoveries of modules are worth a line in the log."""
 
     def __init__(self, reminder_seconds: float, clock: Callable[[], float]) -> None:
-        """Begin with all modules well."""
         self._reminder_seconds, self._clock = reminder_seconds, clock
-        self._last: dict[Any, tuple[str, float]] = {}
+        self._last: dict[tuple[str, bool], tuple[str, float]] = {}
         self._lock = threading.Lock()
 
-    def is_news(self, module: Any, reason: str) -> bool:
-        """Whether this outcome ("" is success) differs from the last one, or is a reminder."""
-        now = self._clock()
+    def is_news(self, module: str, reason: str) -> bool:
+        """Whether this outcome ("" is success) differs from the last one, or is a reminder.
+
+        A module that is busy is not ill: that has reminders of its own, and no recovery.
+        """
+        now, kind = self._clock(), (module, reason == "busy")
         with self._lock:
-            last, since = self._last.get(module, ("", now))
+            last, since = self._last.get(kind, ("", now))
             is_news = reason != last or (reason != "" and now - since >= self._reminder_seconds)
             if is_news:
-                self._last[module] = (reason, now)
+                self._last[kind] = (reason, now)
             return is_news
 
 
@@ -3969,11 +3967,13 @@ class Application:
             self.metrics.create_module(module.name, module.method)
 
     def reload(self) -> Sequence[Problem]:
-        """Read configuration and credentials again; what is wrong with those that are not used."""
-        with self._reloading:
-            problems = reload_all(self._watched, self.credentials)
+        """Read all files again; what is wrong with those that are not used."""
+        with self._reloading:  # credentials come first: they must not expire because of a module
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
             self._tools.containers.clear()  # it may be that one has moved
             self.take_config()
+            notify("READY=1")
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -4042,14 +4042,14 @@ class Application:
         if result.status != http.HTTPStatus.OK:
             message = f"the target answered with status {result.status}"
             self._note(module, ScrapeError("status", message))
-        elif isinstance(result.body, bytes):
-            self._note_success(module)
-        body = result.body
-        return body if isinstance(body, bytes) else self._streamed(module, result)
+        if not isinstance(result.body, bytes):
+            return self._streamed(module, result)
+        self._note_success(module, result.status)
+        return result.body
 
-    def _note_success(self, module: Module) -> None:
+    def _note_success(self, module: Module, status: int) -> None:
         """Log that a module has recovered, if it has."""
-        if self._failures.is_news(module.name, ""):
+        if status == http.HTTPStatus.OK and self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
     def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
@@ -4059,8 +4059,7 @@ class Application:
         except ScrapeError as error:
             self._note(module, ScrapeError("aborted", error.message))
             raise
-        if result.status == http.HTTPStatus.OK:
-            self._note_success(module)
+        self._note_success(module, result.status)
 
     def _note(self, module: Module | None, error: ScrapeError) -> str:
         """Count a failure, and log it if it is news. Returns what went wrong, and where."""
@@ -4072,11 +4071,9 @@ class Application:
             words = f"{excerpt(module.target.shown, 200)}: {words}"
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, reason, words, error.detail)))
-        # What a client does wrong is no failure of the module, and must not fill the log. Nor is
-        # one that is busy ill: that has reminders of its own, and no recovery.
+        # What a client does wrong is no failure of the module, and must not fill the log.
         clients_fault = error.reason.status in range(400, 500)
-        state = (name, reason) if reason == "busy" else name
-        news = not clients_fault and self._failures.is_news(state, reason)
+        news = not clients_fault and self._failures.is_news(name, reason)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
         return words
 
@@ -4208,7 +4205,6 @@ class Connections:
     """The connections that clients hold, and which of them are idle."""
 
     def __init__(self, most: int, metrics: SelfMetrics) -> None:
-        """Begin with none."""
         self._most, self._metrics = most, metrics
         #: Whether each is idle; of the idle ones that which has been so for longest comes first.
         self._open: dict[socket.socket, bool] = {}
@@ -4265,7 +4261,6 @@ class HandshakeError(OSError):
     """A client's certificate is well-formed, but does not let it in; says which fault that is."""
 
     def __init__(self, fault: str, message: str) -> None:
-        """Keep the fault."""
         super().__init__(message)
         self.fault = fault
 
@@ -4593,7 +4588,6 @@ class LogFormatter(logging.Formatter):
     """One line a record, `key=value` or JSON; control characters escaped, length bounded."""
 
     def __init__(self, as_json: bool, most_characters: int) -> None:
-        """Choose between the two forms."""
         super().__init__()
         self._as_json, self._most = as_json, most_characters
 
@@ -4650,8 +4644,7 @@ def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
     system_context.cache_clear()  # the system's authorities may have changed, too
     config = ConfigLoader(limits, reader).load(*flags)
-    former: Config | None = reader.former
-    if former and former.modules and not (config.modules or reader.problems):
+    if reader.former and reader.former.modules and not (config.modules or reader.problems):
         # A file that is just being written.
         reader.problem("", "no modules are left: that needs a restart")
     return config
@@ -4745,7 +4738,8 @@ class Program:
                 signals.recv(PIECE_BYTES)  # of many at once one reload is enough
                 return signal.SIGTERM if self._ending.is_set() else signal.SIGHUP
             former, found = found, self.config.look()
-            if found == former != self.config.seen:  # not while it is being written
+            news = found != self.config.seen or self.config.is_late()
+            if news and found == former:  # not while it is being written
                 return signal.SIGHUP
 
     def stop(self) -> None:
@@ -4822,8 +4816,7 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
     elif options["config.check"]:
-        modules = Program(options, limits).config.value.modules
-        tell(f"no problems, modules: {len(modules)}\n")
+        tell(f"no problems, modules: {len(Program(options, limits).config.value.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
         signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
         program = Program(options, limits)

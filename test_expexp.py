@@ -1609,7 +1609,7 @@ def test_parse_query(query: str, pairs: tuple[tuple[bytes, bytes], ...]) -> None
 @QUICK  # type: ignore[untyped-decorator]
 @hypothesis.given(st.lists(st.tuples(st.binary(), st.binary())))  # type: ignore[untyped-decorator]
 def test_any_bytes_survive_a_query(pairs: list[tuple[bytes, bytes]]) -> None:
-    query = expexp.render_query(pairs)
+    query = urllib.parse.urlencode(pairs)
     assert query.isascii()
     assert list(expexp.parse_query(query)) == pairs
 
@@ -4034,7 +4034,7 @@ FLAG_ERRORS = {
     ),
     "a Windows service": (
         ["-winsvc", "install"],
-        'invalid value "install" for flag -winsvc: not supported',
+        'invalid value "install" for flag -winsvc: expected nothing: it is not supported',
     ),
     "a TLS port that is none": (
         ["-web.tls.listen-address=443"],
@@ -9323,14 +9323,16 @@ def test_requests_that_come_while_a_script_runs_share_its_answer(
         assert served.metric('expexp_proxy_duration_seconds_count{module="m"}') == count
 
 
+SOON: Final = {"X-Prometheus-Scrape-Timeout-Seconds": "0.7"}
+
+
 def test_who_waits_for_anothers_run_does_so_within_its_own_deadline(counted: Counted) -> None:
-    soon = {"X-Prometheus-Scrape-Timeout-Seconds": "0.7"}
     with running({"m": counted.waiting()}) as served:
         with ThreadPoolExecutor() as pool:
             leader = pool.submit(served.scrape, "m")
             wait_until(lambda: counted.count == 1)
             with taking(*AT_DEADLINE):
-                follower = served.scrape("m", soon)
+                follower = served.scrape("m", SOON)
             assert (follower.status, follower.text) == (504, f"module m: sh: {LATE}\n")
             counted.release()
             assert leader.result().status == 200
@@ -9338,17 +9340,114 @@ def test_who_waits_for_anothers_run_does_so_within_its_own_deadline(counted: Cou
         assert served.failures("m") == {"timeout": 1}
 
 
-def test_whose_run_meets_a_short_deadline_fails_alone(counted: Counted) -> None:
-    script = f"[ $(wc -l <{counted.runs}) = 1 ] && exec sleep 5; echo a 1"
-    soon = {"X-Prometheus-Scrape-Timeout-Seconds": "0.8"}
-    with running({"m": counted.module(script)}) as served, ThreadPoolExecutor() as pool:
-        leader = pool.submit(served.scrape, "m", soon)
+def test_a_run_goes_on_for_others_when_who_began_it_gives_up(counted: Counted) -> None:
+    with running({"m": counted.waiting()}) as served, ThreadPoolExecutor() as pool:
+        leader = pool.submit(served.scrape, "m", SOON)
         wait_until(lambda: counted.count == 1)
         followers = [pool.submit(served.scrape, "m") for _ in range(3)]
-        assert leader.result().status == 504
+        assert (leader.result().status, leader.result().text) == (504, f"module m: sh: {LATE}\n")
+        counted.release()
         assert {follower.result().status for follower in followers} == {200}
+        assert counted.count == 1
+        assert served.failures("m") == {"timeout": 1}
+
+
+def test_a_script_slower_than_a_scrape_may_be_answers_the_next_one(counted: Counted) -> None:
+    with running({"m": counted.waiting()}) as served:
+        assert served.scrape("m", SOON).status == 504
+        assert served.scrape("m", SOON).status == 504  # waits for the same run
+        counted.release()
+        wait_until(lambda: served.scrape("m", SOON).headers["Age"] is not None)
+        assert counted.count == 1
+
+
+@pytest.mark.parametrize(
+    ("timeout", "asked", "seconds"),
+    [
+        ("7s", "1", 7),  # what the module allows, whoever asks
+        ("7s", "20", 7),
+        ("0", "1", 10),  # what a scrape may take where nobody says anything
+        ("0", "20", 19.5),  # or who asks first, if that is more
+    ],
+)
+def test_a_run_may_take(
+    timeout: str, asked: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, scrape = list[float](), expexp.scrape_target
+
+    def noting(job: expexp.Job) -> expexp.Scrape:
+        given.append(job.deadline.remaining())
+        return scrape(job)
+
+    monkeypatch.setattr(expexp, "scrape_target", noting)
+    with running({"m": exec_module("echo a 1") | {"cache": "1m", "timeout": timeout}}) as served:
+        served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: asked})
+    assert given == [pytest.approx(seconds, abs=0.2)]
+
+
+def test_who_comes_just_before_a_run_meets_its_end_has_one_of_its_own(counted: Counted) -> None:
+    script = f"[ $(wc -l <{counted.runs}) = 1 ] && exec sleep 5; echo a 1"
+    module, own = counted.module(script), dataclasses.replace(FAST, scrape_seconds=1)
+    with running({"m": module}, limits=own) as served:
+        assert served.scrape("m", SOON).status == 504
+        assert served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "5"}).status == 200
         assert counted.count == 2
         assert served.failures("m") == {"timeout": 1}
+
+
+def test_no_more_answers_are_made_at_once_than_there_may_be_connections() -> None:
+    with (
+        holding_target() as (port, heads, go_on),
+        running(
+            {"m": http_module(port) | {"cache": "1m"}}, limits=fast_limits(connections=3)
+        ) as served,
+    ):
+        for name in "abc":  # whoever asks for these has given up, the runs go on
+            assert served.scrape(f"m&x={name}", SOON).status == 504
+        answer = served.scrape("m&x=d")
+        assert (answer.status, answer.text) == (
+            503,
+            "module m: as many answers are being made as may at once: 3\n",
+        )
+        assert len(heads) == 3
+        go_on.set()
+        wait_until(lambda: served.scrape("m&x=d").status == 200)
+
+
+def test_a_run_for_which_there_is_no_thread_is_busy(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse_start(thread: threading.Thread) -> None:
+        if thread._target is expexp.fulfil:  # type: ignore[attr-defined]
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with running({"m": counted.module()}) as served:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse_start)
+            answer = served.scrape("m")
+            assert (answer.status, answer.text) == (
+                503,
+                "module m: no thread can be started, try again later\n",
+            )
+        assert served.scrape("m").status == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_ours_in_a_run_is_an_error_for_all_who_wait_and_holds_up_nobody(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running({"m": counted.waiting()}) as served:
+        with (
+            monkeypatch.context() as patch,
+            several(served, counted, "m", "m") as scrapes,
+        ):
+            patch.setattr(expexp, "verify_scrape", lambda *_: 1 / 0)
+            counted.release()
+            assert {scrape.result().status for scrape in scrapes} == {500}
+        assert served.scrape("m").status == 200
 
 
 def test_a_failure_is_shared_by_all_who_wait_for_it(counted: Counted) -> None:
@@ -9368,7 +9467,6 @@ def test_who_waits_for_anothers_scrape_is_told_of_its_target_once() -> None:
         asked.set()
         go_on.wait(5)
 
-    soon = {"X-Prometheus-Scrape-Timeout-Seconds": "0.7"}
     with (
         target(answer) as port,
         running({"m": http_module(port) | {"cache": "1m"}}) as served,
@@ -9377,7 +9475,7 @@ def test_who_waits_for_anothers_scrape_is_told_of_its_target_once() -> None:
         leader = pool.submit(served.scrape, "m")
         assert asked.wait(5)
         follower = pool.submit(served.scrape, "m")
-        late = served.scrape("m", soon)
+        late = served.scrape("m", SOON)
         go_on.set()
         where = f"module m: http://localhost:{port}/metrics"
         assert late.text == f"{where}: {LATE}\n"
@@ -11810,18 +11908,28 @@ def test_a_changed_module_does_not_give_the_old_ones_answer(
         assert counted.count == 3
 
 
+@pytest.mark.parametrize(
+    ("script", "status", "text"),
+    [
+        ("echo old 1", 200, "old 1\n"),
+        ("exit 3", 500, "module m: sh: the command exited with status 3\n"),
+    ],
+)
 def test_a_changed_module_does_not_wait_for_the_old_ones_run(
-    tmp_path: Path, counted: Counted
+    script: str, status: int, text: str, tmp_path: Path, counted: Counted
 ) -> None:
-    old, new = counted.waiting("echo old 1"), counted.module("echo new 1")
+    old, new = counted.waiting(script), counted.module("echo new 1")
     with reloadable(tmp_path, {"m": old}) as (served, reload):
         with several(served, counted, "m", "m") as scrapes:
             reload({"m": new})
             with taking(*QUICK_SOCKET):
                 assert served.scrape("m").text == "new 1\n"
             assert served.scrape("m").headers["Age"] == "0"
-        assert [(s.result().status, s.result().text) for s in scrapes] == [(200, "old 1\n")] * 2
-        assert served.scrape("m").text == "new 1\n"
+        answers = [(scrape.result().status, scrape.result().text) for scrape in scrapes]
+        assert answers == [(status, text)] * 2
+        kept = served.scrape("m")  # what the old one has said does not take its place
+        assert (kept.text, kept.headers["Age"]) == ("new 1\n", "0")
+        assert counted.count == 2
 
 
 def test_a_reload_reads_the_token_again(tmp_path: Path) -> None:
@@ -11990,6 +12098,41 @@ def test_what_is_wrong_with_configuration_and_credentials_comes_together(tmp_pat
             f'{tmp_path}/c.yaml:1:1: moduls: unknown key; did you mean "modules"?'
             in answer.text.splitlines()
         )
+
+
+def test_without_usable_credentials_a_new_configuration_is_not_taken_either(
+    tmp_path: Path, log: list[str]
+) -> None:
+    token = tmp_path / "token"
+    secret_file(token, "first")
+    flag = f"-web.bearer.token-file={token}"
+    with reloadable(tmp_path, {"m": echoing("a")}, flag) as (served, reload):
+        first = {"Authorization": "Bearer first"}
+        secret_file(token, "")
+        answer = reload({"m": echoing("b")}, **first)
+        problem = f"{token}: the file should not be empty"
+        assert (answer.status, answer.text) == (500, f"{problem}\n")
+        assert log == [f"changed files are not used, the former stay: {problem}"]
+        assert served.scrape("m", first).text == "a 1\n"
+        found = samples(served.get("/metrics", first).text)
+        assert (found[SUCCESSFUL], found[CREDENTIALS_SUCCESSFUL]) == (0, 0)
+        secret_file(token, "second")
+        second = {"Authorization": "Bearer second"}
+        assert reload(**second).status in (200, 401)  # it may not have looked at the file yet
+        wait_until(lambda: reload(**second).status == 200)
+        assert served.scrape("m", second).text == "b 1\n"
+        assert samples(served.get("/metrics", second).text)[SUCCESSFUL] == 1
+
+
+def test_good_credentials_are_taken_beside_a_bad_configuration(tmp_path: Path) -> None:
+    token, never = tmp_path / "token", fast_limits(rotation_seconds=1000)
+    secret_file(token, "first")
+    flag = f"-web.bearer.token-file={token}"
+    with reloadable(tmp_path, {"m": echoing("a")}, flag, limits=never) as (served, reload):
+        secret_file(token, "second")
+        assert reload(BAD, Authorization="Bearer first").status == 500
+        found = samples(served.get("/metrics", {"Authorization": "Bearer second"}).text)
+        assert (found[SUCCESSFUL], found[CREDENTIALS_SUCCESSFUL]) == (0, 1)
 
 
 @pytest.mark.parametrize("faulty", ["load_credentials", "load_target_credentials"])
@@ -14246,7 +14389,7 @@ STARTS = {
     "a Windows service": (
         ["-winsvc", "start"],
         2,
-        'invalid value "start" for flag -winsvc: not supported\nUsage of expexp:\n',
+        'invalid value "start" for flag -winsvc: expected nothing: it is not supported\n',
     ),
     "an offset above a day": (
         ["-timeout-offset=25h"],
@@ -15078,6 +15221,39 @@ def test_by_itself_it_takes_files_of_folders_that_come_change_and_go(
     wait_until(lambda: not served.has("comes"))
     assert served.has("in_d")
     assert own_metric(served.port, SUCCESSFUL) == 1
+
+
+def test_by_itself_it_takes_a_configuration_when_the_secret_that_it_lacked_comes(
+    reloading_itself: ReloadingItself,
+) -> None:
+    token, config = reloading_itself.folder / "token", reloading_itself.config
+    write_modules(config, {"lacking": http_module(1, bearer_token_file="token")})
+    wait_until(lambda: own_metric(reloading_itself.port, SUCCESSFUL) == 0)
+    assert not reloading_itself.has("lacking")
+    secret_file(token, "t")
+    wait_until(lambda: reloading_itself.has("lacking"))
+    write_modules(config, {"m": file_module("/dev/null")})
+    wait_until(lambda: not reloading_itself.has("lacking"))
+
+
+def test_what_failed_is_tried_again_after_a_while_though_no_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(str(tmp_path), c__yaml="modules: {m: {method: exec, exec: {command: sh}}}")
+    flags = [f"-config={tmp_path}/c.yaml", "-config.auto-reload-interval=20ms"]
+    own = expexp.Program(expexp.parse_flags(flags), FAST)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, monkeypatch.context() as patch:
+        patch.setattr(expexp, "parse_yaml", lambda _: os.listdir("/no such folder"))
+        assert [problem.message for problem in own.application.reload()] == [
+            "cannot be read: no such file or directory"
+        ]
+        with ThreadPoolExecutor() as pool:
+            found = pool.submit(own._next_signal, ours)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                found.result(0.2)
+            own.config._again = 0.0
+            assert found.result(5) == signal.SIGHUP
 
 
 def test_by_itself_it_takes_a_folder_that_was_skipped_and_comes(
