@@ -12073,6 +12073,14 @@ def test_a_reload_says_that_it_cannot_read_again_what_came_through_a_pipe(
                 assert served.metric(SUCCESSFUL) == 0
 
 
+def test_after_a_reload_it_is_asked_again_where_containers_are(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
+        containers = served.program.application._tools.containers
+        containers["unix:///x.sock", "web", 9100] = (time.monotonic(), "192.0.2.1", 9100)
+        assert reload().status == 200
+        assert not containers
+
+
 def test_a_configuration_that_came_through_a_pipe_is_not_read_again(tmp_path: Path) -> None:
     pipe = tmp_path / "c.yaml"
     os.mkfifo(pipe)
