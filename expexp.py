@@ -1141,11 +1141,12 @@ def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
     Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="1.0"} 1\na_bucket{le="+Inf"} 1\n`
     """
     bounded = [row for row in rows if row.special]
     free = family.openmetrics and family.type == b"summary"
     for before, row in zip(bounded, bounded[1:]):
-        if row.number < before.number and not free:
+        if row.number <= before.number and row.bound != before.bound and not free:
             yield row.pos, "expected buckets and quantiles in ascending order"
 
 

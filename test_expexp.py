@@ -3153,6 +3153,24 @@ STRICT_TEXT_INVALID = [
         3,
         "expected buckets and quantiles in ascending order",
     ),
+    (
+        "a bucket twice",
+        H + 'h_bucket{le="1"} 1\nh_bucket{le="1"} 1\nh_bucket{le="+Inf"} 1\n',
+        3,
+        "found the same series twice",
+    ),
+    (
+        "a bucket twice, once in another form",
+        H + 'h_bucket{le="1"} 1\nh_bucket{le="1.0"} 1\nh_bucket{le="+Inf"} 1\n',
+        3,
+        "expected buckets and quantiles in ascending order",
+    ),
+    (
+        "a quantile twice, once in another form",
+        S + 's{quantile="0.5"} 1\ns{quantile=".50"} 1\n',
+        3,
+        "expected buckets and quantiles in ascending order",
+    ),
 ]
 
 #: (what is legal, body without its end) for OpenMetrics, strictly
