@@ -373,7 +373,7 @@ def parse_duration(text: str) -> float:
     """Seconds of a duration as Go writes it, such as `1m30s` or `0`; ValueError otherwise."""
     plain = re.sub("[\u00b5\u03bc]s", "us", text.removeprefix("+"))  # micro sign or Greek mu
     parts = DURATION_PART.findall(plain)
-    if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
+    if plain != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
         raise ValueError(f'expected a duration such as "5s" or "1m30s", found "{excerpt(text)}"')
     return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
 
