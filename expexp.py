@@ -296,7 +296,7 @@ class ExpositionError(ExpexpError):
     `offset` is that of the line's first byte, in protobuf of the field's.
     """
 
-    def __init__(self, message: str, line: int = 0, column: int = 0, offset: int = 0) -> None:
+    def __init__(self, message: str, line: int, column: int, offset: int) -> None:
         """Keep the position and the message."""
         super().__init__(
             f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
@@ -889,16 +889,12 @@ def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line at `pos`, None for one that says nothing, and the start of the next."""
     pos = skip_blanks(source, pos)
-    if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
+    # OpenMetrics has no blank lines and must end, but for Prometheus not where there is nothing.
+    ends = source.dialect.openmetrics and (source.body or source.dialect.lenient)
+    if peek(source, pos) in b"\n" and not ends:
         return pos + 1, None
     require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
-
-
-def find_end(source: Source) -> int:
-    """Return where reading ends: beyond the body where it must have `# EOF`."""
-    needed = source.dialect.openmetrics and (source.body or source.dialect.lenient)
-    return len(source.body) + bool(needed)
 
 
 def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
@@ -922,16 +918,14 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
     """
     source, run = Source(body, dialect, tick), NOTHING
     pos = window = samples = 0
-    while pos < find_end(source):
+    while pos <= len(body):
         if pos >= window:
             window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
             run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
         pos, found = read_runs(source, pos, window, run)
-        samples += found
-        if pos < window:
-            tick()
-            pos, line = read_line(source, pos)
-            samples += isinstance(line, Sample)
+        tick()
+        pos, line = read_line(source, pos)
+        samples += found + isinstance(line, Sample)
     return samples
 
 
@@ -1131,7 +1125,7 @@ def check_order(family: Family, rows: list[Row]) -> Complaints:
             seen.add(row.labels)
         elif bool(row.timestamp) != bool(before.timestamp):
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
-        elif float(row.timestamp or 0) < float(before.timestamp or 0):
+        elif row.timestamp and float(row.timestamp) < float(before.timestamp):
             yield row.pos, "expected no earlier timestamp than that of the sample before"
 
 
@@ -1217,7 +1211,7 @@ def read_strictly(source: Source, pos: int, report: Report) -> tuple[int, Line]:
     try:
         end, line = read_line(source._replace(dialect=source.dialect.lenient or TEXT), pos)
     except ExpositionError as error:
-        report.add(error, strict=not source.body)
+        report.add(error, strict=False)
         return find_line_end(source.body, pos) + 1, None
     report.add(stricter)
     return end, line
@@ -1226,7 +1220,7 @@ def read_strictly(source: Source, pos: int, report: Report) -> tuple[int, Line]:
 def read_families(source: Source, report: Report) -> Iterator[Family]:
     """Yield the families of the body. One with a line that cannot be read is left out."""
     family, pos = None, 0
-    while pos < find_end(source):
+    while pos <= len(source.body):
         source.tick()
         known = len(report.findings)
         pos, line = read_strictly(source, pos, report)
@@ -1314,7 +1308,7 @@ class Field(NamedTuple):
 
 def garbled(field: Field, message: str) -> ExpositionError:
     """Return the error to raise for a field."""
-    return ExpositionError(f"{field.path}: {message}", offset=field.start)
+    return ExpositionError(f"{field.path}: {message}", 0, 0, field.start)
 
 
 def read_varint(body: bytes, field: Field) -> tuple[int, int]:

@@ -1767,6 +1767,11 @@ TEXT_VALID = [
     ),
     ("a line longer than a window", b'up{a="' + b"x" * 300_000 + b'"} 1\nup 1\n', 2),
     ("a NUL that an escape takes", b'up{a="\\\0n"} 1\n', 1),
+    (
+        "a line longer than a window, then one without a newline",
+        b'up{a="' + b"x" * 300_000 + b'"} 1\nup 1',
+        2,
+    ),
 ]
 #: (what is wrong, body, line, column, whole message)
 TEXT_INVALID = [
@@ -3437,6 +3442,16 @@ def test_a_report_has_every_finding_and_marks_the_strict_ones() -> None:
         expexp.Finding(4, 1, 'found a second HELP of "g"', strict=True),
     ]
     assert (report.samples, report.families) == (2, 2)
+
+
+def test_a_report_on_openmetrics_reads_on_after_lines_that_prometheus_refuses() -> None:
+    report = expexp.Report(limit=10)
+    expexp.judge_exposition(b'\nup  1\nup{a="b",} 1\n# EOF\n', OPENMETRICS, report)
+    assert report.findings == [
+        expexp.Finding(1, 1, "expected a metric name, found the end of the line"),
+        expexp.Finding(2, 4, "expected a value, found a blank"),
+        expexp.Finding(3, 10, 'expected a label name, found "}"', strict=True),
+    ]
 
 
 def test_a_family_with_a_line_that_cannot_be_read_is_not_judged() -> None:
