@@ -966,7 +966,7 @@ class Row(NamedTuple):
     labels: str  #: those with a value, in order and as a text, without the special one
     special: bytes  #: the name of the label that tells the samples of one metric apart, if any
     bound: bytes  #: its value
-    number: float  #: and that as a number, NaN where it is none
+    number: float  #: and that as a number, NaN where it is none, or a state
 
 
 class Family:
@@ -1006,7 +1006,7 @@ class Family:
         special = b"le" if kind.endswith(b"histogram_bucket") else special
         labels = {label.name: unescape(label.value) for label in pairs if label.value}
         bound = labels.pop(special, b"")
-        number = float(bound) if NUMBER.fullmatch(bound) else math.nan
+        number = float(bound) if kind != b"stateset" and NUMBER.fullmatch(bound) else math.nan
         rest = repr(sorted(labels.items()))
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
@@ -1042,13 +1042,13 @@ def check_labels(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
     for row in rows:
-        if row.special == b"quantile" and not 0 <= row.number <= 1:
+        if row.kind == b"summary" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
-        elif row.special == b"le" and math.isnan(row.number):
+        elif row.kind.endswith(b"_bucket") and math.isnan(row.number):
             yield row.pos, 'expected a label "le", a number or +Inf'
         elif row.number == math.inf and row.bound != b"+Inf" and family.openmetrics:
             yield row.pos, 'expected le="+Inf" in this form'
-        elif row.special and not row.bound:
+        elif row.kind == b"stateset" and not row.bound:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 

@@ -3263,6 +3263,14 @@ STRICT_OPENMETRICS_VALID = [
         G + 'g_bucket{le="-1"} 1\ng_bucket{le="+Inf"} 1\ng_gsum -1\ng_gcount 1\n',
     ),
     ("a state set", '# TYPE a stateset\na{a="on"} 1\na{a="off"} 0\na{a="on",b="c"} 0\n'),
+    (
+        "states that look like numbers",
+        '# TYPE a stateset\na{a="2"} 1\na{a="1"} 0\na{a="1.0"} 0\na{a="inf"} 0\n',
+    ),
+    (
+        "state sets that are called like other types' labels",
+        '# TYPE le stateset\nle{le="on"} 1\n# TYPE quantile stateset\nquantile{quantile="on"} 1\n',
+    ),
     ("info", '# TYPE a info\na_info{b="c"} 1\na_info{b="d"} 1.0\n'),
     ("a series at several times", "# TYPE a gauge\na 1 1\na 1 1.5\na 1 2\n"),
     ("one metric with timestamps, one without", '# TYPE a gauge\na 1 1\na{b="c"} 1\n'),
