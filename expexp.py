@@ -293,7 +293,7 @@ class ExpositionError(ExpexpError):
     `offset` is that of the line's first byte, in protobuf of the field's.
     """
 
-    def __init__(self, message: str, line: int = 0, column: int = 0, offset: int = 0) -> None:
+    def __init__(self, message: str, line: int, column: int, offset: int) -> None:
         super().__init__(
             f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
         )
@@ -368,7 +368,7 @@ def parse_duration(text: str) -> float:
     """Seconds of a duration as Go writes it, such as `1m30s` or `0`; ValueError otherwise."""
     plain = re.sub("[\u00b5\u03bc]s", "us", text.removeprefix("+"))  # micro sign or Greek mu
     parts = DURATION_PART.findall(plain)
-    if text != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
+    if plain != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
         raise ValueError(f'expected a duration such as "5s" or "1m30s", found "{excerpt(text)}"')
     return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
 
@@ -879,16 +879,12 @@ def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line at `pos`, None for one that says nothing, and the start of the next."""
     pos = skip_blanks(source, pos)
-    if peek(source, pos) in b"\n" and not source.dialect.openmetrics:
+    # OpenMetrics has no blank lines and must end, but for Prometheus not where there is nothing.
+    ends = source.dialect.openmetrics and (source.body or source.dialect.lenient)
+    if peek(source, pos) in b"\n" and not ends:
         return pos + 1, None
     require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
-
-
-def find_end(source: Source) -> int:
-    """Return where reading ends: beyond the body where it must have `# EOF`."""
-    needed = source.dialect.openmetrics and (source.body or source.dialect.lenient)
-    return len(source.body) + bool(needed)
 
 
 def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
@@ -912,16 +908,14 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
     """
     source, run = Source(body, dialect, tick), NOTHING
     pos = window = samples = 0
-    while pos < find_end(source):
+    while pos <= len(body):
         if pos >= window:
             window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
             run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
         pos, found = read_runs(source, pos, window, run)
-        samples += found
-        if pos < window:
-            tick()
-            pos, line = read_line(source, pos)
-            samples += isinstance(line, Sample)
+        tick()
+        pos, line = read_line(source, pos)
+        samples += found + isinstance(line, Sample)
     return samples
 
 
@@ -962,7 +956,7 @@ class Row(NamedTuple):
     labels: str  #: those with a value, in order and as a text, without the special one
     special: bytes  #: the name of the label that tells the samples of one metric apart, if any
     bound: bytes  #: its value
-    number: float  #: and that as a number, NaN where it is none
+    number: float  #: and that as a number, NaN where it is none, or a state
 
 
 class Family:
@@ -1002,7 +996,7 @@ class Family:
         special = b"le" if kind.endswith(b"histogram_bucket") else special
         labels = {label.name: unescape(label.value) for label in pairs if label.value}
         bound = labels.pop(special, b"")
-        number = float(bound) if NUMBER.fullmatch(bound) else math.nan
+        number = float(bound) if kind != b"stateset" and NUMBER.fullmatch(bound) else math.nan
         rest = repr(sorted(labels.items()))
         return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
 
@@ -1038,13 +1032,13 @@ def check_labels(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
     for row in rows:
-        if row.special == b"quantile" and not 0 <= row.number <= 1:
+        if row.kind == b"summary" and not 0 <= row.number <= 1:
             yield row.pos, 'expected a label "quantile", a number from 0 to 1'
-        elif row.special == b"le" and math.isnan(row.number):
+        elif row.kind.endswith(b"_bucket") and math.isnan(row.number):
             yield row.pos, 'expected a label "le", a number or +Inf'
         elif row.number == math.inf and row.bound != b"+Inf" and family.openmetrics:
             yield row.pos, 'expected le="+Inf" in this form'
-        elif row.special and not row.bound:
+        elif row.kind == b"stateset" and not row.bound:
             yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
 
 
@@ -1121,7 +1115,7 @@ def check_order(family: Family, rows: list[Row]) -> Complaints:
             seen.add(row.labels)
         elif bool(row.timestamp) != bool(before.timestamp):
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
-        elif float(row.timestamp or 0) < float(before.timestamp or 0):
+        elif row.timestamp and float(row.timestamp) < float(before.timestamp):
             yield row.pos, "expected no earlier timestamp than that of the sample before"
 
 
@@ -1131,11 +1125,12 @@ def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
     Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="1.0"} 1\na_bucket{le="+Inf"} 1\n`
     """
     bounded = [row for row in rows if row.special]
     free = family.openmetrics and family.type == b"summary"
     for before, row in zip(bounded, bounded[1:]):
-        if row.number < before.number and not free:
+        if row.number <= before.number and row.bound != before.bound and not free:
             yield row.pos, "expected buckets and quantiles in ascending order"
 
 
@@ -1205,7 +1200,7 @@ def read_strictly(source: Source, pos: int, report: Report) -> tuple[int, Line]:
     try:
         end, line = read_line(source._replace(dialect=source.dialect.lenient or TEXT), pos)
     except ExpositionError as error:
-        report.add(error, strict=not source.body)
+        report.add(error, strict=False)
         return find_line_end(source.body, pos) + 1, None
     report.add(stricter)
     return end, line
@@ -1214,7 +1209,7 @@ def read_strictly(source: Source, pos: int, report: Report) -> tuple[int, Line]:
 def read_families(source: Source, report: Report) -> Iterator[Family]:
     """Yield the families of the body. One with a line that cannot be read is left out."""
     family, pos = None, 0
-    while pos < find_end(source):
+    while pos <= len(source.body):
         source.tick()
         known = len(report.findings)
         pos, line = read_strictly(source, pos, report)
@@ -1302,7 +1297,7 @@ class Field(NamedTuple):
 
 def garbled(field: Field, message: str) -> ExpositionError:
     """Return the error to raise for a field."""
-    return ExpositionError(f"{field.path}: {message}", offset=field.start)
+    return ExpositionError(f"{field.path}: {message}", 0, 0, field.start)
 
 
 def read_varint(body: bytes, field: Field) -> tuple[int, int]:

@@ -1407,6 +1407,14 @@ PROBLEM_LINES = {
         r"c.yaml:1:2: modules.a\nb: bad",
     ),
     "with an escape in a file name": (("c\x1b[31m", 0, 0, "", "bad"), r"c\x1b[31m: bad"),
+    "with as long a file name and key as are shown": (
+        ("c" * 200, 1, 2, "k" * 200, "bad"),
+        "c" * 200 + ":1:2: " + "k" * 200 + ": bad",
+    ),
+    "with a longer file name and key": (
+        ("c" * 201, 1, 2, "k" * 201, "bad"),
+        "c" * 200 + "...:1:2: " + "k" * 200 + "...: bad",
+    ),
 }
 
 
@@ -1450,6 +1458,10 @@ EXCERPTS = {
     "as much as is allowed": ("x" * 80, "x" * 80),
     "more than is allowed": ("x" * 81, "x" * 80 + "..."),
     "more bytes than are allowed": (b"x" * 1000, "x" * 80 + "..."),
+    "more characters of four bytes than are allowed": (
+        ("\U0001f600" * 81).encode(),
+        "\U0001f600" * 80 + "...",
+    ),
     "nothing": ("", ""),
 }
 
@@ -1483,6 +1495,8 @@ DURATIONS = {
     "1ns": 1e-9,
     "1s1s": 2.0,
     "0s": 0.0,
+    "+5s": 5.0,
+    "+0": 0.0,
 }
 
 
@@ -1765,6 +1779,15 @@ TEXT_VALID = [
     ),
     ("a line longer than a window", b'up{a="' + b"x" * 300_000 + b'"} 1\nup 1\n', 2),
     ("a NUL that an escape takes", b'up{a="\\\0n"} 1\n', 1),
+    ("two labels whose names differ in an escape", b'up{"a\\nb"="1","anb"="2"} 1\n', 1),
+    ("a metric called as the label of its name is", b"__name__ 1\n", 1),
+    ("the longest quoted name", b'{"' + b"n" * 65_536 + b'"} 1\n', 1),
+    ("the longest number", b"up " + b"0" * 4_096 + b"\n", 1),
+    (
+        "a line longer than a window, then one without a newline",
+        b'up{a="' + b"x" * 300_000 + b'"} 1\nup 1',
+        2,
+    ),
 ]
 #: (what is wrong, body, line, column, whole message)
 TEXT_INVALID = [
@@ -1891,6 +1914,34 @@ TEXT_INVALID = [
         ),
     ),
     ("something after the timestamp", b"up 1 2 3\n", 1, 8, 'expected a newline, found "3"'),
+    (
+        "an exemplar after the timestamp",
+        b'up 1 2 # {a="b"} 1\n',
+        1,
+        8,
+        'expected a newline, found "#"',
+    ),
+    (
+        "a timestamp beyond int64 after many zeros",
+        b"up 1 " + b"0" * 20 + b"9223372036854775808\n",
+        1,
+        6,
+        f'expected a timestamp within the range of int64, found "{"0" * 20}9223372036854775808"',
+    ),
+    (
+        "a number that is too long",
+        b"up " + b"0" * 4_097 + b"\n",
+        1,
+        4,
+        f'expected a value, found "{"0" * 80}..."',
+    ),
+    (
+        "a quoted name that is too long",
+        b'{"' + b"n" * 65_537 + b'"} 1\n',
+        1,
+        2,
+        "expected a name of at most 65536 bytes",
+    ),
     (
         "a comment after the value",
         b"up 1 # no\n",
@@ -2139,6 +2190,13 @@ TEXT_INVALID = [
         'expected a value, found "\\xe9x"',
     ),
     (
+        "the column after half a character, in bytes",
+        b'up{"\xa9"="b",c=d} 1\n',
+        1,
+        14,
+        'expected a label value in double quotes, found "d}"',
+    ),
+    (
         "the line after ten thousand good ones",
         b"up 1\n" * 10_000 + b"up x\n",
         10001,
@@ -2355,6 +2413,13 @@ OPENMETRICS_INVALID = [
     ("two blanks before the value", b"up  1\n# EOF\n", 1, 4, "expected a value, found a blank"),
     ("a tab before the value", b"up\t1\n# EOF\n", 1, 3, "expected a blank, found a tab"),
     ("a blank after the value", b"up 1 \n# EOF\n", 1, 5, "expected a newline, found a blank"),
+    (
+        "a NUL after the value",
+        b"up 1\0\n# EOF\n",
+        1,
+        5,
+        'expected a newline, found "\\x00"',
+    ),
     (
         "a raw newline in a label value",
         b'up{a="b\nc"} 1\n# EOF\n',
@@ -3153,6 +3218,24 @@ STRICT_TEXT_INVALID = [
         3,
         "expected buckets and quantiles in ascending order",
     ),
+    (
+        "a bucket twice",
+        H + 'h_bucket{le="1"} 1\nh_bucket{le="1"} 1\nh_bucket{le="+Inf"} 1\n',
+        3,
+        "found the same series twice",
+    ),
+    (
+        "a bucket twice, once in another form",
+        H + 'h_bucket{le="1"} 1\nh_bucket{le="1.0"} 1\nh_bucket{le="+Inf"} 1\n',
+        3,
+        "expected buckets and quantiles in ascending order",
+    ),
+    (
+        "a quantile twice, once in another form",
+        S + 's{quantile="0.5"} 1\ns{quantile=".50"} 1\n',
+        3,
+        "expected buckets and quantiles in ascending order",
+    ),
 ]
 
 #: (what is legal, body without its end) for OpenMetrics, strictly
@@ -3169,10 +3252,25 @@ STRICT_OPENMETRICS_VALID = [
     ("quantiles in descending order", S + 's{quantile="0.9"} 1\ns{quantile="0.5"} 1\n'),
     ("a histogram with negative buckets", H + 'h_bucket{le="-1"} 1\nh_bucket{le="+Inf"} 1\n'),
     (
+        "a histogram with a bucket of 0, and sums of 0",
+        H
+        + 'h_bucket{le="0"} 1\nh_bucket{le="+Inf"} 1\nh_sum 0\nh_count 1\n'
+        + 'h_bucket{a="b",le="-0.0"} 1\nh_bucket{a="b",le="+Inf"} 1\n'
+        + 'h_sum{a="b"} -0.0\nh_count{a="b"} 1\n',
+    ),
+    (
         "a gauge histogram with a negative sum",
         G + 'g_bucket{le="-1"} 1\ng_bucket{le="+Inf"} 1\ng_gsum -1\ng_gcount 1\n',
     ),
     ("a state set", '# TYPE a stateset\na{a="on"} 1\na{a="off"} 0\na{a="on",b="c"} 0\n'),
+    (
+        "states that look like numbers",
+        '# TYPE a stateset\na{a="2"} 1\na{a="1"} 0\na{a="1.0"} 0\na{a="inf"} 0\n',
+    ),
+    (
+        "state sets that are called like other types' labels",
+        '# TYPE le stateset\nle{le="on"} 1\n# TYPE quantile stateset\nquantile{quantile="on"} 1\n',
+    ),
     ("info", '# TYPE a info\na_info{b="c"} 1\na_info{b="d"} 1.0\n'),
     ("a series at several times", "# TYPE a gauge\na 1 1\na 1 1.5\na 1 2\n"),
     ("one metric with timestamps, one without", '# TYPE a gauge\na 1 1\na{b="c"} 1\n'),
@@ -3341,6 +3439,12 @@ STRICT_OPENMETRICS_INVALID = [
         "expected the samples of one metric in one place",
     ),
     (
+        "the second of three metrics in two places",
+        S + 's_sum{a="1"} 1\ns_sum{a="2"} 1\ns_sum{a="3"} 1\ns_count{a="2"} 1\n',
+        5,
+        "expected the samples of one metric in one place",
+    ),
+    (
         "buckets in descending order",
         H + 'h_bucket{le="2"} 0\nh_bucket{le="1"} 0\nh_bucket{le="+Inf"} 0\n',
         3,
@@ -3419,6 +3523,32 @@ def test_a_report_has_every_finding_and_marks_the_strict_ones() -> None:
     assert (report.samples, report.families) == (2, 2)
 
 
+def test_a_report_on_openmetrics_reads_on_after_lines_that_prometheus_refuses() -> None:
+    report = expexp.Report(limit=10)
+    expexp.judge_exposition(b'\nup  1\nup{a="b",} 1\n# EOF\n', OPENMETRICS, report)
+    assert report.findings == [
+        expexp.Finding(1, 1, "expected a metric name, found the end of the line"),
+        expexp.Finding(2, 4, "expected a value, found a blank"),
+        expexp.Finding(3, 10, 'expected a label name, found "}"', strict=True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [("a 1\n# TYPE a untyped\na 1\n", PLAIN), ("a 1\n# TYPE a unknown\na 1\n# EOF\n", OPENMETRICS)],
+    ids=["text", "openmetrics"],
+)
+def test_a_family_without_a_type_is_of_the_one_that_a_late_type_states(
+    body: str, content_type: str
+) -> None:
+    report = expexp.Report(limit=10)
+    expexp.judge_exposition(body.encode(), content_type, report)
+    assert [(found.line, found.message) for found in report.findings] == [
+        (2, 'expected the TYPE of "a" before its samples'),
+        (3, "found the same series twice"),
+    ]
+
+
 def test_a_family_with_a_line_that_cannot_be_read_is_not_judged() -> None:
     report = expexp.Report(limit=10)
     expexp.judge_exposition((H + 'h_bucket{le="+Inf" 1\nh_count 1\n').encode(), PLAIN, report)
@@ -3432,6 +3562,26 @@ def test_a_family_of_too_many_samples_is_judged_line_by_line(
     assert not is_valid(b"a 1\na 1\n", PLAIN, strict=True)
     assert expexp.verify_exposition(b"a 1\na 1\na 1\na 1\n", PLAIN, strict=True) == 4
     assert not is_valid(b"a 1\na 1\na 1\na 1", PLAIN, strict=True)
+
+
+def test_of_a_family_no_more_samples_are_kept_than_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expexp, "MAX_JUDGED_SAMPLES", 2)
+    source = expexp.Source(b"a 1\n" * 10, expexp.STRICT_TEXT, expexp.no_tick)
+    (family,) = expexp.read_families(source, expexp.Report())
+    assert len(family.rows) == 3  # one more: that there are more is known by it
+    assert sum(map(len, family.metrics.values())) == 3
+
+
+def test_strict_verification_ticks_at_every_line_and_check() -> None:
+    ticks: list[None] = []
+    source = expexp.Source(b"a 1\n" * 100, expexp.STRICT_TEXT, lambda: ticks.append(None))
+    (family,) = expexp.read_families(source, expexp.Report())
+    assert len(ticks) >= 100
+    ticks.clear()
+    list(expexp.complain(family, set(), source.tick))
+    assert len(ticks) == len(expexp.FAMILY_CHECKS) + len(expexp.METRIC_CHECKS)
 
 
 def registry() -> prometheus_client.CollectorRegistry:
@@ -3517,7 +3667,8 @@ def family(*metrics: bytes, kind: int = 1, name: bytes = b"a", text: bytes = b""
 
 GAUGE = part(2, double(1, 1))
 BUCKETS = part(3, b"\x08\x01" + double(2, 1)) + part(3, b"\x08\x02" + double(2, float("inf")))
-NATIVE = part(7, part(12, b"\x08\x00\x10\x01") + part(13, b"\x02"))
+SPAN = part(12, b"\x08\x00\x10\x01")
+NATIVE = part(7, SPAN + part(13, b"\x02"))
 
 PROTOBUF_VALID = [
     ("nothing at all", b"", 0),
@@ -3545,6 +3696,34 @@ PROTOBUF_VALID = [
         1,
     ),
     ("an exemplar", family(part(3, double(1, 1) + part(2, part(1, part(1, b"\xff")))), kind=0), 1),
+    ("a length of five bytes", b"\x80\x80\x80\x80\0", 0),
+    ("a number of ten bytes", family(GAUGE + b"\xa0\x06" + b"\xff" * 9 + b"\x01"), 1),
+    ("the highest field number", family(GAUGE + varint((2**31 - 1) << 3) + b"\x01"), 1),
+    ("a type that is unknown, without metrics", family(kind=6), 0),
+    ("a gauge histogram", family(part(7, BUCKETS), kind=5), 4),
+    ("a native gauge histogram", family(NATIVE, kind=5), 1),
+    (
+        "a native histogram of doubles, packed and not",
+        family(part(7, SPAN + part(14, struct.pack("<2d", 1, 2)) + double(14, 3)), kind=4),
+        1,
+    ),
+    ("a native histogram of a zero threshold", family(part(7, double(6, 0.5)), kind=4), 1),
+    ("a native histogram of a zero count", family(part(7, b"\x38\x01"), kind=4), 1),
+    (
+        "a classic histogram whose zero threshold and count are 0",
+        family(part(7, BUCKETS + double(6, -0.0) + b"\x38\x80\0"), kind=4),
+        4,
+    ),
+    (
+        "a native histogram with a bound as its own label",
+        family(label("le", "1") + NATIVE, kind=4),
+        1,
+    ),
+    (
+        "a summary without quantiles, with one as its own label",
+        family(label("quantile", "1") + part(4, b"\x08\x01"), kind=2),
+        2,
+    ),
 ]
 
 PROTOBUF_INVALID = [
@@ -3578,6 +3757,18 @@ PROTOBUF_INVALID = [
         family(b"\x02\0"),
         11,
         "metric_family.metric.0: expected no field 0 with the wire type 2",
+    ),
+    (
+        "a field number that is negative as an int32",
+        family(varint(2**31 << 3) + b"\x01"),
+        15,
+        "metric_family.metric.2147483648: expected no field 2147483648 with the wire type 0",
+    ),
+    (
+        "a number of eleven bytes",
+        family(b"\xa0\x06" + b"\x80" * 10 + b"\0"),
+        12,
+        "metric_family.metric.100: expected a number that ends",
     ),
     (
         "an unknown wire type",
@@ -3644,6 +3835,18 @@ PROTOBUF_INVALID = [
         family(label("le", "1") + part(7, BUCKETS), kind=4),
         12,
         'metric_family.metric.label: expected UTF-8 and a name of its own, found "le"="1"',
+    ),
+    (
+        "a bound given as a label in a gauge histogram",
+        family(label("le", "1") + part(7, BUCKETS), kind=5),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found "le"="1"',
+    ),
+    (
+        "a quantile given as a label",
+        family(label("quantile", "1") + part(4, part(3, double(1, 0.5))), kind=2),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found "quantile"="1"',
     ),
     (
         "doubles that are no multiple of eight bytes",
