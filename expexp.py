@@ -3002,27 +3002,29 @@ class Cache:
         return dataclasses.replace(scrape, headers=aged)
 
     def _find(self, job: Job, key: Any) -> Answer:
-        """One that is fresh enough or being made, in a thread; raises ScrapeError("busy")."""
+        """One that is fresh enough, or being made in a thread; raises ScrapeError.
+
+        A run takes as long as the module allows, even when all who wait have given up: a script
+        that is too slow for one scrape answers the next.
+        """
         take, most, now = job.tools.budget.take, self._limits.connections, time.monotonic()
+        own = scrape_timeout(job.module.timeout, "", 0, self._limits)
+        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
         with self._lock:
             known = self._answers.get(key)
             if not known or known.module != job.module or now - known.made >= job.module.cache:
+                job = dataclasses.replace(job, deadline=deadline)
                 take("answers", 1, most, f"as many answers are being made as may at once: {most}")
                 outcome = aside(lambda: take("answers", -1), self._make, job, key)
                 known = self._answers[key] = Answer(job.module, math.inf, 0, outcome)
             return known
 
     def _make(self, job: Job, key: Any) -> Scrape:
-        """What the target says now; raises ScrapeError.
-
-        That takes as long as the module allows, even when all who wait have given up: a script that
-        is too slow for one scrape answers the next.
-        """
-        own, scrape = scrape_timeout(job.module.timeout, "", 0, self._limits), None
-        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
+        """What the target says now; raises ScrapeError."""
+        scrape = None
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(lambda: self._keep(key, job.module, scrape))
-            scrape = scrape_target(dataclasses.replace(job, deadline=deadline, cleanup=cleanup))
+            scrape = scrape_target(dataclasses.replace(job, cleanup=cleanup))
         return scrape
 
     def _keep(self, key: Any, module: Module, scrape: Scrape | None) -> None:

@@ -9588,6 +9588,13 @@ def test_a_run_may_take(
     assert given == [pytest.approx(seconds, abs=0.2)]
 
 
+def test_who_has_no_time_left_when_it_asks_holds_up_nobody(counted: Counted) -> None:
+    with running({"m": counted.module(timeout="5s")}) as served:
+        for _ in range(20):  # their time is up before, while or just after the run begins
+            assert served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "0.0000001"}).status == 504
+        assert served.scrape("m").status == 200
+
+
 def test_who_comes_just_before_a_run_meets_its_end_has_one_of_its_own(counted: Counted) -> None:
     script = f"[ $(wc -l <{counted.runs}) = 1 ] && exec sleep 5; echo a 1"
     module, own = counted.module(script), dataclasses.replace(FAST, scrape_seconds=1)
