@@ -2972,7 +2972,7 @@ class Answer(NamedTuple):
     module: Module  # a reload may have changed it since
     made: float  # when; infinite as long as it is not
     size: int  # of the body, in bytes
-    outcome: concurrent.futures.Future[Scrape]
+    outcome: concurrent.futures.Future[Scrape | ScrapeError]
 
 
 class Cache:
@@ -2986,13 +2986,11 @@ class Cache:
         """An answer that is fresh enough, or a new one; raises ScrapeError."""
         while True:
             now, known = time.monotonic(), self._find(job, key)
-            try:
-                scrape: Scrape = wait_for(known.outcome, job.deadline)
+            scrape = wait_for(known.outcome, job.deadline)
+            if isinstance(scrape, Scrape):
                 break
-            except ScrapeError as error:
-                if error.reason.name != "timeout":
-                    raise
-                job.deadline.check()  # or else it was that of a run which began before us
+            if scrape.reason.name != "timeout":  # of a run that began before us
+                raise ScrapeError(scrape.reason.name, scrape.message, scrape.detail)
         count = len(cast(bytes, scrape.body))  # it may be evicted while it is sent
         hold(job, count)
         job.cleanup.callback(hold, job, -count)
@@ -3008,34 +3006,39 @@ class Cache:
         that is too slow for one scrape answers the next.
         """
         take, most, now = job.tools.budget.take, self._limits.connections, time.monotonic()
-        own = scrape_timeout(job.module.timeout, "", 0, self._limits)
-        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
+        own, left = (
+            scrape_timeout(job.module.timeout, "", 0, self._limits),
+            job.deadline.remaining(),
+        )
+        run = dataclasses.replace(job, deadline=Deadline(max(own, left), time.monotonic))
         with self._lock:
             known = self._answers.get(key)
             if not known or known.module != job.module or now - known.made >= job.module.cache:
-                job = dataclasses.replace(job, deadline=deadline)
                 take("answers", 1, most, f"as many answers are being made as may at once: {most}")
-                outcome = aside(lambda: take("answers", -1), self._make, job, key)
+                outcome = aside(lambda: take("answers", -1), self._make, run, key)
                 known = self._answers[key] = Answer(job.module, math.inf, 0, outcome)
             return known
 
-    def _make(self, job: Job, key: Any) -> Scrape:
-        """What the target says now; raises ScrapeError."""
-        scrape = None
+    def _make(self, job: Job, key: Any) -> Scrape | ScrapeError:
+        """What the target says now, or what went wrong: without a trace, which keeps bodies."""
+        outcome: Any = None
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(lambda: self._keep(key, job.module, scrape))
-            scrape = scrape_target(dataclasses.replace(job, cleanup=cleanup))
-        return scrape
+            cleanup.callback(lambda: self._keep(key, job.module, outcome))
+            try:
+                outcome = scrape_target(dataclasses.replace(job, cleanup=cleanup))
+            except ScrapeError as error:
+                outcome = ScrapeError(error.reason.name, error.message, error.detail)
+        return cast("Scrape | ScrapeError", outcome)
 
-    def _keep(self, key: Any, module: Module, scrape: Scrape | None) -> None:
+    def _keep(self, key: Any, module: Module, outcome: Any) -> None:
         """Keep an answer if it is good, and of all no more than may be kept, the newest."""
         left = self._limits.cache_bytes
         with self._lock:
             own = self._answers.get(key)
             if own and own.module is module:  # and not a later module's
                 del self._answers[key]
-                size = len(cast(bytes, scrape.body)) if scrape else 0
-                is_good = scrape and scrape.status == http.HTTPStatus.OK
+                is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
+                size = len(outcome.body) if is_good else 0
                 if is_good and size <= left:  # or else all others would go for nothing
                     self._answers[key] = own._replace(made=time.monotonic(), size=size)
             made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]

@@ -13,6 +13,7 @@ import datetime
 import email.utils
 import errno
 import functools
+import gc
 import gzip
 import hmac
 import html
@@ -9593,6 +9594,26 @@ def test_who_has_no_time_left_when_it_asks_holds_up_nobody(counted: Counted) -> 
         for _ in range(20):  # their time is up before, while or just after the run begins
             assert served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "0.0000001"}).status == 504
         assert served.scrape("m").status == 200
+
+
+@pytest.mark.parametrize("script", ["exec sleep 5", "exit 3", "echo a b"])
+def test_a_run_that_fails_leaves_nothing_to_the_garbage_collector(
+    script: str, counted: Counted
+) -> None:
+    def process_descriptors() -> int:
+        paths = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+        return sum("pidfd" in os.readlink(path) for path in paths if os.path.lexists(path))
+
+    with running({"m": counted.module(script, timeout="200ms")}) as served:
+        gc.collect()
+        gc.disable()  # cycles would keep descriptors, and whole bodies, until it happens to run
+        try:
+            for _ in range(3):
+                assert served.scrape("m").status in (500, 504)
+            wait_until(lambda: process_descriptors() == 0)
+            wait_until(lambda: not any(isinstance(o, expexp.ScrapeError) for o in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 def test_who_comes_just_before_a_run_meets_its_end_has_one_of_its_own(counted: Counted) -> None:
