@@ -3006,29 +3006,26 @@ class Cache:
         that is too slow for one scrape answers the next.
         """
         take, most, now = job.tools.budget.take, self._limits.connections, time.monotonic()
-        own, left = (
-            scrape_timeout(job.module.timeout, "", 0, self._limits),
-            job.deadline.remaining(),
-        )
-        run = dataclasses.replace(job, deadline=Deadline(max(own, left), time.monotonic))
+        own = scrape_timeout(job.module.timeout, "", 0, self._limits)
+        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
         with self._lock:
             known = self._answers.get(key)
             if not known or known.module != job.module or now - known.made >= job.module.cache:
                 take("answers", 1, most, f"as many answers are being made as may at once: {most}")
-                outcome = aside(lambda: take("answers", -1), self._make, run, key)
+                outcome = aside(lambda: take("answers", -1), self._make, job, key, deadline)
                 known = self._answers[key] = Answer(job.module, math.inf, 0, outcome)
             return known
 
-    def _make(self, job: Job, key: Any) -> Scrape | ScrapeError:
+    def _make(self, job: Job, key: Any, deadline: Deadline) -> Scrape | ScrapeError:
         """What the target says now, or what went wrong: without a trace, which keeps bodies."""
-        outcome: Any = None
+        found: Any = None
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(lambda: self._keep(key, job.module, outcome))
+            cleanup.callback(lambda: self._keep(key, job.module, found))
             try:
-                outcome = scrape_target(dataclasses.replace(job, cleanup=cleanup))
+                found = scrape_target(dataclasses.replace(job, deadline=deadline, cleanup=cleanup))
             except ScrapeError as error:
-                outcome = ScrapeError(error.reason.name, error.message, error.detail)
-        return cast("Scrape | ScrapeError", outcome)
+                found = ScrapeError(error.reason.name, error.message, error.detail)
+        return cast("Scrape | ScrapeError", found)
 
     def _keep(self, key: Any, module: Module, outcome: Any) -> None:
         """Keep an answer if it is good, and of all no more than may be kept, the newest."""
