@@ -3002,18 +3002,18 @@ class Cache:
     def _find(self, job: Job, key: Any) -> Answer:
         """One that is fresh enough, or being made in a thread; raises ScrapeError.
 
-        A run takes as long as the module allows, even when all who wait have given up: a script
-        that is too slow for one scrape answers the next.
+        A command runs as long as the module allows, even when all who wait have given up: if it is
+        too slow for one scrape it answers the next. Other targets are told who asks' deadline.
         """
-        take, most, now = job.tools.budget.take, self._limits.connections, time.monotonic()
-        own = scrape_timeout(job.module.timeout, "", 0, self._limits)
+        take, most, module = job.tools.budget.take, self._limits.connections, job.module
+        own = module.method == "exec" and scrape_timeout(module.timeout, "", 0, self._limits)
         deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
         with self._lock:
             known = self._answers.get(key)
-            if not known or known.module != job.module or now - known.made >= job.module.cache:
+            if not known or known.module != module or time.monotonic() - known.made >= module.cache:
                 take("answers", 1, most, f"as many answers are being made as may at once: {most}")
                 outcome = aside(lambda: take("answers", -1), self._make, job, key, deadline)
-                known = self._answers[key] = Answer(job.module, math.inf, 0, outcome)
+                known = self._answers[key] = Answer(module, math.inf, 0, outcome)
             return known
 
     def _make(self, job: Job, key: Any, deadline: Deadline) -> Scrape | ScrapeError:

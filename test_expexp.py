@@ -9626,23 +9626,31 @@ def test_who_comes_just_before_a_run_meets_its_end_has_one_of_its_own(counted: C
         assert served.failures("m") == {"timeout": 1}
 
 
-def test_no_more_answers_are_made_at_once_than_there_may_be_connections() -> None:
-    with (
-        holding_target() as (port, heads, go_on),
-        running(
-            {"m": http_module(port) | {"cache": "1m"}}, limits=fast_limits(connections=3)
-        ) as served,
-    ):
+def test_no_more_answers_are_made_at_once_than_there_may_be_connections(counted: Counted) -> None:
+    limits = fast_limits(connections=3)
+    with running({"m": counted.waiting()}, limits=limits) as served:
         for name in "abc":  # whoever asks for these has given up, the runs go on
-            assert served.scrape(f"m&x={name}", SOON).status == 504
-        answer = served.scrape("m&x=d")
+            assert served.scrape(f"m&args={name}", SOON).status == 504
+        answer = served.scrape("m&args=d")
         assert (answer.status, answer.text) == (
             503,
             "module m: as many answers are being made as may at once: 3\n",
         )
-        assert len(heads) == 3
-        go_on.set()
-        wait_until(lambda: served.scrape("m&x=d").status == 200)
+        assert counted.count == 3
+        counted.release()
+        wait_until(lambda: served.scrape("m&args=d").status == 200)
+
+
+def test_a_target_over_http_is_told_the_time_that_who_asks_has() -> None:
+    heads: list[bytes] = []
+    with (
+        target(recording(heads)) as port,
+        running({"m": http_module(port) | {"cache": "1m"}}) as served,
+    ):
+        served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "4"})
+    found = re.search(rb"(?i)scrape-timeout-seconds: ([0-9.]+)", heads[0])
+    assert found
+    assert 3 < float(found[1]) <= 3.5
 
 
 def test_a_run_for_which_there_is_no_thread_is_busy(
