@@ -2405,7 +2405,7 @@ class FileReader(DocumentReader):
     def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
         """Give a context a certificate and its key; what is wrong with them is a problem."""
         what = ["cannot use certificate {} with key {}".format(*files)]
-        what += [f for f in files if not (os.path.exists(f) and os.access(f, os.R_OK))]
+        what += [file for file in files if not os.access(file, os.R_OK)]  # or not there
         with self.noting(path, ": ".join(what[:2])):  # OpenSSL does not say which it cannot read
             self.warn_of_readers(files[1])
             certificate, private = map(self.watched, files)
@@ -3967,12 +3967,13 @@ class Application:
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again; what is wrong with those that are not used."""
-        with self._reloading:  # credentials come first: they must not expire because of a module
+        with self._reloading, contextlib.ExitStack() as over:
+            over.callback(notify, "READY=1")  # whatever happens
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            # Credentials come first: they must not expire because of a module.
             problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
             self._tools.containers.clear()  # it may be that one has moved
             self.take_config()
-            notify("READY=1")
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:

@@ -4411,6 +4411,10 @@ A_PORT = "c.yaml:5:13: modules.a.http.port: expected a port from 1 to 65535, fou
 NO_MODULES = "no modules loaded from any config file"
 SOMETHING = "expected text, not empty and without a NUL, found "
 A_DURATION = 'c.yaml:3:14: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
+A_COUNT = "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, found "
+AN_INTERVAL = (
+    "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, found "
+)
 
 PROBLEMS = {
     # keys
@@ -4909,57 +4913,27 @@ PROBLEMS = {
     ),
     "less than no scrape at once": (
         a_module("method: file", "max_concurrent: -1", "file: {path: /dev/null}"),
-        [
-            (
-                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, "
-                "found the number -1"
-            )
-        ],
+        [A_COUNT + "the number -1"],
     ),
     "a million scrapes at once": (
         a_module("method: file", "max_concurrent: 1000000", "file: {path: /dev/null}"),
-        [
-            (
-                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, "
-                "found the number 1000000"
-            )
-        ],
+        [A_COUNT + "the number 1000000"],
     ),
     "a fraction at once": (
         a_module("method: file", "max_concurrent: 1.5", "file: {path: /dev/null}"),
-        [
-            (
-                "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, "
-                "found the number 1.5"
-            )
-        ],
+        [A_COUNT + "the number 1.5"],
     ),
     "an interval below a second": (
         a_module("method: file", "scrape_interval: 999ms", "file: {path: /dev/null}"),
-        [
-            (
-                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, "
-                'found "999ms"'
-            )
-        ],
+        [AN_INTERVAL + '"999ms"'],
     ),
     "an interval of half a second": (
         a_module("method: file", "scrape_interval: 0.5s", "file: {path: /dev/null}"),
-        [
-            (
-                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, "
-                'found "0.5s"'
-            )
-        ],
+        [AN_INTERVAL + '"0.5s"'],
     ),
     "an interval of a second without its unit": (
         a_module("method: file", "scrape_interval: 1", "file: {path: /dev/null}"),
-        [
-            (
-                "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, "
-                "found the number 1"
-            )
-        ],
+        [AN_INTERVAL + "the number 1"],
     ),
     # YAML itself
     "a tab": (
