@@ -766,14 +766,21 @@ def main() -> int:
     return int(any(offences.values()))
 
 
-# --- README.md: its tables hold what the code declares, no more and no less; its examples work
+# --- The documents: their tables hold what the code declares, no more and no less; their examples
+# work, and their links lead somewhere.
 
-README = (FOLDER / "README.md").read_text(encoding="utf-8")
+#: README.md and the reference in docs/: the text of each by its path.
+DOCUMENTS: Final = {
+    path.relative_to(FOLDER).as_posix(): path.read_text(encoding="utf-8")
+    for path in [FOLDER / "README.md", *sorted((FOLDER / "docs").glob("*.md"))]
+}
+HEADING = re.compile(r"(?m)^(#+) (.+)$")
+DEEPEST_LEVEL = 6
 FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
 LANGUAGES = {"yaml expexp", "yaml prometheus", "yaml web", "json", "sh", "text"}
 
-#: A configuration with one problem for each line that README.md shows under "Configuration".
-README_PROBLEMS = """\
+#: A configuration with one problem for each line that is shown under "Configuration".
+SHOWN_PROBLEMS = """\
 modules:
   node:
     method: http
@@ -783,16 +790,58 @@ modules:
 """
 
 
-def readme_section(heading: str) -> str:
-    """What stands under a heading, down to the next one of any level."""
-    found = re.search(rf"(?ms)^#+ {re.escape(heading)}\n(.*?)(?=^#+ |\Z)", README)
-    assert found, f"README.md has no heading {heading}"
-    return found[1]
+class Heading(NamedTuple):
+    """A heading, its document, and the place in the text where its line ends."""
+
+    document: str
+    level: int
+    title: str
+    end: int
 
 
-def readme_table(heading: str, number: int = 0) -> list[list[str]]:
+def without_code(text: str) -> str:
+    """Return the text with blanks in the place of each code block."""
+    return FENCE.sub(lambda block: " " * len(block[0]), text)
+
+
+def headings_of(document: str) -> list[Heading]:
+    """Return the headings of a document, from top to bottom."""
+    return [
+        Heading(document, len(found[1]), found[2], found.end())
+        for found in HEADING.finditer(without_code(DOCUMENTS[document]))
+    ]
+
+
+def find_heading(title: str) -> Heading:
+    """Return the heading with this title, which exactly one document has."""
+    found = [one for document in DOCUMENTS for one in headings_of(document) if one.title == title]
+    assert len(found) == 1, f"{len(found)} headings are called {title}: {found}"
+    return found[0]
+
+
+def text_until(title: str, deepest_level: int) -> str:
+    """Return the text under a heading, down to the next heading of at most this level."""
+    heading = find_heading(title)
+    text = DOCUMENTS[heading.document]
+    for following in headings_of(heading.document):
+        if following.end > heading.end and following.level <= deepest_level:
+            return text[heading.end : text.rindex("\n", 0, following.end) + 1]
+    return text[heading.end :]
+
+
+def document_section(title: str) -> str:
+    """Return the text under a heading, without its subsections."""
+    return text_until(title, DEEPEST_LEVEL)
+
+
+def document_chapter(title: str) -> str:
+    """Return the text under a heading, with its subsections."""
+    return text_until(title, find_heading(title).level)
+
+
+def document_table(heading: str, number: int = 0) -> list[list[str]]:
     """The cells of a table under a heading, without those of its head."""
-    tables = re.findall(r"(?m)(?:^\|.*\n)+", readme_section(heading))
+    tables = re.findall(r"(?m)(?:^\|.*\n)+", document_section(heading))
     rows = [
         [cell.strip() for cell in line.strip().strip("|").split("|")]
         for line in tables[number].splitlines()
@@ -801,9 +850,10 @@ def readme_table(heading: str, number: int = 0) -> list[list[str]]:
     return rows[2:]
 
 
-def readme_blocks(language: str) -> list[str]:
-    """The code blocks of a language."""
-    return [text for name, text in FENCE.findall(README) if name == language]
+def document_blocks(language: str) -> list[str]:
+    """The code blocks of a language in all documents."""
+    blocks = chain.from_iterable(FENCE.findall(text) for text in DOCUMENTS.values())
+    return [text for name, text in blocks if name == language]
 
 
 def names_in(cell: str) -> tuple[str, ...]:
@@ -817,7 +867,7 @@ def plain(value: object) -> object:
 
 
 def show_default(value: object) -> str:
-    """A default as README.md writes it."""
+    """A default as the documents write it."""
     value = plain(value)
     known = {
         "": "empty",
@@ -842,15 +892,66 @@ def load_configuration(document: Path) -> expexp.Config:
     return load_files(str(document))[0]
 
 
-def heading_anchors() -> set[str]:
-    """The anchors that GitHub gives the headings."""
-    prose = FENCE.sub("", README)
-    headings = re.findall(r"(?m)^#+ (.+)$", prose)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+def heading_anchors(document: str) -> list[str]:
+    """The anchors that GitHub gives the headings of a document."""
+    titles = [heading.title.lower() for heading in headings_of(document)]
+    return [re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles]
 
 
-def test_readme_lists_every_flag_with_its_default() -> None:
-    listed = {names_in(names): default for names, default, _ in readme_table("Flags")}
+def links_of(document: str) -> list[tuple[str, str]]:
+    """The links of a document to files: the path from here, and the anchor or nothing."""
+    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", DOCUMENTS[document]))
+    found = []
+    for link in links:
+        if not re.match(r"[a-z]+:", link):
+            path, _, anchor = link.partition("#")
+            there = Path(document).parent / path if path else Path(document)
+            found.append((os.path.normpath(there), anchor))
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_heading_is_in_exactly_one_document(document: str) -> None:
+    anchors = heading_anchors(document)
+    assert len(anchors) == len(set(anchors))
+    for heading in headings_of(document):
+        assert find_heading(heading.title) == heading
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_a_document_begins_with_its_one_title(document: str) -> None:
+    first, *others = headings_of(document)
+    assert (first.level, first.end) == (1, DOCUMENTS[document].index("\n"))
+    assert {heading.level for heading in others} <= {2, 3}
+
+
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path != "README.md"])
+def test_a_document_begins_with_one_sentence_on_what_it_holds(document: str) -> None:
+    (title, *_) = headings_of(document)
+    sentence = document_section(title.title).strip()
+    assert re.fullmatch(r"This document describes (?:(?!\.\s).)+\.", sentence, re.DOTALL)
+
+
+def test_the_readme_links_to_every_file_of_docs() -> None:
+    linked = {path for path, _ in links_of("README.md")}
+    files = {path.relative_to(FOLDER).as_posix() for path in (FOLDER / "docs").iterdir()}
+    assert files
+    assert files - linked == set()
+    assert files | {"README.md"} == set(DOCUMENTS)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [SOURCE, *(FOLDER / "contrib").glob("*.yml"), FOLDER / "expexp.yaml.example"],
+    ids=lambda path: path.name,
+)
+def test_the_documents_that_other_files_name_exist(path: Path) -> None:
+    named = re.findall(r"\bdocs/\w+\.md", path.read_text(encoding="utf-8"))
+    assert set(named) <= set(DOCUMENTS)
+
+
+def test_the_documents_list_every_flag_with_its_default() -> None:
+    listed = {names_in(names): default for names, default, _ in document_table("Flags")}
     assert set(listed) == {tuple(f"-{name}" for name in flag.names) for flag in expexp.FLAGS}
     untouched = expexp.parse_flags([])
     for (name, *_), default in listed.items():
@@ -873,16 +974,16 @@ def test_readme_lists_every_flag_with_its_default() -> None:
         ("Web configuration", 1, expexp.TlsServer),
     ],
 )
-def test_readme_lists_every_key_with_its_default(
+def test_the_documents_list_every_key_with_its_default(
     heading: str, number: int, section: object
 ) -> None:
-    listed = {name: default for name, _, default, _ in readme_table(heading, number)}
+    listed = {name: default for name, _, default, _ in document_table(heading, number)}
     declared = expexp.declared_keys(section).items()
     assert listed == {f"`{name}`": show_default(key["default"]) for name, key in declared}
 
 
-def test_readme_lists_the_keys_of_the_top_level(tmp_path: Path) -> None:
-    listed = [names_in(row[0])[0] for row in readme_table("Top level")]
+def test_the_documents_list_the_keys_of_the_top_level(tmp_path: Path) -> None:
+    listed = [names_in(row[0])[0] for row in document_table("Top level")]
     document = tmp_path / "expexp.json"
     document.write_text(json.dumps(dict.fromkeys([*listed, "another"])), encoding="utf-8")
     with pytest.raises(expexp.ConfigError) as caught:
@@ -890,16 +991,16 @@ def test_readme_lists_the_keys_of_the_top_level(tmp_path: Path) -> None:
     assert [problem.path for problem in caught.value.problems] == ["another"]
 
 
-def test_readme_lists_every_metric_with_its_type_and_labels() -> None:
+def test_the_documents_list_every_metric_with_its_type_and_labels() -> None:
     listed = {
         names_in(name)[0]: (kind, names_in(labels))
-        for name, kind, labels, _ in readme_table("Metrics")
+        for name, kind, labels, _ in document_table("Metrics")
     }
     assert listed == {d.name: (d.kind, tuple(d.labels)) for d in expexp.SELF_METRICS}
 
 
-def test_readme_lists_every_reason_with_its_status_and_methods() -> None:
-    rows = readme_table("Status codes and reasons")
+def test_the_documents_list_every_reason_with_its_status_and_methods() -> None:
+    rows = document_table("Status codes and reasons")
     listed = {
         names_in(name)[0]: (int(status) if status.isdigit() else 0, methods)
         for name, status, methods, _ in rows
@@ -910,23 +1011,25 @@ def test_readme_lists_every_reason_with_its_status_and_methods() -> None:
     }
 
 
-def test_readme_lists_every_fault_of_a_handshake() -> None:
-    listed = [names_in(name)[0] for name, _ in readme_table("What is checked, and in which order")]
+def test_the_documents_list_every_fault_of_a_handshake() -> None:
+    listed = [
+        names_in(name)[0] for name, _ in document_table("What is checked, and in which order")
+    ]
     assert sorted(listed) == sorted(expexp.HANDSHAKE_FAULTS)
 
 
-def test_readme_lists_every_limit_with_its_default() -> None:
-    listed = {names_in(name)[0]: float(default) for name, default, _ in readme_table("Limits")}
+def test_the_documents_list_every_limit_with_its_default() -> None:
+    listed = {names_in(name)[0]: float(default) for name, default, _ in document_table("Limits")}
     assert listed == {field.name: field.default for field in dataclasses.fields(expexp.Limits)}
 
 
-def test_readme_lists_every_endpoint() -> None:
-    listed = {names_in(path)[0] for path, _ in readme_table("Endpoints")}
+def test_the_documents_list_every_endpoint() -> None:
+    listed = {names_in(path)[0] for path, _ in document_table("Endpoints")}
     assert listed == set(silent_program("").application._routes)
 
 
-def test_readme_names_the_exit_codes_that_the_file_names() -> None:
-    listed = {int(code) for code, _ in readme_table("Signals and exit codes")}
+def test_the_documents_name_the_exit_codes_that_the_file_names() -> None:
+    listed = {int(code) for code, _ in document_table("Signals and exit codes")}
     assert expexp.__doc__
     sentence = re.search(r"Exit codes: ([^.]+)\.", expexp.__doc__)
     assert sentence
@@ -944,32 +1047,33 @@ def test_readme_names_the_exit_codes_that_the_file_names() -> None:
         (["-bogus"], 2),
     ],
 )
-def test_readme_lists_the_exit_code_of(
+def test_the_documents_list_the_exit_code_of(
     arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expexp.main(arguments) == code
     assert capsys.readouterr().err
-    assert str(code) in {row[0] for row in readme_table("Signals and exit codes")}
+    assert str(code) in {row[0] for row in document_table("Signals and exit codes")}
 
 
-def test_readme_lists_the_targets_of_the_makefile() -> None:
+def test_the_readme_lists_the_targets_of_the_makefile() -> None:
     makefile = (FOLDER / "Makefile").read_text(encoding="utf-8")
-    listed = {names_in(name)[0] for name, _ in readme_table("Development")}
+    listed = {names_in(name)[0] for name, _ in document_table("Development")}
     assert listed == {f"make {name}" for name in re.findall(r"(?m)^([a-z]+):.*## ", makefile)}
 
 
-def test_readme_shows_what_make_run_prints() -> None:
-    shown = re.findall(r"(?m)^(Addresses to try.*|  http:.*)$", readme_section("Two commands"))
+def test_the_readme_shows_what_make_run_prints() -> None:
+    shown = re.findall(r"(?m)^(Addresses to try.*|  http:.*)$", document_section("Two commands"))
     makefile = (FOLDER / "Makefile").read_text(encoding="utf-8")
     assert shown == re.findall(r'(?m)^\techo "(Addresses to try.*|  http:.*)"$', makefile)
 
 
-def test_every_code_block_of_the_readme_has_a_language_that_is_tested() -> None:
-    assert {name for name, _ in FENCE.findall(README)} == LANGUAGES
+def test_every_code_block_of_the_documents_has_a_language_that_is_tested() -> None:
+    blocks = chain.from_iterable(FENCE.findall(text) for text in DOCUMENTS.values())
+    assert {name for name, _ in blocks} == LANGUAGES
 
 
-@pytest.mark.parametrize("text", readme_blocks("yaml expexp"))
-def test_a_configuration_in_the_readme_loads(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", document_blocks("yaml expexp"))
+def test_a_configuration_in_the_documents_loads(text: str, tmp_path: Path) -> None:
     trustme = pytest.importorskip("trustme")
     authority = trustme.CA()
     client = authority.issue_cert("prometheus@example.org")
@@ -982,46 +1086,48 @@ def test_a_configuration_in_the_readme_loads(text: str, tmp_path: Path) -> None:
     assert set(load_configuration(document).modules) == set(re.findall(r"(?m)^  (\w+):$", text))
 
 
-def test_readme_shows_the_problems_that_a_bad_configuration_has(
+def test_the_documents_show_the_problems_that_a_bad_configuration_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = re.findall(r"(?m)^bad\.yaml:.*$", readme_section("Configuration"))
+    shown = re.findall(r"(?m)^bad\.yaml:.*$", document_section("Configuration"))
     monkeypatch.chdir(tmp_path)
     document = Path("bad.yaml")
-    document.write_text(README_PROBLEMS, encoding="utf-8")
+    document.write_text(SHOWN_PROBLEMS, encoding="utf-8")
     with pytest.raises(expexp.ConfigError) as caught:
         load_configuration(document)
     assert shown == [str(problem) for problem in caught.value.problems]
 
 
-def test_readme_shows_the_verdict_on_a_body_that_is_no_exposition() -> None:
-    shown = re.findall(r"(?m)^module badhtml: (.*)$", readme_section("Verification"))
+def test_the_documents_show_the_verdict_on_a_body_that_is_no_exposition() -> None:
+    shown = re.findall(r"(?m)^module badhtml: (.*)$", document_section("Verification"))
     with pytest.raises(expexp.ExpositionError) as caught:
         expexp.verify_exposition(b"<html>\n", "text/html")
     assert shown == [str(caught.value)]
 
 
-def test_readme_shows_the_listing_of_the_example() -> None:
+def test_the_documents_show_the_listing_of_the_example() -> None:
     program = silent_program(str(FOLDER / "expexp.yaml.example"))
     headers = (("Accept", "application/json"),)
     response = program.application.handle(expexp.Request("GET", "/", headers, "127.0.0.1"))
     response.cleanup.close()
     assert isinstance(response.body, bytes)
-    assert [json.loads(text) for text in readme_blocks("json")] == [json.loads(response.body)]
+    assert [json.loads(text) for text in document_blocks("json")] == [json.loads(response.body)]
 
 
-def test_every_link_of_the_readme_leads_somewhere() -> None:
-    links = re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", README))
-    relative = [link for link in links if not re.match(r"[a-z]+:", link)]
-    anchors = {link[1:] for link in relative if link.startswith("#")}
-    files = {link.partition("#")[0] for link in relative if not link.startswith("#")}
-    assert anchors - heading_anchors() == set()
-    assert {name for name in files if not (FOLDER / name).exists()} == set()
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_of_the_documents_leads_somewhere(document: str) -> None:
+    links = links_of(document)
+    assert links
+    assert {path for path, _ in links if not (FOLDER / path).exists()} == set()
+    for path, anchor in links:
+        if anchor:
+            assert path in DOCUMENTS, f"{path} has no headings"
+            assert anchor in heading_anchors(path), f"{path} has no heading #{anchor}"
 
 
 @contextmanager
-def as_the_readme_says(command: str, folder: Path, *more: str) -> Iterator[str]:
-    """The address of an expexp that a command of the README has started, on a free port."""
+def as_the_documents_say(command: str, folder: Path, *more: str) -> Iterator[str]:
+    """The address of an expexp that a command of the documents has started, on a free port."""
     flags = shlex.split(
         command.partition("expexp.py ")[2].replace("\\\n", "").replace(":9998", ":0")
     )
@@ -1040,12 +1146,14 @@ def as_the_readme_says(command: str, folder: Path, *more: str) -> Iterator[str]:
     not (shutil.which("openssl") and shutil.which("curl") and shutil.which("promtool")),
     reason="openssl, curl or promtool is not installed",
 )
-def test_the_commands_of_the_readme_make_certificates_and_let_a_client_in(tmp_path: Path) -> None:
-    blocks = FENCE.findall(README.partition("\n## TLS and access\n")[2].partition("\n## ")[0])
+def test_the_commands_of_the_documents_make_certificates_and_let_a_client_in(
+    tmp_path: Path,
+) -> None:
+    blocks = FENCE.findall(document_chapter("TLS and access"))
     by_flags, by_file, curl, certificates = (text for name, text in blocks if name == "sh")
     make = ["bash", "-euc", certificates]
     subprocess.run(make, check=True, capture_output=True, cwd=tmp_path, timeout=60)
-    (web_file,) = readme_blocks("yaml web")
+    (web_file,) = document_blocks("yaml web")
     (tmp_path / "web.yaml").write_text(web_file)
     older = re.sub("(?m)^.*client_allowed_sans.*\n", "", web_file)  # Prometheus 2.42 has none
     (tmp_path / "older.yaml").write_text(older)
@@ -1055,7 +1163,7 @@ def test_the_commands_of_the_readme_make_certificates_and_let_a_client_in(tmp_pa
     (tmp_path / "expexp.yaml").write_text("modules: {node: {method: file, file: {path: a.prom}}}")
     ask = shlex.split(curl.replace("-u prometheus", "-u prometheus:change-me"))
     for command, more in ((by_flags, []), (by_file, ["-web.listen-address=127.0.0.1:0"])):
-        with as_the_readme_says(command, tmp_path, *more) as address:
+        with as_the_documents_say(command, tmp_path, *more) as address:
             asked = [word.replace("localhost:9999", address) for word in ask]
             told = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path)
             assert told.stdout.startswith("up_here 1\n"), told.stderr
@@ -1068,8 +1176,8 @@ def test_the_commands_of_the_readme_make_certificates_and_let_a_client_in(tmp_pa
 
 @pytest.mark.peer
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
-@pytest.mark.parametrize("text", readme_blocks("yaml prometheus"))
-def test_prometheus_takes_the_jobs_of_the_readme(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", document_blocks("yaml prometheus"))
+def test_prometheus_takes_the_jobs_of_the_documents(text: str, tmp_path: Path) -> None:
     document = tmp_path / "prometheus.yml"
     document.write_text(text, encoding="utf-8")
     command = ["promtool", "check", "config", "--syntax-only", str(document)]
@@ -14954,8 +15062,8 @@ def test_verify_reads_no_more_than_a_scrape_would(
     assert capfd.readouterr() == ("", "a.prom: cannot be read: more than 11 bytes\n")
 
 
-def test_readme_shows_what_verify_says(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    blocks = FENCE.findall(README.partition("\n## Checking an exposition in CI\n")[2])
+def test_the_documents_show_what_verify_says(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    blocks = FENCE.findall(document_section("Checking an exposition in CI"))
     (_, exposition), (_, command), (_, output) = blocks[:3]
     (here / "metrics.prom").write_text(exposition, encoding="utf-8")
     program, script, *flags = command.split()
@@ -16387,7 +16495,7 @@ def test_the_contrib_unit_starts_expexp_with_flags_that_it_takes() -> None:
 
 def test_the_readme_installs_what_the_contrib_unit_starts() -> None:
     settings = unit_settings(UNIT)
-    install = readme_section("Installation")
+    install = document_section("Installation")
     for path in re.findall(r"\S*/expexp\.(?:py|yaml)", settings["ExecStart"][0]):
         assert f" {path}\n" in install
     assert f"/usr/sbin/nologin {settings['User'][0]}\n" in install
@@ -17249,7 +17357,7 @@ class Discovery:
 
 
 def discovery_job(name: str, *addresses: str) -> str:
-    """A job with one URL a host, as the README has it."""
+    """A job with one URL a host, as docs/operation.md has it."""
     urls = (
         f"      - url: http://{address}/sd\n        refresh_interval: 1s\n" for address in addresses
     )
@@ -17867,7 +17975,9 @@ def installed(booted: Systemd) -> dict[str, str]:
     with peer("PyYAML is needed for the system's Python, which Debian has as python3-yaml"):
         if booted("/usr/bin/python3", "-c", "import yaml").returncode:
             raise FileNotFoundError("it is not installed")
-    blocks = [text for name, text in FENCE.findall(readme_section("Installation")) if name == "sh"]
+    blocks = [
+        text for name, text in FENCE.findall(document_section("Installation")) if name == "sh"
+    ]
     said = {}
     for command in blocks[0].splitlines():
         if not command.startswith("apt "):
