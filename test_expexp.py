@@ -769,11 +769,16 @@ def main() -> int:
 # --- The documents: their tables hold what the code declares, no more and no less; their examples
 # work, and their links lead somewhere.
 
-#: README.md and the reference in docs/: the text of each by its path.
+#: README.md, the reference in docs/ and the list of changes: the text of each by its path.
 DOCUMENTS: Final = {
     path.relative_to(FOLDER).as_posix(): path.read_text(encoding="utf-8")
-    for path in [FOLDER / "README.md", *sorted((FOLDER / "docs").glob("*.md"))]
+    for path in [
+        FOLDER / "README.md",
+        *sorted((FOLDER / "docs").glob("*.md")),
+        FOLDER / "CHANGELOG.md",
+    ]
 }
+REFERENCE: Final = [path for path in DOCUMENTS if path.startswith("docs/")]
 HEADING = re.compile(r"(?m)^(#+) (.+)$")
 DEEPEST_LEVEL = 6
 FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
@@ -925,7 +930,7 @@ def test_a_document_begins_with_its_one_title(document: str) -> None:
     assert {heading.level for heading in others} <= {2, 3}
 
 
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if path != "README.md"])
+@pytest.mark.parametrize("document", REFERENCE)
 def test_a_document_begins_with_one_sentence_on_what_it_holds(document: str) -> None:
     (title, *_) = headings_of(document)
     sentence = document_section(title.title).strip()
@@ -937,7 +942,8 @@ def test_the_readme_links_to_every_file_of_docs() -> None:
     files = {path.relative_to(FOLDER).as_posix() for path in (FOLDER / "docs").iterdir()}
     assert files
     assert files - linked == set()
-    assert files | {"README.md"} == set(DOCUMENTS)
+    assert files == set(REFERENCE)
+    assert "CHANGELOG.md" in linked
 
 
 @pytest.mark.parametrize(
@@ -1123,6 +1129,37 @@ def test_every_link_of_the_documents_leads_somewhere(document: str) -> None:
         if anchor:
             assert path in DOCUMENTS, f"{path} has no headings"
             assert anchor in heading_anchors(path), f"{path} has no heading #{anchor}"
+
+
+#: The kinds of a change, in the order in which a version lists them.
+CHANGE_KINDS: Final = ["SECURITY", "CHANGE", "FEATURE", "ENHANCEMENT", "BUGFIX"]
+VERSION_TITLE = re.compile(r"(\d+\.\d+\.\d+) / (\d{4}-\d\d-\d\d|unreleased)|Unreleased")
+
+
+def test_the_newest_released_version_of_the_changelog_is_that_of_expexp() -> None:
+    titles = [heading.title for heading in headings_of("CHANGELOG.md")[1:]]
+    versions = [VERSION_TITLE.fullmatch(title) for title in titles]
+    dated = [one for one in versions if one and one[2] not in {None, "unreleased"}]
+    released = [(tuple(int(part) for part in one[1].split(".")), one[2]) for one in dated]
+    assert ".".join(str(part) for part in released[0][0]) == expexp.__version__
+    assert released == sorted(released, reverse=True)
+    for _, day in released:
+        datetime.date.fromisoformat(day)
+
+
+def test_the_changelog_has_one_form() -> None:
+    first, *versions = headings_of("CHANGELOG.md")
+    assert first.title == "Changelog"
+    for place, heading in enumerate(versions):
+        title = VERSION_TITLE.fullmatch(heading.title)
+        assert title, f"{heading.title} is no version"
+        assert place == 0 or title[2] not in {None, "unreleased"}
+        changes = re.findall(r"(?m)^\* (.*)$", document_section(heading.title))
+        kinds = [re.match(r"\[(\w+)\] [A-Z].*\.$", change) for change in changes]
+        assert kinds
+        assert None not in kinds, changes
+        order = [CHANGE_KINDS.index(kind[1]) for kind in kinds if kind]
+        assert order == sorted(order)
 
 
 @contextmanager
