@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (for run: flags of expexp, for test: of pytest)"
+	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of bench/compare.py for bench)"
 
 # What `make run` and the virtual environment need to say when something is missing.
 define python_is_new_enough
@@ -107,9 +107,10 @@ matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv)
 	cat "$$work/summary"
 	exit $$failed
 
-bench: $(VENV)/.dev ## measure the verifier beside prometheus_client, and what silent clients cost
+bench: $(VENV)/.dev ## measure the verifier, what silent clients cost, and expexp beside its peers
 	@$(VENV)/bin/python bench/verify.py
 	$(VENV)/bin/python bench/access.py
+	$(VENV)/bin/python bench/compare.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis)
 	@rounds=$$(mktemp -d)
