@@ -80,7 +80,11 @@ class RefusedError(BenchError):
 
 @dataclass(frozen=True)
 class Workload:
-    """What the programs are asked for, and how often."""
+    """What the programs are asked for, and how often.
+
+    A round of latency has `requests`, and there are `repeats` times as many rounds as for load:
+    short rounds that alternate see the same disturbances of a busy machine.
+    """
 
     name: str
     title: str
@@ -90,7 +94,8 @@ class Workload:
     tls: bool = False
     has_floor: bool = False
     peer_may_refuse: bool = False
-    requests: int = 150
+    requests: int = 50
+    repeats: int = 3
     connections: tuple[int, ...] = ()
     together: int = 0
 
@@ -121,7 +126,15 @@ WORKLOADS = (
         peer_may_refuse=True,
         connections=(8,),
     ),
-    Workload("exec", "exec /bin/echo", method="exec", body="echo", connections=(8,)),
+    Workload(
+        "exec",
+        "exec /bin/echo",
+        method="exec",
+        body="echo",
+        requests=150,
+        repeats=1,
+        connections=(8,),
+    ),
     Workload("file", "file of 57 KB", method="file", peer_may_refuse=True, connections=(8,)),
     Workload("metrics", "/metrics", method="metrics", connections=(8,)),
     Workload(
@@ -130,6 +143,7 @@ WORKLOADS = (
         body="large",
         has_floor=True,
         requests=4,
+        repeats=1,
         together=8,
     ),
     Workload("slow", "64 targets of 1 s", body="slow", requests=0, together=64),
@@ -860,7 +874,7 @@ def measure_latency(subjects: Sequence[Subject], rounds: int) -> list[Row]:
     with contextlib.ExitStack() as stack:
         connections = {id(one): stack.enter_context(one.connect()) for one in subjects}
         for subject in subjects:
-            one_round(subject, connections[id(subject)], subject.workload.requests // 5 + 1)
+            one_round(subject, connections[id(subject)], subject.workload.requests)
         for number in range(rounds):
             for subject in in_turn(subjects, number):
                 requests = subject.workload.requests
@@ -982,7 +996,7 @@ def measure(subjects: Sequence[Subject], effort: Effort, site: Site) -> Iterator
     """
     workload = subjects[0].workload
     if workload.requests:
-        yield from measure_latency(subjects, effort.rounds)
+        yield from measure_latency(subjects, effort.rounds * workload.repeats)
         yield peak_memory(subjects, "at 1")
     if effort.one_connection:
         return
@@ -1197,7 +1211,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--against", type=Path, metavar="FILE", help="a second expexp.py")
     parser.add_argument("--module", action="store_true", help="start expexp as a compiled module")
     parser.add_argument("--short", action="store_true", help="one connection, five workloads")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds over one connection (7)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="rounds, of which quick workloads have three times as many (7)",
+    )
     parser.add_argument("--only", nargs="+", choices=names, metavar="WORKLOAD", help=str(names))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures as well")
     parser.add_argument("--serve-slowly", type=int, help=argparse.SUPPRESS)
@@ -1239,6 +1258,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, open_site(Path(name)) as site:
         bench = Bench(site, choose_programs(options), choose_effort(options))
         rows, failures = run_all(bench, options.only)
+    head["load at the end"] = f"{os.getloadavg()[0]:.2f}"
     report(head, rows, failures)
     if options.json:
         figures = {"head": head, "rows": [asdict(row) for row in rows], "failures": failures}
