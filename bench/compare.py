@@ -1,6 +1,6 @@
 """Measure expexp beside exporter_exporter, with nginx as the floor, and print a Markdown table.
 
-    .venv/bin/python bench/compare.py             # every workload, about six minutes
+    .venv/bin/python bench/compare.py             # every workload, about seven minutes
     .venv/bin/python bench/compare.py --short     # one connection, five workloads
 
 bench/README.md says what each row means and how to measure another interpreter or another file.
@@ -1228,7 +1228,7 @@ def parse_arguments() -> argparse.Namespace:
 def choose_effort(options: argparse.Namespace) -> Effort:
     """Return how long to measure."""
     rounds: int = options.rounds
-    return Effort(rounds, max(1, rounds // 2), 3, options.short)
+    return Effort(rounds, max(1, rounds * 3 // 4), 2, options.short)
 
 
 def choose_programs(options: argparse.Namespace) -> tuple[Program, ...]:
