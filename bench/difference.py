@@ -1,0 +1,428 @@
+"""Send generated requests and answers to two files of expexp, and list what differs.
+
+The old file is that of commit 9a5c971, the working file the one in this repository. Both run with
+the same configuration and lead to the same scripted target. A difference is explained by a line of
+DESIGN.md, or the exit code is 1.
+
+    difference.py --cases 2000          all kinds of cases, fewer of them
+    difference.py --only 123            one case, shown in full
+    difference.py --prometheus          let a real Prometheus scrape what differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import contextlib
+import multiprocessing
+import queue
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from difference_cases import Case, make_case
+from difference_explained import EXPLAINED, PARTS, Outcome
+from difference_peers import (
+    GOOD_ANSWER,
+    Certificates,
+    Process,
+    client_address,
+    converse,
+    good_steps,
+    make_certificates,
+)
+
+OLD_COMMIT = "9a5c971"
+ROOT = Path(__file__).resolve().parent.parent
+ATTEMPTS = 3  # a difference must be there each time
+LOG_SECONDS = 0.5  # for the last line of a case's log to be written
+SAMPLES = 20  # kept of each group of differences
+WANTED_DATE = re.compile(rb"\r\nDate: \w{3}, \d\d \w{3} 2\d{3} \d\d:\d\d:\d\d GMT\r\n")
+TIMEOUT = re.compile(rb"(\r\nX-Prometheus-Scrape-Timeout-Seconds: )[0-9.]+\r\n")
+CHUNKED = re.compile(rb"\r\ntransfer-encoding: chunked\r\n", re.IGNORECASE)
+SIZE_LINE = re.compile(rb"([0-9a-f]+)\r\n")
+OTHER_CLIENT = re.compile(r"\S+ (127\.\d+\.\d+\.\d+)[ :]")
+
+
+class Pair(NamedTuple):
+    """The old process and the new one, and the certificates of both."""
+
+    old: Process
+    new: Process
+    certificates: Certificates
+
+
+class Difference(NamedTuple):
+    """What one case had for outcomes; `stable` if they differed at every attempt."""
+
+    number: int
+    old: Outcome
+    new: Outcome
+    stable: bool
+
+
+def join_chunks(answer: bytes) -> bytes:
+    """Return an answer with its chunks joined: where one ends depends on time."""
+    head, blank, rest = answer.partition(b"\r\n\r\n")
+    if not blank or not CHUNKED.search(head + b"\r\n"):
+        return answer
+    body: list[bytes] = []
+    while found := SIZE_LINE.match(rest):
+        size = int(found[1], 16)
+        piece = rest[found.end() : found.end() + size]
+        body.append(piece)
+        rest = rest[found.end() + size + 2 :]
+        if size == 0:
+            body.append(b"[last chunk]")
+            break
+    return head + blank + b"".join(body) + rest
+
+
+def normal_answer(process: Process, answer: bytes) -> bytes:
+    """Return what a client received, without what varies from run to run."""
+    return join_chunks(process.hide_names(WANTED_DATE.sub(b"\r\nDate: NOW\r\n", answer)))
+
+
+def normal_head(process: Process, head: bytes) -> bytes:
+    """Return what a target received, without what varies from run to run."""
+    return process.hide_names(TIMEOUT.sub(rb"\1SECONDS\r\n", head))
+
+
+def run_case(pair: Pair, process: Process, case: Case) -> Outcome:
+    """Return the outcome of a case with one process, its log still empty."""
+    process.target.prepare(case.target or GOOD_ANSWER)
+    context = pair.certificates.client if case.client_tls else None
+    source = client_address(case.number)
+    talk = converse(process.ports[case.listener], source, context, case.client)
+    if talk.end == "reset by us":
+        time.sleep(0.02)  # the process may not have found out yet
+    received = tuple(normal_head(process, head) for head in process.target.settle())
+    return Outcome(normal_answer(process, talk.answer), talk.end, received, ())
+
+
+def lines_of_case(process: Process, case: Case) -> list[str]:
+    """Return the new log lines, without those that name the client of another case."""
+    own = client_address(case.number)
+    found: list[str] = []
+    for line in process.read_log():
+        other = OTHER_CLIENT.match(line)
+        if not other or other[1] == own:
+            found.append(line)
+    return found
+
+
+def compare_once(pair: Pair, case: Case, pool: Any) -> tuple[Outcome, Outcome]:
+    """Run a case with both processes; return their outcomes with their logs."""
+    if case.waits:
+        old, new = pool.map(lambda process: run_case(pair, process, case), (pair.old, pair.new))
+    else:
+        old = run_case(pair, pair.old, case)
+        new = run_case(pair, pair.new, case)
+    old_log = lines_of_case(pair.old, case)
+    new_log = lines_of_case(pair.new, case)
+    end = time.monotonic() + LOG_SECONDS
+    while old_log != new_log and time.monotonic() < end:
+        time.sleep(0.01)
+        old_log += lines_of_case(pair.old, case)
+        new_log += lines_of_case(pair.new, case)
+    return old._replace(log=tuple(old_log)), new._replace(log=tuple(new_log))
+
+
+def settle_module(process: Process, module: str) -> None:
+    """Scrape a module successfully, so that its next failure is news again."""
+    process.target.prepare(GOOD_ANSWER)
+    converse(process.ports["plain"], "127.0.0.1", None, good_steps(module))
+    process.target.settle()
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        if any("127.0.0.1 - GET" in line and "healthy" in line for line in process.read_log()):
+            return
+        time.sleep(0.005)
+
+
+def compare(pair: Pair, case: Case, pool: Any) -> Difference | None:
+    """Run a case until both outcomes agree, a few times at most; return how they differ."""
+    old_outcomes: list[Outcome] = []
+    new_outcomes: list[Outcome] = []
+    for _ in range(ATTEMPTS):
+        old, new = compare_once(pair, case, pool)
+        if old == new and not old_outcomes:
+            return None
+        old_outcomes.append(old)
+        new_outcomes.append(new)
+        for process in (pair.old, pair.new):
+            settle_module(process, case.module or "v")
+        if set(old_outcomes) & set(new_outcomes):
+            return Difference(case.number, old_outcomes[0], new_outcomes[0], False)
+    return Difference(case.number, old_outcomes[0], new_outcomes[0], True)
+
+
+# --- workers
+
+
+def work(pair: Pair, seed: int, numbers: Sequence[int], results: Any) -> None:
+    """Compare cases in a process of its own; put differences and counts into the queue."""
+    pair.old.target.start()
+    pair.new.target.start()
+    done = 0
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for number in numbers:
+            found = compare(pair, make_case(seed, number), pool)
+            if found:
+                results.put(found)
+            done += 1
+            if done % 50 == 0:
+                results.put(50)
+    results.put(done % 50)
+    results.put(None)
+
+
+@contextlib.contextmanager
+def running_pairs(old: Path, working: Path, folder: Path, count: int) -> Iterator[list[Pair]]:
+    """Start pairs of processes; end them afterwards."""
+    certificates = make_certificates(folder)
+    with contextlib.ExitStack() as cleanup:
+        pairs: list[Pair] = []
+        for number in range(count):
+            started: list[Process] = []
+            for name, path in (("old", old), ("new", working)):
+                process = Process(f"{name}{number}", path, certificates)
+                cleanup.callback(process.stop)
+                started.append(process)
+            pairs.append(Pair(started[0], started[1], certificates))
+        yield pairs
+
+
+def all_differences(
+    pairs: Sequence[Pair], seed: int, numbers: Sequence[int]
+) -> Iterator[Difference]:
+    """Yield the differences of all cases, and tell how far the work is."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = []
+    for position, pair in enumerate(pairs):
+        share = numbers[position :: len(pairs)]
+        worker = context.Process(target=work, args=(pair, seed, share, results), daemon=True)
+        worker.start()
+        workers.append(worker)
+    done, ended, started, told = 0, 0, time.monotonic(), time.monotonic()
+    while ended < len(workers):
+        try:
+            found = results.get(timeout=5)
+        except queue.Empty:
+            check_alive(pairs, workers)
+            continue
+        if isinstance(found, Difference):
+            yield found
+        elif found is None:
+            ended += 1
+        else:
+            done += found
+        if time.monotonic() - told > 10:
+            told = time.monotonic()
+            rate = done / (told - started)
+            print(f"{done} of {len(numbers)} cases, {rate:.0f} a second", file=sys.stderr)
+    for worker in workers:
+        worker.join()
+
+
+def check_alive(pairs: Sequence[Pair], workers: Sequence[Any]) -> None:
+    """Exit if a process has ended that must not."""
+    for process in [each for pair in pairs for each in (pair.old, pair.new)]:
+        if not process.is_running():
+            sys.exit(f"{process.name} has ended")
+    if any(worker.exitcode for worker in workers):
+        sys.exit("a worker has ended")
+
+
+# --- report
+
+
+class Report:
+    """The differences, by explanation, or by kind where there is none."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self.explained: dict[str, list[Difference]] = {}
+        self.unexplained: dict[str, list[Difference]] = {}
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.unstable: list[int] = []
+
+    def add(self, difference: Difference) -> None:
+        """Assign a difference to the first explanation that holds, or to its kind."""
+        if not difference.stable:
+            self.unstable.append(difference.number)
+            return
+        case = make_case(self._seed, difference.number)
+        groups, name = self.unexplained, kind_of(case, difference)
+        for explanation in EXPLAINED:
+            if explanation.holds(case, difference.old, difference.new):
+                groups, name = self.explained, explanation.name
+                break
+        self.counts[name] += 1
+        samples = groups.setdefault(name, [])
+        if len(samples) < SAMPLES:
+            samples.append(difference)
+
+    def show(self) -> None:
+        """Print everything that was found."""
+        for explanation in EXPLAINED:
+            if explanation.name in self.explained:
+                self._show_explained(explanation)
+        ordered = sorted(self.unexplained, key=lambda name: -self.counts[name])
+        for name in ordered:
+            self._show_unexplained(name)
+        total = sum(self.counts[name] for name in self.unexplained)
+        print(f"\nexplained: {sum(self.counts.values()) - total}, unexplained: {total}", end="")
+        print(f" in {len(self.unexplained)} kinds, unstable: {len(self.unstable)}", end="")
+        print(f" (such as {self.unstable[:5]})" if self.unstable else "")
+
+    def _show_explained(self, explanation: Any) -> None:
+        """Print an explanation with its count and an example."""
+        samples = self.explained[explanation.name]
+        print(f"\nEXPLAINED {self.counts[explanation.name]} x {explanation.name}", end="")
+        print(f" (such as {samples[0].number})")
+        print(f"    DESIGN: {explanation.design}")
+        if explanation.prometheus:
+            print(f"    Prometheus: {explanation.prometheus}")
+
+    def _show_unexplained(self, name: str) -> None:
+        """Print a kind of differences with its tags and the first sample's differing parts."""
+        samples = self.unexplained[name]
+        tags: collections.Counter[str] = collections.Counter()
+        for sample in samples:
+            tags.update(make_case(self._seed, sample.number).tags)
+        shown = ", ".join(f"{tag} ({count})" for tag, count in tags.most_common(6))
+        print(f"\nUNEXPLAINED {self.counts[name]} x {name}")
+        print(f"    cases {[sample.number for sample in samples[:6]]}; tags: {shown}")
+        for part, old, new in differing_parts(samples[0].old, samples[0].new):
+            print(f"    {part}: old {shortened(old, new)}")
+            print(f"    {' ' * len(part)}  new {shortened(new, old)}")
+
+
+def shortened(one: str, other: str) -> str:
+    """Return the part of a text where it begins to differ from the other."""
+    same = 0
+    while same < min(len(one), len(other)) and one[same] == other[same]:
+        same += 1
+    start = max(0, same - 60)
+    return f"{'...' if start else ''}{one[start : start + 200]}"
+
+
+def differing_parts(old: Outcome, new: Outcome) -> list[tuple[str, str, str]]:
+    """Return name, old and new value of the parts of two outcomes that differ."""
+    parts: list[tuple[str, str, str]] = []
+    for name, one, other in zip(PARTS, old.parts(), new.parts()):
+        if one != other:
+            parts.append((name, repr(one), repr(other)))
+    return parts
+
+
+def kind_of(case: Case, difference: Difference) -> str:
+    """Return a name for the kind of a difference."""
+    parts = "+".join(name for name, _, _ in differing_parts(difference.old, difference.new))
+    return f"{case.direction}: {difference.old.summary()} -> {difference.new.summary()} [{parts}]"
+
+
+def show_case(case: Case, difference: Difference | None, pair: Pair, pool: Any) -> None:
+    """Print a case and its outcomes in full."""
+    print(f"case {case.number}: {case.direction}, tags: {', '.join(case.tags)}")
+    print(f"listener {case.listener}, TLS {case.client_tls}, module {case.module!r}")
+    for name, steps in (("client", case.client), ("target", case.target)):
+        for step in steps:
+            print(f"    {name} {step.action} {step.data!r} {step.seconds or ''}")
+    old, new = (difference.old, difference.new) if difference else compare_once(pair, case, pool)
+    for name, outcome in (("old", old), ("new", new)):
+        print(f"{name}: {outcome.summary()}")
+        for part, value in zip(PARTS, outcome.parts()):
+            print(f"    {part}: {value!r}")
+    for explanation in EXPLAINED:
+        if difference and explanation.holds(case, old, new):
+            print(f"explained: {explanation.name}: {explanation.design}")
+    verdict = "they differ" if difference and difference.stable else "they agree"
+    print(f"{verdict}{'' if not difference or difference.stable else ' at times'}")
+
+
+# --- command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--working", type=Path, default=ROOT / "expexp.py", help="the new file")
+    add("--old", type=Path, help=f"the old file; the default is that of commit {OLD_COMMIT}")
+    add("--cases", type=int, default=100_000, help="how many cases")
+    add("--first", type=int, default=0, help="number of the first case")
+    add("--seed", type=int, default=1, help="what all cases are made from")
+    add("--workers", type=int, default=4, help="pairs of processes that work side by side")
+    add("--only", type=int, help="run one case, and show it in full")
+    add("--list", action="store_true", help="list the cases and their tags, run none")
+    return parser.parse_args()
+
+
+def write_old_file(folder: Path) -> Path:
+    """Write the file of the old commit to the folder; return its path."""
+    path = folder / "expexp_old.py"
+    command = ["git", "-C", str(ROOT), "show", f"{OLD_COMMIT}:expexp.py"]
+    path.write_bytes(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return path
+
+
+def list_cases(seed: int, numbers: Sequence[int]) -> None:
+    """Print number, direction and tags of cases."""
+    for number in numbers:
+        case = make_case(seed, number)
+        print(f"{number}\t{case.direction}\t{', '.join(case.tags)}")
+
+
+def run_only(pair: Pair, seed: int, number: int) -> int:
+    """Run one case and show it; return 1 if the outcomes differ."""
+    pair.old.target.start()
+    pair.new.target.start()
+    case = make_case(seed, number)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        difference = compare(pair, case, pool)
+        show_case(case, difference, pair, pool)
+    return int(bool(difference and difference.stable))
+
+
+def run_all(pairs: Sequence[Pair], seed: int, numbers: Sequence[int]) -> int:
+    """Compare all cases and print what differs; return 1 if a difference is unexplained."""
+    started = time.monotonic()
+    report = Report(seed)
+    for difference in all_differences(pairs, seed, numbers):
+        report.add(difference)
+    report.show()
+    seconds = time.monotonic() - started
+    print(f"cases: {len(numbers)} in {seconds:.0f} s, {len(numbers) / seconds:.0f} a second")
+    return int(bool(report.unexplained))
+
+
+def main() -> int:
+    """Do what the command line asks for; return the exit code."""
+    options = parse_arguments()
+    numbers = range(options.first, options.first + options.cases)
+    if options.list:
+        list_cases(options.seed, numbers)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        old = options.old or write_old_file(folder)
+        count = 1 if options.only is not None else options.workers
+        with running_pairs(old, options.working, folder, count) as pairs:
+            if options.only is not None:
+                return run_only(pairs[0], options.seed, options.only)
+            return run_all(pairs, options.seed, numbers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
