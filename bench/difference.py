@@ -12,7 +12,6 @@ DESIGN.md, or the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import multiprocessing
@@ -26,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from difference_cases import Case, make_case
-from difference_explained import EXPLAINED, PARTS, Outcome
+from difference_cases import Case, make_case, odd_tags
+from difference_explained import PARTS, Outcome
 from difference_peers import (
     GOOD_ANSWER,
     Certificates,
@@ -37,12 +36,13 @@ from difference_peers import (
     good_steps,
     make_certificates,
 )
+from difference_prometheus import Verdict, disagrees, is_judged, is_served, judge
+from difference_report import Difference, Report, differing_parts, explain
 
 OLD_COMMIT = "9a5c971"
 ROOT = Path(__file__).resolve().parent.parent
-ATTEMPTS = 3  # a difference must be there each time
-LOG_SECONDS = 0.5  # for the last line of a case's log to be written
-SAMPLES = 20  # kept of each group of differences
+ATTEMPTS = 2  # a difference must be there each time
+LOG_SECONDS = 0.2  # for the last line of a case's log to be written
 WANTED_DATE = re.compile(rb"\r\nDate: \w{3}, \d\d \w{3} 2\d{3} \d\d:\d\d:\d\d GMT\r\n")
 TIMEOUT = re.compile(rb"(\r\nX-Prometheus-Scrape-Timeout-Seconds: )[0-9.]+\r\n")
 CHUNKED = re.compile(rb"\r\ntransfer-encoding: chunked\r\n", re.IGNORECASE)
@@ -56,15 +56,6 @@ class Pair(NamedTuple):
     old: Process
     new: Process
     certificates: Certificates
-
-
-class Difference(NamedTuple):
-    """What one case had for outcomes; `stable` if they differed at every attempt."""
-
-    number: int
-    old: Outcome
-    new: Outcome
-    stable: bool
 
 
 def join_chunks(answer: bytes) -> bytes:
@@ -126,7 +117,7 @@ def compare_once(pair: Pair, case: Case, pool: Any) -> tuple[Outcome, Outcome]:
         new = run_case(pair, pair.new, case)
     old_log = lines_of_case(pair.old, case)
     new_log = lines_of_case(pair.new, case)
-    end = time.monotonic() + LOG_SECONDS
+    end = time.monotonic() + (LOG_SECONDS if old == new else 0.02)
     while old_log != new_log and time.monotonic() < end:
         time.sleep(0.01)
         old_log += lines_of_case(pair.old, case)
@@ -141,7 +132,7 @@ def settle_module(process: Process, module: str) -> None:
     process.target.settle()
     end = time.monotonic() + 2
     while time.monotonic() < end:
-        if any("127.0.0.1 - GET" in line and "healthy" in line for line in process.read_log()):
+        if any("127.0.0.1 - GET" in line for line in process.read_log()):
             return
         time.sleep(0.005)
 
@@ -241,93 +232,7 @@ def check_alive(pairs: Sequence[Pair], workers: Sequence[Any]) -> None:
         sys.exit("a worker has ended")
 
 
-# --- report
-
-
-class Report:
-    """The differences, by explanation, or by kind where there is none."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self.explained: dict[str, list[Difference]] = {}
-        self.unexplained: dict[str, list[Difference]] = {}
-        self.counts: collections.Counter[str] = collections.Counter()
-        self.unstable: list[int] = []
-
-    def add(self, difference: Difference) -> None:
-        """Assign a difference to the first explanation that holds, or to its kind."""
-        if not difference.stable:
-            self.unstable.append(difference.number)
-            return
-        case = make_case(self._seed, difference.number)
-        groups, name = self.unexplained, kind_of(case, difference)
-        for explanation in EXPLAINED:
-            if explanation.holds(case, difference.old, difference.new):
-                groups, name = self.explained, explanation.name
-                break
-        self.counts[name] += 1
-        samples = groups.setdefault(name, [])
-        if len(samples) < SAMPLES:
-            samples.append(difference)
-
-    def show(self) -> None:
-        """Print everything that was found."""
-        for explanation in EXPLAINED:
-            if explanation.name in self.explained:
-                self._show_explained(explanation)
-        ordered = sorted(self.unexplained, key=lambda name: -self.counts[name])
-        for name in ordered:
-            self._show_unexplained(name)
-        total = sum(self.counts[name] for name in self.unexplained)
-        print(f"\nexplained: {sum(self.counts.values()) - total}, unexplained: {total}", end="")
-        print(f" in {len(self.unexplained)} kinds, unstable: {len(self.unstable)}", end="")
-        print(f" (such as {self.unstable[:5]})" if self.unstable else "")
-
-    def _show_explained(self, explanation: Any) -> None:
-        """Print an explanation with its count and an example."""
-        samples = self.explained[explanation.name]
-        print(f"\nEXPLAINED {self.counts[explanation.name]} x {explanation.name}", end="")
-        print(f" (such as {samples[0].number})")
-        print(f"    DESIGN: {explanation.design}")
-        if explanation.prometheus:
-            print(f"    Prometheus: {explanation.prometheus}")
-
-    def _show_unexplained(self, name: str) -> None:
-        """Print a kind of differences with its tags and the first sample's differing parts."""
-        samples = self.unexplained[name]
-        tags: collections.Counter[str] = collections.Counter()
-        for sample in samples:
-            tags.update(make_case(self._seed, sample.number).tags)
-        shown = ", ".join(f"{tag} ({count})" for tag, count in tags.most_common(6))
-        print(f"\nUNEXPLAINED {self.counts[name]} x {name}")
-        print(f"    cases {[sample.number for sample in samples[:6]]}; tags: {shown}")
-        for part, old, new in differing_parts(samples[0].old, samples[0].new):
-            print(f"    {part}: old {shortened(old, new)}")
-            print(f"    {' ' * len(part)}  new {shortened(new, old)}")
-
-
-def shortened(one: str, other: str) -> str:
-    """Return the part of a text where it begins to differ from the other."""
-    same = 0
-    while same < min(len(one), len(other)) and one[same] == other[same]:
-        same += 1
-    start = max(0, same - 60)
-    return f"{'...' if start else ''}{one[start : start + 200]}"
-
-
-def differing_parts(old: Outcome, new: Outcome) -> list[tuple[str, str, str]]:
-    """Return name, old and new value of the parts of two outcomes that differ."""
-    parts: list[tuple[str, str, str]] = []
-    for name, one, other in zip(PARTS, old.parts(), new.parts()):
-        if one != other:
-            parts.append((name, repr(one), repr(other)))
-    return parts
-
-
-def kind_of(case: Case, difference: Difference) -> str:
-    """Return a name for the kind of a difference."""
-    parts = "+".join(name for name, _, _ in differing_parts(difference.old, difference.new))
-    return f"{case.direction}: {difference.old.summary()} -> {difference.new.summary()} [{parts}]"
+# --- one case in full
 
 
 def show_case(case: Case, difference: Difference | None, pair: Pair, pool: Any) -> None:
@@ -342,11 +247,72 @@ def show_case(case: Case, difference: Difference | None, pair: Pair, pool: Any) 
         print(f"{name}: {outcome.summary()}")
         for part, value in zip(PARTS, outcome.parts()):
             print(f"    {part}: {value!r}")
-    for explanation in EXPLAINED:
-        if difference and explanation.holds(case, old, new):
+    if difference:
+        found, rest = explain(case, difference)
+        for explanation in found:
             print(f"explained: {explanation.name}: {explanation.design}")
+        for part, one, other in differing_parts(difference.old, rest):
+            print(f"unexplained {part}: old {one}\n{' ' * len(part)}              new {other}")
     verdict = "they differ" if difference and difference.stable else "they agree"
     print(f"{verdict}{'' if not difference or difference.stable else ' at times'}")
+
+
+# --- Prometheus
+
+
+def judge_differences(report: Report, seed: int, certificates: Certificates, most: int) -> None:
+    """Let Prometheus scrape samples of the differences towards targets, and print what it says."""
+    groups = {**report.explained, **report.unexplained}
+    chosen = {
+        name: [each for each in group.samples if is_judged(make_case(seed, each.number))][:most]
+        for name, group in groups.items()
+    }
+    cases = [make_case(seed, each.number) for samples in chosen.values() for each in samples]
+    verdicts = judge(cases, certificates)
+    for name, samples in chosen.items():
+        if samples:
+            print(f"\nPROMETHEUS on {name}")
+        for difference in samples:
+            case = make_case(seed, difference.number)
+            print_verdict(case, difference, verdicts.get(difference.number))
+
+
+def print_verdict(case: Case, difference: Difference, verdict: Verdict | None) -> None:
+    """Print what old, new and Prometheus made of a case, and whether the last two agree."""
+    served = [
+        "served" if is_served(outcome) else "refused"
+        for outcome in (difference.old, difference.new)
+    ]
+    line = f"    {case.number} {case.module}: old {served[0]}, new {served[1]}, Prometheus "
+    if verdict is None:
+        print(f"{line}silent")
+        return
+    opinion = "DISAGREES" if disagrees(case, difference.new, verdict) else "agrees"
+    print(f"{line}{'up' if verdict.up else 'down'}: {opinion} {verdict.error[-150:]}")
+
+
+def judge_new(pair: Pair, seed: int, numbers: Sequence[int]) -> int:
+    """Compare both files with Prometheus on target cases; return 1 if the new one disagrees."""
+    pair.old.target.start()
+    pair.new.target.start()
+    cases = [case for case in (make_case(seed, number) for number in numbers) if is_judged(case)]
+    verdicts = judge(cases, pair.certificates)
+    wrong = 0
+    rows: dict[str, list[str]] = {}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for case in cases:
+            old, new = compare_once(pair, case, pool)
+            verdict = verdicts.get(case.number)
+            if verdict and new.received and disagrees(case, new, verdict):
+                wrong += 1
+                was = "too" if disagrees(case, old, verdict) else "not"
+                line = f"{case.number} {case.module}: {new.summary()}; the old {was}; Prometheus "
+                line += f"{'up' if verdict.up else 'down'} {verdict.error[-120:]}"
+                rows.setdefault(", ".join(odd_tags(case)), []).append(line)
+    for tags, lines in sorted(rows.items(), key=lambda row: row[0].count(",")):
+        print(f"{len(lines)} x {tags}\n    {lines[0]}")
+    print(f"cases: {len(cases)}, verdicts: {len(verdicts)}, disagreements: {wrong}")
+    return int(wrong > 0)
 
 
 # --- command line
@@ -365,6 +331,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=1, help="what all cases are made from")
     add("--workers", type=int, default=4, help="pairs of processes that work side by side")
     add("--only", type=int, help="run one case, and show it in full")
+    add(
+        "--prometheus",
+        type=int,
+        nargs="?",
+        const=5,
+        default=0,
+        metavar="SAMPLES",
+        help="let Prometheus scrape so many samples of each kind of difference",
+    )
+    add("--judge", action="store_true", help="compare the new file with Prometheus instead")
     add("--list", action="store_true", help="list the cases and their tags, run none")
     return parser.parse_args()
 
@@ -395,13 +371,15 @@ def run_only(pair: Pair, seed: int, number: int) -> int:
     return int(bool(difference and difference.stable))
 
 
-def run_all(pairs: Sequence[Pair], seed: int, numbers: Sequence[int]) -> int:
+def run_all(pairs: Sequence[Pair], seed: int, numbers: Sequence[int], most: int) -> int:
     """Compare all cases and print what differs; return 1 if a difference is unexplained."""
     started = time.monotonic()
     report = Report(seed)
     for difference in all_differences(pairs, seed, numbers):
         report.add(difference)
     report.show()
+    if most:
+        judge_differences(report, seed, pairs[0].certificates, most)
     seconds = time.monotonic() - started
     print(f"cases: {len(numbers)} in {seconds:.0f} s, {len(numbers) / seconds:.0f} a second")
     return int(bool(report.unexplained))
@@ -417,11 +395,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         old = options.old or write_old_file(folder)
-        count = 1 if options.only is not None else options.workers
+        count = 1 if options.judge or options.only is not None else options.workers
         with running_pairs(old, options.working, folder, count) as pairs:
+            if options.judge:
+                return judge_new(pairs[0], options.seed, numbers)
             if options.only is not None:
                 return run_only(pairs[0], options.seed, options.only)
-            return run_all(pairs, options.seed, numbers)
+            return run_all(pairs, options.seed, numbers, options.prometheus)
 
 
 if __name__ == "__main__":

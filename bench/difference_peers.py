@@ -34,6 +34,7 @@ GOOD_ANSWER: Steps = (
     Step("close"),
 )  # fmt: skip
 LOOPBACK = "127.0.0.1"
+OTHER_PATH = re.compile(rb"GET /(?!metrics|own)")  # than those of the modules
 
 
 class Certificates(NamedTuple):
@@ -103,10 +104,14 @@ class Target:
         self._context = certificates.server
         self._listeners = [socket.create_server((LOOPBACK, 0), backlog=64) for _ in range(2)]
         self.ports = [listener.getsockname()[1] for listener in self._listeners]
-        self.find_script: Callable[[bytes], Steps] = lambda _head: self.script
+        self.find_script: Callable[[bytes], Steps] = self._current_script
         self.script: Steps = GOOD_ANSWER
         self.received: list[bytes] = []
         self._playing: list[threading.Thread] = []
+
+    def _current_script(self, head: bytes) -> Steps:
+        """Return the script that was prepared, or a good answer where a redirect leads to."""
+        return GOOD_ANSWER if OTHER_PATH.match(head) else self.script
 
     def start(self) -> None:
         """Accept connections in daemon threads."""
