@@ -10,10 +10,10 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix bench fuzz clean
+.PHONY: help run test check matrix bench difference fuzz clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
 	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of bench/compare.py for bench)"
 
@@ -111,6 +111,9 @@ bench: $(VENV)/.dev ## measure the verifier, what silent clients cost, and expex
 	@$(VENV)/bin/python bench/verify.py
 	$(VENV)/bin/python bench/access.py
 	$(VENV)/bin/python bench/compare.py $(ARGS)
+
+difference: $(VENV)/.dev ## compare this expexp.py with the one before the rewrite of its HTTP code
+	@$(VENV)/bin/python bench/difference.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis)
 	@rounds=$$(mktemp -d)

@@ -262,23 +262,25 @@ def show_case(case: Case, difference: Difference | None, pair: Pair, pool: Any) 
 
 def judge_differences(report: Report, seed: int, certificates: Certificates, most: int) -> None:
     """Let Prometheus scrape samples of the differences towards targets, and print what it says."""
-    groups = {**report.explained, **report.unexplained}
-    chosen = {
-        name: [each for each in group.samples if is_judged(make_case(seed, each.number))][:most]
-        for name, group in groups.items()
-    }
-    cases = [make_case(seed, each.number) for samples in chosen.values() for each in samples]
-    verdicts = judge(cases, certificates)
-    for name, samples in chosen.items():
+    chosen: dict[str, list[Difference]] = {}
+    for name, group in report.judged_groups().items():
+        samples = [each for each in group.samples(most) if is_judged(make_case(seed, each.number))]
         if samples:
-            print(f"\nPROMETHEUS on {name}")
+            chosen[name] = samples
+    numbers = {each.number for samples in chosen.values() for each in samples}
+    verdicts = judge([make_case(seed, number) for number in sorted(numbers)], certificates)
+    wrong: set[int] = set()
+    for name, samples in chosen.items():
+        print(f"\nPROMETHEUS on {name}")
         for difference in samples:
             case = make_case(seed, difference.number)
-            print_verdict(case, difference, verdicts.get(difference.number))
+            if not print_verdict(case, difference, verdicts.get(difference.number)):
+                wrong.add(difference.number)
+    print(f"\nPrometheus was asked about {len(numbers)} cases and disagrees on {len(wrong)}")
 
 
-def print_verdict(case: Case, difference: Difference, verdict: Verdict | None) -> None:
-    """Print what old, new and Prometheus made of a case, and whether the last two agree."""
+def print_verdict(case: Case, difference: Difference, verdict: Verdict | None) -> bool:
+    """Print what old, new and Prometheus made of a case; return whether the last two agree."""
     served = [
         "served" if is_served(outcome) else "refused"
         for outcome in (difference.old, difference.new)
@@ -286,9 +288,12 @@ def print_verdict(case: Case, difference: Difference, verdict: Verdict | None) -
     line = f"    {case.number} {case.module}: old {served[0]}, new {served[1]}, Prometheus "
     if verdict is None:
         print(f"{line}silent")
-        return
-    opinion = "DISAGREES" if disagrees(case, difference.new, verdict) else "agrees"
-    print(f"{line}{'up' if verdict.up else 'down'}: {opinion} {verdict.error[-150:]}")
+        return False
+    is_wrong = disagrees(case, difference.new, verdict)
+    opinion = "DISAGREES" if is_wrong else "agrees"
+    tags = ", ".join(odd_tags(case))
+    print(f"{line}{'up' if verdict.up else 'down'}: {opinion}: {tags} {verdict.error[-100:]}")
+    return not is_wrong
 
 
 def judge_new(pair: Pair, seed: int, numbers: Sequence[int]) -> int:

@@ -18,6 +18,7 @@ TARGET_SHARE = 0.5  # of all cases
 SILENT_SHARE = 0.004  # cases that wait for a deadline
 DRIP_SECONDS = 0.0005
 SLOW_DRIP_SECONDS = 0.05
+ANSWER_HEAD_BYTES = (32768, 65536, 262144, 300000)  # near known limits
 NUMBER_OF_HEADERS = (95, 99, 100, 101, 102, 150, 300, 500)
 EXPOSITION = b'# HELP up_a Help.\n# TYPE up_a gauge\nup_a 1\nup_b{c="d"} 2.5\n'
 OPENMETRICS = b"# TYPE a counter\na_total 1\n# EOF\n"
@@ -851,7 +852,7 @@ def target_answer(draft: Draft, oddness: float) -> tuple[bytes, bool]:
     if draft.happens(0.02):
         lines += many_headers(draft)
     if draft.happens(0.01):
-        lines += large_headers(draft, (32768, 65536, 262144, 300000))
+        lines += large_headers(draft, ANSWER_HEAD_BYTES)
     lines = [each for each in lines if each]
     return head_bytes(draft, first, lines) + wire, endless
 
@@ -1022,17 +1023,24 @@ def target_case(number: int, draft: Draft) -> Case:
     )
 
 
-#: Tags of choices that every reader must understand.
-PLAIN_TAGS: frozenset[str] = HARMLESS.difference(("obs-fold", "bare LF", "redirect")) | {
+#: Tags of what every reader must understand, or of what a second tag says more exactly.
+PLAIN_TAGS: frozenset[str] = HARMLESS.difference(("obs-fold", "bare LF")) | {
     "/sd",
+    *(f"{count} interim" for count in range(1, 6)),
+    *(f"status {status}" for status in (301, 302, 303, 307, 308)),
     "Accept of JSON",
     "Connection: close",
     "HEAD",
     "HTTP/1.0",
     "TLS",
+    "cut answer",
+    "cut request",
     "held open",
+    "long request line",
     "module with settings",
     "no framing",
+    "odd end of the head",
+    "odd first header",
     "pipelined",
     "request body",
     "target with TLS",

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Callable, NamedTuple
 
-from difference_cases import Case
+from difference_cases import ANSWER_HEAD_BYTES, ENCODINGS, NUMBER_OF_HEADERS, Case
 
 PARTS = ("status", "headers", "body", "end", "received", "order", "log")
 STATUS = re.compile(rb"HTTP/1\.1 ([0-9]{3}) ")
@@ -19,8 +19,10 @@ REASON = re.compile(r"\w+ (?:module \w+|no module): (\w+):")
 
 def sorted_head(head: bytes) -> bytes:
     """Return a head with its headers in the order of their names; equal names keep theirs."""
-    first, *lines = head.split(b"\r\n")
-    return b"\r\n".join([first, *sorted(lines, key=lambda line: line.partition(b":")[0])])
+    lines, blank, rest = head.partition(b"\r\n\r\n")
+    first, *headers = lines.split(b"\r\n")
+    headers.sort(key=lambda line: line.partition(b":")[0])
+    return b"\r\n".join([first, *headers]) + blank + rest
 
 
 class Outcome(NamedTuple):
@@ -121,32 +123,96 @@ def without_amount(_case: Case, old: Outcome, new: Outcome) -> Outcome:
     return new
 
 
+def without_limit(_case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away that a request is read which was too long, or had too many headers."""
+    refused = {414, 431}.intersection(old.statuses)
+    return old if refused and not refused.intersection(new.statuses) else new
+
+
+def without_reset(_case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away that a connection ends well which was reset behind its last whole answer.
+
+    What the kernel still held unread decided that. A new reset stays a difference.
+    """
+    if old.answer and old._replace(end="end") == new and old.end == "reset":
+        return old
+    return new
+
+
 def when(
-    direction: str, tags: Sequence[str], holds: Callable[[Outcome, Outcome], bool]
+    tags: Sequence[str], before: Sequence[str], behind: Sequence[str]
 ) -> Callable[[Case, Outcome, Outcome], Outcome]:
-    """Return an explanation of whole differences: of cases with one of the tags where it holds."""
+    """Return what explains whole differences of answers with one of the tags.
+
+    The first failure that is logged must be one of `before` in the old outcome, one of `behind` in
+    the new one; "" is no failure.
+    """
 
     def forgive(case: Case, old: Outcome, new: Outcome) -> Outcome:
         """Return the old outcome where the case is meant."""
-        is_meant = case.direction == direction and not set(tags).isdisjoint(case.tags)
-        return old if is_meant and holds(old, new) else new
+        reasons = ("".join(old.reasons[:1]), "".join(new.reasons[:1]))
+        is_meant = case.direction == "target" and not set(tags).isdisjoint(case.tags)
+        return old if is_meant and reasons[0] in before and reasons[1] in behind else new
 
     return forgive
 
 
-def changes(before: Sequence[str], behind: Sequence[str]) -> Callable[[Outcome, Outcome], bool]:
-    """Return whether the first failure was one of the reasons before, and is one behind.
-
-    The reason "" is no failure.
-    """
-
-    def holds(old: Outcome, new: Outcome) -> bool:
-        """Compare the first reasons."""
-        return "".join(old.reasons[:1]) in before and "".join(new.reasons[:1]) in behind
-
-    return holds
-
-
+BLANKS = (
+    "blank before colon",
+    "blanks before colon",
+    "tab before colon",
+    "blank within a name",
+    "From line",
+    "From line with a colon",
+    "blank before colon of Content-Length",
+    "blank before colon of Transfer-Encoding",
+    "blank before colon of the length",
+    "blank before colon of the coding",
+)
+LARGE_HEADS = (
+    *(f"{number} headers" for number in NUMBER_OF_HEADERS),
+    *(f"headers of about {size} bytes" for size in ANSWER_HEAD_BYTES),
+    "long obs-fold",
+    "header of 70000 bytes",
+    "reason phrase of 70000 bytes",
+)
+INTERIM_ANSWERS = tuple(f"{number} interim" for number in range(1, 8))
+UNCERTAIN_LENGTHS = (
+    "length with a vertical tab",
+    "length with a no-break space",
+    "length of 5000 digits",
+    "huge length",
+    "length of 2^63",
+    "chunked with a vertical tab",
+    "chunked with a no-break space",
+)
+REFUSED_CHUNKS = (
+    "size with 20 zeros",
+    "chunk extension of 5000 bytes",
+    "chunk extension of 70000 bytes",
+    "many trailers",
+    "trailer of 70000 bytes",
+)
+REFUSED_STATUS_LINES = (
+    "answer of HTTP/1.10",
+    "answer of HTTP/1.x",
+    "status 0200",
+    "tab before the status",
+    "tab behind the status",
+    "blank before the status line",
+)
+TOLERATED = ("message type", "delivery status type", "answer of HTTP/2.0")
+ANY_REASON = (
+    "",
+    "status",
+    "malformed",
+    "truncated",
+    "aborted",
+    "protocol",
+    "unreachable",
+    "timeout",
+)
+NOT_HEAD = ("", "status", "malformed", "truncated", "aborted", "timeout", "unreachable")
 EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         "order of the headers to a target",
@@ -157,14 +223,91 @@ EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         "words of a failure; its status and reason are the same",
         "Failures: one table (status and reason); the words are free",
-        "down in both cases",
+        "",
         without_words,
     ),
     Explanation(
         "part of a stream that was sent before it failed",
         "A truncated body is never passed on as a complete one: after [the status] the "
         "connection is reset",
-        "down in both cases",
+        "",
         without_amount,
+    ),
+    Explanation(
+        "request line and headers up to 64 KiB, in any number",
+        "Limits: request line / header block | 64 KiB / 64 KiB",
+        "",
+        without_limit,
+    ),
+    Explanation(
+        "blanks in or behind a header's name",
+        "What Go's client tolerates: blanks before a header's colon (that header is dropped)",
+        "up",
+        when(BLANKS, ("protocol",), NOT_HEAD),
+    ),
+    Explanation(
+        "Transfer-Encoding in an answer of HTTP/1.0",
+        "What Go's client tolerates: Transfer-Encoding in an HTTP/1.0 answer (ignored)",
+        "down where the body is chunked (the chunks are taken for the body), else up",
+        when(("answer of HTTP/1.0",), ANY_REASON, ANY_REASON),
+    ),
+    Explanation(
+        "interim answers",
+        "What Go's client tolerates: up to five 1xx before the answer (not 101)",
+        "up",
+        when(INTERIM_ANSWERS, ("protocol",), NOT_HEAD),
+    ),
+    Explanation(
+        "large heads",
+        "What Go's client tolerates: hundreds of headers within the bound of bytes. "
+        "Limits: head of a target's answer | 256 KiB",
+        "up",
+        when(LARGE_HEADS, ("protocol",), NOT_HEAD),
+    ),
+    Explanation(
+        "content encodings",
+        "Content-Encoding: exactly `gzip` is decoded, as in Prometheus; anything else is read as "
+        "it is",
+        "down where the body is no exposition as it is, else up",
+        when(tuple(tag for _, tag, _ in ENCODINGS[1:]), ("", "malformed"), ("", "malformed")),
+    ),
+    Explanation(
+        "redirects",
+        "Redirects are followed for 301, 302, 303, 307 and 308 with a Location on the target's own "
+        "scheme, host and effective port; any other redirect is a failure",
+        "up where it leads to the target itself",
+        when(("redirect", "status 300", "status 305"), ANY_REASON, ANY_REASON),
+    ),
+    Explanation(
+        "framings whose meaning is uncertain",
+        "What Go's client tolerates: only what makes the body's end or meaning uncertain is "
+        "refused",
+        "down",
+        when(UNCERTAIN_LENGTHS, ANY_REASON, ("protocol",)),
+    ),
+    Explanation(
+        "chunks that Go refuses",
+        "Failures: truncated | 502 | less than announced, invalid chunks. "
+        "Principles: fail like the exporter would",
+        "down",
+        when(REFUSED_CHUNKS, ANY_REASON, ("protocol", "truncated", "aborted")),
+    ),
+    Explanation(
+        "status lines that Go refuses",
+        "Failures: protocol | 502 | not HTTP. Principles: fail like the exporter would",
+        "down",
+        when(REFUSED_STATUS_LINES, ANY_REASON, ("protocol",)),
+    ),
+    Explanation(
+        "answers that only the reader of mails refused",
+        "What Go's client tolerates, ours does, since Prometheus scrapes these targets directly",
+        "up",
+        when(TOLERATED, ("protocol",), NOT_HEAD),
+    ),
+    Explanation(
+        "a connection's end in good form instead of a reset behind the same answers",
+        "Principles: never a dropped connection before a status is sent (no line asks for a reset)",
+        "",
+        without_reset,
     ),
 )

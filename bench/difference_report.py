@@ -7,7 +7,13 @@ import itertools
 from typing import NamedTuple
 
 from difference_cases import Case, make_case, odd_tags
-from difference_explained import EXPLAINED, PARTS, Explanation, Outcome
+from difference_explained import (
+    EXPLAINED,
+    PARTS,
+    Explanation,
+    Outcome,
+    without_words,
+)
 
 SAMPLES = 20  # kept of each group of differences
 
@@ -26,23 +32,30 @@ class Group:
 
     def __init__(self) -> None:
         self.count = 0
-        self.samples: list[Difference] = []
+        self.lone: dict[str, list[Difference]] = {}  # by the only peculiarity of the case
+        self.others: list[Difference] = []
         self.lone_tags: collections.Counter[str] = collections.Counter()
         self.all_tags: collections.Counter[str] = collections.Counter()
         self.words: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def add(self, case: Case, difference: Difference) -> None:
-        """Count a difference, and keep it if there are few."""
+        """Count a difference, and keep it if there are few of its tag."""
         self.count += 1
         tags = odd_tags(case)
         self.all_tags.update(tags)
+        samples = self.others
         if len(tags) == 1:
             self.lone_tags.update(tags)
-        if difference.old.reasons or difference.new.reasons:
+            samples = self.lone.setdefault(tags[0], [])
+        if difference.old.log != difference.new.log:
             self.words[first_difference(difference.old.log, difference.new.log)] += 1
-        if len(self.samples) < SAMPLES or len(tags) == 1:
-            self.samples.insert(0 if len(tags) == 1 else len(self.samples), difference)
-            del self.samples[SAMPLES:]
+        if len(samples) < SAMPLES:
+            samples.append(difference)
+
+    def samples(self, most: int) -> list[Difference]:
+        """Return one sample for each peculiarity that stands alone, and some of the others."""
+        alone = [samples[0] for samples in self.lone.values()]
+        return [*alone, *self.others[:most]]
 
     def shown_tags(self) -> str:
         """Return the tags of the cases with one peculiarity; without such, the most frequent."""
@@ -88,6 +101,12 @@ class Report:
         left = difference._replace(new=rest)
         self.unexplained.setdefault(kind_of(case, left), Group()).add(case, left)
 
+    def judged_groups(self) -> dict[str, Group]:
+        """Return the groups about which Prometheus has something to say."""
+        judged = {each.name for each in EXPLAINED if each.prometheus}
+        explained = {name: group for name, group in self.explained.items() if name in judged}
+        return {**explained, **self.unexplained}
+
     def show(self) -> None:
         """Print everything that was found."""
         for explanation in EXPLAINED:
@@ -103,11 +122,13 @@ class Report:
 def show_explained(explanation: Explanation, group: Group) -> None:
     """Print an explanation with its count and examples."""
     print(f"\nEXPLAINED {group.count} x {explanation.name}", end="")
-    print(f" (such as {group.samples[0].number})")
+    print(f" (such as {group.samples(1)[0].number})")
     print(f"    DESIGN: {explanation.design}")
     if explanation.prometheus:
         print(f"    Prometheus: {explanation.prometheus}")
     print(f"    {group.shown_tags()}")
+    if explanation.forgive is not without_words:
+        return
     for (old, new), count in group.words.most_common(12):
         print(f"    {count} x {shortened(old, new)}")
         print(f"    {' ' * len(str(count))} > {shortened(new, old)}")
@@ -116,9 +137,9 @@ def show_explained(explanation: Explanation, group: Group) -> None:
 def show_unexplained(name: str, group: Group) -> None:
     """Print a kind of differences with its tags and the first sample's differing parts."""
     print(f"\nUNEXPLAINED {group.count} x {name}")
-    print(f"    cases {[sample.number for sample in group.samples[:8]]}")
+    print(f"    cases {[sample.number for sample in group.samples(8)[:8]]}")
     print(f"    {group.shown_tags()}")
-    sample = group.samples[0]
+    sample = group.samples(1)[0]
     for part, old, new in differing_parts(sample.old, sample.new):
         print(f"    {part}: old {shortened(old, new)}")
         print(f"    {' ' * len(part)}  new {shortened(new, old)}")
