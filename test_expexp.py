@@ -6863,7 +6863,7 @@ def test_the_original_readmes_jobs_are_answered_word_for_word() -> None:
 
 
 # ==================================================================================================
-# 13  Scraping targets
+# 14  Scraping targets
 # ==================================================================================================
 # Each kind of failure with its status, reason, counters and the time it took. Modules that fail are
 # served by one expexp for all of a table; each is scraped once.
@@ -10321,7 +10321,7 @@ def test_a_slot_is_given_back_when_a_client_leaves_in_the_middle_of_a_stream() -
 
 
 # ==================================================================================================
-# 14  Application
+# 15  Application
 # ==================================================================================================
 class Reply(NamedTuple):
     """What the application answered, its cleanup done; headers by their names in lower case."""
@@ -12871,11 +12871,18 @@ def test_the_target_is_the_address_by_which_the_client_reached_us(
 NO_HOST = "expected a header Host with a host and perhaps a port, or -web.external-address, found "
 
 
-@pytest.mark.parametrize("host", NO_HOSTS.values(), ids=NO_HOSTS)
+@pytest.mark.parametrize(
+    "host",
+    [*NO_HOSTS.values(), "folded\n host"],
+    ids=[*NO_HOSTS, "a line that goes on"],
+)
 def test_a_header_host_that_is_no_host_is_told_escaped_and_bounded(
     host: str, server: Running
 ) -> None:
-    status, body = raw_sd(server, f"Host: {host}".replace("\n", "\n "))
+    if host.endswith("\n"):  # blanks around a value are no part of it: RFC 9112, 5.1
+        assert raw_sd(server, f"Host: {host} ")[0] == 200
+        return
+    status, body = raw_sd(server, f"Host: {host}")
     assert status == 400
     if "\0" in host:
         assert body == b"malformed headers\n"
@@ -13005,7 +13012,7 @@ def test_discovery_shows_no_secrets(here: Path) -> None:
 
 
 # ==================================================================================================
-# 15  HTTP server
+# 16  HTTP server
 # ==================================================================================================
 # Sockets as clients use them, and as they should not.
 
@@ -13128,11 +13135,6 @@ REFUSED = {
         b"GET / HTTP/1.1\r\nA: " + BIG * 4,
         431,
         "the headers are too large",
-    ),
-    "too many headers": (
-        b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 101 + b"\r\n",
-        431,
-        "too many headers",
     ),
     "a header without colon": (
         b"GET / HTTP/1.1\r\nA: b\r\nno colon\r\n\r\n",
@@ -15006,7 +15008,7 @@ def test_a_reload_by_a_client_leaves_what_it_sends_behind_it_alone(tmp_path: Pat
 
 
 # ==================================================================================================
-# 16  Command line
+# 17  Command line
 # ==================================================================================================
 @pytest.fixture
 def main_in_process(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str]]]:
