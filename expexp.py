@@ -134,7 +134,8 @@ HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
-TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2: a header's name
+NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
+TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # RFC 9110, 5.6.2: a header's name
 
 
 def limit(default: float, why: str) -> Any:
@@ -156,6 +157,7 @@ class Limits:
     write_stall_seconds: float = limit(30, "a client that does not read must not keep a slot")
     write_bytes_per_second: int = limit(65536, "nor one that reads a byte at a time")
     idle_seconds: float = limit(180, "an idle connection: longer than the usual scrape interval")
+    target_head_bytes: int = limit(262144, "status line and headers of a target's answer")
     unread_bytes: int = limit(262144, "a request's body, read away so that the answer arrives")
     unread_seconds: float = limit(2, "for reading it away")
     body_bytes: int = limit(256 * MEBIBYTE, "a target's body, also decoded; output; a file")
@@ -2928,12 +2930,14 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
 # ==================================================================================================
 # 13  HTTP/1.1 in both directions
 # ==================================================================================================
-# The head of a request and the head of an answer are read by one parser. Towards clients it is
-# strict. Towards targets it tolerates what Go's client tolerates, since Prometheus scrapes the same
-# targets directly with that client.
+# Both sides of a scrape are read and written through a `Wire`, a connection that does not block and
+# whose waits have a deadline. The head of a request and the head of an answer are read by one
+# parser. Towards clients it is strict. Towards targets it tolerates what Go's client tolerates,
+# since Prometheus scrapes the same targets directly with that client. IO.
 
 Headers = Sequence[tuple[str, str]]
 
+LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value goes on in the next line
 
@@ -2948,10 +2952,15 @@ def header_grammar(name: str) -> re.Pattern[str]:
 
 
 STRICT_HEADER: Final = header_grammar(TOKEN.pattern)
+#: With blanks in the name, as in `Content-Length : 4`.
+TOLERANT_HEADER: Final = header_grammar(rf"[{NAME_CHARACTERS}][ {NAME_CHARACTERS}]*")
 
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers | None:
-    """Return the headers of a block that ends in an empty line; None if a line is malformed."""
+    """Return the headers of a block that ends in an empty line; None if a line is malformed.
+
+    A header with a blank in its name is dropped: Go keeps it under a name that nobody asks for.
+    """
     text = block.decode("latin-1")
     headers = []
     end = 0
@@ -2959,9 +2968,247 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers | None:
         name, value = found.groups()
         if "\n" in value:
             value = FOLD.sub(" ", value)
-        headers.append((name, value.strip(" \t")))
+        if " " not in name:
+            headers.append((name, value.strip(" \t")))
         end = found.end()
     return headers if text[end:] in ("\r\n", "\n") else None
+
+
+def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return the head of a request or an answer. The headers are ours, or were parsed above."""
+    lines = [first_line, *(f"{name}: {value}" for name, value in headers)]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+
+class Wire:
+    """A connection, plain or over TLS, whose every wait ends at a deadline.
+
+    The socket does not block. An operation is tried first, and polled for only if it would block: a
+    timeout set before each read would cost a third more system calls.
+    """
+
+    def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
+        """Take over a connected socket."""
+        connection.setblocking(False)
+        self.connection = connection
+        self.deadline = deadline
+        self._received = bytearray()
+
+    def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
+        """Return what an operation returns; wait for the event as long as it would block.
+
+        Raises OSError, or the deadline's ScrapeError. TLS may have to read before it can write, and
+        the reverse. The operation is repeated with the same arguments: to another slice of what is
+        sent OpenSSL answers BAD_LENGTH (measured on CPython 3.9 to 3.13).
+        """
+        while True:
+            try:
+                return operation(*arguments)
+            except ssl.SSLWantReadError:
+                awaited = select.POLLIN
+            except ssl.SSLWantWriteError:
+                awaited = select.POLLOUT
+            except BlockingIOError:
+                awaited = event
+            poll = select.poll()
+            poll.register(self.connection, awaited)
+            if not poll.poll(self.deadline.remaining() * 1000):
+                raise TimeoutError("timed out")
+
+    def start_tls(self, context: ssl.SSLContext, **settings: Any) -> None:
+        """Shake hands on the connection. Raises OSError, ValueError or the deadline's error."""
+        tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
+        self.connection = tls
+        self.attempt(tls.do_handshake, select.POLLIN)
+
+    def receive(self, most: int) -> bytes:
+        """Return up to `most` bytes; b"" at the end of what the peer sends."""
+        if self._received:
+            return self._take(most)
+        return cast(bytes, self.attempt(self.connection.recv, select.POLLIN, most))
+
+    def await_data(self) -> bool:
+        """Return True as soon as there is a byte to read, False when the peer has closed."""
+        return bool(self._received) or self._fill()
+
+    def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
+        """Return the bytes through the first match of `end`, which may span two bytes.
+
+        Without a match: `most` + 1 bytes, or all that came before the peer closed.
+        """
+        searched = 0
+        while True:
+            found = end.search(self._received, searched)
+            if found:
+                return self._take(min(found.end(), most + 1))
+            searched = max(0, len(self._received) - 1)
+            if len(self._received) > most or not self._fill():
+                return self._take(most + 1)
+
+    def _fill(self) -> bool:
+        """Receive once; return False when the peer has closed."""
+        piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
+        self._received += piece
+        return bool(piece)
+
+    def _take(self, most: int) -> bytes:
+        """Return up to `most` of the bytes that were received, and forget them."""
+        taken = bytes(self._received[:most])
+        del self._received[:most]
+        return taken
+
+    def send(self, content: bytes | memoryview) -> None:
+        """Send all of it."""
+        rest = memoryview(content)
+        while rest:
+            count = self.attempt(self.connection.send, select.POLLOUT, rest[: 4 * PIECE_BYTES])
+            rest = rest[count:]
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.connection.close()
+
+
+STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?(?:\r?\n)?")
+INTERIM_ANSWERS: Final = 5  # as many as Go's client reads before it gives up
+LENGTH: Final = re.compile("[0-9]{1,19}")  # more digits than any length has
+CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
+CHUNK_LINE_BYTES: Final = 4096  # with extensions, as in Go
+NO_END: Final = "the target closed before the end of its body"
+
+
+class TargetResponse:
+    """The answer of a target: status, headers, and the body, which is still to be read."""
+
+    reason = ""  # for urllib
+
+    def __init__(
+        self, wire: Wire, most: int, version: bytes, status: int, headers: Headers
+    ) -> None:
+        """Find the end of the body as RFC 9112, 6.3, says; raises ScrapeError("protocol").
+
+        Trailers may have `most` bytes.
+        """
+        self._wire = wire
+        self._most = most
+        self.status = status
+        self.headers = headers
+        lengths = {value for name, value in headers if name.lower() == "content-length"}
+        codings = [value.lower() for name, value in headers if name.lower() == "transfer-encoding"]
+        if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
+            raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
+        if version < b"1.1":  # as in Go, since HTTP/1.0 knows no codings
+            codings = []
+        if codings not in ([], ["chunked"]):
+            raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
+        bodiless = status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
+        self._is_chunked = bool(codings) and not bodiless
+        #: In bytes; None if the body is chunked, or goes on to the end of the connection.
+        self.length: int | None = None
+        if bodiless:
+            self.length = 0
+        elif lengths and not codings:
+            self.length = int(lengths.pop())
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body; raises ScrapeError("truncated") if it has no proper end."""
+        if self._is_chunked:
+            yield from self._chunks()
+            return
+        left = math.inf if self.length is None else self.length
+        count = 0
+        while count < left:
+            piece = self._wire.receive(int(min(PIECE_BYTES, left - count)))
+            if not piece:
+                break
+            count += len(piece)
+            yield piece
+        if count < left < math.inf:
+            message = f"the target closed after {count} bytes of its body"
+            raise ScrapeError("truncated", message)
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield the data of chunks, framed as RFC 9112, 7.1, says; read the trailers away."""
+        while left := self._chunk_size():
+            while left:
+                piece = self._wire.receive(min(left, PIECE_BYTES))
+                if not piece:
+                    raise ScrapeError("truncated", NO_END)
+                left -= len(piece)
+                yield piece
+            if self._wire.read_through(LINE_END, 2) != b"\r\n":
+                raise ScrapeError("truncated", NO_END)
+        if not EMPTY_LINE.search(self._wire.read_through(EMPTY_LINE, self._most)):
+            raise ScrapeError("truncated", NO_END)
+
+    def _chunk_size(self) -> int:
+        """Return the bytes of the next chunk, 0 for the last; raises ScrapeError("truncated")."""
+        found = CHUNK_SIZE.fullmatch(self._wire.read_through(LINE_END, CHUNK_LINE_BYTES))
+        if not found:
+            raise ScrapeError("truncated", NO_END)
+        return int(found[1], 16)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._wire.close()
+
+
+class TargetConnection:
+    """A connection for one GET, with as much of `http.client.HTTPConnection` as urllib needs.
+
+    `urllib.request` splits the URL into host and selector, adds `Connection: close`, gives the
+    names of the headers their usual form, and wraps an OSError of the request in a URLError.
+    """
+
+    sock = None  # urllib would close it: the response needs it
+
+    def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
+        """Use a connected wire. The head of the answer may have `most` bytes."""
+        self._wire = wire
+        self._most = most
+
+    def set_debuglevel(self, _level: int) -> None:
+        """Do nothing: urllib would have what is sent printed."""
+
+    def request(
+        self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
+    ) -> None:
+        """Send the request. Raises OSError or the deadline's error."""
+        self._wire.send(render_head(f"{method} {selector} HTTP/1.1", headers.items()))
+
+    def getresponse(self) -> TargetResponse:
+        """Return the answer, after at most five interim ones; raises ScrapeError or OSError."""
+        for _ in range(INTERIM_ANSWERS + 1):
+            line = self._read_part(LINE_END, self._most)
+            if not line:
+                raise ConnectionResetError("no answer")
+            found = STATUS_LINE.fullmatch(line)
+            if not found:
+                raise ScrapeError("protocol", f"not HTTP: {excerpt(line.strip(), 200)}")
+            block = self._read_part(EMPTY_LINE, self._most - len(line))
+            headers = parse_headers(block, TOLERANT_HEADER)
+            if headers is None and not EMPTY_LINE.search(block):
+                raise ScrapeError("truncated", "the target closed in the middle of its headers")
+            if headers is None:
+                raise ScrapeError("protocol", "not HTTP: malformed headers")
+            status = int(found[2])
+            if status >= http.HTTPStatus.OK:
+                return TargetResponse(self._wire, self._most, found[1], status, headers)
+            if status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                raise ScrapeError("protocol", "not HTTP: an answer with status 101")
+        message = f"not HTTP: more than {INTERIM_ANSWERS} answers with a status below 200"
+        raise ScrapeError("protocol", message)
+
+    def _read_part(self, end: re.Pattern[bytes], most: int) -> bytes:
+        """Return a part of a head; raises ScrapeError("protocol") if it is too large."""
+        part = self._wire.read_through(end, most)
+        if len(part) > most:
+            raise ScrapeError("protocol", f"not HTTP: headers of more than {self._most} bytes")
+        return part
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._wire.close()
 
 
 # ==================================================================================================
@@ -2971,6 +3218,7 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers | None:
 # takes a Job and returns a Scrape or raises ScrapeError. Every wait ends at the job's deadline.
 # What is read is held in memory against a budget that all requests share; what is opened is closed
 # by the job's `cleanup`, which the server runs when the response has been written. IO.
+
 
 @dataclass(frozen=True)
 class Scrape:
@@ -3276,35 +3524,6 @@ class DeadlineReader:
         return count
 
 
-CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(?:;.*)?\r?\n")
-
-
-class TargetResponse(http.client.HTTPResponse):
-    """A response that is read within a deadline.
-
-    Its chunks are framed as RFC 9112, 7.1 has it: http.client takes much more.
-    """
-
-    def __init__(self, deadline: Deadline, connection: socket.socket, method: str) -> None:
-        """Put a DeadlineReader between the connection and its buffer."""
-        super().__init__(connection, method=method)
-        reader: Any = DeadlineReader(self.fp.detach(), connection, deadline.remaining)
-        self.fp = io.BufferedReader(reader, PIECE_BYTES)
-
-    def _read_next_chunk_size(self) -> int:
-        """The size of the next chunk; of the ValueError http.client makes an IncompleteRead."""
-        found = CHUNK_SIZE.fullmatch(self.fp.readline(PIECE_BYTES))
-        if not found:
-            raise ValueError("no size of a chunk")
-        return int(found[1], 16)
-
-    def _safe_read(self, count: int) -> bytes:
-        """The line break after a chunk, which is all that is read this way."""
-        if (end := self.fp.read(count)) != b"\r\n":
-            raise http.client.IncompleteRead(end)
-        return end
-
-
 UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
 
 
@@ -3331,6 +3550,10 @@ def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
     raise errors[0]
 
 
+#: Stateless: what it opens is given to it.
+HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
+
+
 def connect_host(job: Job, host: str, port: int) -> socket.socket:
     """A connection to a port; raises OSError or ScrapeError."""
     return connect_any(resolve(host, port, job.deadline, job.tools.resolver_slots), job.deadline)
@@ -3338,11 +3561,10 @@ def connect_host(job: Job, host: str, port: int) -> socket.socket:
 
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
 CERTIFICATE_FAULTS: Final = {9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
-CUT_SHORT: Final = (http.client.IncompleteRead, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-#: What urllib, http.client, ssl and sockets raise, most special first; the reason, and the words.
+#: What sockets, ssl and urllib raise, most special first; the reason, and the words.
 TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
     ((socket.timeout, TimeoutError), "timeout", "timed out"),
-    (CUT_SHORT, "truncated", "the target closed before the end of its body"),
+    ((ssl.SSLEOFError, ssl.SSLZeroReturnError), "truncated", NO_END),
     ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
     (ssl.SSLError, "unreachable", "TLS: {1}: {0}"),
     (OSError, "unreachable", "{}"),
@@ -3357,19 +3579,15 @@ def tls_fault(error: Any) -> str:
     return CERTIFICATE_FAULTS.get(code, "chain") if code else "protocol"
 
 
-@contextlib.contextmanager
-def target_errors(deadline: Deadline) -> Iterator[None]:
-    """Turn what goes wrong between us and a target into a ScrapeError."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        deadline.check()
-        cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
-        if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
-            cause = ssl.SSLEOFError()
-        reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
-        shown = excerpt(words_of(cause), 200)
-        raise ScrapeError(reason, words.format(shown, tls_fault(cause))) from None
+def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
+    """Return what an error between us and a target means; raises the deadline's if that passed."""
+    deadline.check()
+    cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
+    if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
+        cause = ssl.SSLEOFError()
+    reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
+    shown = excerpt(words_of(cause), 200)
+    return ScrapeError(reason, words.format(shown, tls_fault(cause)))
 
 
 def request_headers(job: Job) -> dict[str, str]:
@@ -3381,6 +3599,7 @@ def request_headers(job: Job) -> dict[str, str]:
         headers[title] = together.join(filter(None, (headers.get(title), value)))
     headers["Host"] = urllib.parse.urlsplit(target.url).netloc
     headers.setdefault("User-Agent", f"expexp/{__version__}")
+    headers.setdefault("Accept-Encoding", "identity")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
     if job.module.verify:
         compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
@@ -3406,76 +3625,44 @@ def request_url(job: Job) -> str:
     return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
-def ask(job: Job, connect: Callable[[Job], socket.socket], url: str, headers: Any) -> Any:
-    """The response to a GET on a connection of its own, its body still to be read; ScrapeError.
+def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: Any) -> TargetResponse:
+    """Return the answer to a GET on a connection of its own, its body unread; raises ScrapeError.
 
-    urllib's bare handler: it knows no proxies, redirects, `file:` or `ftp:`.
+    urllib's bare handler knows no proxies, redirects, `file:` or `ftp:`.
     """
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
-    request.timeout = job.deadline.remaining()
-    exchange: Any = http.client.HTTPConnection("localhost")
-    exchange.response_class = functools.partial(TargetResponse, job.deadline)
-    with target_errors(job.deadline), connect(job) as exchange.sock:  # open as long as its response
-        exchange.sock.settimeout(job.deadline.remaining())
-        handler = urllib.request.AbstractHTTPHandler()
-        response = handler.do_open(lambda *_, **__: exchange, request)
-    job.cleanup.callback(response.close)
-    check_head(response)
-    return response
+    request.timeout = None  # urllib's is one a read; the wire has the deadline
+    try:
+        wire = connect(job)
+        job.cleanup.callback(wire.close)
+        most = job.tools.limits.target_head_bytes
+        return cast(
+            TargetResponse, HANDLER.do_open(TargetConnection, request, wire=wire, most=most)
+        )
+    except (OSError, ValueError) as error:
+        raise target_failure(error, job.deadline) from None
 
 
 def scrape_http(job: Job) -> Scrape:
     """The answer of an http target. IO; raises ScrapeError."""
     response = ask(job, connect_target, request_url(job), request_headers(job))
-    passed, pieces = end_to_end(response.getheaders()), response_pieces(job, response)
+    passed, pieces = end_to_end(response.headers), response_pieces(job, response)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
     length = [("Content-Length", str(response.length))] if response.length is not None else []
     return Scrape(response.status, [*passed, *length], pieces)
 
 
-#: What the parser says of the body of a mail, which there is not.
-MAIL_DEFECTS: Final = re.compile("NoBoundaryInMultipart|StartBoundaryNotFound|MultipartInvariant")
-
-
-def is_malformed(headers: http.client.HTTPMessage) -> bool:
-    """Whether a line among the headers is none; what follows such a line is lost."""
-    defects = [one for one in headers.defects if not MAIL_DEFECTS.match(type(one).__name__)]
-    return bool(defects or headers.get_payload() or headers.get_unixfrom())
-
-
-def check_head(response: Any) -> None:
-    """Raise ScrapeError for the head of a response that http.client lets pass."""
-    headers, status = response.headers, response.status
-    lengths = {length.strip() for length in headers.get_all("Content-Length", ["0"])}
-    codings = [coding.strip().lower() for coding in headers.get_all("Transfer-Encoding", [])]
-    if codings == ["chunked"]:  # http.client does not see it with a blank behind it
-        response.chunked, response.chunk_left, response.length = True, None, None
-    # Of an early end http.client makes the end of the headers.
-    if response.fp.raw.at_end and status >= http.HTTPStatus.OK:
-        raise ScrapeError("truncated", "the target closed in the middle of its headers")
-    faults = {
-        f"an answer with status {status}": status < http.HTTPStatus.OK,
-        "malformed headers": is_malformed(headers),
-        "an invalid Content-Length": len(lengths) > 1 or not re.fullmatch("[0-9]+", *lengths),
-        "an unknown Transfer-Encoding": codings not in ([], ["chunked"]),
-    }
-    for fault in filter(faults.get, faults):
-        raise ScrapeError("protocol", f"not HTTP: {fault}")
-
-
-def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body of a response; raises ScrapeError when its end is not its announced end."""
-    # Counted here: before Python 3.12 read1 does not, and none says when a peer closes early.
-    length: Any = math.inf if response.length is None else response.length
-    count, reader = 0, cast(Any, response.fp).raw
-    with target_errors(job.deadline):  # read1: a stream is passed on as it comes
-        while count < length and (piece := response.read1(min(PIECE_BYTES, length - count))):
+def response_pieces(job: Job, response: TargetResponse) -> Iterator[bytes]:
+    """Yield the body of an answer; raises ScrapeError when its end is not its announced end."""
+    count = 0
+    try:
+        for piece in response.pieces():
             count += len(piece)
             check_size(job.tools.limits, count)
             yield piece
-    if count < length < math.inf or (response.chunked and reader.at_end):
-        raise ScrapeError("truncated", f"the target closed after {count} bytes of its body")
+    except (OSError, ValueError) as error:
+        raise target_failure(error, job.deadline) from None
 
 
 # --- containers: where one is is asked of its engine, over the API that Docker and podman share
@@ -3486,13 +3673,13 @@ def response_pieces(job: Job, response: http.client.HTTPResponse) -> Iterator[by
 unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
-def connect_engine(job: Job) -> socket.socket:
+def connect_engine(job: Job) -> Wire:
     """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
     given, faults = job.module.target.container_host, []
     for place in ENGINES if given == ENGINES[0] else (given,):
         path = place.partition("://")[2]
         try:
-            return connect_any([(*UNIX, path)], job.deadline)
+            return Wire(connect_any([(*UNIX, path)], job.deadline), job.deadline)
         except OSError as error:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
@@ -3504,8 +3691,9 @@ def ask_engine(job: Job) -> bytes:
     """What an engine says of a container, in JSON; raises ScrapeError."""
     name = job.module.target.container
     try:
-        with ask(job, connect_engine, f"http://localhost/containers/{name}/json", {}) as response:
-            body = join_pieces(job, response_pieces(job, response))
+        url, headers = f"http://localhost/containers/{name}/json", {"Host": "localhost"}
+        response = ask(job, connect_engine, url, headers)
+        body = join_pieces(job, response_pieces(job, response))
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
             raise
@@ -3561,7 +3749,7 @@ def connect_container(job: Job) -> socket.socket:
         raise unreachable(f"{where}: {words_of(error)}") from None
 
 
-def connect_target(job: Job) -> socket.socket:
+def connect_target(job: Job) -> Wire:
     """A connection to a module's target, over TLS if it wants that; OSError or ScrapeError."""
     target, deadline = job.module.target, job.deadline
     if target.unix_socket:
@@ -3570,14 +3758,14 @@ def connect_target(job: Job) -> socket.socket:
         connection = connect_container(job)
     else:
         connection = connect_host(job, target.address, target.port)
-    if target.scheme != "https":
-        return connection
-    with connection:  # until TLS has taken it over
-        connection.settimeout(deadline.remaining())
-        context: ssl.SSLContext = target.credentials.current().context
+    wire = Wire(connection, deadline)
+    if target.scheme == "https":
+        job.cleanup.callback(wire.close)
         name = target.server_name or target.host
         # A body cut short by an attacker is an error, not an end: no ragged ends.
-        return context.wrap_socket(connection, suppress_ragged_eofs=False, server_hostname=name)
+        settings = {"server_hostname": name, "suppress_ragged_eofs": False}
+        wire.start_tls(target.credentials.current().context, **settings)
+    return wire
 
 
 # --- exec
@@ -4233,7 +4421,6 @@ def collect_process(metrics: SelfMetrics) -> None:
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
 URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rb"(\S+) (?=\S)%b(\S*) HTTP/([0-9.]+)\r?\n" % URL_START)
-CONTROL_RUN: Final = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]+[ \t]*")
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -4519,7 +4706,8 @@ class Handler(ClientConnection):
         self.close_connection |= self.server.connections.draining
         headers += [] if "date" in given else [("Date", self.date_time_string())]
         headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
-        head = render_head(response.status, headers)
+        phrase = http.client.responses.get(response.status, "")
+        head = render_head(f"HTTP/1.1 {int(response.status)} {phrase}", headers)
         if is_head or bodiless:
             body = b""
         if isinstance(body, bytes):
@@ -4542,13 +4730,6 @@ class Handler(ClientConnection):
             self.connection.settimeout(min(self._allowance, stall))
             rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
             self._allowance -= time.monotonic() - begun
-
-
-def render_head(status: int, headers: Headers) -> bytes:
-    """Status line and headers; line breaks in a target's folded header become blanks."""
-    lines = [f"HTTP/1.1 {int(status)} {http.client.responses.get(status, '')}"]
-    lines += (f"{name}: {CONTROL_RUN.sub(' ', value)}" for name, value in headers)
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
 Address = tuple[str, int]

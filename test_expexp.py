@@ -7020,6 +7020,7 @@ def drip_tls_records(connection: socket.socket, context: ssl.SSLContext) -> None
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 HUNDRED = HEAD + b"Content-Length: 100\r\n\r\n"
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 ENDLESS = HEAD + b"\r\n"
 GZIP = "Content-Encoding: gzip"
 GZIPPED = gzip.compress(EXPOSITION)
@@ -7033,11 +7034,18 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
     "drips its status line": (dripping(b"HTTP/1.1 200 "), 504, "timeout", LATE),
     "drips its headers": (dripping(HEAD, b"x"), 504, "timeout", LATE),
     "drips whole headers": (dripping(HEAD, b"X: y\r\n"), 504, "timeout", LATE),
-    "drips interim answers": (
-        dripping(b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
-        504,
-        "timeout",
-        LATE,
+    "drips interim answers": (dripping(b"", INTERIM, 0.06), 504, "timeout", LATE),
+    "never ends its interim answers": (
+        endless(b"", INTERIM),
+        502,
+        "protocol",
+        "not HTTP: more than 5 answers with a status below 200",
+    ),
+    "gives six interim answers": (
+        INTERIM * 6 + ok(EXPOSITION),
+        502,
+        "protocol",
+        "not HTTP: more than 5 answers with a status below 200",
     ),
     "drips its body": (dripping(HUNDRED), 504, "timeout", LATE),
     "drips a body without length": (dripping(ENDLESS, b"a 1\n"), 504, "timeout", LATE),
@@ -7073,11 +7081,89 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         "protocol",
         "not HTTP: malformed headers",
     ),
-    "has a blank before the colon of its length": (
-        HEAD + b"Content-Length : 100\r\n\r\na 1\n",
+    "has a tab before the colon of its length": (
+        HEAD + b"Content-Length\t: 100\r\n\r\na 1\n",
         502,
         "protocol",
         "not HTTP: malformed headers",
+    ),
+    "has a header without a name": (
+        HEAD + b": 100\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: malformed headers",
+    ),
+    "goes on in its first line of headers": (
+        b"HTTP/1.1 200 OK\r\n X: y\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: malformed headers",
+    ),
+    "has a carriage return within a header": (
+        HEAD + b"X: y\rContent-Length: 100\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: malformed headers",
+    ),
+    "has a NUL within a header": (
+        HEAD + b"X: y\0\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: malformed headers",
+    ),
+    "closes in the middle of its status line": (
+        b"HTTP/1.1 200",
+        502,
+        "truncated",
+        "the target closed in the middle of its headers",
+    ),
+    "closes in the middle of its headers": (
+        HEAD + b"Content-Le",
+        502,
+        "truncated",
+        "the target closed in the middle of its headers",
+    ),
+    "closes before the end of its headers": (
+        HEAD,
+        502,
+        "truncated",
+        "the target closed in the middle of its headers",
+    ),
+    "has a status of two digits": (
+        b"HTTP/1.1 20 OK\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: HTTP/1.1 20 OK",
+    ),
+    "has a status with a sign": (
+        b"HTTP/1.1 +200 OK\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: HTTP/1.1 +200 OK",
+    ),
+    "announces a length of twenty digits": (
+        HEAD + b"Content-Length: 10000000000000000000\r\n\r\na 1\n",
+        502,
+        "protocol",
+        "not HTTP: an invalid Content-Length",
+    ),
+    "has a chunk with an endless extension": (
+        endless(CHUNKED + b"4;", b"x"),
+        502,
+        "truncated",
+        NO_END,
+    ),
+    "has a chunk of more than 64 bits": (
+        CHUNKED + b"1" * 17 + b"\r\na 1\n",
+        502,
+        "truncated",
+        NO_END,
+    ),
+    "never ends its trailers": (
+        endless(CHUNKED + b"0\r\n", b"X: y\r\n"),
+        502,
+        "truncated",
+        NO_END,
     ),
     "announces two lengths": (
         HEAD + b"Content-Length: 4\r\nContent-Length: 8\r\n\r\na 1\nb 2\n",
@@ -7149,19 +7235,19 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         endless(HEAD, b"X: y\r\n"),
         502,
         "protocol",
-        "not HTTP: got more than 100 headers",
+        "not HTTP: headers of more than 262144 bytes",
     ),
     "has an oversized header": (
-        HEAD + b"X: " + b"y" * 70_000 + b"\r\n\r\n",
+        HEAD + b"X: " + b"y" * 262_144 + b"\r\n\r\n",
         502,
         "protocol",
-        "not HTTP: got more than 65536 bytes when reading header line",
+        "not HTTP: headers of more than 262144 bytes",
     ),
-    "answers with a 103": (
-        b"HTTP/1.1 103 Early Hints\r\n\r\n" + ok(EXPOSITION),
+    "answers with a 101": (
+        b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + ok(EXPOSITION),
         502,
         "protocol",
-        "not HTTP: an answer with status 103",
+        "not HTTP: an answer with status 101",
     ),
     "does not speak HTTP": (
         b"SSH-2.0-OpenSSH\r\n",
@@ -7433,7 +7519,8 @@ GOOD_BODIES = {
     "text without length": ENDLESS + EXPOSITION,
     "chunks": CHUNKED + b"24\r\n" + EXPOSITION + b"\r\n0\r\nX-Trailer: y\r\n\r\n",
     "HTTP/1.0": ENDLESS.replace(b"1.1", b"1.0") + EXPOSITION,
-    "an interim 100": b"HTTP/1.1 100 Continue\r\n\r\n" + ok(EXPOSITION),
+    "an interim 100": INTERIM + ok(EXPOSITION),
+    "five interim answers": b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" * 5 + ok(EXPOSITION),
     "text that a writer of text would have changed": ok(
         b'# comment\n\n\ta{ b = "c", }  1e3 \t7\n# TYPE h histogram\nh 1\nh_bucket{le="1"} 1.50\n'
     ),
@@ -12009,15 +12096,15 @@ def test_an_aborted_answer_is_not_logged_as_a_success_bug_25(
 def test_a_fault_of_ours_in_the_middle_of_a_stream_is_a_reset_and_logged_as_aborted(
     version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    read_piece = http.client.HTTPResponse.read1
+    read_piece = expexp.Wire.receive
     pieces = list[int]()
 
-    def fail_at_the_second(response: http.client.HTTPResponse, count: int) -> bytes:
+    def fail_at_the_second(wire: expexp.Wire, count: int) -> bytes:
         pieces.append(count)
-        return read_piece(response, count) if len(pieces) == 1 else b"" * (1 // 0)
+        return read_piece(wire, count) if len(pieces) == 1 else b"" * (1 // 0)
 
     caplog.set_level(logging.INFO, "expexp")
-    monkeypatch.setattr(http.client.HTTPResponse, "read1", fail_at_the_second)
+    monkeypatch.setattr(expexp.Wire, "receive", fail_at_the_second)
     with (
         target(silent_after(ENDLESS + b"a 1\n")) as port,
         running({"m": http_module(port, verify=False)}) as served,
@@ -12066,13 +12153,55 @@ def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
         HEAD + b"Transfer-Encoding: Chunked \r\n\r\n4\r\na 1\n\r\n0\r\n\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\n4 ;x=y\r\na 1\n\r\n0\r\nT: u\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed\r\nContent-Length: 4\r\n\r\na 1\n",
+        HEAD + b"Content-Length : 100\r\n folded\r\n\r\na 1\n",
+        HEAD + b"A header of ours: 1\r\nContent-Length: 4\r\n\r\na 1\n",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\na 1\n",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: x\r\n\r\na 1\n",
+        b"HTTP/1.1 200 OK\nContent-Length: 4\n\na 1\n",
+        b"HTTP/1.1 200\r\n\r\na 1\n",
+        HEAD + b"Content-Length: 4\r\nContent-Length: 4\r\n\r\na 1\n",
+        HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n4\r\na 1\n\r\n0\r\n\r\n",
     ],
-    ids=["a blank after a length", "a blank after a coding", "an extension", "a mail's type"],
+    ids=[
+        "a blank after a length",
+        "a blank after a coding",
+        "an extension",
+        "a mail's type",
+        "a blank before a colon, and a folded value",
+        "blanks within a name",
+        "HTTP/1.0, a coding and a length",
+        "HTTP/1.0 and a coding that is none",
+        "lines that end without a carriage return",
+        "a status without a reason",
+        "the same length twice",
+        "a coding and a length",
+    ],
 )
 def test_an_odd_but_legal_answer_is_read_with(answer: bytes) -> None:
     for verify in (True, False):
         with target(answer) as port, running({"m": http_module(port, verify=verify)}) as server:
             assert server.scrape("m")[::2] == (200, b"a 1\n")
+
+
+def test_hundreds_of_headers_of_a_target_go_on() -> None:
+    headers = [f"X-{number}: {number}" for number in range(500)]
+    with target(ok(b"a 1\n", *headers)) as port, running({"m": http_module(port)}) as server:
+        answer = exchange(server.port, b"GET /proxy?module=m HTTP/1.0\r\n\r\n")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert [line for line in head.decode().split("\r\n") if line.startswith("X-")] == headers
+    assert body == b"a 1\n"
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
+def test_an_answer_without_a_body_is_not_waited_for(status: str) -> None:
+    head = f"HTTP/1.1 {status}\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n"
+    with (
+        target(silent_after(head.encode())) as port,
+        running({"m": http_module(port) | {"timeout": "2s"}}) as server,
+        taking(*QUICK_SOCKET),
+    ):
+        answer = server.scrape("m")
+    assert (answer.status, answer.body) == (int(status[:3]), b"")
 
 
 def test_a_stream_that_always_breaks_is_one_warning(log: list[str]) -> None:
