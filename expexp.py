@@ -125,6 +125,7 @@ TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PLAIN_CONTENT_TYPE: Final = "text/plain; charset=utf-8"
 SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
+TIMEOUT_FIELD: Final = SCRAPE_TIMEOUT_HEADER.lower()  # as names of headers are compared
 MEBIBYTE: Final = 1 << 20
 PIECE_BYTES: Final = 1 << 16
 LAST_PORT: Final = 65535
@@ -343,9 +344,12 @@ class Secret:
 class Deadline:
     """The moment by which a scrape must be over; every wait of the scrape counts against it."""
 
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        """Start now, for so many seconds."""
+    def __init__(
+        self, seconds: float, clock: Callable[[], float], longest_wait: float = math.inf
+    ) -> None:
+        """Start now, for so many seconds, of which one wait may take no more than the longest."""
         self._seconds, self._clock, self._at = seconds, clock, clock() + seconds
+        self._longest_wait = longest_wait
 
     def error(self) -> ScrapeError:
         """The error to raise when it has passed."""
@@ -356,11 +360,15 @@ class Deadline:
         self.remaining()
 
     def remaining(self) -> float:
-        """Seconds that remain, more than 0; raises ScrapeError("timeout") when none do."""
+        """Return the seconds that the next wait may take, always more than 0.
+
+        Raises ScrapeError("timeout") when the deadline has passed: no wait is ever negative, which
+        poll would take for no limit.
+        """
         seconds = self._at - self._clock()
         if seconds <= 0:
             raise self.error()
-        return seconds
+        return min(seconds, self._longest_wait)
 
 
 DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
@@ -3148,10 +3156,6 @@ class TargetResponse:
             raise ScrapeError("truncated", NO_END)
         return int(found[1], 16)
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._wire.close()
-
 
 class TargetConnection:
     """A connection for one GET, with as much of `http.client.HTTPConnection` as urllib needs.
@@ -3502,26 +3506,6 @@ def check_size(limits: Limits, count: int) -> None:
 
 
 # --- http
-
-
-class DeadlineReader:
-    """A socket's raw file, but no read takes longer than what remains, however bytes drip in."""
-
-    def __init__(self, raw: Any, connection: socket.socket, remaining: Callable[[], float]) -> None:
-        """`remaining` says how many seconds the next read may take; it may raise."""
-        self._raw, self._connection, self._remaining = raw, connection, remaining
-        self.at_end = False
-
-    def __getattr__(self, name: str) -> Any:
-        """All else is as the raw file has it."""
-        return getattr(self._raw, name)
-
-    def readinto(self, buffer: Any) -> Any:
-        """Read once; raises TimeoutError, or what `remaining` raises."""
-        self._connection.settimeout(self._remaining())
-        count = self._raw.readinto(buffer)
-        self.at_end = not count
-        return count
 
 
 UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
@@ -4001,7 +3985,7 @@ def scrape_target(job: Job) -> Scrape:
 
 
 #: Headers that are a client's own, but ask for nothing else; any other may change the answer.
-NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", SCRAPE_TIMEOUT_HEADER.lower())
+NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", TIMEOUT_FIELD)
 
 
 def answer_job(job: Job) -> Scrape:
@@ -4024,8 +4008,7 @@ def answer_job(job: Job) -> Scrape:
 # No sockets here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """What a client asked for; `target` is path and query, as latin-1 text."""
 
     method: str
@@ -4033,6 +4016,7 @@ class Request:
     headers: Headers
     client: str
     scheme: str = "http"
+    version: str = "1.1"
 
     @property
     def path(self) -> str:
@@ -4040,8 +4024,14 @@ class Request:
         return self.target.partition("?")[0]
 
     def header(self, name: str) -> str:
-        """The values of a header, joined; "" if there are none."""
-        return ", ".join(value for given, value in self.headers if given.lower() == name.lower())
+        """Return the values of a header, joined; "" without any. The name is in lower case."""
+        return ", ".join([value for given, value in self.headers if given.lower() == name])
+
+    @property
+    def keeps_connection(self) -> bool:
+        """Whether the client wants to send another request on this connection: RFC 9112, 9.3."""
+        tokens = self.header("connection").lower().replace(" ", "").split(",")
+        return "close" not in tokens and (self.version != "1.0" or "keep-alive" in tokens)
 
 
 @dataclass
@@ -4149,7 +4139,7 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
         challenge = ", ".join(f'{name} realm="expexp"' for name in proofs)
         raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
     rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-    return dataclasses.replace(request, headers=rest)
+    return request._replace(headers=rest)
 
 
 class Application:
@@ -4241,7 +4231,7 @@ class Application:
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
-        header, offset = request.header(SCRAPE_TIMEOUT_HEADER), self.options["timeout-offset"]
+        header, offset = request.header(TIMEOUT_FIELD), self.options["timeout-offset"]
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
@@ -4503,11 +4493,41 @@ def handshake_fault(error: Any) -> str:
     return getattr(error, "fault", "") or next(filter(faults.get, faults), tls_fault(error))
 
 
-class ClientConnection(http.server.BaseHTTPRequestHandler):
+def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
+    """Return the next request; raises RequestError if it is none, OSError if it does not arrive."""
+    most = limits.request_line_bytes
+    line = wire.read_through(LINE_END, most)
+    if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
+        line = wire.read_through(LINE_END, most)
+    if len(line) > most:
+        raise RequestError(414, "the request line is too long")
+    found = REQUEST_LINE.fullmatch(line)
+    if not found:  # a bare `GET /` is HTTP/0.9, in which no status could be said
+        raise RequestError(400, "malformed request line")
+    method, target, version = (part.decode("latin-1") for part in found.groups())
+    if version not in ("1.0", "1.1"):
+        raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
+    headers = read_request_headers(wire, limits.header_block_bytes)
+    return Request(method, target or "/", headers, client, scheme, version)
+
+
+def read_request_headers(wire: Wire, most: int) -> Headers:
+    """Return a request's headers; raises RequestError if they are too large or malformed."""
+    block = wire.read_through(EMPTY_LINE, most)
+    if len(block) > most:
+        raise RequestError(431, "the headers are too large")
+    headers = parse_headers(block, STRICT_HEADER)
+    if headers is None and not EMPTY_LINE.search(block):
+        raise ConnectionResetError("closed in the middle of a request")
+    if headers is None:
+        raise RequestError(400, "malformed headers")
+    return headers
+
+
+class ClientConnection(socketserver.BaseRequestHandler):
     """One connection of a client, plain or with TLS, from its first byte to its last."""
 
     server: Server
-    rfile: io.BufferedReader[Any]
 
     def setup(self) -> None:
         """Nothing that waits for the client."""
@@ -4515,9 +4535,10 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         self._limits, self._application = self.server.limits, self.server.application
         self._credentials: Credentials = self._application.credentials.current()
         self._config = self._application.config
-        self._slot = self.connection = self.request
+        self._slot: socket.socket = self.request
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._deadline = Deadline(self._limits.handshake_seconds, time.monotonic)
+        self._is_closing = False
+        self._wire = Wire(self._slot, Deadline(self._limits.handshake_seconds, time.monotonic))
 
     def handle(self) -> None:
         """Shake hands where the listener speaks TLS, then answer request after request."""
@@ -4529,19 +4550,18 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
             self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
-            if self.connection is not self._slot:
-                self.connection.close()  # without a goodbye OpenSSL forgets the session
+            if self._wire.connection is not self._slot:
+                self._wire.close()  # without a goodbye OpenSSL forgets the session
             if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert that tells the client why could be lost
             return
-        self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        raw = self.connection.makefile("rb", 0)
-        with io.BufferedReader(DeadlineReader(raw, self.connection, self._remaining)) as self.rfile:
-            super().handle()
+        self._expect_request(self._limits.header_seconds)
+        while not self._is_closing:
+            self._answer()
 
-    def _remaining(self) -> float:
-        """Seconds that the next read may take; raises ScrapeError when none remain."""
-        return self._deadline.remaining()
+    def _expect_request(self, seconds: float) -> None:
+        """Give the client so many seconds to send what comes next."""
+        self._wire.deadline = Deadline(seconds, time.monotonic)
 
     def _shake_hands(self) -> None:
         """Have a TLS connection to a client that may ask; raises OSError or ScrapeError.
@@ -4551,17 +4571,16 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
         by its socket, which wrapping would take away.
         """
         self.server.connections.mark(self._slot, idle=True)
-        self._slot.settimeout(self._remaining())
-        first, tls = self._slot.recv(1, socket.MSG_PEEK), cast(ServerTls, self._credentials.tls)
+        first = self._wire.attempt(self._slot.recv, select.POLLIN, 1, socket.MSG_PEEK)
+        tls = cast(ServerTls, self._credentials.tls)
         if not first:
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
-        with self._slot.dup() as duplicate:
-            duplicate.settimeout(self._remaining())
-            self.connection = tls.context.wrap_socket(duplicate, server_side=True)
-        certificate = self.connection.getpeercert() or {}
+        self._wire = Wire(self._slot.dup(), self._wire.deadline)
+        self._wire.start_tls(tls.context, server_side=True)
+        certificate = cast(ssl.SSLSocket, self._wire.connection).getpeercert() or {}
         # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise HandshakeError("expiry", "certificate has expired")
@@ -4572,55 +4591,52 @@ class ClientConnection(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Close what is not the server's to close."""
-        if self.connection is not self._slot:
-            with self.connection:
-                self._say_goodbye()
+        if self._wire.connection is not self._slot:
+            self._say_goodbye()
+            self._wire.close()
 
     def _say_goodbye(self) -> None:
         """End TLS in good form, so that nothing seems to be cut off."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # or it is plain
-            self.connection.settimeout(0)
-            self.connection.unwrap()
+        if isinstance(self._wire.connection, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):
+                self._wire.connection.unwrap()
 
     def _discard(self) -> None:
         """Read away what the client still sends: closing now would reset what we answered."""
-        deadline = Deadline(self._limits.unread_seconds, time.monotonic)
+        wire = Wire(self._slot, Deadline(self._limits.unread_seconds, time.monotonic))
         left = self._limits.unread_bytes
         with contextlib.suppress(OSError, ScrapeError):
             self._slot.shutdown(socket.SHUT_WR)
             while left > 0:
-                self._slot.settimeout(deadline.remaining())
-                left -= len(self._slot.recv(PIECE_BYTES)) or left
+                left -= len(wire.receive(PIECE_BYTES)) or left
 
-
-class Handler(ClientConnection):
-    """Serves one connection, request after request."""
-
-    def handle_one_request(self) -> None:
-        """Answer one request, or find that there is none; sets `close_connection`."""
-        self.close_connection, connections = True, self.server.connections
+    def _answer(self) -> None:
+        """Answer one request, or find that there is none."""
+        self._is_closing, connections = True, self.server.connections
         request, refusal = Request("-", "-", (), self._client), None
+        limits, scheme = self._limits, self.server.scheme
         connections.mark(self._slot, idle=True)
-        arrived = self.rfile.peek(1)
+        arrived = self._wire.await_data()
         held: Credentials = self._application.credentials.current()
         # No answer where the client has closed, or got in by rules that hold no more.
         if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
             return
-        self._deadline = Deadline(self._limits.header_seconds, time.monotonic)
+        self._expect_request(limits.header_seconds)
         try:
-            request = self._read_request()
+            request = read_request(self._wire, limits, self._client, scheme)
+            self._is_closing = not request.keeps_connection
         except RequestError as error:
             refusal = error
-        except (TimeoutError, socket.timeout, ScrapeError):
+        except (TimeoutError, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
         if not connections.mark(self._slot, idle=False):  # evicted: a slow request keeps no slot
             return
-        if self.server.speaks_tls and self.connection is self._slot:
+        if self.server.speaks_tls and self._wire.connection is self._slot:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
         stale = held is not self._credentials or self._application.config is not self._config
-        self.close_connection |= unread or stale
+        self._is_closing |= unread or stale
         response = self._application.handle(request, refusal)
         # Who is refused may not keep a slot by reading slowly, or not at all.
         connections.mark(self._slot, idle=bool(refusal) or response.status in (401, 403, 503))
@@ -4628,43 +4644,7 @@ class Handler(ClientConnection):
         if unread:
             self._say_goodbye()
             self._discard()
-        self._deadline = Deadline(self._limits.idle_seconds, time.monotonic)
-
-    def _read_request(self) -> Request:
-        """The request; raises RequestError if it is none, OSError if it does not arrive."""
-        most = self._limits.request_line_bytes
-        line = self.rfile.readline(most + 1)
-        if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
-            line = self.rfile.readline(most + 1)
-        if len(line) > most:
-            raise RequestError(414, "the request line is too long")
-        found = REQUEST_LINE.fullmatch(line)
-        if not found:  # a bare `GET /` is HTTP/0.9, in which no status could be said
-            raise RequestError(400, "malformed request line")
-        method, target, self.request_version = (part.decode("latin-1") for part in found.groups())
-        if self.request_version not in ("1.0", "1.1"):
-            raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-        headers, scheme = self._read_headers(), self.server.scheme
-        request = Request(method, target or "/", headers, self._client, scheme)
-        tokens = request.header("connection").lower().replace(" ", "").split(",")
-        old = self.request_version == "1.0"
-        self.close_connection = "close" in tokens or (old and "keep-alive" not in tokens)
-        return request
-
-    def _read_headers(self) -> Headers:
-        """The headers; raises RequestError if they are too large or malformed."""
-        block, line, most = b"", b"", self._limits.header_block_bytes
-        while line not in (b"\r\n", b"\n"):
-            line = self.rfile.readline(most + 1 - len(block))
-            block += line
-            if len(block) > most:
-                raise RequestError(431, "the headers are too large")
-            if not line.endswith(b"\n"):
-                raise ConnectionResetError("closed in the middle of a request")
-        headers = parse_headers(block, STRICT_HEADER)
-        if headers is None:
-            raise RequestError(400, "malformed headers")
-        return headers
+        self._expect_request(limits.idle_seconds)
 
     def _write(self, response: Response, request: Request) -> None:
         """Send a response; the connection is reset if that fails after a part of it was sent."""
@@ -4672,7 +4652,7 @@ class Handler(ClientConnection):
         with response.cleanup:
             response.aborted = True
             try:
-                self._send_response(response, request.method == "HEAD")
+                self._send_response(response, request)
                 response.aborted = False
             except (OSError, ScrapeError) as error:
                 LOGGER.debug("%s: response not sent: %s", request.client, error)
@@ -4682,14 +4662,14 @@ class Handler(ClientConnection):
 
     def _reset(self) -> None:
         """End the connection so that the client sees an error: to HTTP/1.0 an end completes."""
-        self.close_connection = True
+        self._is_closing = True
         with contextlib.suppress(OSError):
             linger = struct.pack("ii", 1, 0)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        for each in (self.rfile, self.connection, self._slot):
-            each.close()
+            self._slot.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._wire.close()
+        self._slot.close()
 
-    def _send_response(self, response: Response, is_head: bool) -> None:
+    def _send_response(self, response: Response, request: Request) -> None:
         """Send head and body, in one write if they are small."""
         headers, body = list(response.headers), response.body
         given = {name.lower() for name, _ in headers}
@@ -4700,15 +4680,15 @@ class Handler(ClientConnection):
         if isinstance(body, bytes):
             headers += [] if bodiless else [("Content-Length", str(len(body)))]
         elif "content-length" not in given and not bodiless:
-            chunked = self.request_version == "1.1"
+            chunked = request.version != "1.0"
             headers += [("Transfer-Encoding", "chunked")] if chunked else []
-            self.close_connection |= not chunked  # the only end of the body there is
-        self.close_connection |= self.server.connections.draining
-        headers += [] if "date" in given else [("Date", self.date_time_string())]
-        headers.append(("Connection", "close" if self.close_connection else "keep-alive"))
+            self._is_closing |= not chunked  # the only end of the body there is
+        self._is_closing |= self.server.connections.draining
+        headers += [] if "date" in given else [("Date", http_date(int(time.time())))]
+        headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
         head = render_head(f"HTTP/1.1 {int(response.status)} {phrase}", headers)
-        if is_head or bodiless:
+        if bodiless or request.method == "HEAD":
             body = b""
         if isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
@@ -4720,16 +4700,18 @@ class Handler(ClientConnection):
         self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
-        """Send all of it; raises TimeoutError when there is no progress, or too little."""
-        rest, stall = memoryview(content), self._limits.write_stall_seconds
-        self._allowance += len(rest) / self._limits.write_bytes_per_second
-        while rest:
-            if self._allowance <= 0:
-                raise TimeoutError("the client reads too slowly")
-            begun = time.monotonic()
-            self.connection.settimeout(min(self._allowance, stall))
-            rest = rest[self.connection.send(rest[: 4 * PIECE_BYTES]) :]
-            self._allowance -= time.monotonic() - begun
+        """Send all of it; raises an error when there is no progress, or too little."""
+        begun, limits = time.monotonic(), self._limits
+        self._allowance += len(content) / limits.write_bytes_per_second
+        self._wire.deadline = Deadline(self._allowance, time.monotonic, limits.write_stall_seconds)
+        self._wire.send(content)
+        self._allowance -= time.monotonic() - begun
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    """Return a moment, in seconds since 1970, as the header Date has it: RFC 9110, 5.6.7."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
 Address = tuple[str, int]
@@ -4750,7 +4732,7 @@ class Server(http.server.ThreadingHTTPServer):
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
-        super().__init__(cast(Address, bound), Handler)
+        super().__init__(cast(Address, bound), ClientConnection)
         #: Where this listener is, for the log.
         self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
