@@ -100,7 +100,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Final, NamedTuple, Union, cast
 
@@ -119,7 +119,7 @@ __all__ = ["ExpositionError", "main", "verify_exposition"]
 # 1  Constants and limits
 # ==================================================================================================
 # Every quantity that comes from outside has its bound in `Limits`, with the reason beside it. The
-# README's table of limits is checked against this one.
+# table in docs/operation.md is checked against this one.
 
 TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -129,12 +129,14 @@ TIMEOUT_FIELD: Final = SCRAPE_TIMEOUT_HEADER.lower()  # as names of headers are 
 MEBIBYTE: Final = 1 << 20
 PIECE_BYTES: Final = 1 << 16
 LAST_PORT: Final = 65535
+OK: Final = http.HTTPStatus.OK
 UNKNOWN_MODULE: Final = "unknown"  # one label value for all of them: clients create no series
 # RFC 9110, 7.6.1, and those that describe a body which is read and sent anew.
 HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
+HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # RFC 9110, 5.6.2: a header's name
 
@@ -197,7 +199,7 @@ class Limits:
 # ==================================================================================================
 # Three errors, split by who must act: the operator (ConfigError), the client (RequestError), the
 # target (ScrapeError). What differs inside one of them is data, not a subclass. REASONS is the one
-# table from which statuses, counters and the README's list of failures come.
+# table from which statuses, counters and the list of failures in docs/operation.md come.
 
 
 def rows(table: str) -> list[list[str]]:
@@ -355,10 +357,6 @@ class Deadline:
         """The error to raise when it has passed."""
         return ScrapeError("timeout", f"timed out after {self._seconds:.3g} s")
 
-    def check(self) -> None:
-        """Raise ScrapeError("timeout") when it has passed."""
-        self.remaining()
-
     def remaining(self) -> float:
         """Return the seconds that the next wait may take, always more than 0.
 
@@ -416,9 +414,11 @@ Pairs = Sequence[tuple[bytes, bytes]]
 
 
 def parse_query(query: str) -> Pairs:
-    """Names and values of a query in their order, as bytes; http.server hands it on as latin-1."""
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="latin-1")
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
+    """Return names and values of a query in their order. The query is bytes read as latin-1."""
+    parts = query.encode("latin-1").replace(b"+", b" ").split(b"&")
+    pairs = [part.partition(b"=") for part in parts if part]
+    unquote = urllib.parse.unquote_to_bytes
+    return [(unquote(name), unquote(value)) for name, _, value in pairs]
 
 
 def accepts(header: str, wanted: str) -> bool:
@@ -602,7 +602,7 @@ def no_tick() -> None:
     """Return nothing: the body may take as long as it takes."""
 
 
-Tick = Callable[[], None]
+Tick = Callable[[], object]
 
 
 class Source(NamedTuple):
@@ -1447,9 +1447,9 @@ def is_openmetrics_body(body: bytes) -> bool:
     return bool(re.search(rb"(?:\A|\n)# EOF\n?\Z", body[-7:]))
 
 
-def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
+@functools.lru_cache
+def parse_media_type(content_type: str) -> tuple[str, Mapping[str, str]]:
     """Return the media type in lower case, and its parameters, whatever `content_type` is."""
-    content_type = content_type[:MAX_CONTENT_TYPE]
     parameters = {}
     for name, value in MEDIA_PARAMETER.findall(content_type):
         quoted = value[:1] == value[-1:] == '"'
@@ -1459,7 +1459,7 @@ def parse_media_type(content_type: str) -> tuple[str, dict[str, str]]:
 
 def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
     """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
-    media_type, parameters = parse_media_type(content_type)
+    media_type, parameters = parse_media_type(content_type[:MAX_CONTENT_TYPE])
     protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
     if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
         return None
@@ -1563,7 +1563,8 @@ HANDSHAKE_FAULTS: Final = names_of(
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
 
 
-def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=1 << 14)
+def render_labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
     """`{name="value",...}`, escaped, or nothing."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in zip(names, values))
@@ -2108,13 +2109,17 @@ class HttpTarget:
         """The name by which we call the target."""
         return self.container or ("localhost" if self.unix_socket else self.address)
 
-    @property
+    @functools.cached_property
+    def netloc(self) -> str:
+        """Host and port, as the header Host has them."""
+        return render_address((self.host, self.port)) if self.port else self.host
+
+    @functools.cached_property
     def url(self) -> str:
         """The URL without its query, in which there may be a token."""
-        address = render_address((self.host, self.port)) if self.port else self.host
-        return f"{self.scheme}://{address}{self.path.partition('?')[0]}"
+        return f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
 
-    @property
+    @functools.cached_property
     def shown(self) -> str:
         """The URL, and where it leads to if that is no address."""
         place = f" at {self.unix_socket}" if self.unix_socket else ""
@@ -2945,6 +2950,7 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
 
 Headers = Sequence[tuple[str, str]]
 
+BODILESS: Final = (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value goes on in the next line
@@ -2964,8 +2970,8 @@ STRICT_HEADER: Final = header_grammar(TOKEN.pattern)
 TOLERANT_HEADER: Final = header_grammar(rf"[{NAME_CHARACTERS}][ {NAME_CHARACTERS}]*")
 
 
-def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers | None:
-    """Return the headers of a block that ends in an empty line; None if a line is malformed.
+def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
+    """Return the headers of a block that ends in an empty line; RequestError if it is malformed.
 
     A header with a blank in its name is dropped: Go keeps it under a name that nobody asks for.
     """
@@ -2979,7 +2985,14 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers | None:
         if " " not in name:
             headers.append((name, value.strip(" \t")))
         end = found.end()
-    return headers if text[end:] in ("\r\n", "\n") else None
+    if text[end:] not in ("\r\n", "\n"):
+        raise RequestError(400, "malformed headers")
+    return headers
+
+
+def values_of(headers: Headers, name: str) -> list[str]:
+    """Return the values of a header, whose name is given in lower case."""
+    return [value for given, value in headers if given.lower() == name]
 
 
 def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
@@ -2997,10 +3010,13 @@ class Wire:
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         """Take over a connected socket."""
-        connection.setblocking(False)
+        connection.settimeout(0)
+        if connection.family != socket.AF_UNIX:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
         self.deadline = deadline
-        self._received = bytearray()
+        self._received = b""
+        self._taken = 0  # how many of these bytes were handed out
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
         """Return what an operation returns; wait for the event as long as it would block.
@@ -3031,145 +3047,94 @@ class Wire:
 
     def receive(self, most: int) -> bytes:
         """Return up to `most` bytes; b"" at the end of what the peer sends."""
-        if self._received:
-            return self._take(most)
-        return cast(bytes, self.attempt(self.connection.recv, select.POLLIN, most))
+        self.await_data()
+        return self._take(most)
 
     def await_data(self) -> bool:
         """Return True as soon as there is a byte to read, False when the peer has closed."""
-        return bool(self._received) or self._fill()
+        return self._taken < len(self._received) or self._fill()
 
     def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
         """Return the bytes through the first match of `end`, which may span two bytes.
 
         Without a match: `most` + 1 bytes, or all that came before the peer closed.
         """
-        searched = 0
+        searched = self._taken
         while True:
             found = end.search(self._received, searched)
             if found:
-                return self._take(min(found.end(), most + 1))
-            searched = max(0, len(self._received) - 1)
-            if len(self._received) > most or not self._fill():
+                return self._take(min(found.end() - self._taken, most + 1))
+            count = len(self._received) - self._taken
+            if count > most or not self._fill():
                 return self._take(most + 1)
+            searched = max(0, count - 1)
 
     def _fill(self) -> bool:
         """Receive once; return False when the peer has closed."""
         piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
-        self._received += piece
+        self._received = self._received[self._taken :] + piece
+        self._taken = 0
         return bool(piece)
 
     def _take(self, most: int) -> bytes:
-        """Return up to `most` of the bytes that were received, and forget them."""
-        taken = bytes(self._received[:most])
-        del self._received[:most]
+        """Return up to `most` of the bytes that were received and not handed out."""
+        taken = self._received[self._taken : self._taken + most]
+        self._taken += len(taken)
         return taken
 
     def send(self, content: bytes | memoryview) -> None:
         """Send all of it."""
         rest = memoryview(content)
         while rest:
-            count = self.attempt(self.connection.send, select.POLLOUT, rest[: 4 * PIECE_BYTES])
-            rest = rest[count:]
+            piece = rest[: 4 * PIECE_BYTES]
+            rest = rest[self.attempt(self.connection.send, select.POLLOUT, piece) :]
 
     def close(self) -> None:
         """Close the connection."""
         self.connection.close()
 
 
+def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Headers:
+    """Return the headers up to the next empty line, of `most` bytes in all.
+
+    Raises RequestError if they are malformed or too large, EOFError if the peer closed before.
+    """
+    block = wire.read_through(EMPTY_LINE, most)
+    if len(block) > most:
+        raise RequestError(431, "the headers are too large")
+    if not EMPTY_LINE.search(block):
+        raise EOFError("closed in the middle of a request")
+    return parse_headers(block, grammar)
+
+
 STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?(?:\r?\n)?")
 INTERIM_ANSWERS: Final = 5  # as many as Go's client reads before it gives up
 LENGTH: Final = re.compile("[0-9]{1,19}")  # more digits than any length has
 CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
-CHUNK_LINE_BYTES: Final = 4096  # with extensions, as in Go
+CHUNK_LINE_BYTES: Final = 4096  # with extensions; also of all trailers. As in Go
 NO_END: Final = "the target closed before the end of its body"
 
 
-class TargetResponse:
-    """The answer of a target: status, headers, and the body, which is still to be read."""
+class TargetExchange:
+    """One GET to a target, and the answer: status, headers, and a body that is still to be read.
 
-    reason = ""  # for urllib
-
-    def __init__(
-        self, wire: Wire, most: int, version: bytes, status: int, headers: Headers
-    ) -> None:
-        """Find the end of the body as RFC 9112, 6.3, says; raises ScrapeError("protocol").
-
-        Trailers may have `most` bytes.
-        """
-        self._wire = wire
-        self._most = most
-        self.status = status
-        self.headers = headers
-        lengths = {value for name, value in headers if name.lower() == "content-length"}
-        codings = [value.lower() for name, value in headers if name.lower() == "transfer-encoding"]
-        if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
-            raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-        if version < b"1.1":  # as in Go, since HTTP/1.0 knows no codings
-            codings = []
-        if codings not in ([], ["chunked"]):
-            raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
-        bodiless = status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
-        self._is_chunked = bool(codings) and not bodiless
-        #: In bytes; None if the body is chunked, or goes on to the end of the connection.
-        self.length: int | None = None
-        if bodiless:
-            self.length = 0
-        elif lengths and not codings:
-            self.length = int(lengths.pop())
-
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the body; raises ScrapeError("truncated") if it has no proper end."""
-        if self._is_chunked:
-            yield from self._chunks()
-            return
-        left = math.inf if self.length is None else self.length
-        count = 0
-        while count < left:
-            piece = self._wire.receive(int(min(PIECE_BYTES, left - count)))
-            if not piece:
-                break
-            count += len(piece)
-            yield piece
-        if count < left < math.inf:
-            message = f"the target closed after {count} bytes of its body"
-            raise ScrapeError("truncated", message)
-
-    def _chunks(self) -> Iterator[bytes]:
-        """Yield the data of chunks, framed as RFC 9112, 7.1, says; read the trailers away."""
-        while left := self._chunk_size():
-            while left:
-                piece = self._wire.receive(min(left, PIECE_BYTES))
-                if not piece:
-                    raise ScrapeError("truncated", NO_END)
-                left -= len(piece)
-                yield piece
-            if self._wire.read_through(LINE_END, 2) != b"\r\n":
-                raise ScrapeError("truncated", NO_END)
-        if not EMPTY_LINE.search(self._wire.read_through(EMPTY_LINE, self._most)):
-            raise ScrapeError("truncated", NO_END)
-
-    def _chunk_size(self) -> int:
-        """Return the bytes of the next chunk, 0 for the last; raises ScrapeError("truncated")."""
-        found = CHUNK_SIZE.fullmatch(self._wire.read_through(LINE_END, CHUNK_LINE_BYTES))
-        if not found:
-            raise ScrapeError("truncated", NO_END)
-        return int(found[1], 16)
-
-
-class TargetConnection:
-    """A connection for one GET, with as much of `http.client.HTTPConnection` as urllib needs.
-
-    `urllib.request` splits the URL into host and selector, adds `Connection: close`, gives the
-    names of the headers their usual form, and wraps an OSError of the request in a URLError.
+    For `urllib.request` it is the connection and its response. urllib splits the URL into host and
+    selector, adds `Connection: close`, gives the names of the headers their usual form, and wraps
+    an OSError in sending the request in a URLError.
     """
 
-    sock = None  # urllib would close it: the response needs it
+    sock = None  # urllib would close it before the body is read
+    reason = ""
+    status: int
+    headers: Headers
 
     def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
         """Use a connected wire. The head of the answer may have `most` bytes."""
         self._wire = wire
         self._most = most
+        self._is_chunked = False
+        #: Of the body, in bytes. inf: to the end of the chunks, or of the connection.
+        self.length = math.inf
 
     def set_debuglevel(self, _level: int) -> None:
         """Do nothing: urllib would have what is sent printed."""
@@ -3180,35 +3145,86 @@ class TargetConnection:
         """Send the request. Raises OSError or the deadline's error."""
         self._wire.send(render_head(f"{method} {selector} HTTP/1.1", headers.items()))
 
-    def getresponse(self) -> TargetResponse:
-        """Return the answer, after at most five interim ones; raises ScrapeError or OSError."""
+    def getresponse(self) -> TargetExchange:
+        """Read the head of the answer, after at most five interim ones; ScrapeError or OSError."""
         for _ in range(INTERIM_ANSWERS + 1):
-            line = self._read_part(LINE_END, self._most)
-            if not line:
-                raise ConnectionResetError("no answer")
-            found = STATUS_LINE.fullmatch(line)
-            if not found:
-                raise ScrapeError("protocol", f"not HTTP: {excerpt(line.strip(), 200)}")
-            block = self._read_part(EMPTY_LINE, self._most - len(line))
-            headers = parse_headers(block, TOLERANT_HEADER)
-            if headers is None and not EMPTY_LINE.search(block):
-                raise ScrapeError("truncated", "the target closed in the middle of its headers")
-            if headers is None:
-                raise ScrapeError("protocol", "not HTTP: malformed headers")
-            status = int(found[2])
-            if status >= http.HTTPStatus.OK:
-                return TargetResponse(self._wire, self._most, found[1], status, headers)
-            if status == http.HTTPStatus.SWITCHING_PROTOCOLS:
-                raise ScrapeError("protocol", "not HTTP: an answer with status 101")
-        message = f"not HTTP: more than {INTERIM_ANSWERS} answers with a status below 200"
-        raise ScrapeError("protocol", message)
+            version = self._read_head()
+            if self.status >= OK:
+                self._find_end(version)
+                return self
+            if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
+                break
+        raise ScrapeError("protocol", f"not HTTP: an answer with status {self.status}")
 
-    def _read_part(self, end: re.Pattern[bytes], most: int) -> bytes:
-        """Return a part of a head; raises ScrapeError("protocol") if it is too large."""
-        part = self._wire.read_through(end, most)
-        if len(part) > most:
-            raise ScrapeError("protocol", f"not HTTP: headers of more than {self._most} bytes")
-        return part
+    def _read_head(self) -> bytes:
+        """Read a status line and headers; return the version of HTTP, such as b"1.1"."""
+        line = self._wire.read_through(LINE_END, self._most)
+        if not line:
+            raise ConnectionResetError("no answer")
+        found = STATUS_LINE.fullmatch(line)
+        if not found:
+            shown = excerpt(line.strip(), 200) or "an empty line"
+            raise ScrapeError("protocol", f"not HTTP: {shown}")
+        try:
+            self.headers = read_header_block(self._wire, self._most - len(line), TOLERANT_HEADER)
+        except RequestError as error:
+            raise ScrapeError("protocol", f"not HTTP: {error.message}") from None
+        except EOFError:
+            message = "the target closed in the middle of its headers"
+            raise ScrapeError("truncated", message) from None
+        self.status = int(found[2])
+        return found[1]
+
+    def _find_end(self, version: bytes) -> None:
+        """Find how the body ends: RFC 9112, 6.3. Raises ScrapeError("protocol") if that is open."""
+        lengths = set(values_of(self.headers, "content-length"))
+        codings = [value.lower() for value in values_of(self.headers, "transfer-encoding")]
+        if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
+            raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
+        if version < b"1.1":  # as in Go, since HTTP/1.0 knows no codings
+            codings = []
+        if codings not in ([], ["chunked"]):
+            raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
+        if self.status in BODILESS:
+            self.length = 0
+        elif codings:
+            self._is_chunked = True
+        elif lengths:
+            self.length = int(lengths.pop())
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body; raises ScrapeError("truncated") if it has no proper end."""
+        if self._is_chunked:
+            yield from self._chunks()
+            return
+        left = yield from self._read(self.length)
+        if 0 < left < math.inf:
+            message = f"the target closed after {self.length - left} bytes of its body"
+            raise ScrapeError("truncated", message)
+
+    def _read(self, left: Any) -> Generator[bytes, None, Any]:
+        """Yield so many bytes, in pieces; return how many the target has not sent."""
+        while left:
+            piece = self._wire.receive(min(left, PIECE_BYTES))
+            if not piece:
+                break
+            left -= len(piece)
+            yield piece
+        return left
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield the data of chunks, framed as RFC 9112, 7.1, says; read the trailers away."""
+        size = 1
+        while size:
+            found = CHUNK_SIZE.fullmatch(self._wire.read_through(LINE_END, CHUNK_LINE_BYTES))
+            if not found:
+                raise ScrapeError("truncated", NO_END)
+            size = int(found[1], 16)
+            left = yield from self._read(size)
+            if left or (size and self._wire.read_through(LINE_END, 2) != b"\r\n"):
+                raise ScrapeError("truncated", NO_END)
+        if not EMPTY_LINE.search(self._wire.read_through(EMPTY_LINE, CHUNK_LINE_BYTES)):
+            raise ScrapeError("truncated", NO_END)
 
     def close(self) -> None:
         """Close the connection."""
@@ -3224,8 +3240,7 @@ class TargetConnection:
 # by the job's `cleanup`, which the server runs when the response has been written. IO.
 
 
-@dataclass(frozen=True)
-class Scrape:
+class Scrape(NamedTuple):
     """What a target answered; the body is read whole, or an iterator for an unverified target."""
 
     status: int
@@ -3286,7 +3301,7 @@ class Cache:
         if now < known.made:
             return scrape
         aged = with_header(scrape.headers, "Age", str(int(now - known.made)))
-        return dataclasses.replace(scrape, headers=aged)
+        return scrape._replace(headers=aged)
 
     def _find(self, job: Job, key: Any) -> Answer:
         """One that is fresh enough, or being made in a thread; raises ScrapeError.
@@ -3311,7 +3326,7 @@ class Cache:
         with contextlib.ExitStack() as cleanup:
             cleanup.callback(lambda: self._keep(key, job.module, found))
             try:
-                found = scrape_target(dataclasses.replace(job, deadline=deadline, cleanup=cleanup))
+                found = scrape_target(job._replace(deadline=deadline, cleanup=cleanup))
             except ScrapeError as error:
                 found = ScrapeError(error.reason.name, error.message, error.detail)
         return cast("Scrape | ScrapeError", found)
@@ -3323,7 +3338,7 @@ class Cache:
             own = self._answers.get(key)
             if own and own.module is module:  # and not a later module's
                 del self._answers[key]
-                is_good = isinstance(outcome, Scrape) and outcome.status == http.HTTPStatus.OK
+                is_good = isinstance(outcome, Scrape) and outcome.status == OK
                 size = len(outcome.body) if is_good else 0
                 if is_good and size <= left:  # or else all others would go for nothing
                     self._answers[key] = own._replace(made=time.monotonic(), size=size)
@@ -3379,18 +3394,38 @@ def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> N
         raise deadline.error()
 
 
+@functools.lru_cache(maxsize=1024)
+def numeric_addresses(host: str, port: int) -> Any:
+    """Return the entries of getaddrinfo for localhost or a numeric address, [] for a name."""
+    # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
+    hosts = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
+    with contextlib.suppress(socket.gaierror):
+        return [
+            entry
+            for each in hosts
+            for entry in socket.getaddrinfo(
+                each, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+            )
+        ]
+    return []
+
+
 def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
-    """What getaddrinfo says; raises its errors, or ScrapeError when the deadline is first.
+    """Return what getaddrinfo says; raises its errors, or ScrapeError at the deadline.
 
     It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
     """
-    look_up = functools.partial(socket.getaddrinfo, port=port, type=socket.SOCK_STREAM)
-    # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
-    known = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-    with contextlib.suppress(socket.gaierror):
-        return [entry for each in known for entry in look_up(each, flags=socket.AI_NUMERICHOST)]
+    known = numeric_addresses(host, port)
+    if known:
+        return known
     acquire(slots, deadline)
-    return wait_for(aside(slots.release, look_up, host), deadline)
+    look_up = functools.partial(socket.getaddrinfo, type=socket.SOCK_STREAM)
+    return wait_for(aside(slots.release, look_up, host, port), deadline)
+
+
+#: What a service manager gave to expexp alone.
+OWN_VARIABLE: Final = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
+REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
 
 
 class Commands:
@@ -3399,6 +3434,8 @@ class Commands:
     def __init__(self, limits: Limits, soft_descriptors: int) -> None:
         """`soft_descriptors` is the limit that commands get back, 0 if it was not raised."""
         self._limits, self._soft_descriptors = limits, soft_descriptors
+        #: Of each command, without what a service manager gave to expexp alone.
+        self.environment = {k: v for k, v in os.environb.items() if not OWN_VARIABLE.fullmatch(k)}
         self._running: set[subprocess.Popen[bytes]] = set()  # each use of it is atomic
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
@@ -3409,24 +3446,34 @@ class Commands:
         try:
             arguments, env = command_arguments(job), command_environment(job)
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
-                arguments, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
+                arguments,
+                bufsize=0,
+                env=env,
+                stdin=null,
+                stdout=pipe,
+                stderr=pipe,
+                start_new_session=True,
             )
         except (OSError, ValueError) as error:
             no_text = isinstance(error, UnicodeError)
             words = "it cannot be written in this locale" if no_text else words_of(error)
             raise ScrapeError("command", f"cannot start the command: {words}") from None
         self._running.add(process)
-        if self._soft_descriptors and hasattr(resource, "prlimit"):
+        if self._soft_descriptors:
             # Not in the child before exec: Python code there can deadlock in a program of threads.
             limits = self._soft_descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):  # not on Linux
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """TERM to a command's group, and a little later KILL, off the request's path."""
+        """TERM to a command's group, and a little later KILL, off the request's path.
+
+        The time is rounded up, so that the thread wakes once for many groups.
+        """
         signal_group(process, signal.SIGTERM)
-        self._ending.put((time.monotonic() + self._limits.term_to_kill_seconds, process))
+        due = time.monotonic() + self._limits.term_to_kill_seconds
+        self._ending.put((math.ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
 
     def _reap(self) -> None:
         """KILL groups when it is time, then reap their leaders; in a thread of its own.
@@ -3438,7 +3485,7 @@ class Commands:
             time.sleep(max(0, due - time.monotonic()))
             signal_group(process, signal.SIGKILL)
             if process.poll() is None:  # it dies soon, or hangs in the kernel: others go on
-                self._ending.put((time.monotonic() + 0.02, process))
+                self._ending.put((time.monotonic() + REAPING_SECONDS, process))
             else:
                 self._running.discard(process)
 
@@ -3474,8 +3521,7 @@ class Tools:
         self.containers: dict[tuple[str, str, int], Any] = {}
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One scrape that a client has asked for."""
 
     module: Module
@@ -3492,7 +3538,7 @@ def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     body = io.BytesIO()  # which hands out what it holds uncopied
     job.cleanup.callback(lambda: hold(job, -body.tell()))
     for piece in pieces:
-        job.deadline.check()
+        job.deadline.remaining()
         hold(job, len(piece))
         body.write(piece)
         check_size(job.tools.limits, body.tell())
@@ -3512,23 +3558,22 @@ UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before
 
 
 def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
-    """A connection to the first that can be had of addresses as getaddrinfo gives them.
+    """Return a connection to the first that accepts one of the addresses of getaddrinfo.
 
     They share what remains. Raises OSError, that of the first, or ScrapeError.
     """
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = deadline.remaining() / (len(addresses) - position)
-        failed = contextlib.ExitStack()
+        seconds = deadline.remaining() / (len(addresses) - position)
+        connection = None
         try:  # a host without IPv6 has no such sockets
-            connection = failed.enter_context(socket.socket(family, kind, protocol))
-            connection.settimeout(share)
+            connection = socket.socket(family, kind, protocol)
+            connection.settimeout(seconds)
             connection.connect(address)
-            if family != socket.AF_UNIX:
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except OSError as error:
-            failed.close()
             errors.append(error)
+            if connection:
+                connection.close()
         else:
             return connection
     raise errors[0]
@@ -3552,8 +3597,7 @@ TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
     ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
     (ssl.SSLError, "unreachable", "TLS: {1}: {0}"),
     (OSError, "unreachable", "{}"),
-    (UnicodeError, "unreachable", "not a host name"),
-    (Exception, "protocol", "not HTTP: {}"),
+    (ValueError, "unreachable", "not a host name"),
 )
 
 
@@ -3565,7 +3609,7 @@ def tls_fault(error: Any) -> str:
 
 def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
     """Return what an error between us and a target means; raises the deadline's if that passed."""
-    deadline.check()
+    deadline.remaining()
     cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
     if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
         cause = ssl.SSLEOFError()
@@ -3579,14 +3623,15 @@ def request_headers(job: Job) -> dict[str, str]:
     target, headers = job.module.target, cast("dict[str, str]", {})
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
         title = name.title()
-        together = "; " if title == "Cookie" else ", "
-        headers[title] = together.join(filter(None, (headers.get(title), value)))
-    headers["Host"] = urllib.parse.urlsplit(target.url).netloc
+        known = headers.get(title)
+        separator = "; " if title == "Cookie" else ", "
+        headers[title] = separator.join(filter(None, (known, value))) if known else value
+    headers["Host"] = target.netloc
     headers.setdefault("User-Agent", f"expexp/{__version__}")
-    headers.setdefault("Accept-Encoding", "identity")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
+    headers.setdefault("Accept-Encoding", "identity")
     if job.module.verify:
-        compressed = accepts(headers.get("Accept-Encoding", ""), "gzip")
+        compressed = accepts(headers["Accept-Encoding"], "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
     if authorization := target.credentials.current().authorization:
         headers["Authorization"] = authorization
@@ -3594,10 +3639,10 @@ def request_headers(job: Job) -> dict[str, str]:
     return headers
 
 
-def end_to_end(headers: Headers) -> Headers:
-    """The headers that go on: without the hop-by-hop ones and those that Connection names."""
-    named = ",".join(value for name, value in headers if name.lower() == "connection").lower()
-    dropped = {*HOP_BY_HOP.split("|"), *map(str.strip, named.split(","))}
+def end_to_end(headers: Headers) -> list[tuple[str, str]]:
+    """Return the headers without the hop-by-hop ones and those that Connection names."""
+    named = ",".join(values_of(headers, "connection")).lower()
+    dropped = HOP_BY_HOP_NAMES.union(re.split("[ \t,]+", named))
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -3609,20 +3654,24 @@ def request_url(job: Job) -> str:
     return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
 
 
-def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: Any) -> TargetResponse:
+def ask(
+    job: Job, connect: Callable[[Job], socket.socket], url: str, headers: dict[str, str]
+) -> TargetExchange:
     """Return the answer to a GET on a connection of its own, its body unread; raises ScrapeError.
 
     urllib's bare handler knows no proxies, redirects, `file:` or `ftp:`.
     """
-    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - http or https
+    target, most = job.module.target, job.tools.limits.target_head_bytes
+    request = urllib.request.Request(url, None, headers, target.host)  # noqa: S310 - http(s)
     request.timeout = None  # urllib's is one a read; the wire has the deadline
     try:
-        wire = connect(job)
+        wire = Wire(connect(job), job.deadline)
         job.cleanup.callback(wire.close)
-        most = job.tools.limits.target_head_bytes
-        return cast(
-            TargetResponse, HANDLER.do_open(TargetConnection, request, wire=wire, most=most)
-        )
+        if request.type == "https":
+            context, name = target.credentials.current().context, target.server_name or target.host
+            # A body cut short by an attacker is an error, not an end: no ragged ends.
+            wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
+        return cast(TargetExchange, HANDLER.do_open(TargetExchange, request, wire=wire, most=most))
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
 
@@ -3633,11 +3682,12 @@ def scrape_http(job: Job) -> Scrape:
     passed, pieces = end_to_end(response.headers), response_pieces(job, response)
     if job.module.verify:
         return Scrape(response.status, passed, join_pieces(job, pieces))
-    length = [("Content-Length", str(response.length))] if response.length is not None else []
-    return Scrape(response.status, [*passed, *length], pieces)
+    if response.length < math.inf and response.status not in BODILESS:  # RFC 9110, 8.6
+        passed.append(("Content-Length", f"{response.length:d}"))
+    return Scrape(response.status, passed, pieces)
 
 
-def response_pieces(job: Job, response: TargetResponse) -> Iterator[bytes]:
+def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
     """Yield the body of an answer; raises ScrapeError when its end is not its announced end."""
     count = 0
     try:
@@ -3657,13 +3707,13 @@ def response_pieces(job: Job, response: TargetResponse) -> Iterator[bytes]:
 unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
-def connect_engine(job: Job) -> Wire:
+def connect_engine(job: Job) -> socket.socket:
     """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
     given, faults = job.module.target.container_host, []
     for place in ENGINES if given == ENGINES[0] else (given,):
         path = place.partition("://")[2]
         try:
-            return Wire(connect_any([(*UNIX, path)], job.deadline), job.deadline)
+            return connect_any([(*UNIX, path)], job.deadline)
         except OSError as error:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
@@ -3684,7 +3734,7 @@ def ask_engine(job: Job) -> bytes:
         raise unreachable(f"cannot ask the container engine: {error.message}") from None
     if response.status == http.HTTPStatus.NOT_FOUND:
         raise unreachable("there is no such container")
-    if response.status != http.HTTPStatus.OK:
+    if response.status != OK:
         raise unreachable(f"the container engine answers with status {response.status}")
     return body
 
@@ -3728,34 +3778,22 @@ def connect_container(job: Job) -> socket.socket:
     try:
         return connect_host(job, host, port)
     except OSError as error:
-        job.deadline.check()
+        job.deadline.remaining()
         where = f"the container is not reachable at {render_address((host, port))}"
         raise unreachable(f"{where}: {words_of(error)}") from None
 
 
-def connect_target(job: Job) -> Wire:
-    """A connection to a module's target, over TLS if it wants that; OSError or ScrapeError."""
-    target, deadline = job.module.target, job.deadline
+def connect_target(job: Job) -> socket.socket:
+    """A connection to a module's target; raises OSError or ScrapeError."""
+    target = job.module.target
     if target.unix_socket:
-        connection = connect_any([(*UNIX, target.unix_socket)], deadline)
-    elif target.container:
-        connection = connect_container(job)
-    else:
-        connection = connect_host(job, target.address, target.port)
-    wire = Wire(connection, deadline)
-    if target.scheme == "https":
-        job.cleanup.callback(wire.close)
-        name = target.server_name or target.host
-        # A body cut short by an attacker is an error, not an end: no ragged ends.
-        settings = {"server_hostname": name, "suppress_ragged_eofs": False}
-        wire.start_tls(target.credentials.current().context, **settings)
-    return wire
+        return connect_any([(*UNIX, target.unix_socket)], job.deadline)
+    if target.container:
+        return connect_container(job)
+    return connect_host(job, target.address, target.port)
 
 
 # --- exec
-
-#: What a service manager gave to expexp alone.
-OWN_ENVIRONMENT: Final = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
 
 
 def command_arguments(job: Job) -> list[bytes]:
@@ -3768,10 +3806,9 @@ def command_arguments(job: Job) -> list[bytes]:
 def command_environment(job: Job) -> dict[bytes, bytes]:
     """The environment of a command."""
     target = job.module.target
-    inherited = {} if target.clear_env else os.environb
-    environment = {k: v for k, v in inherited.items() if not OWN_ENVIRONMENT.fullmatch(k)}
+    inherited = {} if target.clear_env else job.tools.commands.environment
     added = {os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()}
-    return {**environment, b"EXPEXP_TIMEOUT_SECONDS": b"%.3f" % job.deadline.remaining(), **added}
+    return {**inherited, b"EXPEXP_TIMEOUT_SECONDS": b"%.3f" % job.deadline.remaining(), **added}
 
 
 def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
@@ -3833,7 +3870,7 @@ def scrape_exec(job: Job) -> Scrape:
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
     """The scrape of a body that came without a content type."""
     content_type = OPENMETRICS_CONTENT_TYPE if is_openmetrics_body(body) else TEXT_CONTENT_TYPE
-    return Scrape(http.HTTPStatus.OK, [("Content-Type", content_type)], body, modified)
+    return Scrape(OK, [("Content-Type", content_type)], body, modified)
 
 
 # --- file
@@ -3843,33 +3880,51 @@ def scrape_file(job: Job) -> Scrape:
     """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
     path = job.module.target.path
     try:
-        key = os.path.realpath(path)  # not the inode: each new FIFO would leave one behind
         kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
-        if kind not in (stat.S_IFREG, stat.S_IFIFO):
-            raise ScrapeError("file", "neither a regular file nor a FIFO")
-        with contextlib.ExitStack() as cleanup:
-            if kind == stat.S_IFIFO:
-                lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
-                acquire(lock, job.deadline)
-                cleanup.callback(lock.release)
-                finish_torn(job, key)
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            file, found = cleanup.enter_context(io.FileIO(descriptor)), os.fstat(descriptor)
-            if stat.S_IFMT(found.st_mode) != kind:
-                raise ScrapeError("file", "replaced while it was opened")
-            check_size(job.tools.limits, found.st_size)
-            modified = found.st_mtime if kind == stat.S_IFREG else None
-            pieces = file_pieces(job, file)
-            pieces = pieces if modified is not None else torn_pieces(job, key, file, pieces)
-            return text_scrape(join_pieces(job, pieces), modified)
+        if kind == stat.S_IFIFO:
+            return scrape_fifo(job, path)
+        if kind == stat.S_IFREG:
+            with io.FileIO(path, opener=open_without_waiting) as file:
+                modified = check_opened(job, file, kind).st_mtime
+                pieces = iter(lambda: file.read(PIECE_BYTES), b"")
+                return text_scrape(join_pieces(job, pieces), modified)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
+    raise ScrapeError("file", "neither a regular file nor a FIFO")
 
 
-def torn_pieces(job: Job, key: str, file: io.FileIO, pieces: Iterator[bytes]) -> Iterator[bytes]:
+def open_without_waiting(path: str, _flags: int) -> int:
+    """Return a descriptor for reading, also of a FIFO that nobody writes to."""
+    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
+    """Return the status of an open file; raises ScrapeError if it is too large or another kind."""
+    found = os.fstat(file.fileno())
+    if stat.S_IFMT(found.st_mode) != kind:
+        raise ScrapeError("file", "replaced while it was opened")
+    check_size(job.tools.limits, found.st_size)
+    return found
+
+
+def scrape_fifo(job: Job, path: str) -> Scrape:
+    """Return what comes out of a FIFO, which has one reader at a time; OSError, ScrapeError."""
+    key = os.path.realpath(path)  # not the inode: each new FIFO would leave one behind
+    lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
+    acquire(lock, job.deadline)
+    try:
+        finish_torn(job, key)
+        with io.FileIO(path, opener=open_without_waiting) as file:
+            check_opened(job, file, stat.S_IFIFO)
+            return text_scrape(join_pieces(job, torn_pieces(job, key, file)))
+    finally:
+        lock.release()
+
+
+def torn_pieces(job: Job, key: str, file: io.FileIO) -> Iterator[bytes]:
     """The pieces of a FIFO; from the first to the last one it counts as torn, and stays open."""
     torn = job.tools.torn_fifos
-    for piece in pieces:
+    for piece in fifo_pieces(job, file):
         if piece and key not in torn:
             torn[key] = io.FileIO(os.dup(file.fileno()))
         yield piece
@@ -3883,13 +3938,13 @@ def finish_torn(job: Job, key: str) -> None:
     if rest := torn.get(key):
         # If another one is there by now, nothing of this one can be taken for its answer.
         is_there = os.path.samestat(os.fstat(rest.fileno()), os.stat(job.module.target.path))
-        for _ in file_pieces(job, rest) if is_there else ():
+        for _ in fifo_pieces(job, rest) if is_there else ():
             pass
         torn.pop(key).close()
 
 
-def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
-    """What is in a file, or what writers put into a FIFO until the last of them has closed it."""
+def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
+    """What writers put into a FIFO until the last of them has closed it."""
     poll, piece = select.poll(), None
     poll.register(file, select.POLLIN)
     while piece != b"":
@@ -3900,11 +3955,15 @@ def file_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
 
 
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
+MTIME_LINE: Final = re.compile(
+    rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?" + MTIME_FAMILY + rb"(?![\w:])"
+)
 
 
 def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
     """The body and, if it does not have that family, the time of the file's modification."""
-    if re.search(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?" + MTIME_FAMILY + rb"(?![\w:])", body):
+    # The expression alone would take longer than all else that is done with the file.
+    if MTIME_FAMILY in body and MTIME_LINE.search(body):
         return body
     series = render_labels(("module", "path"), (module.name, module.target.path)).encode()
     head = b"# HELP %b Time of modification of parsed file.\n# TYPE %b gauge\n"
@@ -3918,26 +3977,27 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str = "") -> str:
+def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> str:
     """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
-    names = {name.lower(): value for name, value in reversed(headers)}  # the first of several
-    encoding = names.get("content-encoding", "identity").strip().lower()
-    content_type = configured or names.get("content-type", "")
-    if encoding not in ("", "identity", "gzip"):
-        raise ScrapeError("malformed", f'cannot verify the encoding "{excerpt(encoding)}"')
+    encoding = (*values_of(headers, "content-encoding"), "")[0]
+    content_type = configured or (*values_of(headers, "content-type"), "")[0]
     try:
-        if encoding == "gzip":
+        if encoding == "gzip":  # only this, as in Prometheus
             body = join_pieces(job, gunzip_pieces(body))
-        verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.check)
+        verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.remaining)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
-        raise ScrapeError("malformed", str(error), detail) from None
-    is_text = choose_dialect(content_type, strict=False) is TEXT
-    is_known = not is_text or parse_media_type(content_type)[0] == "text/plain"
-    return configured or ("" if is_known else TEXT_CONTENT_TYPE)
+        message = str(error)
+        if encoding not in ("", "gzip"):
+            message += f'; Content-Encoding is "{excerpt(encoding)}", and only gzip is decoded'
+        raise ScrapeError("malformed", message, detail) from None
+    if configured or choose_dialect(content_type, strict=False) is not TEXT:
+        return configured
+    is_plain = parse_media_type(content_type[:MAX_CONTENT_TYPE])[0] == "text/plain"
+    return "" if is_plain else TEXT_CONTENT_TYPE
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
@@ -3966,12 +4026,16 @@ def scrape_target(job: Job) -> Scrape:
     bound = job.tools.limits.commands if module.method == "exec" else math.inf
     most = module.max_concurrent or bound
     take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
-    with contextlib.ExitStack() as slot:  # a client that reads slowly keeps none, but for a stream
-        slot.callback(take, what, -1)
+    is_streamed = False
+    try:
         result = SCRAPERS[module.method](job)
-        if not isinstance(result.body, bytes):
-            job.cleanup.push(slot.pop_all())
-    if result.status != http.HTTPStatus.OK:
+        is_streamed = not isinstance(result.body, bytes)
+    finally:
+        if not is_streamed:  # a client that reads slowly keeps no slot, except for a stream
+            take(what, -1)
+    if is_streamed:
+        job.cleanup.callback(take, what, -1)
+    if result.status != OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
     content_type: str = getattr(module.target, "content_type", "")
@@ -3981,7 +4045,7 @@ def scrape_target(job: Job) -> Scrape:
         headers = with_header(headers, "Content-Type", content_type)
     if result.modified is not None:
         body = with_mtime(body, module, result.modified)
-    return dataclasses.replace(result, headers=headers, body=body)
+    return result._replace(headers=headers, body=body)
 
 
 #: Headers that are a client's own, but ask for nothing else; any other may change the answer.
@@ -4025,13 +4089,14 @@ class Request(NamedTuple):
 
     def header(self, name: str) -> str:
         """Return the values of a header, joined; "" without any. The name is in lower case."""
-        return ", ".join([value for given, value in self.headers if given.lower() == name])
+        return ", ".join(values_of(self.headers, name))
 
     @property
     def keeps_connection(self) -> bool:
         """Whether the client wants to send another request on this connection: RFC 9112, 9.3."""
-        tokens = self.header("connection").lower().replace(" ", "").split(",")
-        return "close" not in tokens and (self.version != "1.0" or "keep-alive" in tokens)
+        named = self.header("connection")
+        is_wanted = self.version != "1.0" or accepts(named, "keep-alive")
+        return is_wanted and not accepts(named, "close")
 
 
 @dataclass
@@ -4049,6 +4114,14 @@ def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
     """A page of ours: one line of plain text, unless `more` headers give it another type."""
     fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
     return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
+
+
+def log_request(request: Request, response: Response, seconds: float) -> None:
+    """Write the line of the access log for a request that has been answered."""
+    phrase = http.client.responses.get(response.status, "")
+    ended = f"{phrase}, aborted" if response.aborted else phrase
+    line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
+    LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, seconds * 1000)
 
 
 class FailureLog:
@@ -4075,8 +4148,8 @@ class FailureLog:
 
 def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
     """The module that a query names, or the default one, and the query without its name."""
-    position = next((i for i, (name, _) in enumerate(pairs) if name == b"module"), len(pairs))
-    given = b"".join(value for _, value in pairs[position : position + 1])
+    named = ((i, value) for i, (name, value) in enumerate(pairs) if name == b"module")
+    position, given = next(named, (len(pairs), b""))
     name = given.decode("utf-8", "replace") or config.default_module
     if not name:
         raise ScrapeError("bad_arguments", "the parameter module is missing")
@@ -4124,11 +4197,15 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     Networks first, then the bearer token or a user's password. No networks: any. No token and no
     users: nothing needs to be sent.
     """
-    address = parse_client_address(request.client)
-    if networks and not any(address in network for network in networks):
-        raise RequestError(403, "Forbidden")
-    ways = (("Bearer", held.token, held.is_token), ("Basic", held.users, held.users.prove))
-    proofs = {scheme: prove for scheme, wanted, prove in ways if wanted}
+    if networks:
+        address = parse_client_address(request.client)
+        if not any(address in network for network in networks):
+            raise RequestError(403, "Forbidden")
+    proofs = {}
+    if held.token:
+        proofs["Bearer"] = held.is_token
+    if held.users:
+        proofs["Basic"] = held.users.prove
     if not proofs:
         return request
     scheme, _, given = request.header("authorization").partition(" ")
@@ -4210,11 +4287,8 @@ class Application:
         self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         path = request.path if request.path in self._routes else "other"
         self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
-        line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
-        phrase = http.client.responses.get(response.status, "")
-        ended = f"{phrase}, aborted" if response.aborted else phrase
-        milliseconds = (time.monotonic() - started) * 1000
-        LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, milliseconds)
+        if LOGGER.isEnabledFor(logging.INFO):
+            log_request(request, response, time.monotonic() - started)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
@@ -4254,7 +4328,7 @@ class Application:
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
-        if result.status != http.HTTPStatus.OK:
+        if result.status != OK:
             message = f"the target answered with status {result.status}"
             self._note(module, ScrapeError("status", message))
         if not isinstance(result.body, bytes):
@@ -4264,7 +4338,7 @@ class Application:
 
     def _note_success(self, module: Module, status: int) -> None:
         """Log that a module has recovered, if it has."""
-        if status == http.HTTPStatus.OK and self._failures.is_news(module.name, ""):
+        if status == OK and self._failures.is_news(module.name, ""):
             LOGGER.warning("module %s: recovered", module.name)
 
     def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
@@ -4309,7 +4383,7 @@ class Application:
         if accepts(request.header("accept-encoding"), "gzip"):
             body = gzip.compress(body, 6)
             headers.append(("Content-Encoding", "gzip"))
-        return Response(http.HTTPStatus.OK, [*headers, ("Vary", "Accept-Encoding")], body)
+        return Response(OK, [*headers, ("Vary", "Accept-Encoding")], body)
 
     def _reload(self, _request: Request) -> Response:
         """Read everything again, if clients may ask for that."""
@@ -4478,19 +4552,21 @@ class HandshakeError(OSError):
         self.fault = fault
 
 
-def handshake_fault(error: Any) -> str:
+def handshake_fault(error: Exception) -> str:
     """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
-    reason = str(getattr(error, "reason", "")) if isinstance(error, ssl.SSLError) else ""
-    faults = {
-        "timeout": isinstance(error, (socket.timeout, TimeoutError, ScrapeError)),
-        # A name that is no text, or that could not be matched.
-        "not_allowed": isinstance(error, (UnicodeError, ChildProcessError)),
-        # Of a reset Python says that it was "Closed before TLS handshake".
-        "closed": not isinstance(error, ssl.SSLError) or re.search("EOF|Closed before", reason),
-        "no_certificate": reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE",
-        "refused_by_client": "ALERT" in reason,
-    }
-    return getattr(error, "fault", "") or next(filter(faults.get, faults), tls_fault(error))
+    if isinstance(error, HandshakeError):
+        return error.fault
+    if isinstance(error, (TimeoutError, ScrapeError)):
+        return "timeout"
+    # A name that is no text, or that could not be matched.
+    if isinstance(error, (UnicodeError, ChildProcessError)):
+        return "not_allowed"
+    reason = str(getattr(error, "reason", "EOF"))
+    if re.search("EOF|Closed before", reason):  # as Python says of a reset
+        return "closed"
+    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
+        return "no_certificate"
+    return "refused_by_client" if "ALERT" in reason else tls_fault(error)
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
@@ -4507,21 +4583,8 @@ def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Reques
     method, target, version = (part.decode("latin-1") for part in found.groups())
     if version not in ("1.0", "1.1"):
         raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
-    headers = read_request_headers(wire, limits.header_block_bytes)
+    headers = read_header_block(wire, limits.header_block_bytes, STRICT_HEADER)
     return Request(method, target or "/", headers, client, scheme, version)
-
-
-def read_request_headers(wire: Wire, most: int) -> Headers:
-    """Return a request's headers; raises RequestError if they are too large or malformed."""
-    block = wire.read_through(EMPTY_LINE, most)
-    if len(block) > most:
-        raise RequestError(431, "the headers are too large")
-    headers = parse_headers(block, STRICT_HEADER)
-    if headers is None and not EMPTY_LINE.search(block):
-        raise ConnectionResetError("closed in the middle of a request")
-    if headers is None:
-        raise RequestError(400, "malformed headers")
-    return headers
 
 
 class ClientConnection(socketserver.BaseRequestHandler):
@@ -4536,7 +4599,6 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._credentials: Credentials = self._application.credentials.current()
         self._config = self._application.config
         self._slot: socket.socket = self.request
-        self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._is_closing = False
         self._wire = Wire(self._slot, Deadline(self._limits.handshake_seconds, time.monotonic))
 
@@ -4590,10 +4652,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
             raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {refused}")
 
     def finish(self) -> None:
-        """Close what is not the server's to close."""
-        if self._wire.connection is not self._slot:
-            self._say_goodbye()
-            self._wire.close()
+        """Close the connection. The server closes the socket that was wrapped."""
+        self._say_goodbye()
+        self._wire.close()
 
     def _say_goodbye(self) -> None:
         """End TLS in good form, so that nothing seems to be cut off."""
@@ -4672,19 +4733,19 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def _send_response(self, response: Response, request: Request) -> None:
         """Send head and body, in one write if they are small."""
         headers, body = list(response.headers), response.body
-        given = {name.lower() for name, _ in headers}
-        bodiless = response.status in (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
+        given = [name.lower() for name, _ in headers]
+        bodiless = response.status in BODILESS
         chunked = False
-        if bodiless:  # RFC 9110, 8.6
-            headers = [pair for pair in headers if pair[0].lower() != "content-length"]
-        if isinstance(body, bytes):
-            headers += [] if bodiless else [("Content-Length", str(len(body)))]
+        if isinstance(body, bytes) and not bodiless:
+            headers.append(("Content-Length", str(len(body))))
         elif "content-length" not in given and not bodiless:
             chunked = request.version != "1.0"
-            headers += [("Transfer-Encoding", "chunked")] if chunked else []
             self._is_closing |= not chunked  # the only end of the body there is
+        if chunked:
+            headers.append(("Transfer-Encoding", "chunked"))
         self._is_closing |= self.server.connections.draining
-        headers += [] if "date" in given else [("Date", http_date(int(time.time())))]
+        if "date" not in given:
+            headers.append(("Date", http_date(int(time.time()))))
         headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
         head = render_head(f"HTTP/1.1 {int(response.status)} {phrase}", headers)
@@ -4692,7 +4753,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
             body = b""
         if isinstance(body, bytes):
             self._send(head + body[:PIECE_BYTES])
-            self._send(memoryview(body)[PIECE_BYTES:])
+            if len(body) > PIECE_BYTES:
+                self._send(memoryview(body)[PIECE_BYTES:])
             return
         self._send(head)
         for piece in body:
@@ -4708,7 +4770,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._allowance -= time.monotonic() - begun
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache
 def http_date(second: int) -> str:
     """Return a moment, in seconds since 1970, as the header Date has it: RFC 9110, 5.6.7."""
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
@@ -4765,7 +4827,7 @@ class Server(http.server.ThreadingHTTPServer):
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """One line at debug for a client that hangs up; the trace of anything else to the log."""
         error = sys.exc_info()[1]
-        if isinstance(error, (OSError, ScrapeError)):
+        if isinstance(error, (OSError, EOFError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
         elif isinstance(error, RuntimeError):  # no thread can be started
             LOGGER.warning("%s: connection closed: %s", client_address[0], error)
