@@ -5065,6 +5065,21 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
+M_MMAP_THRESHOLD: Final = -3  # of mallopt(3)
+
+
+def limit_memory() -> None:
+    """Have freed memory go back to the system. IO.
+
+    glibc keeps an arena a thread: after 40 bodies of 50 MB 1.5 GB stayed. With blocks from 1 MiB on
+    mapped one by one 50 MB stay; from 256 KiB on `re` would be slower on Python 3.9.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # musl has neither
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, MEBIBYTE)
+        library.malloc_trim(0)  # what loading has left
+
+
 def perform(options: Options, limits: Limits) -> int:
     """Do what the flags ask for; the exit code. Raises ConfigError."""
     if options["help"]:
@@ -5079,6 +5094,7 @@ def perform(options: Options, limits: Limits) -> int:
         signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
         program = Program(options, limits)
         program.listen()
+        limit_memory()
         program.run()
     else:
         LOGGER.warning("No web addresses to listen on, nothing to do!")

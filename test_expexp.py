@@ -17100,17 +17100,49 @@ def test_every_flag_that_contrib_names_exists(path: Path) -> None:
 
 def test_the_contrib_unit_starts_expexp_with_flags_that_it_takes() -> None:
     (start,) = unit_settings(UNIT)["ExecStart"]
-    python, program, *flags, more = shlex.split(start)
+    python, isolated, code, program, *flags, more = shlex.split(start)
     assert more == "$ARGS"
-    assert (Path(python).name, Path(program).name) == ("python3", SOURCE.name)
+    assert (Path(python).name, isolated, code) == ("python3", "-I", "-c")
+    assert program.endswith("import expexp; sys.exit(expexp.main())")
     assert expexp.parse_flags(flags)["config.file"] == "/etc/expexp/expexp.yaml"
 
 
+def started_as_by_the_unit(folder: Path, *flags: str) -> list[str]:
+    """What the unit starts, with this Python, the file of this checkout and other flags."""
+    (start,) = unit_settings(UNIT)["ExecStart"]
+    _, isolated, code, program, *_ = shlex.split(start)
+    return [sys.executable, isolated, code, program.replace("/opt/expexp", str(folder)), *flags]
+
+
+def test_what_the_contrib_unit_starts_takes_bytecode_and_no_module_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed, working = tmp_path / "installed", tmp_path / "working"
+    for folder in (installed, working):
+        folder.mkdir()
+    shutil.copy(SOURCE, installed)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", str(installed)], check=True)
+    (bytecode,) = (installed / "__pycache__").iterdir()
+    for name in ("socket", "yaml", "expexp", "sitecustomize"):
+        (working / f"{name}.py").write_text("raise SystemExit('taken from the working directory')")
+    monkeypatch.setenv("PYTHONPATH", str(working))
+    command = started_as_by_the_unit(installed, "-version")
+    command[3] = command[3].replace("; sys.exit", "; print(expexp.__cached__); sys.exit")
+    told = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=working, timeout=20
+    )
+    assert told.stderr.startswith(f"expexp {expexp.__version__} ")
+    assert told.returncode == 0
+    assert told.stdout == f"{bytecode}\n"
+
+
 def test_the_readme_installs_what_the_contrib_unit_starts() -> None:
-    settings = unit_settings(UNIT)
-    install = document_section("Installation")
-    for path in re.findall(r"\S*/expexp\.(?:py|yaml)", settings["ExecStart"][0]):
-        assert f" {path}\n" in install
+    (start,) = unit_settings(UNIT)["ExecStart"]
+    settings, install = unit_settings(UNIT), document_section("Installation")
+    (folder,) = re.findall(r'sys\.path\.insert\(0, "(\S+)"\)', start)
+    assert f" {folder}/{SOURCE.name}\n" in install
+    assert f"\npython3 -m compileall -q {folder} " in install
+    assert " /etc/expexp/expexp.yaml\n" in install
     assert f"/usr/sbin/nologin {settings['User'][0]}\n" in install
     assert f" contrib/{UNIT.name} " in install
 
