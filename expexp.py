@@ -125,7 +125,7 @@ TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PLAIN_CONTENT_TYPE: Final = "text/plain; charset=utf-8"
 SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
-TIMEOUT_FIELD: Final = SCRAPE_TIMEOUT_HEADER.lower()  # as names of headers are compared
+TIMEOUT_FIELD: Final = "x-prometheus-scrape-timeout-seconds"  # as names of headers are compared
 MEBIBYTE: Final = 1 << 20
 PIECE_BYTES: Final = 1 << 16
 LAST_PORT: Final = 65535
@@ -349,7 +349,7 @@ class Deadline:
     def __init__(
         self, seconds: float, clock: Callable[[], float], longest_wait: float = math.inf
     ) -> None:
-        """Start now, for so many seconds, of which one wait may take no more than the longest."""
+        """Start now. The deadline is `seconds` away. No wait exceeds `longest_wait` seconds."""
         self._seconds, self._clock, self._at = seconds, clock, clock() + seconds
         self._longest_wait = longest_wait
 
@@ -360,8 +360,8 @@ class Deadline:
     def remaining(self) -> float:
         """Return the seconds that the next wait may take, always more than 0.
 
-        Raises ScrapeError("timeout") when the deadline has passed: no wait is ever negative, which
-        poll would take for no limit.
+        Raises ScrapeError("timeout") when the deadline has passed. A negative wait would mean "no
+        limit" to poll.
         """
         seconds = self._at - self._clock()
         if seconds <= 0:
@@ -437,10 +437,12 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
     where that leaves nothing, half of the header's value. Nonsense in the header is ignored.
     """
     seconds = [module] if module > 0 else []
-    with contextlib.suppress(ValueError):
+    try:
         client = float(header)
-        if 0 < client < float("inf"):
-            seconds.append(client - offset if client > offset else client / 2)
+    except ValueError:
+        client = 0
+    if 0 < client < math.inf:
+        seconds.append(client - offset if client > offset else client / 2)
     return min(*seconds, limits.longest_scrape_seconds) if seconds else limits.scrape_seconds
 
 
@@ -2111,7 +2113,7 @@ class HttpTarget:
 
     @functools.cached_property
     def netloc(self) -> str:
-        """Host and port, as the header Host has them."""
+        """Return the value of the header Host."""
         return render_address((self.host, self.port)) if self.port else self.host
 
     @functools.cached_property
@@ -2943,10 +2945,10 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
 # ==================================================================================================
 # 13  HTTP/1.1 in both directions
 # ==================================================================================================
-# Both sides of a scrape are read and written through a `Wire`, a connection that does not block and
-# whose waits have a deadline. The head of a request and the head of an answer are read by one
-# parser. Towards clients it is strict. Towards targets it tolerates what Go's client tolerates,
-# since Prometheus scrapes the same targets directly with that client. IO.
+# Clients and targets are read and written through a `Wire`: a connection that does not block, and
+# whose waits have a deadline. One parser reads the heads of requests and of answers. It is strict
+# towards clients. Towards targets it tolerates what Go's client tolerates, because Prometheus
+# scrapes the same targets directly with that client. IO.
 
 Headers = Sequence[tuple[str, str]]
 
@@ -2959,21 +2961,21 @@ FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value goes on in 
 def header_grammar(name: str) -> re.Pattern[str]:
     """Return the expression for one header: a name, a colon, and a value that may be folded.
 
-    The value has no control characters. No two parts can match the same text, so the match takes
-    linear time: 26 ms for a header of 256 KiB that is refused at its last byte.
+    The value has no control characters. No two parts of the expression match the same text, so
+    matching is linear: 26 ms for 256 KiB that fail at the last byte.
     """
     return re.compile(rf"({name}):({LINE}(?:\r?\n[ \t]{LINE})*)\r?\n")
 
 
 STRICT_HEADER: Final = header_grammar(TOKEN.pattern)
-#: With blanks in the name, as in `Content-Length : 4`.
+#: Also with blanks in the name, as in `Content-Length : 4`.
 TOLERANT_HEADER: Final = header_grammar(rf"[{NAME_CHARACTERS}][ {NAME_CHARACTERS}]*")
 
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
     """Return the headers of a block that ends in an empty line; RequestError if it is malformed.
 
-    A header with a blank in its name is dropped: Go keeps it under a name that nobody asks for.
+    A header with a blank in its name is dropped. Go keeps it under a name that no code looks up.
     """
     text = block.decode("latin-1")
     headers = []
@@ -2995,35 +2997,37 @@ def values_of(headers: Headers, name: str) -> list[str]:
     return [value for given, value in headers if given.lower() == name]
 
 
+def connection_options(headers: Headers) -> list[str]:
+    """Return what the header Connection lists, in lower case: RFC 9110, 7.6.1."""
+    listed = ",".join(values_of(headers, "connection")).lower().split(",")
+    return [option.strip(" \t") for option in listed]
+
+
 def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return the head of a request or an answer. The headers are ours, or were parsed above."""
-    lines = [first_line, *(f"{name}: {value}" for name, value in headers)]
-    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+    """Return the head of a request or an answer. No line breaks: `parse_headers` allows none."""
+    fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    return f"{first_line}\r\n{fields}\r\n".encode("latin-1", "replace")
 
 
 class Wire:
     """A connection, plain or over TLS, whose every wait ends at a deadline.
 
-    The socket does not block. An operation is tried first, and polled for only if it would block: a
-    timeout set before each read would cost a third more system calls.
+    The socket must not block. Each operation is tried first, and `poll` runs only if the operation
+    would block. A timeout set before each read would cost a third more system calls.
     """
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
-        """Take over a connected socket."""
-        connection.settimeout(0)
-        if connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.connection = connection
         self.deadline = deadline
         self._received = b""
         self._taken = 0  # how many of these bytes were handed out
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
-        """Return what an operation returns; wait for the event as long as it would block.
+        """Run a socket operation and return its result. Wait for `event` while it would block.
 
-        Raises OSError, or the deadline's ScrapeError. TLS may have to read before it can write, and
-        the reverse. The operation is repeated with the same arguments: to another slice of what is
-        sent OpenSSL answers BAD_LENGTH (measured on CPython 3.9 to 3.13).
+        Raises OSError, or the deadline's ScrapeError. TLS may have to read before it can write, or
+        write before it can read. The operation is repeated with the same arguments, because OpenSSL
+        fails with BAD_LENGTH if the retry sends another slice (measured on CPython 3.9 to 3.13).
         """
         while True:
             try:
@@ -3039,14 +3043,15 @@ class Wire:
             if not poll.poll(self.deadline.remaining() * 1000):
                 raise TimeoutError("timed out")
 
-    def start_tls(self, context: ssl.SSLContext, **settings: Any) -> None:
+    def start_tls(self, context: ssl.SSLContext, **settings: Any) -> ssl.SSLSocket:
         """Shake hands on the connection. Raises OSError, ValueError or the deadline's error."""
         tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
         self.connection = tls
         self.attempt(tls.do_handshake, select.POLLIN)
+        return tls
 
     def receive(self, most: int) -> bytes:
-        """Return up to `most` bytes; b"" at the end of what the peer sends."""
+        """Return up to `most` bytes; b"" if the peer has closed."""
         self.await_data()
         return self._take(most)
 
@@ -3055,9 +3060,10 @@ class Wire:
         return self._taken < len(self._received) or self._fill()
 
     def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
-        """Return the bytes through the first match of `end`, which may span two bytes.
+        """Return the bytes through the first match of `end`. A match is at most two bytes long.
 
-        Without a match: `most` + 1 bytes, or all that came before the peer closed.
+        Without a match within `most` bytes, return `most` + 1 bytes, or everything received before
+        the peer closed.
         """
         searched = self._taken
         while True:
@@ -3070,7 +3076,11 @@ class Wire:
             searched = max(0, count - 1)
 
     def _fill(self) -> bool:
-        """Receive once; return False when the peer has closed."""
+        """Receive one piece. Return False if the peer has closed.
+
+        The deadline counts also for a peer that always has something to read.
+        """
+        self.deadline.remaining()
         piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
         self._received = self._received[self._taken :] + piece
         self._taken = 0
@@ -3095,9 +3105,9 @@ class Wire:
 
 
 def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers up to the next empty line, of `most` bytes in all.
+    """Return the headers up to the next empty line. The block has at most `most` bytes.
 
-    Raises RequestError if they are malformed or too large, EOFError if the peer closed before.
+    Raises RequestError if it is malformed or too large, EOFError if the peer closes before its end.
     """
     block = wire.read_through(EMPTY_LINE, most)
     if len(block) > most:
@@ -3107,20 +3117,22 @@ def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Header
     return parse_headers(block, grammar)
 
 
-STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?(?:\r?\n)?")
+STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
 INTERIM_ANSWERS: Final = 5  # as many as Go's client reads before it gives up
-LENGTH: Final = re.compile("[0-9]{1,19}")  # more digits than any length has
+LENGTH: Final = re.compile("[0-9]{1,19}")  # 19 digits are enough for 64 bits
 CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
-CHUNK_LINE_BYTES: Final = 4096  # with extensions; also of all trailers. As in Go
+CHUNK_LINE_BYTES: Final = 4096  # also for all trailers together, as in Go
 NO_END: Final = "the target closed before the end of its body"
 
 
 class TargetExchange:
-    """One GET to a target, and the answer: status, headers, and a body that is still to be read.
+    """One GET request to a target and its answer: status, headers and unread body.
 
-    For `urllib.request` it is the connection and its response. urllib splits the URL into host and
-    selector, adds `Connection: close`, gives the names of the headers their usual form, and wraps
-    an OSError in sending the request in a URLError.
+    The wire is connected. The head of the answer may have `most` bytes.
+
+    This object plays two roles for `urllib.request`: the connection and the response. urllib does
+    four things: it splits the URL into host and selector, adds `Connection: close`, capitalizes the
+    names of headers, and wraps an OSError in sending the request in a URLError.
     """
 
     sock = None  # urllib would close it before the body is read
@@ -3129,15 +3141,15 @@ class TargetExchange:
     headers: Headers
 
     def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
-        """Use a connected wire. The head of the answer may have `most` bytes."""
         self._wire = wire
         self._most = most
+        self.close = wire.close
         self._is_chunked = False
-        #: Of the body, in bytes. inf: to the end of the chunks, or of the connection.
+        #: The bytes of the body; inf if a last chunk or the end of the connection ends it.
         self.length = math.inf
 
     def set_debuglevel(self, _level: int) -> None:
-        """Do nothing: urllib would have what is sent printed."""
+        """Ignore the debug level. urllib calls this for every connection."""
 
     def request(
         self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
@@ -3163,25 +3175,27 @@ class TargetExchange:
             raise ConnectionResetError("no answer")
         found = STATUS_LINE.fullmatch(line)
         if not found:
-            shown = excerpt(line.strip(), 200) or "an empty line"
-            raise ScrapeError("protocol", f"not HTTP: {shown}")
+            raise ScrapeError(
+                "protocol", f"not HTTP: {excerpt(line.strip(), 200) or 'an empty line'}"
+            )
         try:
             self.headers = read_header_block(self._wire, self._most - len(line), TOLERANT_HEADER)
         except RequestError as error:
             raise ScrapeError("protocol", f"not HTTP: {error.message}") from None
         except EOFError:
-            message = "the target closed in the middle of its headers"
-            raise ScrapeError("truncated", message) from None
+            raise ScrapeError(
+                "truncated", "the target closed in the middle of its headers"
+            ) from None
         self.status = int(found[2])
         return found[1]
 
     def _find_end(self, version: bytes) -> None:
-        """Find how the body ends: RFC 9112, 6.3. Raises ScrapeError("protocol") if that is open."""
+        """Find how the body ends: RFC 9112, 6.3. ScrapeError("protocol") on a contradiction."""
         lengths = set(values_of(self.headers, "content-length"))
         codings = [value.lower() for value in values_of(self.headers, "transfer-encoding")]
         if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
             raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-        if version < b"1.1":  # as in Go, since HTTP/1.0 knows no codings
+        if version < b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
             codings = []
         if codings not in ([], ["chunked"]):
             raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
@@ -3193,7 +3207,7 @@ class TargetExchange:
             self.length = int(lengths.pop())
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the body; raises ScrapeError("truncated") if it has no proper end."""
+        """Yield the body; raises ScrapeError("truncated") if it is cut short."""
         if self._is_chunked:
             yield from self._chunks()
             return
@@ -3203,7 +3217,7 @@ class TargetExchange:
             raise ScrapeError("truncated", message)
 
     def _read(self, left: Any) -> Generator[bytes, None, Any]:
-        """Yield so many bytes, in pieces; return how many the target has not sent."""
+        """Yield up to `left` bytes in pieces. Return how many bytes the target did not send."""
         while left:
             piece = self._wire.receive(min(left, PIECE_BYTES))
             if not piece:
@@ -3213,22 +3227,18 @@ class TargetExchange:
         return left
 
     def _chunks(self) -> Iterator[bytes]:
-        """Yield the data of chunks, framed as RFC 9112, 7.1, says; read the trailers away."""
+        """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
         size = 1
         while size:
             found = CHUNK_SIZE.fullmatch(self._wire.read_through(LINE_END, CHUNK_LINE_BYTES))
             if not found:
                 raise ScrapeError("truncated", NO_END)
             size = int(found[1], 16)
-            left = yield from self._read(size)
-            if left or (size and self._wire.read_through(LINE_END, 2) != b"\r\n"):
+            yield from self._read(size)
+            if size and self._wire.read_through(LINE_END, 2) != b"\r\n":
                 raise ScrapeError("truncated", NO_END)
         if not EMPTY_LINE.search(self._wire.read_through(EMPTY_LINE, CHUNK_LINE_BYTES)):
             raise ScrapeError("truncated", NO_END)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._wire.close()
 
 
 # ==================================================================================================
@@ -3411,7 +3421,7 @@ def numeric_addresses(host: str, port: int) -> Any:
 
 
 def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
-    """Return what getaddrinfo says; raises its errors, or ScrapeError at the deadline.
+    """Return getaddrinfo's entries; raises its errors, or ScrapeError at the deadline.
 
     It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
     """
@@ -3423,7 +3433,7 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     return wait_for(aside(slots.release, look_up, host, port), deadline)
 
 
-#: What a service manager gave to expexp alone.
+#: Variables that a service manager sets for expexp alone.
 OWN_VARIABLE: Final = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
 REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
 
@@ -3434,7 +3444,7 @@ class Commands:
     def __init__(self, limits: Limits, soft_descriptors: int) -> None:
         """`soft_descriptors` is the limit that commands get back, 0 if it was not raised."""
         self._limits, self._soft_descriptors = limits, soft_descriptors
-        #: Of each command, without what a service manager gave to expexp alone.
+        #: What every command inherits; it does not change while expexp runs.
         self.environment = {k: v for k, v in os.environb.items() if not OWN_VARIABLE.fullmatch(k)}
         self._running: set[subprocess.Popen[bytes]] = set()  # each use of it is atomic
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
@@ -3467,9 +3477,9 @@ class Commands:
         return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """TERM to a command's group, and a little later KILL, off the request's path.
+        """Send TERM to a command's group. The reaper sends KILL later, outside the request.
 
-        The time is rounded up, so that the thread wakes once for many groups.
+        The time of KILL is rounded up, so that the reaper wakes once for many groups.
         """
         signal_group(process, signal.SIGTERM)
         due = time.monotonic() + self._limits.term_to_kill_seconds
@@ -3557,33 +3567,45 @@ def check_size(limits: Limits, count: int) -> None:
 UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
 
 
-def connect_any(addresses: Any, deadline: Deadline) -> socket.socket:
-    """Return a connection to the first that accepts one of the addresses of getaddrinfo.
+def connect_any(addresses: Any, deadline: Deadline) -> Wire:
+    """Connect to the first of getaddrinfo's addresses that accepts.
 
     They share what remains. Raises OSError, that of the first, or ScrapeError.
     """
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        seconds = deadline.remaining() / (len(addresses) - position)
-        connection = None
-        try:  # a host without IPv6 has no such sockets
-            connection = socket.socket(family, kind, protocol)
-            connection.settimeout(seconds)
-            connection.connect(address)
+        share = Deadline(deadline.remaining() / (len(addresses) - position), time.monotonic)
+        try:
+            wire = connect_one(family, kind, protocol, address, share)
         except OSError as error:
             errors.append(error)
-            if connection:
-                connection.close()
         else:
-            return connection
+            wire.deadline = deadline
+            return wire
     raise errors[0]
 
 
-#: Stateless: what it opens is given to it.
+def connect_one(family: int, kind: int, protocol: int, address: Any, deadline: Deadline) -> Wire:
+    """Connect to one address. Raises OSError, also if the host lacks the address family."""
+    connection = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+    wire = Wire(connection, deadline)
+    try:
+        if family == socket.AF_UNIX:  # a full backlog is EAGAIN, for which poll does not wait
+            connection.connect(address)
+        else:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire.attempt(connection.connect, select.POLLOUT, address)
+    except (OSError, ScrapeError):
+        wire.close()
+        raise
+    return wire
+
+
+#: Shared by all requests: the handler keeps no state.
 HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
 
 
-def connect_host(job: Job, host: str, port: int) -> socket.socket:
+def connect_host(job: Job, host: str, port: int) -> Wire:
     """A connection to a port; raises OSError or ScrapeError."""
     return connect_any(resolve(host, port, job.deadline, job.tools.resolver_slots), job.deadline)
 
@@ -3608,7 +3630,7 @@ def tls_fault(error: Any) -> str:
 
 
 def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
-    """Return what an error between us and a target means; raises the deadline's if that passed."""
+    """Return the ScrapeError for an error of a target's connection; raise it for a late one."""
     deadline.remaining()
     cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
     if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
@@ -3620,7 +3642,8 @@ def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
 
 def request_headers(job: Job) -> dict[str, str]:
     """The headers for a target: the client's, with what expexp and the module set instead."""
-    target, headers = job.module.target, cast("dict[str, str]", {})
+    target = job.module.target
+    headers: dict[str, str] = {}
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
         title = name.title()
         known = headers.get(title)
@@ -3635,14 +3658,14 @@ def request_headers(job: Job) -> dict[str, str]:
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
     if authorization := target.credentials.current().authorization:
         headers["Authorization"] = authorization
-    headers.update((name, secret.reveal()) for name, secret in target.headers.items())
+    for name, secret in target.headers.items():
+        headers[name] = secret.reveal()
     return headers
 
 
 def end_to_end(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers without the hop-by-hop ones and those that Connection names."""
-    named = ",".join(values_of(headers, "connection")).lower()
-    dropped = HOP_BY_HOP_NAMES.union(re.split("[ \t,]+", named))
+    dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -3655,21 +3678,21 @@ def request_url(job: Job) -> str:
 
 
 def ask(
-    job: Job, connect: Callable[[Job], socket.socket], url: str, headers: dict[str, str]
+    job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, str]
 ) -> TargetExchange:
-    """Return the answer to a GET on a connection of its own, its body unread; raises ScrapeError.
+    """Send a GET on a new connection. Return the answer, its body unread; raises ScrapeError.
 
     urllib's bare handler knows no proxies, redirects, `file:` or `ftp:`.
     """
     target, most = job.module.target, job.tools.limits.target_head_bytes
     request = urllib.request.Request(url, None, headers, target.host)  # noqa: S310 - http(s)
-    request.timeout = None  # urllib's is one a read; the wire has the deadline
+    request.timeout = None  # urllib's timeout applies to each read; the wire has a deadline
     try:
-        wire = Wire(connect(job), job.deadline)
+        wire = connect(job)
         job.cleanup.callback(wire.close)
         if request.type == "https":
             context, name = target.credentials.current().context, target.server_name or target.host
-            # A body cut short by an attacker is an error, not an end: no ragged ends.
+            # An attacker can cut a body short: an end without close_notify is an error.
             wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
         return cast(TargetExchange, HANDLER.do_open(TargetExchange, request, wire=wire, most=most))
     except (OSError, ValueError) as error:
@@ -3681,14 +3704,16 @@ def scrape_http(job: Job) -> Scrape:
     response = ask(job, connect_target, request_url(job), request_headers(job))
     passed, pieces = end_to_end(response.headers), response_pieces(job, response)
     if job.module.verify:
-        return Scrape(response.status, passed, join_pieces(job, pieces))
+        body = join_pieces(job, pieces)
+        response.close()  # a client that reads slowly keeps no connection to the target
+        return Scrape(response.status, passed, body)
     if response.length < math.inf and response.status not in BODILESS:  # RFC 9110, 8.6
         passed.append(("Content-Length", f"{response.length:d}"))
     return Scrape(response.status, passed, pieces)
 
 
 def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
-    """Yield the body of an answer; raises ScrapeError when its end is not its announced end."""
+    """Yield the body of an answer; raises ScrapeError if it is cut short or too large."""
     count = 0
     try:
         for piece in response.pieces():
@@ -3707,7 +3732,7 @@ def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
 unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
-def connect_engine(job: Job) -> socket.socket:
+def connect_engine(job: Job) -> Wire:
     """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
     given, faults = job.module.target.container_host, []
     for place in ENGINES if given == ENGINES[0] else (given,):
@@ -3728,6 +3753,7 @@ def ask_engine(job: Job) -> bytes:
         url, headers = f"http://localhost/containers/{name}/json", {"Host": "localhost"}
         response = ask(job, connect_engine, url, headers)
         body = join_pieces(job, response_pieces(job, response))
+        response.close()
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy"):
             raise
@@ -3755,16 +3781,18 @@ def find_container(job: Job) -> tuple[str, int]:
         networks = (network, *(network.get("Networks") or {}).values())
         places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
         places += [("", port)] if mode == "host" else []
-        hosts = [ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}") for host, _ in places]
+        if not places:
+            raise unreachable(
+                f"the container publishes no port {port}, and has no address of its own"
+            )
+        host, port = places[0]
+        return str(ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}")), port
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of it: {error!r}"
         raise unreachable(excerpt(words, 200)) from None
-    if not places:
-        raise unreachable(f"the container publishes no port {port}, and has no address of its own")
-    return str(hosts[0]), places[0][1]
 
 
-def connect_container(job: Job) -> socket.socket:
+def connect_container(job: Job) -> Wire:
     """A socket that is connected to a container; where it is is asked again when that fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
@@ -3783,7 +3811,7 @@ def connect_container(job: Job) -> socket.socket:
         raise unreachable(f"{where}: {words_of(error)}") from None
 
 
-def connect_target(job: Job) -> socket.socket:
+def connect_target(job: Job) -> Wire:
     """A connection to a module's target; raises OSError or ScrapeError."""
     target = job.module.target
     if target.unix_socket:
@@ -3894,12 +3922,12 @@ def scrape_file(job: Job) -> Scrape:
 
 
 def open_without_waiting(path: str, _flags: int) -> int:
-    """Return a descriptor for reading, also of a FIFO that nobody writes to."""
+    """Open a path for reading and return the descriptor. A FIFO without a writer does not block."""
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
-    """Return the status of an open file; raises ScrapeError if it is too large or another kind."""
+    """Return an open file's status; ScrapeError if it is too large or of another kind."""
     found = os.fstat(file.fileno())
     if stat.S_IFMT(found.st_mode) != kind:
         raise ScrapeError("file", "replaced while it was opened")
@@ -3908,8 +3936,8 @@ def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
 
 
 def scrape_fifo(job: Job, path: str) -> Scrape:
-    """Return what comes out of a FIFO, which has one reader at a time; OSError, ScrapeError."""
-    key = os.path.realpath(path)  # not the inode: each new FIFO would leave one behind
+    """Read a FIFO until its writers close it, one scrape at a time. OSError and ScrapeError."""
+    key = os.path.realpath(path)  # not the inode: each new FIFO would leave a lock behind
     lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
     acquire(lock, job.deadline)
     try:
@@ -3944,7 +3972,7 @@ def finish_torn(job: Job, key: str) -> None:
 
 
 def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
-    """What writers put into a FIFO until the last of them has closed it."""
+    """Yield the bytes of a FIFO until its last writer closes it."""
     poll, piece = select.poll(), None
     poll.register(file, select.POLLIN)
     while piece != b"":
@@ -3955,14 +3983,12 @@ def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
 
 
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
-MTIME_LINE: Final = re.compile(
-    rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?" + MTIME_FAMILY + rb"(?![\w:])"
-)
+MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
 
 
 def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
     """The body and, if it does not have that family, the time of the file's modification."""
-    # The expression alone would take longer than all else that is done with the file.
+    # `in` comes first: the expression alone takes longer than the rest of the scrape.
     if MTIME_FAMILY in body and MTIME_LINE.search(body):
         return body
     series = render_labels(("module", "path"), (module.name, module.target.path)).encode()
@@ -3982,7 +4008,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
     encoding = (*values_of(headers, "content-encoding"), "")[0]
     content_type = configured or (*values_of(headers, "content-type"), "")[0]
     try:
-        if encoding == "gzip":  # only this, as in Prometheus
+        if encoding == "gzip":  # Prometheus decodes nothing else, either
             body = join_pieces(job, gunzip_pieces(body))
         verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.remaining)
     except zlib.error as error:
@@ -3991,13 +4017,13 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
         line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
         detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
         message = str(error)
-        if encoding not in ("", "gzip"):
+        if encoding not in ("", "identity", "gzip"):
             message += f'; Content-Encoding is "{excerpt(encoding)}", and only gzip is decoded'
         raise ScrapeError("malformed", message, detail) from None
-    if configured or choose_dialect(content_type, strict=False) is not TEXT:
-        return configured
     is_plain = parse_media_type(content_type[:MAX_CONTENT_TYPE])[0] == "text/plain"
-    return "" if is_plain else TEXT_CONTENT_TYPE
+    if configured or is_plain or choose_dialect(content_type, strict=False) is not TEXT:
+        return configured
+    return TEXT_CONTENT_TYPE
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
@@ -4031,7 +4057,7 @@ def scrape_target(job: Job) -> Scrape:
         result = SCRAPERS[module.method](job)
         is_streamed = not isinstance(result.body, bytes)
     finally:
-        if not is_streamed:  # a client that reads slowly keeps no slot, except for a stream
+        if not is_streamed:  # a client that reads slowly keeps the slot only of a stream
             take(what, -1)
     if is_streamed:
         job.cleanup.callback(take, what, -1)
@@ -4093,10 +4119,9 @@ class Request(NamedTuple):
 
     @property
     def keeps_connection(self) -> bool:
-        """Whether the client wants to send another request on this connection: RFC 9112, 9.3."""
-        named = self.header("connection")
-        is_wanted = self.version != "1.0" or accepts(named, "keep-alive")
-        return is_wanted and not accepts(named, "close")
+        """Return whether the client keeps the connection open: RFC 9112, 9.3."""
+        options = connection_options(self.headers)
+        return "close" not in options and (self.version != "1.0" or "keep-alive" in options)
 
 
 @dataclass
@@ -4108,20 +4133,13 @@ class Response:
     body: bytes | Iterator[bytes] = b""
     cleanup: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     aborted: bool = False  # failed after the status was sent
+    module: str = ""  # the module whose duration is observed, if any
 
 
 def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
     """A page of ours: one line of plain text, unless `more` headers give it another type."""
     fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
     return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
-
-
-def log_request(request: Request, response: Response, seconds: float) -> None:
-    """Write the line of the access log for a request that has been answered."""
-    phrase = http.client.responses.get(response.status, "")
-    ended = f"{phrase}, aborted" if response.aborted else phrase
-    line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
-    LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, seconds * 1000)
 
 
 class FailureLog:
@@ -4259,13 +4277,14 @@ class Application:
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again; what is wrong with those that are not used."""
-        with self._reloading, contextlib.ExitStack() as over:
-            over.callback(notify, "READY=1")  # whatever happens
+        with self._reloading:
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            # Credentials come first: they must not expire because of a module.
-            problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
-            self._tools.containers.clear()  # it may be that one has moved
-            self.take_config()
+            try:  # credentials come first: they must not expire because of a module
+                problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
+                self._tools.containers.clear()  # it may be that one has moved
+                self.take_config()
+            finally:
+                notify("READY=1")
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -4284,23 +4303,30 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        self.metrics.increment("expexp_http_requests_in_flight", by=-1)
+        seconds = time.monotonic() - started
         path = request.path if request.path in self._routes else "other"
+        self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
+        if response.module:
+            self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
         if LOGGER.isEnabledFor(logging.INFO):
-            log_request(request, response, time.monotonic() - started)
+            line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
+            phrase = http.client.responses.get(response.status, "")
+            ended = f"{phrase}, aborted" if response.aborted else phrase
+            LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
         if refusal:
             raise refusal
+        path = request.path
         request = admit(request, self.options["allow.net"], self.credentials.current())
-        if request.path not in self._routes:
+        if path not in self._routes:
             raise RequestError(404, "404 page not found")
-        allowed = ("POST", "PUT") if request.path == "/-/reload" else ("GET", "HEAD")
+        allowed = ("POST", "PUT") if path == "/-/reload" else ("GET", "HEAD")
         if request.method not in allowed:
             raise RequestError(405, "405 method not allowed", ("Allow", ", ".join(allowed)))
-        return self._routes[request.path](request)
+        return self._routes[path](request)
 
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
@@ -4309,22 +4335,18 @@ class Application:
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
-                cleanup.callback(self._observe, module.name, time.monotonic())
                 check_arguments(module, pairs, self.limits)
                 seconds = scrape_timeout(module.timeout, header, offset, self.limits)
                 deadline = Deadline(seconds, time.monotonic)
                 asked = (module, pairs, request.headers, request.client, deadline)
-                result = answer_job(Job(*asked, cleanup, self._tools))
-                body = self._noted_body(module, result)
-                return Response(result.status, result.headers, body, cleanup.pop_all())
+                found = answer_job(Job(*asked, cleanup, self._tools))
+                body = self._noted_body(module, found)
+                response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
                 who = f"module {excerpt(module.name)}: " if module else ""
-                return own_response(error.reason.status, who + self._note(module, error))
-
-    def _observe(self, module: str, started: float) -> None:
-        """Count a proxied request and its duration."""
-        seconds = time.monotonic() - started
-        self.metrics.observe("expexp_proxy_duration_seconds", module, seconds=seconds)
+                response = own_response(error.reason.status, who + self._note(module, error))
+            response.module = module.name if module else ""
+            return response
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -4361,8 +4383,7 @@ class Application:
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, reason, words, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
-        clients_fault = error.reason.status in range(400, 500)
-        news = not clients_fault and self._failures.is_news(name, reason)
+        news = error.reason.status not in range(400, 500) and self._failures.is_news(name, reason)
         LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
         return words
 
@@ -4483,8 +4504,8 @@ def collect_process(metrics: SelfMetrics) -> None:
 # request is there and allowed its connection makes room for others when all slots are taken.
 
 # Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
-URL_START: Final = rb"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
-REQUEST_LINE: Final = re.compile(rb"(\S+) (?=\S)%b(\S*) HTTP/([0-9.]+)\r?\n" % URL_START)
+URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
+REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n", re.ASCII)
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -4570,17 +4591,20 @@ def handshake_fault(error: Exception) -> str:
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
-    """Return the next request; raises RequestError if it is none, OSError if it does not arrive."""
+    """Return the next request. Raises RequestError if it is malformed.
+
+    Raises OSError, EOFError or ScrapeError if it does not arrive.
+    """
     most = limits.request_line_bytes
     line = wire.read_through(LINE_END, most)
     if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
         line = wire.read_through(LINE_END, most)
     if len(line) > most:
         raise RequestError(414, "the request line is too long")
-    found = REQUEST_LINE.fullmatch(line)
+    found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not found:  # a bare `GET /` is HTTP/0.9, in which no status could be said
         raise RequestError(400, "malformed request line")
-    method, target, version = (part.decode("latin-1") for part in found.groups())
+    method, target, version = found.groups()
     if version not in ("1.0", "1.1"):
         raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
     headers = read_header_block(wire, limits.header_block_bytes, STRICT_HEADER)
@@ -4599,6 +4623,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._credentials: Credentials = self._application.credentials.current()
         self._config = self._application.config
         self._slot: socket.socket = self.request
+        self._slot.setblocking(False)
+        self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._is_closing = False
         self._wire = Wire(self._slot, Deadline(self._limits.handshake_seconds, time.monotonic))
 
@@ -4622,7 +4648,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self._answer()
 
     def _expect_request(self, seconds: float) -> None:
-        """Give the client so many seconds to send what comes next."""
+        """Set the deadline for the next bytes of the client."""
         self._wire.deadline = Deadline(seconds, time.monotonic)
 
     def _shake_hands(self) -> None:
@@ -4634,15 +4660,14 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """
         self.server.connections.mark(self._slot, idle=True)
         first = self._wire.attempt(self._slot.recv, select.POLLIN, 1, socket.MSG_PEEK)
-        tls = cast(ServerTls, self._credentials.tls)
+        tls: Any = self._credentials.tls
         if not first:
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         self._wire = Wire(self._slot.dup(), self._wire.deadline)
-        self._wire.start_tls(tls.context, server_side=True)
-        certificate = cast(ssl.SSLSocket, self._wire.connection).getpeercert() or {}
+        certificate = self._wire.start_tls(tls.context, server_side=True).getpeercert() or {}
         # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise HandshakeError("expiry", "certificate has expired")
@@ -4652,15 +4677,14 @@ class ClientConnection(socketserver.BaseRequestHandler):
             raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {refused}")
 
     def finish(self) -> None:
-        """Close the connection. The server closes the socket that was wrapped."""
-        self._say_goodbye()
-        self._wire.close()
+        """End TLS in good form, so that nothing seems to be cut off. Close its duplicate socket.
 
-    def _say_goodbye(self) -> None:
-        """End TLS in good form, so that nothing seems to be cut off."""
+        The server closes the slot: it ends the sending side first, so that no answer is lost.
+        """
         if isinstance(self._wire.connection, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self._wire.connection.unwrap()
+            self._wire.close()
 
     def _discard(self) -> None:
         """Read away what the client still sends: closing now would reset what we answered."""
@@ -4672,7 +4696,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 left -= len(wire.receive(PIECE_BYTES)) or left
 
     def _answer(self) -> None:
-        """Answer one request, or find that there is none."""
+        """Answer the next request, or return if the client has closed."""
         self._is_closing, connections = True, self.server.connections
         request, refusal = Request("-", "-", (), self._client), None
         limits, scheme = self._limits, self.server.scheme
@@ -4703,7 +4727,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         connections.mark(self._slot, idle=bool(refusal) or response.status in (401, 403, 503))
         self._write(response, request)
         if unread:
-            self._say_goodbye()
+            self.finish()
             self._discard()
         self._expect_request(limits.idle_seconds)
 
@@ -4762,7 +4786,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
-        """Send all of it; raises an error when there is no progress, or too little."""
+        """Send all of it. Raises TimeoutError or ScrapeError if the client reads too slowly."""
         begun, limits = time.monotonic(), self._limits
         self._allowance += len(content) / limits.write_bytes_per_second
         self._wire.deadline = Deadline(self._allowance, time.monotonic, limits.write_stall_seconds)
@@ -4772,7 +4796,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
 @functools.lru_cache
 def http_date(second: int) -> str:
-    """Return a moment, in seconds since 1970, as the header Date has it: RFC 9110, 5.6.7."""
+    """Format Unix time as a Date header: RFC 9110, 5.6.7."""
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
 
 
@@ -5065,19 +5089,17 @@ def render_finding(name: str, raw: bytes, finding: Finding) -> str:
     return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
-M_MMAP_THRESHOLD: Final = -3  # of mallopt(3)
-
-
 def limit_memory() -> None:
-    """Have freed memory go back to the system. IO.
+    """Make glibc return freed memory to the system. IO.
 
-    glibc keeps an arena a thread: after 40 bodies of 50 MB 1.5 GB stayed. With blocks from 1 MiB on
-    mapped one by one 50 MB stay; from 256 KiB on `re` would be slower on Python 3.9.
+    glibc keeps one arena per thread. After 40 bodies of 50 MB, 1.5 GB stayed allocated. With a
+    separate mapping for every block of 1 MiB or more, 50 MB stay. A threshold of 256 KiB would slow
+    `re` down on Python 3.9.
     """
     with contextlib.suppress(OSError, AttributeError):  # musl has neither
         library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, MEBIBYTE)
-        library.malloc_trim(0)  # what loading has left
+        library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
+        library.malloc_trim(0)  # of loading the configuration
 
 
 def perform(options: Options, limits: Limits) -> int:

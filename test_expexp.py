@@ -6877,9 +6877,6 @@ class Pieces:
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = [piece for piece in pieces if piece]
 
-    def settimeout(self, seconds: float) -> None:
-        assert seconds == 0
-
     def recv(self, _most: int) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
@@ -7005,6 +7002,7 @@ def test_headers_of_a_quarter_mebibyte_hold_up_nobody(text: bytes) -> None:
 def test_a_wire_waits_as_long_as_its_deadline_says() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        ours.setblocking(False)
         wire = expexp.Wire(ours, expexp.Deadline(0.1, time.monotonic))
         with taking(0.09, 0.5), pytest.raises((TimeoutError, expexp.ScrapeError)):
             wire.receive(1)
@@ -7015,6 +7013,7 @@ def test_a_wire_waits_as_long_as_its_deadline_says() -> None:
 def test_a_wire_waits_no_longer_than_one_wait_may_take() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        ours.setblocking(False)
         wire = expexp.Wire(ours, expexp.Deadline(30, time.monotonic, 0.1))
         with taking(0.09, 0.5), pytest.raises(TimeoutError):
             wire.send(bytes(10_000_000))
@@ -7271,6 +7270,12 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
     ),
     "closes in the middle of its status line": (
         b"HTTP/1.1 200",
+        502,
+        "truncated",
+        "the target closed in the middle of its headers",
+    ),
+    "closes within the end of its status line": (
+        b"HTTP/1.1 200 OK\r",
         502,
         "truncated",
         "the target closed in the middle of its headers",
@@ -7997,6 +8002,7 @@ def test_headers_of_the_target_go_on_without_hop_by_hop_ones() -> None:
         "X-One: 1",
         "X-One: 2",
         "Connection: close, X-Named",
+        "Connection: no option: Server",
         "X-Named: 1",
         "Keep-Alive: 5",
         "Date: then",
@@ -8191,6 +8197,47 @@ def test_tls_that_ends_without_goodbye_is_cut_short(
             with pytest.raises((ConnectionError, http.client.IncompleteRead)):
                 served.scrape("m")
         wait_until(lambda: served.failures("m") == {"truncated" if verify else "aborted": 1})
+
+
+def read_byte_by_byte(connection: socket.socket) -> bytes:
+    """A request's head, of which one byte at a time is accepted."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += connection.recv(1)
+    return head
+
+
+@pytest.mark.parametrize("over_tls", [True, False])
+def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
+    over_tls: bool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, polled: list[int]
+) -> None:
+    heads, connect_one = list[bytes](), expexp.connect_one
+
+    def connect_narrowly(*address: Any) -> expexp.Wire:
+        wire = connect_one(*address)
+        wire.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        return wire
+
+    def talk(connection: socket.socket) -> None:
+        server = certificates.server("localhost")
+        with server.wrap_socket(connection, server_side=True) if over_tls else connection as target:
+            heads.append(read_byte_by_byte(target))
+            target.sendall(ok(EXPOSITION))
+            if isinstance(target, ssl.SSLSocket):
+                target.unwrap()
+
+    monkeypatch.setattr(expexp, "connect_one", connect_narrowly)
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    settings = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file} if over_tls else {}
+    with accepting(listener, talk):
+        module = http_module(listener.getsockname()[1], **settings) | {"timeout": "20s"}
+        with running({"m": module}) as served:
+            polled.clear()
+            long = {"X-Long": "x" * 30_000, "X-Last": "y"}
+            assert served.scrape("m", long).body == EXPOSITION
+    assert b"\r\nX-Long: " + b"x" * 30_000 + b"\r\nX-Last: y\r\n" in heads[0]
+    assert select.POLLOUT in polled
 
 
 def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
@@ -12342,6 +12389,7 @@ def test_an_odd_but_legal_answer_is_read_with(answer: bytes) -> None:
         ("x-gzip", GZIPPED),
         ("gzip, gzip", gzip.compress(GZIPPED)),
         ("utf-8", b"<html>"),
+        ("none, identity", b"<html>"),
     ],
 )
 def test_a_body_in_another_encoding_is_verified_as_it_is(name: str, body: bytes) -> None:
@@ -12361,6 +12409,44 @@ def test_hundreds_of_headers_of_a_target_go_on() -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert [line for line in head.decode().split("\r\n") if line.startswith("X-")] == headers
     assert body == b"a 1\n"
+
+
+def test_the_encoding_identity_is_not_blamed_for_a_malformed_body() -> None:
+    answer = ok(b"<html>\n", "Content-Encoding: identity")
+    with target(answer) as port, running({"m": http_module(port)}) as server:
+        told = server.scrape("m").text
+    assert told == 'module m: line 1, column 1: expected a metric name, found "<html>"\n'
+
+
+@pytest.mark.parametrize("framing", [ENDLESS, CHUNKED], ids=["without length", "chunks"])
+def test_a_stream_that_never_pauses_meets_the_deadline(framing: bytes) -> None:
+    piece = b"a 1\n" if framing == ENDLESS else b"1\r\na\r\n"
+    module = {"verify": False, "timeout": "300ms"}
+    with (
+        target(endless(framing, piece)) as port,
+        running({"m": http_module(port) | module}) as server,
+        taking(0.3, 2),
+    ):
+        with pytest.raises(ConnectionResetError):
+            exchange(server.port, b"GET /proxy?module=m HTTP/1.0\r\n\r\n")
+        wait_until(lambda: server.failures("m") == {"aborted": 1})
+
+
+def test_a_client_that_does_not_read_keeps_no_connection_to_the_target() -> None:
+    closed = threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(HEAD + b"Content-Length: 20000000\r\n\r\n" + b"a 1\n" * 5_000_000)
+        assert connection.recv(1) == b""
+        closed.set()
+
+    with (
+        target(answer) as port,
+        running({"m": http_module(port)}) as server,
+        connect(server.port) as client,
+    ):
+        client.sendall(b"GET /proxy?module=m HTTP/1.0\r\n\r\n")
+        assert closed.wait(5)
 
 
 @pytest.mark.parametrize("status", ["204 No Content", "304 Not Modified"])
@@ -13382,6 +13468,9 @@ def test_a_request_may_arrive_in_pieces(server: Running) -> None:
         ("1.1", "", True),
         ("1.1", "Connection: x, Close\r\n", False),
         ("1.1", "Connection: x\r\nConnection: close\r\n", False),
+        ("1.1", "Connection: x,\tclose \r\n", False),
+        ("1.1", "Connection: close;x=1\r\n", True),
+        ("1.1", "Connection: c lose\r\n", True),
     ],
 )
 def test_a_connection_is_kept_if_the_client_wants_it(
@@ -14350,6 +14439,48 @@ def test_a_client_gets_in_at_its_next_try_where_the_process_that_matches(
             assert not admits(served.port, context)
         assert admits(served.port, context)
         assert served.faults() == {"not_allowed": 1}
+
+
+@pytest.fixture
+def polled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The events that expexp has waited for, in their order."""
+    events, usual = list[int](), select.poll
+
+    class Recording:
+        def __init__(self) -> None:
+            self._poll = usual()
+
+        def register(self, file: Any, event: int) -> None:
+            self._poll.register(file, event)
+            events.append(event)
+
+        def poll(self, milliseconds: float) -> list[tuple[int, int]]:
+            assert milliseconds > 0
+            return self._poll.poll(milliseconds)
+
+    monkeypatch.setattr(select, "poll", Recording)
+    return events
+
+
+@pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_tls_client_that_pauses_gets_all_of_a_large_body(
+    verify: bool, version: str, secure: Start, tmp_path: Path, polled: list[int]
+) -> None:
+    body = b"".join(b"a_%d 1\n" % number for number in range(1_600_000))
+    (tmp_path / "large").write_bytes(body)
+    module = file_module(tmp_path / "large") | {"verify": verify}
+    request = b"GET /proxy?module=m HTTP/1.0\r\n\r\n"
+    with secure(modules={"m": module}) as served, connect_at_once(served.port) as plain:
+        context = of_version(served.context, version)
+        with context.wrap_socket(plain, server_hostname="localhost") as client:
+            client.sendall(request)
+            first = client.recv(100)
+            wait_until(lambda: select.POLLOUT in polled)
+            rest = b"".join(iter(lambda: client.recv(65536), b""))
+    head, _, told = (first + rest).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert told.startswith(body)
 
 
 def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Authorities) -> None:
