@@ -15875,6 +15875,15 @@ def test_a_signal_lets_a_scrape_finish_then_ends_with_0(
         assert "Traceback" not in cast("IO[str]", process.stderr).read()
 
 
+@pytest.mark.load
+def test_many_signals_at_once_end_the_program(tmp_path: Path) -> None:
+    for _ in range(20):  # with a lock in the handler one of six runs hung
+        with program(tmp_path, {}) as (process, _):
+            for number in [signal.SIGTERM, signal.SIGINT] * 200:
+                process.send_signal(number)
+            assert process.wait(5) == 0
+
+
 def test_the_end_of_the_program_is_that_of_its_commands(tmp_path: Path) -> None:
     modules = {"m": exec_module("(trap '' TERM; exec sleep 30) & echo a $!")}
     with program(tmp_path, modules) as (process, port):
