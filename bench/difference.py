@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from difference_cases import Case, make_case, odd_tags
-from difference_explained import PARTS, Outcome
+from difference_explained import EXPLAINED, PARTS, Outcome
 from difference_peers import (
     GOOD_ANSWER,
     Certificates,
@@ -279,14 +279,17 @@ def judge_differences(report: Report, seed: int, certificates: Certificates, mos
             chosen[name] = samples
     numbers = {each.number for samples in chosen.values() for each in samples}
     verdicts = judge([make_case(seed, number) for number in sorted(numbers)], certificates)
+    newer = {each.name for each in EXPLAINED if each.is_newer}
     wrong: set[int] = set()
+    explained: set[int] = set()
     for name, samples in chosen.items():
         print(f"\nPROMETHEUS on {name}")
         for difference in samples:
             case = make_case(seed, difference.number)
             if not print_verdict(case, difference, verdicts.get(difference.number)):
-                wrong.add(difference.number)
-    print(f"\nPrometheus was asked about {len(numbers)} cases and disagrees on {len(wrong)}")
+                (explained if name in newer else wrong).add(difference.number)
+    print(f"\nPrometheus was asked about {len(numbers)} cases and disagrees on", end=" ")
+    print(f"{len(explained)} as explained, on {len(wrong - explained)} others")
 
 
 def print_verdict(case: Case, difference: Difference, verdict: Verdict | None) -> bool:
