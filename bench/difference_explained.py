@@ -77,9 +77,7 @@ class Explanation(NamedTuple):
     design: str  # the line of DESIGN.md that wants it
     prometheus: str  # what a real Prometheus says of such answers
     forgive: Callable[[Case, Outcome, Outcome], Outcome]
-    is_newer: bool = (
-        False  # than the Prometheus that judges, whose Go accepts what later ones refuse
-    )
+    is_newer: bool = False  # the rule is, than the Go of the Prometheus that judges
 
 
 def without_order(_case: Case, old: Outcome, new: Outcome) -> Outcome:
@@ -404,7 +402,7 @@ EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
         "control characters in a target's headers, and names that are no token",
         "facts.md, Go's client: a tab or control character is an error. What Go's client "
-        "tolerates, ours does, and no more",
+        "tolerates, ours does: exactly that",
         "up for 2.42, which is built with Go 1.19; net/textproto of Go 1.20 and later refuses "
         "these",
         when(REFUSED_CHARACTERS, ANY_REASON, ("protocol",), REFUSED_CHARACTER),
