@@ -128,14 +128,18 @@ def refusal(words: bytes, tags: Sequence[str]) -> Callable[[Case, Outcome, Outco
     """Return what takes away that a client's request is read which was refused with these words.
 
     The case must have one of the tags. The answers before the refusal must be the same. A request
-    that is refused for another reason as well gets the same answer, but the log names it now.
+    that is refused for another reason as well gets the same answer, without a body if it is a HEAD
+    request. The log names such a request now.
     """
 
     def forgive(case: Case, old: Outcome, new: Outcome) -> Outcome:
         """Return the old outcome if its last answer is that refusal."""
         before, _, last = old.answer.rpartition(b"HTTP/1.1 4")
         is_meant = last.endswith(b"\r\n\r\n" + words + b"\n") and new.answer.startswith(before)
-        is_meant |= old.answer == new.answer and '- - "-" 4' in "".join(old.log)
+        if '- - "-" 4' in "".join(old.log):
+            is_head = "HEAD" in case.tags and new.answer.endswith(b"\r\n\r\n")
+            is_meant |= old.answer == new.answer
+            is_meant |= is_head and old.answer.startswith(new.answer)
         return old if is_meant and not set(tags).isdisjoint(case.tags) else new
 
     return forgive
@@ -176,16 +180,34 @@ def without_unseen(case: Case, old: Outcome, new: Outcome) -> Outcome:
 CONNECTION = re.compile(rb"(\r\nConnection: )(?:close|keep-alive)\r\n")
 
 
-def without_later_answers(case: Case, old: Outcome, new: Outcome) -> Outcome:
-    """Take away that a connection ends after an answer whose request has blanks around `close`."""
+def is_beginning(one: Outcome, other: Outcome) -> bool:
+    """Return whether one outcome is the beginning of the other, and then the connection ends."""
+    last = one.answer.rpartition(b"HTTP/1.1 ")[2]
+    if one.end != "end" or b"\r\nConnection: close\r\n" not in last:
+        return False
+    answers = [CONNECTION.sub(rb"\1EITHER\r\n", each.answer) for each in (one, other)]
+    is_part = answers[1].startswith(answers[0]) and other.log[: len(one.log)] == one.log
+    return is_part and one.received == other.received
+
+
+def without_end(case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away that a connection ends, or goes on, since blanks in its headers mean nothing."""
     tags = {"Connection with blanks", "Connection with tabs"}
-    is_meant = tags.intersection(case.tags) and new.end == "end"
-    last = new.answer.rpartition(b"HTTP/1.1 ")[2]
-    if not is_meant or b"\r\nConnection: close\r\n" not in last:
-        return new
-    answers = [CONNECTION.sub(rb"\1EITHER\r\n", each.answer) for each in (old, new)]
-    is_part = answers[0].startswith(answers[1]) and old.log[: len(new.log)] == new.log
-    return old if is_part and old.received == new.received else new
+    ends = tags.intersection(case.tags) and is_beginning(new, old)
+    goes_on = "length with blanks around" in case.tags and is_beginning(old, new)
+    return old if ends or goes_on else new
+
+
+BLANK_IN_HOST = re.compile(rb'-web\.external-address, found "(?:[ \t]|[^"\n]*[ \t]"\n)')
+HOST_WITH_BLANK = re.compile(rb"(?i)\nhost:(?:[^\n]*[ \t]\r?\n|[ \t]*\r?\n[ \t])")
+
+
+def without_host(case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away that /sd was refused for a blank or fold around the host in Host."""
+    sent = b"".join(step.data for step in case.client if step.action == "send")
+    is_meant = HOST_WITH_BLANK.search(sent) and 200 in new.statuses
+    was_refused = BLANK_IN_HOST.search(old.answer) or "HEAD" in case.tags
+    return old if is_meant and was_refused and 400 in old.statuses else new
 
 
 OLD_VERSIONS = {"answer of HTTP/1.0", "answer of HTTP/0.9"}
@@ -242,13 +264,13 @@ def when(
 
     The same holds for a mutated answer whose heads contain `mutation`. Nothing is explained for a
     case with the tag `without`. The first failure that is logged must be one of `before` in the
-    old outcome, one of `behind` in the new one; "" is no failure. What the target received is not
-    explained.
+    old outcome, the last one must be one of `behind` in the new outcome; "" is no failure. What
+    the target received is not explained.
     """
 
     def forgive(case: Case, old: Outcome, new: Outcome) -> Outcome:
         """Return the old outcome where the case is meant."""
-        reasons = ("".join(old.reasons[:1]), "".join(new.reasons[:1]))
+        reasons = ("".join(old.reasons[:1]), "".join(new.reasons[-1:]))
         is_meant = case.direction == "target" and not set(tags).isdisjoint(case.tags)
         if case.direction == "target" and any(tag.startswith("mutation") for tag in case.tags):
             is_meant |= bool(mutation.search(answer_heads(case)))
@@ -394,10 +416,16 @@ EXPLAINED: tuple[Explanation, ...] = (
         without_unseen,
     ),
     Explanation(
-        "a connection that ends after `Connection: \\t close`",
-        "RFC 9110, 5.5 and 5.6.1: blanks around a value or an item are no part of it, so it closes",
+        "a connection that ends, or goes on, after blanks around `close` or around a length of 0",
+        "RFC 9110, 5.5 and 5.6.1: blanks around a value or an item are no part of it",
         "",
-        without_later_answers,
+        without_end,
+    ),
+    Explanation(
+        "a blank or fold around the host in Host",
+        "RFC 9110, 5.5, and RFC 9112, 5.2: it is no part of the value, so /sd answers",
+        "",
+        without_host,
     ),
     Explanation(
         "control characters in a target's headers, and names that are no token",
@@ -415,16 +443,10 @@ EXPLAINED: tuple[Explanation, ...] = (
         when(("100 with a bad header before",), ANY_REASON, ("protocol",)),
     ),
     Explanation(
-        "interim answers that are cut off",
-        "Failures: truncated | 502 | less than announced. It was unreachable, which is 502 as well",
-        "down",
-        when(INTERIM_TAGS, ("unreachable",), ("truncated",)),
-    ),
-    Explanation(
         "bare CR or two CR as the end of lines",
-        "Failures: protocol | 502 | not HTTP. It was truncated, which is 502 as well",
+        "Failures: protocol | 502 | not HTTP. It was another reason of 502",
         "down",
-        when(ODD_LINE_ENDS, ("truncated",), ("protocol",)),
+        when(ODD_LINE_ENDS, ("truncated", "unreachable"), ("protocol",)),
     ),
     Explanation(
         "204 and 304 with a framing",
@@ -463,6 +485,18 @@ EXPLAINED: tuple[Explanation, ...] = (
         "What Go's client tolerates: hundreds of headers within the bound of bytes",
         "up, or down where they are no headers",
         without_count,
+    ),
+    Explanation(
+        "interim answers that are cut off",
+        "Failures: truncated | 502 | less than announced. It was another reason of 502",
+        "down",
+        when(INTERIM_TAGS, ("unreachable", "protocol"), ("truncated",)),
+    ),
+    Explanation(
+        "a head over 256 KiB whose target resets the connection",
+        "Failures: unreachable | 502 | reset. Up to 256 KiB are read first. It was 100 lines",
+        "down",
+        when(("headers of about 300000 bytes",), ("protocol",), ("unreachable",)),
     ),
     Explanation(
         "content encodings",
