@@ -196,10 +196,12 @@ SPLIT_ITEM = re.compile(rb"(?i)\nconnection:[^\n]*[a-z-] +[a-z-]")
 def without_end(case: Case, old: Outcome, new: Outcome) -> Outcome:
     """Take away that a connection ends, or goes on, since blanks around items mean nothing.
 
-    A blank within an item makes it another item, so that `c lose` does not close.
+    A blank within an item makes it another item, so that `c lose` does not close. Requests that
+    follow on a connection which has ended are answered with a reset.
     """
     tags = {"Connection with blanks", "Connection with tabs"}
-    ends = tags.intersection(case.tags) and is_beginning(new, old)
+    ended = new._replace(end="end") if "pipelined" in case.tags else new
+    ends = tags.intersection(case.tags) and is_beginning(ended, old)
     sent = b"".join(step.data for step in case.client if step.action == "send")
     may_go_on = "length with blanks around" in case.tags or SPLIT_ITEM.search(sent)
     return old if ends or (may_go_on and is_beginning(old, new)) else new
