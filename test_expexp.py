@@ -12586,7 +12586,7 @@ def test_a_sparse_file_is_too_large_at_once(tmp_path: Path) -> None:
 
 def test_a_client_that_reads_too_slowly_is_cut(tmp_path: Path) -> None:
     path = tmp_path / "metrics"
-    path.write_bytes(b"# " + b"x" * 4_000_000 + b"\n")
+    path.write_bytes(b"# " + b"x" * 16_000_000 + b"\n")  # the kernel takes up to 4 MiB at once
     limits = dataclasses.replace(FAST, write_stall_seconds=0.2, write_bytes_per_second=1 << 30)
     with running({"m": file_module(path)}, limits=limits) as server, taking(0, 3):
         client = socket.create_connection(("127.0.0.1", server.port))
