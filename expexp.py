@@ -3612,9 +3612,9 @@ def connect_host(job: Job, host: str, port: int) -> Wire:
 
 #: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
 CERTIFICATE_FAULTS: Final = {9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
-#: What sockets, ssl and urllib raise, most special first; the reason, and the words.
+#: Errors of sockets, ssl and urllib, most specific first, with reason and message.
 TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
-    ((socket.timeout, TimeoutError), "timeout", "timed out"),
+    (TimeoutError, "timeout", "timed out"),
     ((ssl.SSLEOFError, ssl.SSLZeroReturnError), "truncated", NO_END),
     ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
     (ssl.SSLError, "unreachable", "TLS: {1}: {0}"),
