@@ -83,7 +83,7 @@ EXPEXP = HERE / "expexp.py"
 # An auditor reads syntax, not lines. A budget in lines of code made the code dense, not small. So
 # the budget is in nodes of the syntax tree: expressions and statements, docstrings included.
 
-MAX_NODES = 24_200
+MAX_NODES = 24_500
 MAX_LINES = 5_300
 MAX_FUNCTION_LINES = 50
 MAX_CLASS_LINES = 200
