@@ -62,12 +62,12 @@ run: ## start expexp on port 9999 with expexp.yaml.example
 test: $(VENV)/.dev ## run the tests (ARGS='-k name' chooses some)
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
-check: $(VENV)/.dev ## lint, format, types, and the gates of the file itself
+check: $(VENV)/.dev ## lint, format, types, and the gates of the two programs
 	@bin="$(VENV)/bin"
 	echo "ruff check" && $$bin/ruff check .
 	echo "ruff format --check" && $$bin/ruff format --check .
 	echo "mypy --strict" && $$bin/mypy --strict && for file in bench/*.py; do $$bin/mypy --strict $$file; done
-	echo "gates of expexp.py" && $$bin/python test_expexp.py
+	echo "gates of expexp.py and contrib/expolint.py" && $$bin/python test_expexp.py
 
 # Prints "3.9 /path/of/python3.9" for a CPython that we support, and nothing for any other.
 describe_python := import sys; v = sys.version_info; \
@@ -131,7 +131,7 @@ fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis
 
 clean: ## remove virtual environments and caches
 	@rm -rf .venv .venv-3.* .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
-	rm -rf __pycache__ bench/__pycache__ expexp.egg-info build dist
+	rm -rf __pycache__ bench/__pycache__ contrib/__pycache__ expexp.egg-info build dist
 
 # The tools that pyproject.toml pins as its "dev" extra, one on each line.
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python

@@ -32,18 +32,17 @@ Contents:
   3  Small values
   4  Exposition: grammar
   5  Exposition: reading lines
-  6  Exposition: judging families
-  7  Exposition: protobuf
-  8  Exposition: verdict
-  9  Self-metrics
- 10  Flags
- 11  Configuration
- 12  Loading
- 13  HTTP/1.1 in both directions
- 14  Scraping targets
- 15  Application
- 16  HTTP server
- 17  Command line
+  6  Exposition: protobuf
+  7  Exposition: verdict
+  8  Self-metrics
+  9  Flags
+ 10  Configuration
+ 11  Loading
+ 12  HTTP/1.1 in both directions
+ 13  Scraping targets
+ 14  Application
+ 15  HTTP server
+ 16  Command line
 
 Specifications: the text format 0.0.4 (prometheus.io/docs/instrumenting/exposition_formats) and
 OpenMetrics 1.0, both as Prometheus's own parsers read them; client_model's metrics.proto and the
@@ -190,7 +189,6 @@ class Limits:
     longest_scrape_seconds: float = limit(86400, "a scrape, whatever module and client say")
     term_to_kill_seconds: float = limit(0.5, "for a command's group to end; off the request's path")
     drain_seconds: float = limit(10, "to finish requests at shutdown: below systemd's own limit")
-    findings: int = limit(100, "listed by -verify")
     failure_reminder_seconds: float = limit(300, "between warnings of a module that keeps failing")
 
 
@@ -304,18 +302,6 @@ class ExpositionError(ExpexpError):
             f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
         )
         self.line, self.column, self.offset, self.message = line, column, offset, message
-
-
-class Finding(NamedTuple):
-    """One thing wrong with an exposition; `strict` if Prometheus would ingest it all the same.
-
-    In protobuf the line is 0, and the column the offset of a byte.
-    """
-
-    line: int
-    column: int
-    message: str
-    strict: bool = False
 
 
 # ==================================================================================================
@@ -548,10 +534,7 @@ def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"")
 
 
 class Dialect(NamedTuple):
-    """What distinguishes the line formats and their levels; readers know no other difference.
-
-    As it is, it is the text format, as Prometheus reads it.
-    """
+    """What distinguishes the two line formats. The defaults are those of the text format."""
 
     types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
     token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
@@ -560,9 +543,7 @@ class Dialect(NamedTuple):
     separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
     after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
-    help_text: Pattern = re.compile(b"")  #: what a HELP text begins with
     openmetrics: bool = False
-    lenient: Dialect | None = None  #: what a strict dialect is stricter than
 
 
 TEXT: Final = Dialect()
@@ -576,22 +557,14 @@ OPENMETRICS: Final = Dialect(
     fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
     openmetrics=True,
 )
-STRICT_TEXT: Final = Dialect(
-    label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'),
-    after_name=re.compile(rb"[ \t\n]|\Z"),
-    help_text=compile_production(rb"[^\\]*+(?:\\[\\n][^\\]*+)*\Z"),
-    lenient=TEXT,
-)
-STRICT_OPENMETRICS: Final = OPENMETRICS._replace(lenient=OPENMETRICS)
-
 # ==================================================================================================
 # 5  Exposition: reading lines
 # ==================================================================================================
-# The reader defines what is accepted at the default level and makes every message. Each `read_*`
-# takes a source and a position in it, and returns the position after what it read, and that. It
-# raises ExpositionError and nothing else, save what the caller's `tick` raises. `tick` is called at
-# every line, every label, and every 64 KiB of one token, so that no body outlives a deadline. Time
-# is linear in the size of the body, whatever it holds.
+# The reader defines what is accepted and makes every message. Each `read_*` takes a source and a
+# position in it. It returns the position after what it read, and what it read. It raises only
+# ExpositionError, and what the caller's `tick` raises. `tick` is called at every line, every label,
+# and every 64 KiB of one token, so that no body outlives a deadline. Time is linear in the size of
+# the body, whatever it holds.
 # The fast path takes a run of canonical lines in one match. It accepts only what the reader accepts
 # without a word; without it every verdict and every count would be the same.
 
@@ -766,9 +739,7 @@ def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, byte
             raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
         if peek(source, pos) == b",":
             pos = skip_blanks(source, pos + 1)
-            last = source.dialect is STRICT_OPENMETRICS and peek(source, pos) == b"}"
-            require(not last, source, pos, "a label name")
-        elif source.dialect is not TEXT:
+        elif source.dialect.openmetrics:
             require(peek(source, pos) == b"}", source, pos, '"," or "}"')
     return pos + 1, name, labels
 
@@ -824,9 +795,9 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
 
 
 def read_line_end(source: Source, pos: int) -> int:
-    """Return the start of the next line. Only lenient text may end without a newline."""
+    """Return the start of the next line. Only the text format may end without a newline."""
     pos = skip_blanks(source, pos)
-    over = source.dialect is TEXT and pos == len(source.body)
+    over = pos == len(source.body) and not source.dialect.openmetrics
     require(over or peek(source, pos) == b"\n", source, pos, "a newline")
     return pos + 1
 
@@ -856,8 +827,6 @@ def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
     keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
-    if dialect.lenient and b"\0" in body[word:after]:
-        raise refuse(source, word, "expected no NUL byte in the first word of a comment")
     if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
         return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
@@ -883,8 +852,6 @@ def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple
         what = "one of " + b", ".join(source.dialect.types).decode()
     elif keyword == b"UNIT" and text and not name.endswith(b"_" + text):
         what = "a unit that the metric's name ends in"
-    elif keyword == b"HELP" and not source.dialect.help_text.match(text):
-        what = r"no escapes but \\ and \n"
     require(not what, source, min(pos + 1, end), what, text)
     return read_line_end(source, end), Metadata(start, keyword, name, text)
 
@@ -892,9 +859,9 @@ def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line at `pos`, None for one that says nothing, and the start of the next."""
     pos = skip_blanks(source, pos)
-    # OpenMetrics has no blank lines and must end, but for Prometheus not where there is nothing.
-    ends = source.dialect.openmetrics and (source.body or source.dialect.lenient)
-    if peek(source, pos) in b"\n" and not ends:
+    # OpenMetrics has no blank lines, and ends with `# EOF`. Prometheus takes an empty body anyway.
+    must_end = source.dialect.openmetrics and source.body
+    if peek(source, pos) in b"\n" and not must_end:
         return pos + 1, None
     require(pos < len(source.body), source, pos, '"# EOF"')
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
@@ -935,336 +902,7 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 
 
 # ==================================================================================================
-# 6  Exposition: judging families
-# ==================================================================================================
-# The strict level: what the formats themselves demand, beyond what Prometheus ingests. Rules of a
-# line are a stricter dialect for the same reader; rules of a family are the `check_*` functions,
-# one a rule, each with examples that pass and that do not, which the tests run. A check gets a
-# family of well-formed lines, and those of its rows to look at: all in their order, or those of one
-# metric (in OpenMetrics at one point in time). It yields complaints: where, and what is wrong.
-
-Complaints = Iterator[tuple[int, str]]
-#: A family of more samples is only judged line by line: what the checks need is kept in memory,
-#: 500 bytes a sample.
-MAX_JUDGED_SAMPLES: Final = 100_000
-
-
-SUFFIXES: Final[dict[tuple[bool, bytes], tuple[bytes, ...]]] = {
-    (False, b"histogram"): (b"_bucket", b"_count", b"_sum"),
-    (False, b"summary"): (b"", b"_count", b"_sum"),
-    (True, b"counter"): (b"_total", b"_created"),
-    (True, b"histogram"): (b"_bucket", b"_count", b"_sum", b"_created"),
-    (True, b"gaugehistogram"): (b"_bucket", b"_gcount", b"_gsum"),
-    (True, b"summary"): (b"", b"_count", b"_sum", b"_created"),
-    (True, b"info"): (b"_info",),
-}
-
-
-class Row(NamedTuple):
-    """A sample as its family sees it."""
-
-    pos: int
-    kind: bytes  #: the family's type, and what the sample's name adds to the family's
-    value: float
-    timestamp: bytes
-    exemplar: list[Label] | None
-    labels: str  #: those with a value, in order and as a text, without the special one
-    special: bytes  #: the name of the label that tells the samples of one metric apart, if any
-    bound: bytes  #: its value
-    number: float  #: and that as a number, NaN where it is none, or a state
-
-
-class Family:
-    """A run of lines about one name."""
-
-    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
-        """Begin with what the first line says; it is still to be added."""
-        self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
-        self.type, self.names = dialect.types[0], {first.name}
-        self.metadata: list[Metadata] = []
-        self.rows: list[Row] = []
-        self.metrics: dict[tuple[str, bytes], list[Row]] = {}
-
-    def takes(self, line: Sample | Metadata) -> bool:
-        """Return whether this family goes on with `line`."""
-        return line.name in ({self.name} if isinstance(line, Metadata) else self.names)
-
-    def add(self, line: Sample | Metadata) -> None:
-        """Take one more line."""
-        if isinstance(line, Metadata):
-            self.metadata.append(line)
-            if line.keyword == b"TYPE":
-                self.type = line.text
-                suffixes = SUFFIXES.get((self.openmetrics, self.type), (b"",))
-                self.names = {self.name + suffix for suffix in suffixes}
-        elif len(self.rows) <= MAX_JUDGED_SAMPLES:
-            row = self.make_row(line)
-            self.rows.append(row)
-            point = row.timestamp if self.openmetrics else b""
-            self.metrics.setdefault((row.labels, point), []).append(row)
-
-    def make_row(self, sample: Sample) -> Row:
-        """Return what the rules ask of a sample. A label without a value is none."""
-        pos, name, pairs, value, timestamp, exemplar = sample
-        kind = self.type + name[len(self.name) :]
-        special = {b"summary": b"quantile", b"stateset": self.name}.get(kind, b"")
-        special = b"le" if kind.endswith(b"histogram_bucket") else special
-        labels = {label.name: unescape(label.value) for label in pairs if label.value}
-        bound = labels.pop(special, b"")
-        number = float(bound) if kind != b"stateset" and NUMBER.fullmatch(bound) else math.nan
-        rest = repr(sorted(labels.items()))
-        return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
-
-
-def check_metadata(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield what is repeated, comes after the first sample, or is not for the type.
-
-    Good: `# HELP a x\n# TYPE a gauge\na 1\n`
-    Bad: `# TYPE a gauge\n# TYPE a gauge\n`
-    Bad: `a 1\n# TYPE a gauge\n`
-    Good: `# TYPE a_s gauge\n# UNIT a_s s\n# EOF`
-    Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
-    """
-    seen: set[bytes] = set()
-    for pos, keyword, name, text in family.metadata:
-        what = f'{keyword.decode()} of "{excerpt(name)}"'
-        if keyword in seen:
-            yield pos, f"found a second {what}"
-        elif rows and pos > rows[0].pos:
-            yield pos, f"expected the {what} before its samples"
-        if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
-            yield pos, f"expected no unit for the type {family.type.decode()}"
-        seen.add(keyword)
-
-
-def check_labels(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield a bucket, quantile or state whose label is missing or no such thing.
-
-    Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
-    Bad: `# TYPE a summary\na{quantile="2"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="x"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="inf"} 1\n# EOF`
-    Bad: `# TYPE a stateset\na 1\n# EOF`
-    """
-    for row in rows:
-        if row.kind == b"summary" and not 0 <= row.number <= 1:
-            yield row.pos, 'expected a label "quantile", a number from 0 to 1'
-        elif row.kind.endswith(b"_bucket") and math.isnan(row.number):
-            yield row.pos, 'expected a label "le", a number or +Inf'
-        elif row.number == math.inf and row.bound != b"+Inf" and family.openmetrics:
-            yield row.pos, 'expected le="+Inf" in this form'
-        elif row.kind == b"stateset" and not row.bound:
-            yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
-
-
-#: How the kinds end that count something whole, and those that are not negative.
-COUNTS: Final = (b"_bucket", b"count")
-TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
-CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
-
-
-def check_values(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield values that OpenMetrics does not allow for the type.
-
-    Good: `# TYPE a counter\na_total 1.5\n# EOF`
-    Bad: `# TYPE a counter\na_total NaN\n# EOF`
-    Bad: `# TYPE a summary\na_count 1.5\n# EOF`
-    Bad: `# TYPE a info\na_info 2\n# EOF`
-    """
-    for row in rows if family.openmetrics else ():
-        # A quantile of NaN is one that is not known.
-        negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
-        if row.kind.endswith(COUNTS) and not row.value.is_integer():
-            yield row.pos, "expected a whole number"
-        elif negative and row.kind.endswith(TOTALS):
-            yield row.pos, "expected a number that is not negative"
-        elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
-            yield row.pos, "expected a sum that is a number"
-        elif row.value not in CONSTANTS.get(row.kind, (row.value,)):
-            yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
-
-
-MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
-
-
-def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
-    r"""Yield exemplars that are too long, or on other samples than totals and buckets.
-
-    Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
-    Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
-    """
-    for row in rows:
-        pairs = row.exemplar or ()
-        if row.exemplar is not None and not row.kind.endswith((b"_total", b"_bucket")):
-            yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
-        if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
-            yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
-
-
-def check_series(_: Family, rows: list[Row]) -> Complaints:
-    r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
-
-    Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
-    Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
-    """
-    seen = set()
-    for row in rows:
-        if (row.kind, row.bound) in seen:
-            yield row.pos, "found the same series twice"
-        seen.add((row.kind, row.bound))
-
-
-def check_order(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
-
-    Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
-    Bad: `# TYPE a gauge\na 1 2\na 2 1\n# EOF`
-    Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
-    Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
-    """
-    seen = {row.labels for row in rows[:1]}
-    for before, row in zip(rows, rows[1:]) if family.openmetrics else ():
-        if row.labels != before.labels:
-            if row.labels in seen:
-                yield row.pos, "expected the samples of one metric in one place"
-            seen.add(row.labels)
-        elif bool(row.timestamp) != bool(before.timestamp):
-            yield row.pos, "expected a timestamp at every sample of a metric, or at none"
-        elif row.timestamp and float(row.timestamp) < float(before.timestamp):
-            yield row.pos, "expected no earlier timestamp than that of the sample before"
-
-
-def check_bounds(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield buckets and quantiles that are not in ascending order.
-
-    Good: `# TYPE a summary\na{quantile="0.5"} 1\na{quantile="0.9"} 1\n`
-    Bad: `# TYPE a summary\na{quantile="0.9"} 1\na{quantile="0.5"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="1.0"} 1\na_bucket{le="+Inf"} 1\n`
-    """
-    bounded = [row for row in rows if row.special]
-    free = family.openmetrics and family.type == b"summary"
-    for before, row in zip(bounded, bounded[1:]):
-        if row.number <= before.number and row.bound != before.bound and not free:
-            yield row.pos, "expected buckets and quantiles in ascending order"
-
-
-def check_histograms(_: Family, rows: list[Row]) -> Complaints:
-    r"""Yield the first thing that is wrong with each histogram.
-
-    Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
-    Bad: `# TYPE a histogram\na_bucket{le="1"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
-    """
-    values = [0.0, *(row.value for row in rows if row.special)]
-    counts = [row.value for row in rows if row.kind.endswith(b"count")]
-    if math.inf not in [row.number for row in rows]:
-        yield rows[-1].pos, 'expected a bucket with le="+Inf"'
-    elif values != sorted(values):
-        yield rows[-1].pos, "expected no bucket with less in it than the one before"
-    elif counts[:1] not in ([], values[-1:]):
-        yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
-
-
-def check_sums(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
-
-    Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
-    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
-    Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
-    """
-    if not family.openmetrics:
-        return
-    sums = [row for row in rows if row.kind.endswith(b"sum")]
-    negative = any(row.number < 0 for row in rows)
-    if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
-        yield rows[-1].pos, "expected sum and count together, or neither"
-    elif sums and negative and family.type == b"histogram":
-        yield sums[0].pos, "expected no sum, since there is a negative bucket"
-    elif sums and not negative and sums[0].value < 0:
-        yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
-
-
-FAMILY_CHECKS: Final = (check_metadata, check_order)
-METRIC_CHECKS: Final = (check_labels, check_values, check_exemplars, check_series, check_bounds)
-HISTOGRAM_CHECKS: Final = (*METRIC_CHECKS, check_histograms, check_sums)
-
-
-class Report:
-    """What was found in one exposition: up to `limit` findings, families and samples."""
-
-    def __init__(self, limit: int = 1) -> None:
-        self.limit, self.samples, self.families = limit, 0, 0
-        self.findings: list[Finding] = []
-
-    def add(self, error: ExpositionError, strict: bool = True) -> None:
-        """Keep a finding; raise it where it is the last that is wanted."""
-        column = error.column or error.offset
-        self.findings.append(Finding(error.line, column, error.message, strict))
-        if len(self.findings) >= self.limit:
-            raise error
-
-
-def read_strictly(source: Source, pos: int, report: Report) -> tuple[int, Line]:
-    """Return the line at `pos` and report what is wrong with it; None where it cannot be read."""
-    try:
-        return read_line(source, pos)
-    except ExpositionError as error:
-        stricter = error
-    try:
-        end, line = read_line(source._replace(dialect=source.dialect.lenient or TEXT), pos)
-    except ExpositionError as error:
-        report.add(error, strict=False)
-        return find_line_end(source.body, pos) + 1, None
-    report.add(stricter)
-    return end, line
-
-
-def read_families(source: Source, report: Report) -> Iterator[Family]:
-    """Yield the families of the body. One with a line that cannot be read is left out."""
-    family, pos = None, 0
-    while pos <= len(source.body):
-        source.tick()
-        known = len(report.findings)
-        pos, line = read_strictly(source, pos, report)
-        if line is None:
-            family = family if len(report.findings) == known else None
-            continue
-        if not (family and family.takes(line)):
-            if family:
-                yield family
-            family = Family(line, source.dialect)
-        family.add(line)
-        report.samples += isinstance(line, Sample)
-    if family:
-        yield family
-
-
-def complain(family: Family, taken: set[bytes], tick: Tick) -> Complaints:
-    """Yield what is wrong with a family, of which the names should not be taken."""
-    for name in sorted(taken & {family.name, *family.names})[:1]:
-        yield family.pos, f'found "{excerpt(name)}", which is a name of another family above'
-    checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
-    groups = [family.rows, *family.metrics.values()]
-    for rows in groups if len(family.rows) <= MAX_JUDGED_SAMPLES else ():
-        for check in FAMILY_CHECKS if rows is family.rows else checks:
-            tick()
-            yield from check(family, rows)
-
-
-def judge_families(source: Source, report: Report) -> None:
-    """Return nothing; report what is wrong with the families, each one and all together."""
-    taken: set[bytes] = set()
-    for family in read_families(source, report):
-        report.families += 1
-        for pos, message in sorted(complain(family, taken, source.tick)):
-            report.add(refuse(source, pos, message))
-        taken |= {family.name, *family.names}
-
-
-# ==================================================================================================
-# 7  Exposition: protobuf
+# 6  Exposition: protobuf
 # ==================================================================================================
 # A run of `io.prometheus.client.MetricFamily` messages, each after its length. The table says which
 # fields there are; what is not in it is skipped. Wire types and lengths must fit, names and texts
@@ -1435,7 +1073,7 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 
 
 # ==================================================================================================
-# 8  Exposition: verdict
+# 7  Exposition: verdict
 # ==================================================================================================
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
@@ -1459,58 +1097,32 @@ def parse_media_type(content_type: str) -> tuple[str, Mapping[str, str]]:
     return content_type.partition(";")[0].strip().lower(), parameters
 
 
-def choose_dialect(content_type: str, strict: bool) -> Dialect | None:
-    """Return how to read a body of this content type: what is unknown as text, None: protobuf."""
+def choose_dialect(content_type: str) -> Dialect | None:
+    """Return the dialect of a content type, None for protobuf. Unknown types are read as text."""
     media_type, parameters = parse_media_type(content_type[:MAX_CONTENT_TYPE])
     protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
     if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
         return None
-    dialect = STRICT_OPENMETRICS if media_type == OPENMETRICS_TYPE else STRICT_TEXT
-    return dialect if strict else dialect.lenient
+    return OPENMETRICS if media_type == OPENMETRICS_TYPE else TEXT
 
 
-def verify_exposition(
-    body: bytes, content_type: str, strict: bool = False, tick: Tick = no_tick
-) -> int:
-    """Return the number of samples in `body`, which Prometheus would ingest.
+def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> int:
+    """Return the number of samples in `body`.
 
-    Raises ExpositionError where it would not, and whatever `tick` raises. Strict also refuses what
-    breaks the rules of the format itself.
+    Raises ExpositionError where Prometheus would not ingest the body, and whatever `tick` raises.
 
-    Where we differ from Prometheus: a NUL byte that its text parser takes for the end of the body
-    is refused, since what follows would be lost in silence. Quoted names of more than 64 KiB,
-    numbers of more than 4 KiB, series of more than 10,000 labels and escapes with more than 256 NUL
-    bytes in them are refused, since they would cost many times the body's memory or hold up all
-    other threads. Unknown groups in protobuf are refused; they are obsolete, and no client writes
-    them.
-    Where strict differs from expfmt: blanks at the end of a line pass, as the text format says.
-    Where strict differs from prometheus_client: quoted names without metadata pass, and so do
-    escaped quotes and braces in exemplars, and integer after float timestamps: it has bugs there.
-    A label without a value is no label, so that a series which has one may be there already; and a
-    series that is there twice, without an own timestamp, is refused.
-    Names that the formats reserve (`__x`) pass: Prometheus ingests them, and exporters have them.
-    Of a family of more than 100,000 samples strict judges the lines alone: the memory for more is
-    not worth it.
+    Differences from Prometheus: a NUL byte that its text parser takes for the end of the body is
+    refused, since what follows would be lost in silence. Quoted names of more than 64 KiB, numbers
+    of more than 4 KiB, series of more than 10,000 labels and escapes with more than 256 NUL bytes
+    in them are refused, since they would cost many times the body's memory or hold up all other
+    threads. Unknown groups in protobuf are refused. They are obsolete, and no client writes them.
     """
-    if strict:
-        report = Report()
-        judge_exposition(body, content_type, report, tick)
-        return report.samples
-    dialect = choose_dialect(content_type, strict=False)
+    dialect = choose_dialect(content_type)
     return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
 
 
-def judge_exposition(body: bytes, content_type: str, report: Report, tick: Tick = no_tick) -> None:
-    """Return nothing; fill `report`. ExpositionError where it is full, or protobuf broken."""
-    dialect = choose_dialect(content_type, strict=True)
-    if dialect:
-        judge_families(Source(body, dialect, tick), report)
-    else:  # protobuf cannot be read on
-        report.samples, report.families = read_protobuf(body, tick)
-
-
 # ==================================================================================================
-# 9  Self-metrics
+# 8  Self-metrics
 # ==================================================================================================
 # What expexp says about itself: the original's names and labels, and new ones that begin with
 # expexp_. Each is declared once, in SELF_METRICS; a name that is not there is a KeyError. No IO.
@@ -1643,7 +1255,7 @@ class SelfMetrics:
 
 
 # ==================================================================================================
-# 10  Flags
+# 9  Flags
 # ==================================================================================================
 # The original's flags and ours, each declared once, in FLAGS. The rules are those of Go: `-name
 # value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them. Pure: a list
@@ -1749,7 +1361,6 @@ log.level               level     warning      Least serious lines to log, for e
 timeout-offset          seconds   0.5          Seconds taken off Prometheus's scrape timeout.
 verify                  text*     -            Check the exposition in a file (- is stdin) and exit.
 verify.content-type     text      -            Its type; by default its last line decides.
-verify.strict           boolean   false        Exit with 1 for strict findings, too.
 version                 boolean   false        Show the version and exit.
 web.bearer.token        secret    -            Token that clients must send.
 web.bearer.token-file   text      -            File with that token, read again when it changes.
@@ -1780,6 +1391,8 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         if not found:
             raise FlagError(f'unexpected argument "{excerpt(argument)}"')
         name, text = found.groups()
+        if name == "verify.strict":
+            raise FlagError("-verify.strict is gone: run contrib/expolint.py --strict FILE")
         if name not in flags:
             raise FlagError(f"flag provided but not defined: -{excerpt(name)}")
         flag = flags[name]
@@ -1807,7 +1420,7 @@ def render_usage() -> str:
 
 
 # ==================================================================================================
-# 11  Configuration
+# 10  Configuration
 # ==================================================================================================
 # A document (YAML or JSON) becomes a tree of nodes with places, the tree frozen dataclasses. A key
 # is declared once, as a field of its dataclass: how it is read, its default, what it means.
@@ -2048,13 +1661,19 @@ def read_names(node: Node) -> tuple[str, ...]:
     return names
 
 
-def or_boolean(read: Read) -> Read:
-    """A reader of booleans, and with the other reader of all else."""
-    return lambda node: read_boolean(node) if node.kind == "boolean" else read(node)
+def read_verify(node: Node) -> Any:
+    """Return whether to verify. A module cannot be stricter than Prometheus any more."""
+    if node.text == "strict":
+        message = 'the strict level is gone: write "true", and run contrib/expolint.py instead'
+        raise NodeError(message, node.place)
+    return read_boolean(node)
 
 
-read_verify: Final = or_boolean(scalar("true, false or strict", "strict"))
-read_accepted: Final = or_boolean(functools.partial(read_list, what="true, false or a list"))
+def read_accepted(node: Node) -> Any:
+    """Return whether clients may add anything, or the texts of a list of what they may add."""
+    if node.kind == "boolean":
+        return read_boolean(node)
+    return read_list(node, "true, false or a list")
 
 
 # --- sections: dataclasses whose fields declare the keys
@@ -2158,7 +1777,7 @@ class Module:
 
     method: str = key(read_method, REQUIRED, "`http`, `exec` or `file`")
     timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
-    verify: bool | str = key(read_verify, True, "`true`, `false` or `strict`")
+    verify: bool = key(read_verify, True, "`true` or `false`")
     cache: float = key(read_duration, 0.0, "how long a good answer is served again; 0: never")
     max_concurrent: int = key(read_count, 0, "scrapes at once; 0: no bound, of commands 10")
     scrape_interval: float = key(read_interval, 0.0, "seconds between scrapes, for /sd")
@@ -2342,7 +1961,7 @@ class DocumentReader:
 
 
 # ==================================================================================================
-# 12  Loading
+# 11  Loading
 # ==================================================================================================
 # The files that expexp reads, each through a `Watched`: the configuration at start and on reload,
 # certificates and secrets also when they change. A value is replaced as a whole or not at all. What
@@ -2943,7 +2562,7 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
 
 
 # ==================================================================================================
-# 13  HTTP/1.1 in both directions
+# 12  HTTP/1.1 in both directions
 # ==================================================================================================
 # Clients and targets are read and written through a `Wire`: a connection that does not block, and
 # whose waits have a deadline. One parser reads the heads of requests and of answers. It is strict
@@ -3242,7 +2861,7 @@ class TargetExchange:
 
 
 # ==================================================================================================
-# 14  Scraping targets
+# 13  Scraping targets
 # ==================================================================================================
 # One function a method, `scrape_http`, `scrape_exec`, `scrape_file`, in the table SCRAPERS: each
 # takes a Job and returns a Scrape or raises ScrapeError. Every wait ends at the job's deadline.
@@ -4010,7 +3629,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
     try:
         if encoding == "gzip":  # Prometheus decodes nothing else, either
             body = join_pieces(job, gunzip_pieces(body))
-        verify_exposition(body, content_type, job.module.verify == "strict", job.deadline.remaining)
+        verify_exposition(body, content_type, job.deadline.remaining)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
@@ -4021,7 +3640,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
             message += f'; Content-Encoding is "{excerpt(encoding)}", and only gzip is decoded'
         raise ScrapeError("malformed", message, detail) from None
     is_plain = parse_media_type(content_type[:MAX_CONTENT_TYPE])[0] == "text/plain"
-    if configured or is_plain or choose_dialect(content_type, strict=False) is not TEXT:
+    if configured or is_plain or choose_dialect(content_type) is not TEXT:
         return configured
     return TEXT_CONTENT_TYPE
 
@@ -4092,7 +3711,7 @@ def answer_job(job: Job) -> Scrape:
 
 
 # ==================================================================================================
-# 15  Application
+# 14  Application
 # ==================================================================================================
 # A Request becomes a Response: who may ask, which route, which module, and every error an answer.
 # No sockets here. `handle` never raises: it catches Exception, as loading does, and nothing else.
@@ -4495,7 +4114,7 @@ def collect_process(metrics: SelfMetrics) -> None:
 
 
 # ==================================================================================================
-# 16  HTTP server
+# 15  HTTP server
 # ==================================================================================================
 # Sockets in, Requests out, Responses back. A thread a connection, and no more connections than
 # there are slots. The thread shakes hands, where the listener speaks TLS: never the one that
@@ -4860,7 +4479,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ==================================================================================================
-# 17  Command line
+# 16  Command line
 # ==================================================================================================
 # Puts the parts together, waits for a signal, and takes them apart. Exit codes: 0, 1 and 2 as the
 # top of this file says. Nothing runs at import.
@@ -5044,15 +4663,51 @@ class Program:
         self.commands.end_all()
 
 
+def read_input(name: str, limits: Limits) -> bytes:
+    """Return the content of a file, of stdin for `-`. IO.
+
+    Raises OSError, and ScrapeError if a scrape would not take that many bytes.
+    """
+    with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+        body = file.read(limits.body_bytes + 1)
+    check_size(limits, len(body))
+    return body
+
+
+def point_at(line: bytes, column: int) -> str:
+    """Return what is around a column of a line, escaped, and below it a caret."""
+    text = line.decode() if is_utf8(line) else line.decode("latin-1")  # columns are bytes then
+    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    rest = excerpt(text[column - 1 :], 60)
+    return f"    {before}{rest}\n    {' ' * len(before)}^\n"
+
+
+def render_error(name: str, body: bytes, error: ExpositionError) -> str:
+    """Return `file:line:column: message` and the place, for protobuf `file: byte N: message`."""
+    if not error.line:
+        return f"{name}: byte {error.offset}: {error.message}\n"
+    line = body[error.offset : find_line_end(body, error.offset)]
+    place = point_at(line, error.column)
+    return f"{name}:{error.line}:{error.column}: {error.message}\n{place}"
+
+
+def verify_body(name: str, body: bytes, content_type: str) -> tuple[str, int]:
+    """Return what to say of an exposition, and the exit code: 0, or 1 if it is ill-formed."""
+    try:
+        samples = verify_exposition(body, content_type)
+    except ExpositionError as error:
+        return render_error(name, body, error), 1
+    return f"{name}: well-formed, samples: {samples}\n", 0
+
+
 def verify_file(name: str, options: Options, limits: Limits) -> int:
-    """Check the exposition in a file and tell all findings; the exit code, 2 if that fails. IO."""
+    """Verify the exposition in a file. Return the exit code, 2 if the file cannot be read. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
     failure = f"{shown}: cannot be read"
     try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            body = file.read(limits.body_bytes + 1)
-        check_size(limits, len(body))
-        text, code = verify_body(shown, body, options, limits)
+        body = read_input(name, limits)
+        content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
+        text, code = verify_body(shown, body, content_type)
         failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
@@ -5060,41 +4715,6 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
         tell(f"{failure}: {words_of(error)}\n")
         return 2
     return code
-
-
-def verify_body(name: str, body: bytes, options: Options, limits: Limits) -> tuple[str, int]:
-    """What to say of an exposition, and the exit code: 1 if it is none, or not strictly one."""
-    report, started = Report(limits.findings), time.monotonic()
-    content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
-    try:  # first, so that no number of strict findings hides it
-        verify_exposition(body, content_type)
-    except ExpositionError as error:
-        report.limit += 1  # it is found again
-        report.add(error, strict=False)
-    with contextlib.suppress(ExpositionError):
-        judge_exposition(body, content_type, report)
-    more = " or more" if len(report.findings) >= report.limit else ""
-    findings = sorted(set(report.findings))
-    wanted = {finding.line for finding in findings}
-    texts = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in wanted}
-    lines = [render_finding(name, texts.get(finding.line, b""), finding) for finding in findings]
-    counts = f"{report.families} families, {report.samples} samples, {len(findings)} findings{more}"
-    lines.append(f"{name}: {counts}, {time.monotonic() - started:.3f} s\n")
-    failed = any(options["verify.strict"] or not finding.strict for finding in findings)
-    return "".join(lines), int(failed)
-
-
-def render_finding(name: str, raw: bytes, finding: Finding) -> str:
-    """`file:line:column: message`, and for text the raw line with a caret under the place."""
-    line, column, message, strict = finding
-    place = f"{name}:{line}:{column}" if line else f"{name}: byte {column}"
-    head = f"{place}: {'strict: ' if strict else ''}{message}\n"
-    if not line:
-        return head
-    text = raw.decode() if is_utf8(raw) else raw.decode("latin-1")  # columns are bytes then
-    before = excerpt(text[max(0, column - 60) : column - 1], 200)
-    rest = excerpt(text[column - 1 :].rstrip("\n"), 60)
-    return f"{head}    {before}{rest}\n    {' ' * len(before)}^\n"
 
 
 def limit_memory() -> None:

@@ -31,7 +31,12 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "contrib"))
+import expolint
+
 import expexp
+
+Judge = Callable[[bytes, str], object]
 
 TEXT = expexp.TEXT_CONTENT_TYPE
 OPENMETRICS = expexp.OPENMETRICS_CONTENT_TYPE
@@ -116,9 +121,11 @@ def best(work: Callable[[], object], times: int) -> float:
     return min(runs)
 
 
-def compare(name: str, body: bytes, content_type: str, strict: bool = False) -> None:
+def compare(
+    name: str, body: bytes, content_type: str, judge: Judge = expexp.verify_exposition
+) -> None:
     """Print one line about one body; where prometheus_client has a parser, with the ratio."""
-    ours = best(lambda: expexp.verify_exposition(body, content_type, strict), 7)
+    ours = best(lambda: judge(body, content_type), 7)
     size = len(body) / 1e6
     line = f"{name:38} {size:6.2f} MB {size / ours:7.1f} MB/s"
     parser = PARSERS.get(content_type)
@@ -165,12 +172,12 @@ def main() -> None:
     node_openmetrics = to_openmetrics(node_text)
     families = many_families("", "")
     openmetrics = many_families("_total", "# EOF\n")
-    for strict in (False, True):
-        level = ", strict" if strict else ""
-        compare(f"node_exporter, text{level}", node_text, TEXT, strict)
-        compare(f"10,000 families, text{level}", families, TEXT, strict)
-        compare(f"node_exporter, OpenMetrics{level}", node_openmetrics, OPENMETRICS, strict)
-        compare(f"10,000 families, OpenMetrics{level}", openmetrics, OPENMETRICS, strict)
+    judges: dict[str, Judge] = {"": expexp.verify_exposition, ", linter": expolint.findings}
+    for who, judge in judges.items():
+        compare(f"node_exporter, text{who}", node_text, TEXT, judge)
+        compare(f"10,000 families, text{who}", families, TEXT, judge)
+        compare(f"node_exporter, OpenMetrics{who}", node_openmetrics, OPENMETRICS, judge)
+        compare(f"10,000 families, OpenMetrics{who}", openmetrics, OPENMETRICS, judge)
     compare("node_exporter, protobuf", node_protobuf, PROTOBUF)
     measure_memory_and_stall()
 
