@@ -178,18 +178,38 @@ class Limits:
     secret_bytes: int = limit(65536, "a file with a password or token")
     cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
     cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
-    commands: int = limit(10, "of one exec module at once, where it has no max_concurrent")
+    exec_scrapes: int = limit(10, "running commands of one module without max_concurrent")
+    file_scrapes: int = limit(50, "running reads of one module without max_concurrent")
     container_seconds: float = limit(5, "what its engine said: another may get its address")
     arguments: int = limit(32, "`args` and `params` of one request")
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
     stderr_bytes: int = limit(4096, "a failing command's last words, for the log")
     log_line_characters: int = limit(8192, "the message of a log line")
+    hang_up_seconds: float = limit(
+        0.5, "until a client is missed that hung up while another thread works for it"
+    )
     scrape_seconds: float = limit(60, "a scrape where neither module nor client says less")
+    client_scrape_seconds: float = limit(
+        600, "a scrape where only the client says how long: a day would hold its slot for a day"
+    )
     longest_scrape_seconds: float = limit(86400, "a scrape, whatever module and client say")
     term_to_kill_seconds: float = limit(0.5, "for a command's group to end; off the request's path")
     drain_seconds: float = limit(10, "to finish requests at shutdown: below systemd's own limit")
     failure_reminder_seconds: float = limit(300, "between warnings of a module that keeps failing")
+
+    @property
+    def module_requests(self) -> int:
+        """Return how many requests one module may have, those that wait for its cache included."""
+        return max(1, self.connections * 3 // 4)
+
+    @property
+    def proxy_requests(self) -> int:
+        """Return how many requests all modules may have together.
+
+        The others are left for `/`, `/metrics` and `/-/healthy`, even if all targets hang.
+        """
+        return max(1, self.connections * 7 // 8)
 
 
 # ==================================================================================================
@@ -234,7 +254,7 @@ too_large       502  http exec file  -                         body, decoded bod
 busy            503  http exec file  -                         max_concurrent, bodies in memory
 timeout         504  http exec file  proxy_timeout_errors      the deadline, wherever it struck
 status            0  http            -                         other than 200: passed on as it is
-aborted           0  http            -                         after the status was sent: reset
+aborted         502  http exec file  -                         client gone; or reset after status
     """)
 }
 
@@ -333,15 +353,25 @@ class Deadline:
     """The moment by which a scrape must be over; every wait of the scrape counts against it."""
 
     def __init__(
-        self, seconds: float, clock: Callable[[], float], longest_wait: float = math.inf
+        self,
+        seconds: float,
+        clock: Callable[[], float],
+        longest_wait: float = math.inf,
+        client: int = -1,
     ) -> None:
-        """Start now. The deadline is `seconds` away. No wait exceeds `longest_wait` seconds."""
-        self._seconds, self._clock, self._at = seconds, clock, clock() + seconds
-        self._longest_wait = longest_wait
+        """Start now. The deadline is `seconds` away. No wait exceeds `longest_wait` seconds.
 
-    def error(self) -> ScrapeError:
-        """The error to raise when it has passed."""
-        return ScrapeError("timeout", f"timed out after {self._seconds:.3g} s")
+        `client` is the descriptor of the connection that a client may close before. -1: none.
+        """
+        self._seconds = seconds
+        self._clock = clock
+        self._at = clock() + seconds
+        self._longest_wait = longest_wait
+        self.client = client
+
+    def share(self, count: int) -> Deadline:
+        """Return a deadline for the first of `count` equal parts of what remains."""
+        return Deadline(self.remaining() / count, self._clock, self._longest_wait, self.client)
 
     def remaining(self) -> float:
         """Return the seconds that the next wait may take, always more than 0.
@@ -351,7 +381,7 @@ class Deadline:
         """
         seconds = self._at - self._clock()
         if seconds <= 0:
-            raise self.error()
+            raise ScrapeError("timeout", f"timed out after {self._seconds:.3g} s")
         return min(seconds, self._longest_wait)
 
 
@@ -422,14 +452,14 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
     The client's header counts less the offset, so that our answer reaches it before it gives up;
     where that leaves nothing, half of the header's value. Nonsense in the header is ignored.
     """
-    seconds = [module] if module > 0 else []
     try:
         client = float(header)
     except ValueError:
         client = 0
     if 0 < client < math.inf:
-        seconds.append(client - offset if client > offset else client / 2)
-    return min(*seconds, limits.longest_scrape_seconds) if seconds else limits.scrape_seconds
+        longest = min(module or limits.client_scrape_seconds, limits.longest_scrape_seconds)
+        return min(longest, client - offset if client > offset else client / 2)
+    return min(module or limits.scrape_seconds, limits.longest_scrape_seconds)
 
 
 # ==================================================================================================
@@ -1779,7 +1809,7 @@ class Module:
     timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
     verify: bool = key(read_verify, True, "`true` or `false`")
     cache: float = key(read_duration, 0.0, "how long a good answer is served again; 0: never")
-    max_concurrent: int = key(read_count, 0, "scrapes at once; 0: no bound, of commands 10")
+    max_concurrent: int = key(read_count, 0, "scrapes at once; 0: http 384, file 50, exec 10")
     scrape_interval: float = key(read_interval, 0.0, "seconds between scrapes, for /sd")
     accept_args: bool | tuple[str, ...] = key(read_accepted, True, "clients' `args`, or globs")
     accept_params: bool | tuple[str, ...] = key(read_accepted, True, "clients' `params`, or names")
@@ -2628,6 +2658,25 @@ def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     return f"{first_line}\r\n{fields}\r\n".encode("latin-1", "replace")
 
 
+def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.inf) -> set[int]:
+    """Wait for events and return the descriptors that are ready, none after `longest` seconds.
+
+    Raises ScrapeError: "timeout" at the deadline, "aborted" if the client of the deadline has hung
+    up. A client that has shut down its sending side counts as gone, as in Go's server. Its
+    connection is polled for POLLRDHUP alone. With POLLIN, a pipelined request would end each wait.
+    """
+    poll = select.poll()
+    for source, event in events.items():
+        poll.register(source, event)
+    if deadline.client >= 0:
+        poll.register(deadline.client, select.POLLRDHUP)
+    seconds = min(deadline.remaining(), longest)
+    ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+    if deadline.client in ready:
+        raise ScrapeError("aborted", "the client closed its side before the answer")
+    return ready
+
+
 class Wire:
     """A connection, plain or over TLS, whose every wait ends at a deadline.
 
@@ -2657,9 +2706,7 @@ class Wire:
                 awaited = select.POLLOUT
             except BlockingIOError:
                 awaited = event
-            poll = select.poll()
-            poll.register(self.connection, awaited)
-            if not poll.poll(self.deadline.remaining() * 1000):
+            if not wait(self.deadline, {self.connection: awaited}):
                 raise TimeoutError("timed out")
 
     def start_tls(self, context: ssl.SSLContext, **settings: Any) -> ssl.SSLSocket:
@@ -2740,6 +2787,7 @@ STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\
 INTERIM_ANSWERS: Final = 5  # as many as Go's client reads before it gives up
 LENGTH: Final = re.compile("[0-9]{1,19}")  # 19 digits are enough for 64 bits
 CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
+HEADER_MEMORY: Final = 200  # measured: two short texts and their pair
 CHUNK_LINE_BYTES: Final = 4096  # also for all trailers together, as in Go
 NO_END: Final = "the target closed before the end of its body"
 
@@ -2758,6 +2806,11 @@ class TargetExchange:
     reason = ""
     status: int
     headers: Headers
+
+    @property
+    def head_memory(self) -> int:
+        """Return how many bytes of memory the headers take, about 200 each besides their text."""
+        return sum(len(name) + len(value) + HEADER_MEMORY for name, value in self.headers)
 
     def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
         self._wire = wire
@@ -2884,104 +2937,164 @@ def with_header(headers: Headers, name: str, value: str) -> Headers:
 
 
 class Budget:
-    """How much of what requests share is in use: bytes of bodies, scrapes of a module."""
+    """Counts what all requests share: bytes of bodies, requests and scrapes of a module."""
 
     def __init__(self) -> None:
         self._used: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def take(self, what: str, count: int, most: float = math.inf, words: str = "") -> None:
-        """Use more, or less; raises ScrapeError("busy") with the words if that were too much."""
+    def reserve(self, what: str, count: int, most: float, words: str) -> None:
+        """Use more of something. Raises ScrapeError("busy") if more than `most` were in use."""
         with self._lock:
             used = self._used.get(what, 0) + count
-            if count > 0 and used > most:
+            if used > most:
                 raise ScrapeError("busy", words)
             self._used[what] = used
 
+    def release(self, what: str, count: int) -> None:
+        """Use less of something. What is not used has no entry: names of modules come and go."""
+        with self._lock:
+            left = self._used.pop(what, 0) - count
+            if left:
+                self._used[what] = left
 
-class Answer(NamedTuple):
-    """What a module answers to all who ask it the same."""
 
-    module: Module  # a reload may have changed it since
-    made: float  # when; infinite as long as it is not
-    size: int  # of the body, in bytes
+class Held:
+    """The bytes that one request holds in memory, reserved in the budget of all requests."""
+
+    def __init__(self, budget: Budget, limits: Limits) -> None:
+        self._budget = budget
+        self._most = limits.held_bytes
+        self._count = 0
+
+    def add(self, count: int) -> None:
+        """Hold more bytes. Raises ScrapeError("busy") if all requests together held too many."""
+        words = "too many bodies in memory, try again later"
+        self._budget.reserve("bytes", count, self._most, words)
+        self._count += count
+
+    def release(self) -> None:
+        """Give all of them back."""
+        self._budget.release("bytes", self._count)
+        self._count = 0
+
+
+class Run:
+    """One scrape of a module with `cache`. Everybody who asks the same gets its answer."""
+
     outcome: concurrent.futures.Future[Scrape | ScrapeError]
+
+    def __init__(self, key: Any, module: Module) -> None:
+        self.key = key
+        self.module = module  # a reload may have changed it since
+        self.made = math.inf  # completion time (monotonic); inf while running
+        self.size = 0  # of the body, in bytes
+        self.waiting = 0  # requests that wait for the outcome
+        #: The scrape polls the first of two connected sockets as its client. Without the second one
+        #: it ends. A command has none: if it is too slow for one scrape, it answers the next.
+        self.sockets: Sequence[socket.socket] = ()
+        if module.method != "exec":
+            try:
+                self.sockets = socket.socketpair()
+            except OSError as error:
+                raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
+
+    def deadline(self, seconds: float, limits: Limits) -> Deadline:
+        """Return the deadline of the run; `seconds` remain for the request that began it."""
+        if self.sockets:
+            return Deadline(seconds, time.monotonic, client=self.sockets[0].fileno())
+        own = scrape_timeout(self.module.timeout, "", 0, limits)
+        return Deadline(max(own, seconds), time.monotonic)
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close all sockets."""
+    for each in sockets:
+        each.close()
 
 
 class Cache:
-    """The last good answers of modules with `cache`. Who asks while one is made waits for it."""
+    """The last good answers of modules with `cache`. Concurrent requests share one run."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self._lock = limits, threading.Lock()
-        self._answers: dict[Any, Answer] = {}  # of those that are made the oldest first
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._runs: dict[Any, Run] = {}  # of those that are made the oldest first
 
     def answer(self, job: Job, key: Any) -> Scrape:
-        """An answer that is fresh enough, or a new one; raises ScrapeError."""
+        """Return an answer that is fresh enough, or a new one. Raises ScrapeError."""
         while True:
-            now, known = time.monotonic(), self._find(job, key)
-            scrape = wait_for(known.outcome, job.deadline)
+            asked = time.monotonic()
+            run = self._join(job, key)
+            try:
+                scrape = wait_for(run.outcome, job.deadline)
+            finally:
+                self._leave(run)
             if isinstance(scrape, Scrape):
                 break
             if scrape.reason.name != "timeout":  # of a run that began before us
                 raise ScrapeError(scrape.reason.name, scrape.message, scrape.detail)
-        count = len(cast(bytes, scrape.body))  # it may be evicted while it is sent
-        hold(job, count)
-        job.cleanup.callback(hold, job, -count)
-        if now < known.made:
+        job.held.add(len(cast(bytes, scrape.body)))  # it may be evicted while it is sent
+        if asked < run.made:
             return scrape
-        aged = with_header(scrape.headers, "Age", str(int(now - known.made)))
+        aged = with_header(scrape.headers, "Age", str(int(asked - run.made)))
         return scrape._replace(headers=aged)
 
-    def _find(self, job: Job, key: Any) -> Answer:
-        """One that is fresh enough, or being made in a thread; raises ScrapeError.
-
-        A command runs as long as the module allows, even when all who wait have given up: if it is
-        too slow for one scrape it answers the next. Other targets are told who asks' deadline.
-        """
-        take, most, module = job.tools.budget.take, self._limits.connections, job.module
-        own = module.method == "exec" and scrape_timeout(module.timeout, "", 0, self._limits)
-        deadline = Deadline(max(own, job.deadline.remaining()), time.monotonic)
+    def _join(self, job: Job, key: Any) -> Run:
+        """Return a run whose answer is fresh enough or still to come. Raises ScrapeError."""
+        module = job.module
         with self._lock:
-            known = self._answers.get(key)
-            if not known or known.module != module or time.monotonic() - known.made >= module.cache:
-                take("answers", 1, most, f"as many answers are being made as may at once: {most}")
-                outcome = aside(lambda: take("answers", -1), self._make, job, key, deadline)
-                known = self._answers[key] = Answer(module, math.inf, 0, outcome)
-            return known
+            run = self._runs.get(key)
+            if not run or run.module != module or time.monotonic() - run.made >= module.cache:
+                run = Run(key, module)
+                deadline = run.deadline(job.deadline.remaining(), self._limits)
+                # Not a method of the run: the cycle would keep bodies and descriptors.
+                close = functools.partial(close_all, run.sockets)
+                run.outcome = aside(close, self._make, job, run, deadline)
+                self._runs[key] = run
+            run.waiting += 1
+            return run
 
-    def _make(self, job: Job, key: Any, deadline: Deadline) -> Scrape | ScrapeError:
-        """What the target says now, or what went wrong: without a trace, which keeps bodies."""
+    def _leave(self, run: Run) -> None:
+        """Stop waiting for a run. End one that nobody waits for any more, except a command's."""
+        with self._lock:
+            run.waiting -= 1
+            is_running = run.made == math.inf and self._runs.get(run.key) is run
+            if is_running and run.sockets and not run.waiting:
+                run.sockets[1].close()
+                del self._runs[run.key]  # the next request begins another one
+
+    def _make(self, job: Job, run: Run, deadline: Deadline) -> Scrape | ScrapeError:
+        """Return what the target says, or what went wrong: without a trace, which keeps bodies."""
         found: Any = None
+        held = Held(job.tools.budget, self._limits)
         with contextlib.ExitStack() as cleanup:
-            cleanup.callback(lambda: self._keep(key, job.module, found))
+            cleanup.callback(lambda: self._keep(run, found))
+            cleanup.callback(held.release)
             try:
-                found = scrape_target(job._replace(deadline=deadline, cleanup=cleanup))
+                found = scrape_target(job._replace(deadline=deadline, cleanup=cleanup, held=held))
             except ScrapeError as error:
                 found = ScrapeError(error.reason.name, error.message, error.detail)
         return cast("Scrape | ScrapeError", found)
 
-    def _keep(self, key: Any, module: Module, outcome: Any) -> None:
-        """Keep an answer if it is good, and of all no more than may be kept, the newest."""
+    def _keep(self, run: Run, outcome: Any) -> None:
+        """Keep an answer if it is good. Keep no more answers than allowed, the newest ones."""
         left = self._limits.cache_bytes
         with self._lock:
-            own = self._answers.get(key)
-            if own and own.module is module:  # and not a later module's
-                del self._answers[key]
-                is_good = isinstance(outcome, Scrape) and outcome.status == OK
-                size = len(outcome.body) if is_good else 0
-                if is_good and size <= left:  # or else all others would go for nothing
-                    self._answers[key] = own._replace(made=time.monotonic(), size=size)
-            made = [(key, each) for key, each in self._answers.items() if each.made < math.inf]
-            for number, (old, each) in enumerate(reversed(made)):
+            if self._runs.get(run.key) is not run:  # nobody waits, or a later module has its place
+                return
+            del self._runs[run.key]
+            is_good = isinstance(outcome, Scrape) and outcome.status == OK
+            size = len(outcome.body) if is_good else 0
+            if is_good and size <= left:  # or else all others would go for nothing
+                run.made = time.monotonic()
+                run.size = size
+                self._runs[run.key] = run
+            made = [each for each in self._runs.values() if each.made < math.inf]
+            for number, each in enumerate(reversed(made)):
                 left -= each.size
                 if left < 0 or number >= self._limits.cache_entries:
-                    del self._answers[old]
-
-
-def hold(job: Job, count: int) -> None:
-    """Count so many more bytes as held in memory, or less; raises ScrapeError("busy")."""
-    words = "too many bodies in memory, try again later"
-    job.tools.budget.take("bytes", count, job.tools.limits.held_bytes, words)
+                    del self._runs[each.key]
 
 
 def aside(done: Callable[[], None], work: Callable[..., Any], *given: Any) -> Any:
@@ -2994,7 +3107,7 @@ def aside(done: Callable[[], None], work: Callable[..., Any], *given: Any) -> An
     try:
         threading.Thread(target=fulfil, args=(future, work, *given), daemon=True).start()
     except RuntimeError:
-        future.cancel()
+        future.cancel()  # calls `done`
         raise ScrapeError("busy", "no thread can be started, try again later") from None
     return future
 
@@ -3006,21 +3119,25 @@ def fulfil(future: concurrent.futures.Future[Any], work: Callable[..., Any], *gi
     except (ExpexpError, OSError, UnicodeError, MemoryError) as error:
         future.set_exception(error)
     finally:
-        future.cancel()  # it is done, but for a fault of ours, of which the thread leaves a trace
+        if future.cancel():  # an unexpected error, which the thread shows: release the waiters
+            future.set_running_or_notify_cancel()
 
 
 def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
-    """What another thread finds; raises what it raises, or ScrapeError if the deadline is first."""
-    try:
-        return future.result(deadline.remaining())
-    except concurrent.futures.TimeoutError:
-        raise deadline.error() from None
+    """Return what another thread finds. Raises what the thread raises, or ScrapeError.
+
+    The client cannot be polled beside another thread, so it is looked at now and then.
+    """
+    look = Limits.hang_up_seconds
+    while not concurrent.futures.wait([future], min(deadline.remaining(), look)).done:
+        wait(deadline, {}, 0)
+    return future.result()
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
-    """Take a lock, or a slot of a semaphore; raises ScrapeError when the deadline is first."""
-    if not lock.acquire(timeout=deadline.remaining()):
-        raise deadline.error()
+    """Take a lock, or a slot of a semaphore. Raises ScrapeError."""
+    while not lock.acquire(timeout=min(deadline.remaining(), Limits.hang_up_seconds)):
+        wait(deadline, {}, 0)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3141,10 +3258,7 @@ class Tools:
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
-        #: One lock a FIFO, by its path without links: of two readers each would get a part. And
-        #: the descriptors of those of which a scrape that failed has read a part.
-        self.fifo_locks: dict[str, threading.Lock] = {}
-        self.torn_fifos: dict[str, io.FileIO] = {}
+        self.fifos = Fifos()
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3159,16 +3273,41 @@ class Job(NamedTuple):
     client: str
     deadline: Deadline
     cleanup: contextlib.ExitStack
+    held: Held
     tools: Tools
 
 
+def scrape_bound(job: Job) -> int:
+    """Return how many scrapes of the job's module may run at once."""
+    limits = job.tools.limits
+    bounds = {"exec": limits.exec_scrapes, "file": limits.file_scrapes}
+    own = bounds.get(job.module.method, limits.module_requests)
+    return job.module.max_concurrent or min(own, limits.module_requests)
+
+
+def reserve_request(job: Job) -> None:
+    """Count a request until it has been answered. Raises ScrapeError("busy") beyond the bounds.
+
+    A module whose target hangs must not take the connections of all others. Requests that wait for
+    another's answer count, too.
+    """
+    budget = job.tools.budget
+    limits = job.tools.limits
+    name = job.module.name
+    own = f"requests to {name}"
+    budget.reserve(own, 1, limits.module_requests, "too many requests to it are being answered")
+    job.cleanup.callback(budget.release, own, 1)
+    words = "too many requests to all modules are being answered"
+    budget.reserve("requests", 1, limits.proxy_requests, words)
+    job.cleanup.callback(budget.release, "requests", 1)
+
+
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
-    """All pieces as one body; raises ScrapeError when there are too many bytes or too late."""
+    """Return all pieces as one body. Raises ScrapeError if there are too many bytes or too late."""
     body = io.BytesIO()  # which hands out what it holds uncopied
-    job.cleanup.callback(lambda: hold(job, -body.tell()))
     for piece in pieces:
         job.deadline.remaining()
-        hold(job, len(piece))
+        job.held.add(len(piece))
         body.write(piece)
         check_size(job.tools.limits, body.tell())
     return body.getvalue()
@@ -3193,14 +3332,15 @@ def connect_any(addresses: Any, deadline: Deadline) -> Wire:
     """
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = Deadline(deadline.remaining() / (len(addresses) - position), time.monotonic)
+        share = deadline.share(len(addresses) - position)
         try:
             wire = connect_one(family, kind, protocol, address, share)
-        except OSError as error:
+        except (OSError, ScrapeError) as error:
             errors.append(error)
         else:
             wire.deadline = deadline
             return wire
+    deadline.remaining()
     raise errors[0]
 
 
@@ -3313,9 +3453,11 @@ def ask(
             context, name = target.credentials.current().context, target.server_name or target.host
             # An attacker can cut a body short: an end without close_notify is an error.
             wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
-        return cast(TargetExchange, HANDLER.do_open(TargetExchange, request, wire=wire, most=most))
+        answer = HANDLER.do_open(TargetExchange, request, wire=wire, most=most)
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
+    job.held.add(answer.head_memory)
+    return cast(TargetExchange, answer)
 
 
 def scrape_http(job: Job) -> Scrape:
@@ -3374,7 +3516,7 @@ def ask_engine(job: Job) -> bytes:
         body = join_pieces(job, response_pieces(job, response))
         response.close()
     except ScrapeError as error:
-        if error.reason.name in ("timeout", "busy"):
+        if error.reason.name in ("timeout", "busy", "aborted"):
             raise
         raise unreachable(f"cannot ask the container engine: {error.message}") from None
     if response.status == http.HTTPStatus.NOT_FOUND:
@@ -3417,7 +3559,7 @@ def connect_container(job: Job) -> Wire:
     place = target.container_host, target.container, target.port
     asked, *address = known.get(place, (-math.inf,))
     if time.monotonic() - asked < job.tools.limits.container_seconds:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ScrapeError):
             return connect_host(job, *address)
     known.pop(place, None)  # now: an address that does not answer has used up all the time
     asked, (host, port) = time.monotonic(), find_container(job)
@@ -3463,22 +3605,23 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
     Raises ScrapeError("command") in the end, unless the command has exited with 0.
     """
-    poll, stdout, stderr = select.poll(), process.stdout.fileno(), process.stderr.fileno()
+    stdout, stderr = process.stdout.fileno(), process.stderr.fileno()
+    awaited = {stdout: select.POLLIN, stderr: select.POLLIN}
     with exit_descriptor(process.pid) as exited:
-        for source in filter(None, (process.stdout, process.stderr, exited)):
-            poll.register(source, select.POLLIN)
+        if exited:
+            awaited[exited.fileno()] = select.POLLIN
         while True:
             # Asked before the pipes are: what was written before the exit is in them by then. A
             # grandchild may hold them open for ever, so their end is not waited for. The command
             # is not reaped yet, so its id stays its own.
             over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            wait = 0 if over else min(job.deadline.remaining(), math.inf if exited else 0.02)
-            ready = {descriptor for descriptor, _ in poll.poll(wait * 1000)} & {stdout, stderr}
+            longest = math.inf if exited else 0.02
+            ready = wait(job.deadline, awaited, 0 if over else longest) & {stdout, stderr}
             if over and not ready:
                 return check_exit(over.si_status, over.si_code != os.CLD_EXITED)
             pieces = {pipe: os.read(pipe, PIECE_BYTES) for pipe in ready}
             for ended in [pipe for pipe, piece in pieces.items() if not piece]:
-                poll.unregister(ended)
+                del awaited[ended]
             words[:] = (words + pieces.get(stderr, b""))[-job.tools.limits.stderr_bytes :]
             yield pieces.get(stdout, b"")
 
@@ -3524,20 +3667,68 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 
 def scrape_file(job: Job) -> Scrape:
-    """What is in a file or comes out of a FIFO. IO; raises ScrapeError."""
-    path = job.module.target.path
+    """Return what is in a file or comes out of a FIFO. IO; raises ScrapeError."""
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)  # before: to open a device may do things to it
-        if kind == stat.S_IFIFO:
-            return scrape_fifo(job, path)
-        if kind == stat.S_IFREG:
-            with io.FileIO(path, opener=open_without_waiting) as file:
-                modified = check_opened(job, file, kind).st_mtime
-                pieces = iter(lambda: file.read(PIECE_BYTES), b"")
-                return text_scrape(join_pieces(job, pieces), modified)
+        found = call_aside(job, inspect_path)
+        if isinstance(found, str):
+            return scrape_fifo(job, found)
+        job.held.add(len(found.body))
+        return cast(Scrape, found)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
-    raise ScrapeError("file", "neither a regular file nor a FIFO")
+
+
+def call_aside(job: Job, function: Callable[[Job], Any]) -> Any:
+    """Call a function that uses the file system, in a thread. Return or raise what it does.
+
+    A `stat`, `open` or `read` of a file system that hangs cannot be interrupted. Then the thread is
+    left behind. It counts until it returns, so that a module leaves no more threads behind than it
+    may run scrapes.
+    """
+    budget = job.tools.budget
+    most = scrape_bound(job)
+    what = f"calls of {job.module.name}"
+    words = f"{most} reads of it have not returned: its file system may hang"
+    budget.reserve(what, 1, most, words)
+    future = aside(lambda: budget.release(what, 1), function, job)
+    try:
+        return wait_for(future, job.deadline)
+    except ScrapeError:
+        future.add_done_callback(close_result)
+        raise
+
+
+def close_result(future: concurrent.futures.Future[Any]) -> None:
+    """Close a file that a thread opened after its scrape had ended."""
+    is_good = not future.cancelled() and not future.exception()
+    if is_good and isinstance(future.result(), io.FileIO):
+        future.result().close()
+
+
+def stat_path(job: Job) -> os.stat_result:
+    """Return the status of a module's path. Raises OSError or UnicodeError."""
+    return os.stat(job.module.target.path)
+
+
+def inspect_path(job: Job) -> Scrape | str:
+    """Return the scrape of a regular file, or the path without links of a FIFO.
+
+    Raises OSError, UnicodeError or ScrapeError.
+    """
+    path = cast(str, job.module.target.path)
+    kind = stat.S_IFMT(stat_path(job).st_mode)  # before: to open a device may do things to it
+    if kind == stat.S_IFIFO:
+        return os.path.realpath(path)
+    if kind != stat.S_IFREG:
+        raise ScrapeError("file", "neither a regular file nor a FIFO")
+    held = Held(job.tools.budget, job.tools.limits)
+    try:
+        with io.FileIO(path, opener=open_without_waiting) as file:
+            modified = check_opened(job, file, kind).st_mtime
+            pieces = iter(lambda: file.read(PIECE_BYTES), b"")
+            return text_scrape(join_pieces(job._replace(held=held), pieces), modified)
+    finally:
+        held.release()
 
 
 def open_without_waiting(path: str, _flags: int) -> int:
@@ -3554,49 +3745,113 @@ def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
     return found
 
 
-def scrape_fifo(job: Job, path: str) -> Scrape:
-    """Read a FIFO until its writers close it, one scrape at a time. OSError and ScrapeError."""
-    key = os.path.realpath(path)  # not the inode: each new FIFO would leave a lock behind
-    lock = job.tools.fifo_locks.setdefault(key, threading.Lock())
-    acquire(lock, job.deadline)
+class Fifo:
+    """A FIFO that scrapes read, one at a time: of two readers each would get a part."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path  # as the module has it
+        self.lock = threading.Lock()
+        self.users = 0  # scrapes that read it, or wait for that
+        #: The open FIFO of which a scrape has read a part of an answer, but not its end.
+        self.torn: io.FileIO | None = None
+
+
+class Fifos:
+    """The FIFOs that scrapes read now, and those whose answer is torn."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Fifo] = {}  # by the path without links
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def reading(self, key: str, job: Job) -> Iterator[Fifo]:
+        """Wait until no other scrape reads the FIFO. Raises ScrapeError."""
+        with self._lock:
+            fifo = self._known.setdefault(key, Fifo(job.module.target.path))
+            fifo.users += 1
+        try:
+            acquire(fifo.lock, job.deadline)
+            try:
+                yield fifo
+            finally:
+                fifo.lock.release()
+        finally:
+            with self._lock:
+                fifo.users -= 1
+                self._forget(key, fifo)
+
+    def _forget(self, key: str, fifo: Fifo) -> None:
+        """Drop a FIFO that no scrape uses and of which no answer is torn."""
+        if not fifo.users and not fifo.torn:
+            del self._known[key]
+
+    def keep(self, paths: Iterable[str]) -> None:
+        """Drop the torn FIFOs that no module has any more; `paths` are those that modules have."""
+        with self._lock:
+            for key, fifo in list(self._known.items()):
+                if fifo.torn and not fifo.users and fifo.path not in paths:
+                    fifo.torn.close()
+                    del self._known[key]
+
+
+def scrape_fifo(job: Job, key: str) -> Scrape:
+    """Read the FIFO whose path without links is `key` until its writers close it.
+
+    Raises OSError or ScrapeError.
+    """
+    with job.tools.fifos.reading(key, job) as fifo:
+        if fifo.torn:
+            finish_torn(job, fifo)
+        file = call_aside(job, open_fifo)
+        return text_scrape(join_pieces(job, torn_pieces(job, fifo, file)))
+
+
+def open_fifo(job: Job) -> io.FileIO:
+    """Open the FIFO of a module. Raises OSError, or ScrapeError if it is none any more."""
+    file = io.FileIO(job.module.target.path, opener=open_without_waiting)
     try:
-        finish_torn(job, key)
-        with io.FileIO(path, opener=open_without_waiting) as file:
-            check_opened(job, file, stat.S_IFIFO)
-            return text_scrape(join_pieces(job, torn_pieces(job, key, file)))
+        check_opened(job, file, stat.S_IFIFO)
+    except (OSError, ScrapeError):
+        file.close()
+        raise
+    return file
+
+
+def torn_pieces(job: Job, fifo: Fifo, file: io.FileIO) -> Iterator[bytes]:
+    """Yield what a FIFO's writers write. From its first byte to its end the answer is torn.
+
+    The file of a torn answer stays open: nothing else tells the answer's rest from the next one.
+    """
+    try:
+        for piece in fifo_pieces(job, file):
+            if piece:
+                fifo.torn = file
+            yield piece
+        fifo.torn = None
     finally:
-        lock.release()
+        if not fifo.torn:
+            file.close()
 
 
-def torn_pieces(job: Job, key: str, file: io.FileIO) -> Iterator[bytes]:
-    """The pieces of a FIFO; from the first to the last one it counts as torn, and stays open."""
-    torn = job.tools.torn_fifos
-    for piece in fifo_pieces(job, file):
-        if piece and key not in torn:
-            torn[key] = io.FileIO(os.dup(file.fileno()))
-        yield piece
-    if key in torn:
-        torn.pop(key).close()
+def finish_torn(job: Job, fifo: Fifo) -> None:
+    """Read away what a failed scrape has left in a FIFO: half an answer is none.
 
-
-def finish_torn(job: Job, key: str) -> None:
-    """Read away what a scrape that failed has left in a FIFO: half an answer is none."""
-    torn = job.tools.torn_fifos
-    if rest := torn.get(key):
-        # If another one is there by now, nothing of this one can be taken for its answer.
-        is_there = os.path.samestat(os.fstat(rest.fileno()), os.stat(job.module.target.path))
-        for _ in fifo_pieces(job, rest) if is_there else ():
+    If another FIFO has its path by now, nothing of this one can be taken for the answer of that.
+    """
+    rest = cast(io.FileIO, fifo.torn)
+    if os.path.samestat(os.fstat(rest.fileno()), call_aside(job, stat_path)):
+        for _ in fifo_pieces(job, rest):
             pass
-        torn.pop(key).close()
+    fifo.torn = None
+    rest.close()
 
 
 def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
     """Yield the bytes of a FIFO until its last writer closes it."""
-    poll, piece = select.poll(), None
-    poll.register(file, select.POLLIN)
+    piece = None
     while piece != b"":
         # Without a writer poll reports nothing, but read returns as if at the end: poll first.
-        if poll.poll(job.deadline.remaining() * 1000):
+        if wait(job.deadline, {file: select.POLLIN}):
             piece = file.read(PIECE_BYTES)  # None if another reader was faster
             yield piece or b""
 
@@ -3626,9 +3881,10 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
     """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
     encoding = (*values_of(headers, "content-encoding"), "")[0]
     content_type = configured or (*values_of(headers, "content-type"), "")[0]
+    decoded = Held(job.tools.budget, job.tools.limits)
     try:
         if encoding == "gzip":  # Prometheus decodes nothing else, either
-            body = join_pieces(job, gunzip_pieces(body))
+            body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
         verify_exposition(body, content_type, job.deadline.remaining)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
@@ -3639,6 +3895,8 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
         if encoding not in ("", "identity", "gzip"):
             message += f'; Content-Encoding is "{excerpt(encoding)}", and only gzip is decoded'
         raise ScrapeError("malformed", message, detail) from None
+    finally:
+        decoded.release()
     is_plain = parse_media_type(content_type[:MAX_CONTENT_TYPE])[0] == "text/plain"
     if configured or is_plain or choose_dialect(content_type) is not TEXT:
         return configured
@@ -3667,19 +3925,19 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 def scrape_target(job: Job) -> Scrape:
     """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
-    module, take, what = job.module, job.tools.budget.take, f"scrapes of {job.module.name}"
-    bound = job.tools.limits.commands if module.method == "exec" else math.inf
-    most = module.max_concurrent or bound
-    take(what, 1, most, f"as many scrapes of it run as may at once: {most}")
+    module, budget = job.module, job.tools.budget
+    what = f"scrapes of {module.name}"
+    most = scrape_bound(job)
+    budget.reserve(what, 1, most, f"already running {most} scrapes (max_concurrent)")
     is_streamed = False
     try:
         result = SCRAPERS[module.method](job)
         is_streamed = not isinstance(result.body, bytes)
     finally:
         if not is_streamed:  # a client that reads slowly keeps the slot only of a stream
-            take(what, -1)
+            budget.release(what, 1)
     if is_streamed:
-        job.cleanup.callback(take, what, -1)
+        job.cleanup.callback(budget.release, what, 1)
     if result.status != OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -3726,6 +3984,7 @@ class Request(NamedTuple):
     client: str
     scheme: str = "http"
     version: str = "1.1"
+    connection: int = -1  # descriptor of the client's connection, to see that it hangs up
 
     @property
     def path(self) -> str:
@@ -3759,6 +4018,16 @@ def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
     """A page of ours: one line of plain text, unless `more` headers give it another type."""
     fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
     return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
+
+
+def exposition_response(text: str, accepted: str) -> Response:
+    """Return an exposition of ours, compressed if the client accepts that."""
+    body = text.encode()
+    headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
+    if accepts(accepted, "gzip"):
+        body = gzip.compress(body, 6)
+        headers.append(("Content-Encoding", "gzip"))
+    return Response(OK, headers, body)
 
 
 class FailureLog:
@@ -3823,6 +4092,20 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
     if kind == b"params":
         return os.fsdecode(value.partition(b"=")[0]) in accepted
     return any(fnmatch.fnmatchcase(os.fsdecode(value), glob) for glob in accepted)
+
+
+def note_hang_up(metrics: SelfMetrics, module: Module) -> None:
+    """Count and log that a client has hung up before its answer. The module has not failed."""
+    metrics.increment("expexp_proxy_failures_total", module.name, "aborted")
+    LOGGER.debug("module %s: aborted: the client hung up", module.name)
+
+
+def log_access(request: Request, response: Response, seconds: float) -> None:
+    """Write the line of the access log."""
+    line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
+    phrase = http.client.responses.get(response.status, "")
+    ended = f"{phrase}, aborted" if response.aborted else phrase
+    LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, seconds * 1000)
 
 
 WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
@@ -3891,7 +4174,9 @@ class Application:
     def take_config(self) -> None:
         """Use the configuration that there is now for the requests that begin from now on."""
         self.config: Config = self._watched.value
-        for module in self.config.modules.values():
+        modules = self.config.modules.values()
+        self._tools.fifos.keep([each.target.path for each in modules if each.method == "file"])
+        for module in modules:
             self.metrics.create_module(module.name, module.method)
 
     def reload(self) -> Sequence[Problem]:
@@ -3929,10 +4214,7 @@ class Application:
         if response.module:
             self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
         if LOGGER.isEnabledFor(logging.INFO):
-            line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
-            phrase = http.client.responses.get(response.status, "")
-            ended = f"{phrase}, aborted" if response.aborted else phrase
-            LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, seconds * 1000)
+            log_access(request, response, seconds)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """What the route's function answers; raises RequestError if it is not asked."""
@@ -3956,16 +4238,29 @@ class Application:
                 module, pairs = choose_module(self.config, pairs)
                 check_arguments(module, pairs, self.limits)
                 seconds = scrape_timeout(module.timeout, header, offset, self.limits)
-                deadline = Deadline(seconds, time.monotonic)
+                deadline = Deadline(seconds, time.monotonic, client=request.connection)
+                held = Held(self._tools.budget, self.limits)
+                cleanup.callback(held.release)
                 asked = (module, pairs, request.headers, request.client, deadline)
-                found = answer_job(Job(*asked, cleanup, self._tools))
+                job = Job(*asked, cleanup, held, self._tools)
+                reserve_request(job)
+                found = answer_job(job)
                 body = self._noted_body(module, found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
-                who = f"module {excerpt(module.name)}: " if module else ""
-                response = own_response(error.reason.status, who + self._note(module, error))
+                response = self._failed(module, error)
             response.module = module.name if module else ""
             return response
+
+    def _failed(self, module: Module | None, error: ScrapeError) -> Response:
+        """Return the answer for a scrape that failed, counted and logged."""
+        who = f"module {excerpt(module.name)}: " if module else ""
+        words = error.message
+        if module and error.reason.name == "aborted":
+            note_hang_up(self.metrics, module)
+        else:
+            words = self._note(module, error)
+        return own_response(error.reason.status, who + words)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
         """The body that a target answered with; the target's own failures are counted."""
@@ -3987,7 +4282,10 @@ class Application:
         try:
             yield from cast("Iterator[bytes]", result.body)
         except ScrapeError as error:
-            self._note(module, ScrapeError("aborted", error.message))
+            if error.reason.name == "aborted":
+                note_hang_up(self.metrics, module)
+            else:
+                self._note(module, ScrapeError("aborted", error.message))
             raise
         self._note_success(module, result.status)
 
@@ -4009,21 +4307,12 @@ class Application:
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
         collect_process(self.metrics)
-        config, tls, modules = self._watched, self.credentials.value.tls, self.config.modules
-        secrets = [each.target.credentials for each in modules.values() if each.method == "http"]
-        working = all(each.working for each in (self.credentials, *secrets))
-        self.metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-        self.metrics.set("expexp_config_last_reload_successful", to=int(config.working))
-        self.metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
-        if tls:
-            self.metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+        modules = self.config.modules.values()
+        secrets = [each.target.credentials for each in modules if each.method == "http"]
+        collect_reloads(self.metrics, self._watched, [self.credentials, *secrets])
         # Not at a reload: requests for modules that are gone may have ended since.
         self.metrics.forget_modules(lambda: self.config.modules)
-        body, headers = self.metrics.render().encode(), [("Content-Type", TEXT_CONTENT_TYPE)]
-        if accepts(request.header("accept-encoding"), "gzip"):
-            body = gzip.compress(body, 6)
-            headers.append(("Content-Encoding", "gzip"))
-        return Response(OK, [*headers, ("Vary", "Accept-Encoding")], body)
+        return exposition_response(self.metrics.render(), request.header("accept-encoding"))
 
     def _reload(self, _request: Request) -> Response:
         """Read everything again, if clients may ask for that."""
@@ -4048,14 +4337,8 @@ class Application:
         return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
 
     def _index(self, request: Request) -> Response:
-        """The modules, for people as HTML and for programs as JSON."""
-        modules, vary = self.config.modules, ("Vary", "Accept")
-        if accepts(request.header("accept"), "application/json"):
-            text = json.dumps({name: outline(module) for name, module in modules.items()})
-            return own_response(200, text, vary, ("Content-Type", "application/json"))
-        text = render_index(modules, self.options)
-        policy = ("Content-Security-Policy", "default-src 'none'")
-        return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
+        """Return the list of modules."""
+        return list_modules(self.config.modules, self.options, request.header("accept"))
 
 
 def discovery_labels(module: Module, offset: float) -> dict[str, str]:
@@ -4095,6 +4378,28 @@ def render_index(modules: Mapping[str, Module], options: Options) -> str:
         shown = html.escape(f"{module.method} {module.target.shown}")
         items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
     return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
+
+
+def list_modules(modules: Mapping[str, Module], options: Options, accepted: str) -> Response:
+    """Return the modules, for people as HTML and for programs as JSON."""
+    vary = ("Vary", "Accept")
+    if accepts(accepted, "application/json"):
+        text = json.dumps({name: outline(module) for name, module in modules.items()})
+        return own_response(200, text, vary, ("Content-Type", "application/json"))
+    text = render_index(modules, options)
+    policy = ("Content-Security-Policy", "default-src 'none'")
+    return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
+
+
+def collect_reloads(metrics: SelfMetrics, config: Watched, secrets: Sequence[Watched]) -> None:
+    """Set the metrics of reloads. The first of the secrets are the server's credentials."""
+    working = all(each.working for each in secrets)
+    metrics.set("expexp_credentials_last_reload_successful", to=int(working))
+    metrics.set("expexp_config_last_reload_successful", to=int(config.working))
+    metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
+    tls = secrets[0].value.tls
+    if tls:
+        metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
 
 
 def collect_process(metrics: SelfMetrics) -> None:
@@ -4227,7 +4532,8 @@ def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Reques
     if version not in ("1.0", "1.1"):
         raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
     headers = read_header_block(wire, limits.header_block_bytes, STRICT_HEADER)
-    return Request(method, target or "/", headers, client, scheme, version)
+    descriptor = wire.connection.fileno()
+    return Request(method, target or "/", headers, client, scheme, version, descriptor)
 
 
 class ClientConnection(socketserver.BaseRequestHandler):

@@ -1811,7 +1811,7 @@ FAILURES = {
     "busy": (503, {"http", "exec", "file"}),
     "timeout": (504, {"http", "exec", "file"}),
     "status": (0, {"http"}),
-    "aborted": (0, {"http"}),
+    "aborted": (502, {"http", "exec", "file"}),
 }
 
 
@@ -2093,12 +2093,26 @@ TIMEOUTS = {
     "so many that it is inf": (0, "1e999", 60),
     "no number": (3, "soon", 3),
     "a header given twice": (0, "10, 10", 60),
+    "a client that asks for a day": (0, "86400", 600),
+    "a module that allows a client more": (3600, "86400", 3600),
+    "a module that allows more than a day": (100_000, "", 86_400),
 }
 
 
 @pytest.mark.parametrize(("module", "header", "seconds"), TIMEOUTS.values(), ids=TIMEOUTS)
 def test_scrape_timeout(module: float, header: str, seconds: float) -> None:
     assert expexp.scrape_timeout(module, header, 0.5, expexp.Limits(scrape_seconds=60)) == seconds
+
+
+def test_the_share_of_a_deadline_keeps_its_client_and_a_part_of_its_time() -> None:
+    now = [100.0]
+    deadline = expexp.Deadline(10, lambda: now[0], client=7)
+    share = deadline.share(4)
+    assert (share.remaining(), share.client) == (2.5, 7)
+    now[0] += 3
+    with pytest.raises(expexp.ScrapeError, match=r"^timed out after 2.5 s$"):
+        share.remaining()
+    assert deadline.remaining() == 7
 
 
 def test_scrape_timeout_is_never_longer_than_the_clients_own() -> None:
@@ -6204,6 +6218,9 @@ class Pieces:
     def recv(self, _most: int) -> bytes:
         return self._pieces.pop(0) if self._pieces else b""
 
+    def fileno(self) -> int:
+        return -1
+
 
 def wire_of(*pieces: bytes) -> expexp.Wire:
     """A wire on which these pieces arrive."""
@@ -7105,15 +7122,15 @@ def test_bodies_in_memory_have_a_budget_and_give_it_back() -> None:
     go_on, held = threading.Event(), threading.Event()
 
     def answer(connection: socket.socket, _head: bytes) -> None:
-        connection.sendall(HEAD + b"Content-Length: 800\r\n\r\n" + b"a 1\n" * 150)
+        connection.sendall(HEAD + b"Content-Length: 8000\r\n\r\n" + b"a 1\n" * 1500)
         held.set()
         go_on.wait(5)
-        connection.sendall(b"a 1\n" * 50)
+        connection.sendall(b"a 1\n" * 500)
 
-    limits = dataclasses.replace(FAST, held_bytes=1000)
+    limits = dataclasses.replace(FAST, held_bytes=10_000)
     with (
         target(answer) as port,
-        target(ok(b"a 1\n" * 200)) as other,
+        target(ok(b"a 1\n" * 2000)) as other,
         running({"m": http_module(port), "n": http_module(other)}, limits=limits) as served,
         ThreadPoolExecutor() as pool,
     ):
@@ -7129,9 +7146,9 @@ def test_bodies_in_memory_have_a_budget_and_give_it_back() -> None:
 
 @pytest.mark.parametrize("end", ["in time", "broken", "too late"])
 def test_a_body_gives_its_part_of_the_budget_back(end: str) -> None:
-    answers = {"in time": ok(b"a 1\n" * 200), "broken": ok(b"a !\n" * 200)}
-    answer = answers.get(end, silent_after(HUNDRED.replace(b"100", b"900"), b"a 1\n" * 200))
-    limits = dataclasses.replace(FAST, held_bytes=1000)
+    answers = {"in time": ok(b"a 1\n" * 2000), "broken": ok(b"a !\n" * 2000)}
+    answer = answers.get(end, silent_after(HUNDRED.replace(b"100", b"9000"), b"a 1\n" * 2000))
+    limits = dataclasses.replace(FAST, held_bytes=10_000)
     with (
         target(answer) as port,
         running({"m": http_module(port) | {"timeout": "50ms"}}, limits=limits) as served,
@@ -9396,7 +9413,7 @@ def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path, sam
         third = pool.submit(served.scrape, "m")
         path.write_bytes(b"c_whole 3\n")
         assert third.result().text == "c_whole 3\n"
-    assert not served.program.application._tools.torn_fifos
+    assert not served.program.application._tools.fifos._known
 
 
 def has_at_most(descriptors: int) -> bool:
@@ -9432,7 +9449,7 @@ def test_what_is_left_in_a_fifo_that_was_replaced_is_neither_read_nor_kept(tmp_p
         path.write_bytes(b"b_whole 2\n")
         assert whole.result().text == "b_whole 2\n"
         wait_until(lambda: has_at_most(before + writing))
-        assert len(served.program.application._tools.fifo_locks) == 1
+        assert not served.program.application._tools.fifos._known
 
 
 def test_who_waits_for_a_fifo_reads_the_one_that_has_replaced_it(tmp_path: Path) -> None:
@@ -9456,16 +9473,16 @@ def test_what_is_kept_counts_as_held_in_memory_while_it_is_sent(tmp_path: Path) 
         scraping_job().module, target=expexp.FileTarget(str(tmp_path / "a.prom")), cache=60
     )
     first = scraping_job()._replace(module=module)
-    first.tools.limits = dataclasses.replace(FAST, held_bytes=1000)
-    second, third = (first._replace(cleanup=contextlib.ExitStack()) for _ in range(2))
+    tools = first.tools
+    tools.limits = dataclasses.replace(FAST, held_bytes=1000)
+    second, third = (first._replace(held=expexp.Held(tools.budget, tools.limits)) for _ in range(2))
     with first.cleanup:
         expexp.answer_job(first)
-    with second.cleanup:
-        assert expexp.answer_job(second).headers[-1][0] == "Age"
-        with pytest.raises(expexp.ScrapeError, match="too many bodies in memory"):
-            expexp.answer_job(third)
-    with third.cleanup:
-        assert expexp.answer_job(third).headers[-1][0] == "Age"
+    assert expexp.answer_job(second).headers[-1][0] == "Age"
+    with pytest.raises(expexp.ScrapeError, match="too many bodies in memory"):
+        expexp.answer_job(third)
+    second.held.release()
+    assert expexp.answer_job(third).headers[-1][0] == "Age"
 
 
 def test_a_file_is_kept_too(tmp_path: Path) -> None:
@@ -9612,15 +9629,14 @@ def test_who_comes_just_before_a_run_meets_its_end_has_one_of_its_own(counted: C
         assert served.failures("m") == {"timeout": 1}
 
 
-def test_no_more_answers_are_made_at_once_than_there_may_be_connections(counted: Counted) -> None:
-    limits = fast_limits(connections=3)
-    with running({"m": counted.waiting()}, limits=limits) as served:
+def test_no_more_answers_are_made_at_once_than_scrapes_of_the_module(counted: Counted) -> None:
+    with running({"m": counted.waiting() | {"max_concurrent": 3}}) as served:
         for name in "abc":  # whoever asks for these has given up, the runs go on
             assert served.scrape(f"m&args={name}", SOON).status == 504
         answer = served.scrape("m&args=d")
         assert (answer.status, answer.text) == (
             503,
-            "module m: as many answers are being made as may at once: 3\n",
+            "module m: already running 3 scrapes (max_concurrent)\n",
         )
         assert counted.count == 3
         counted.release()
@@ -9773,7 +9789,7 @@ def test_a_command_runs_no_more_often_at_once_than(
             answer = served.scrape("m")
             assert (answer.status, answer.text) == (
                 503,
-                f"module m: as many scrapes of it run as may at once: {most}\n",
+                f"module m: already running {most} scrapes (max_concurrent)\n",
             )
             assert served.scrape("other").status == 200
             assert served.failures("m") == {"busy": 1}
@@ -9810,7 +9826,7 @@ def test_a_module_that_is_busy_again_and_again(
         for _ in range(3):
             meet_a_busy_one(served, counted, 200)
         assert served.failures("m") == {"busy": 3}
-    busy = "module m: busy: as many scrapes of it run as may at once: 1"
+    busy = "module m: busy: already running 1 scrapes (max_concurrent)"
     assert log == [busy] * warnings
 
 
@@ -9825,7 +9841,7 @@ def test_a_failing_module_that_is_busy_in_between_is_no_news(
             meet_a_busy_one(served, counted, status)
         assert served.failures("m") == {"busy": 4, "command": 2}
     assert log == [
-        "module m: busy: as many scrapes of it run as may at once: 1",
+        "module m: busy: already running 1 scrapes (max_concurrent)",
         "module m: command: sh: the command exited with status 3",
         "module m: recovered",
     ]
@@ -11828,7 +11844,10 @@ def scraping_job() -> expexp.Job:
     tools = expexp.Tools(limits, expexp.Commands(limits, 0), metrics)
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60, time.monotonic)
-    return expexp.Job(module, (), (), "::1", deadline, contextlib.ExitStack(), tools)
+    held = expexp.Held(tools.budget, limits)
+    cleanup = contextlib.ExitStack()
+    cleanup.callback(held.release)
+    return expexp.Job(module, (), (), "::1", deadline, cleanup, held, tools)
 
 
 HOSTILE_LINES = {
@@ -12495,6 +12514,447 @@ def test_a_fault_of_ours_in_reading_secrets_again_is_a_failed_reload(
 CREDENTIALS_SUCCESSFUL = "expexp_credentials_last_reload_successful"
 
 
+# --- clients that hang up
+
+LEFT: Final = "module m: the client closed its side before the answer\n"
+WAITING_BODY: Final = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 9\r\n\r\na 1\n"
+)
+
+
+def begin_scrape(client: socket.socket, module: str = "m", *headers: str) -> None:
+    """Send a request for a module and read nothing."""
+    head = "".join(f"{header}\r\n" for header in ("Host: x", *headers))
+    client.sendall(f"GET /proxy?module={module} HTTP/1.1\r\n{head}\r\n".encode())
+
+
+@contextlib.contextmanager
+def waiting_modules(folder: Path) -> Iterator[dict[str, dict[str, object]]]:
+    """Modules whose scrapes wait for ever, one for each kind of wait."""
+    os.mkfifo(folder / "lonely")
+    with target(silent_after()) as silent, target(silent_after(WAITING_BODY)) as slow:
+        yield {
+            "a target that says nothing": http_module(silent),
+            "a target that stops in its body": http_module(slow),
+            "an unverified target that says nothing": http_module(silent) | {"verify": False},
+            "a target with a cache": http_module(silent) | {"cache": "1m"},
+            "a command": exec_module(f"echo $$ >{folder}/pid; exec sleep 60"),
+            "a FIFO that nobody writes": file_module(folder / "lonely"),
+            "a FIFO with a cache": file_module(folder / "lonely") | {"cache": "1m"},
+        }
+
+
+WAITING: Final = (
+    "a target that says nothing",
+    "a target that stops in its body",
+    "an unverified target that says nothing",
+    "a target with a cache",
+    "a command",
+    "a FIFO that nobody writes",
+    "a FIFO with a cache",
+)
+
+
+@pytest.mark.parametrize("kind", WAITING)
+def test_the_scrape_of_a_client_that_closes_ends_and_is_no_failure_of(
+    kind: str, tmp_path: Path
+) -> None:
+    with (
+        waiting_modules(tmp_path) as modules,
+        running({"m": modules[kind]}) as served,
+        taking(0, 5),
+    ):
+        before = open_things()
+        with connect(served.port) as client:
+            begin_scrape(client)
+            wait_until(lambda: being_answered(served, 1))
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
+        assert served.metric('expexp_proxy_errors_total{module="m"}') == 0
+        assert served.metric('expexp_command_fails_total{module="m"}') == 0
+        assert served.metric('expexp_proxy_timeout_errors_total{module="m"}') == 0
+
+
+@pytest.mark.parametrize("kind", WAITING)
+def test_a_client_that_shuts_down_its_sending_side_is_told_so_and_left_by(
+    kind: str, tmp_path: Path
+) -> None:
+    with waiting_modules(tmp_path) as modules, running({"m": modules[kind]}) as served:
+        with connect(served.port) as client, taking(0, 5):
+            begin_scrape(client)
+            wait_until(lambda: being_answered(served, 1))
+            client.shutdown(socket.SHUT_WR)
+            answer = read_all(client).decode()
+        assert answer.startswith("HTTP/1.1 502 Bad Gateway\r\n")
+        assert answer.endswith(f"\r\n\r\n{LEFT}")
+
+
+def test_a_command_of_a_client_that_hangs_up_is_ended(tmp_path: Path) -> None:
+    with (
+        waiting_modules(tmp_path) as modules,
+        running({"m": modules["a command"]}) as served,
+        connect(served.port) as client,
+    ):
+        begin_scrape(client)
+        pid_file = tmp_path / "pid"
+        wait_until(lambda: pid_file.exists() and pid_file.read_text().strip())
+        process_id = int(pid_file.read_text())
+        client.close()
+        wait_until(lambda: not Path(f"/proc/{process_id}").exists())
+
+
+def test_a_stream_of_a_client_that_hangs_up_ends_at_its_target() -> None:
+    ended = threading.Event()
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        connection.sendall(WAITING_BODY)
+        assert connection.recv(1) == b""
+        ended.set()
+
+    with (
+        target(answer) as port,
+        running({"m": http_module(port) | {"verify": False}}) as served,
+    ):
+        with connect(served.port) as client:
+            begin_scrape(client)
+            assert read_until(client, b"a 1\n")
+        assert ended.wait(5)
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        assert served.metric('expexp_proxy_errors_total{module="m"}') == 0
+
+
+def test_a_client_that_hangs_up_over_tls_is_noticed(
+    secure: Callable[..., contextlib.AbstractContextManager[Secure]],
+) -> None:
+    with (
+        target(silent_after()) as silent,
+        secure(modules={"m": http_module(silent)}) as served,
+    ):
+        with contextlib.closing(served.connection()) as connection:
+            connection.request("GET", "/proxy?module=m")
+            wait_until(lambda: served.metric("expexp_http_requests_in_flight") == 2)
+        aborted = 'expexp_proxy_failures_total{module="m",reason="aborted"}'
+        wait_until(lambda: served.metric(aborted) == 1)
+
+
+def test_a_dead_client_does_not_hold_a_fifo(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with running({"m": file_module(tmp_path / "fifo")}) as served, ThreadPoolExecutor(1) as pool:
+        with connect(served.port) as client:
+            begin_scrape(client)
+            wait_until(lambda: being_answered(served, 1))
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        scrape = pool.submit(served.scrape, "m")
+        (tmp_path / "fifo").write_bytes(b"a 1\n")
+        assert scrape.result().text == "a 1\n"
+
+
+def test_a_client_that_waits_for_a_fifo_of_another_one_may_hang_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with running({"m": file_module(tmp_path / "fifo")}) as served, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(served.scrape, "m")
+        wait_until(lambda: being_answered(served, 1))
+        with connect(served.port) as second:
+            begin_scrape(second)
+            wait_until(lambda: being_answered(served, 2))
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        (tmp_path / "fifo").write_bytes(b"a 1\n")
+        assert first.result().text == "a 1\n"
+
+
+def test_a_client_may_hang_up_while_a_name_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    look_up = socket.getaddrinfo
+
+    def hang(host: str, *rest: Any, **more: Any) -> Any:
+        if host == "slow.example" and not more.get("flags"):  # not as a numeric address
+            answered.wait(20)
+        return look_up(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    with running({"m": http_module(9, address="slow.example")}) as served, taking(0, 5):
+        with connect(served.port) as client:
+            begin_scrape(client)
+            wait_until(lambda: being_answered(served, 1))
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        answered.set()
+
+
+def test_pipelined_requests_are_no_end_of_a_client() -> None:
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        time.sleep(0.2)
+        connection.sendall(ok(EXPOSITION))
+
+    with (
+        target(answer) as port,
+        running({"m": http_module(port)}) as served,
+        connect(served.port) as client,
+    ):
+        begin_scrape(client)
+        begin_scrape(client, "m", "Connection: close")
+        used = time.process_time()
+        answers = read_all(client)
+        assert time.process_time() - used < 0.2  # it does not spin on the second request
+        assert answers.count(b"HTTP/1.1 200 OK\r\n") == 2
+        assert answers.count(EXPOSITION) == 2
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/-/healthy", "/proxy?module=none"])
+def test_what_needs_no_wait_is_answered_after_a_client_has_shut_down_sending(
+    server: Running, path: str
+) -> None:
+    with connect(server.port) as client:
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client).startswith(b"HTTP/1.1 404" if "none" in path else b"HTTP/1.1 200")
+
+
+def test_a_cached_command_runs_on_without_a_client_and_answers_the_next(
+    counted: Counted,
+) -> None:
+    with running({"m": counted.waiting("echo a 1")}) as served:
+        with connect(served.port) as client:
+            begin_scrape(client)
+            wait_until(lambda: counted.count == 1)
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        counted.release()
+        assert served.scrape("m").text == "a 1\n"
+        assert counted.count == 1
+
+
+def test_a_cached_scrape_runs_on_as_long_as_one_client_waits_for_it() -> None:
+    go_on = threading.Event()
+    asked = threading.Semaphore(0)
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        asked.release()
+        go_on.wait(5)
+        connection.sendall(ok(EXPOSITION))
+
+    with (
+        target(answer) as port,
+        running({"m": http_module(port) | {"cache": "1m"}}) as served,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        with connect(served.port) as first:
+            begin_scrape(first, "m", "Accept-Encoding: identity")
+            assert asked.acquire(timeout=5)
+            second = pool.submit(served.scrape, "m")
+            wait_until(lambda: being_answered(served, 2))
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        go_on.set()
+        assert second.result().body == EXPOSITION
+        assert not asked.acquire(blocking=False)
+
+
+def test_after_an_abandoned_cached_scrape_the_next_client_begins_a_new_one() -> None:
+    asked = threading.Semaphore(0)
+    answers: Iterator[Answerer] = iter([silent_after(), silent_after(ok(EXPOSITION))])
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        asked.release()
+        next(answers)(connection, head)
+
+    with target(answer) as port, running({"m": http_module(port) | {"cache": "1m"}}) as served:
+        with connect(served.port) as client:
+            begin_scrape(client)
+            assert asked.acquire(timeout=5)
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+        assert served.scrape("m").body == EXPOSITION
+        assert not served.program.application._tools.budget._used
+
+
+# --- bounds of requests and scrapes
+
+
+def test_the_bounds_of_a_module_and_of_all_leave_connections_for_the_rest() -> None:
+    limits = expexp.Limits()
+    assert (limits.connections, limits.module_requests, limits.proxy_requests) == (512, 384, 448)
+    few = dataclasses.replace(limits, connections=1)
+    assert (few.module_requests, few.proxy_requests) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("method", "own", "most"),
+    [("http", 0, 384), ("file", 0, 50), ("exec", 0, 10), ("exec", 20, 20), ("http", 500, 500)],
+)
+def test_a_module_runs_so_many_scrapes_at_once(method: str, own: int, most: int) -> None:
+    job = scraping_job()
+    module = dataclasses.replace(job.module, method=method, max_concurrent=own)
+    assert expexp.scrape_bound(job._replace(module=module)) == most
+
+
+def test_a_default_bound_is_never_above_that_of_http() -> None:
+    job = scraping_job()
+    job.tools.limits = dataclasses.replace(FAST, connections=8)
+    assert expexp.scrape_bound(job) == 6
+
+
+def test_a_module_whose_target_hangs_leaves_connections_for_the_others() -> None:
+    with (
+        target(silent_after()) as silent,
+        target(ok(EXPOSITION)) as good,
+        running(
+            {"m": http_module(silent), "n": http_module(good)}, limits=fast_limits(connections=8)
+        ) as served,
+        contextlib.ExitStack() as clients,
+    ):
+        for _ in range(6):
+            begin_scrape(clients.enter_context(connect(served.port)))
+        wait_until(lambda: being_answered(served, 6))
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (
+            503,
+            "module m: too many requests to it are being answered\n",
+        )
+        assert served.scrape("n").body == EXPOSITION
+        assert served.failures("m") == {"busy": 1}
+
+
+def test_all_modules_together_leave_connections_for_our_own_pages() -> None:
+    with (
+        target(silent_after()) as silent,
+        running(
+            {name: http_module(silent) for name in "mno"}, limits=fast_limits(connections=8)
+        ) as served,
+        contextlib.ExitStack() as clients,
+    ):
+        for name in "mmmmnnn":
+            begin_scrape(clients.enter_context(connect(served.port)), name)
+        wait_until(lambda: being_answered(served, 7))
+        answer = served.scrape("o")
+        assert (answer.status, answer.text) == (
+            503,
+            "module o: too many requests to all modules are being answered\n",
+        )
+        for path in ("/", "/metrics", "/-/healthy"):
+            assert served.get(path).status == 200
+
+
+def test_requests_that_wait_for_the_cache_count_as_well(counted: Counted) -> None:
+    with (
+        running({"m": counted.waiting()}, limits=fast_limits(connections=8)) as served,
+        contextlib.ExitStack() as clients,
+    ):
+        for _ in range(6):
+            begin_scrape(clients.enter_context(connect(served.port)))
+        wait_until(lambda: being_answered(served, 6))
+        assert served.scrape("m").text == "module m: too many requests to it are being answered\n"
+        counted.release()
+
+
+def test_after_all_answers_nothing_is_left_in_the_budget(tmp_path: Path) -> None:
+    (tmp_path / "a.prom").write_text("a 1\n")
+    with (
+        target(ok(gzip.compress(EXPOSITION), "Content-Encoding: gzip")) as port,
+        running(
+            {
+                "h": http_module(port),
+                "s": http_module(port) | {"verify": False},
+                "e": exec_module("echo a 1"),
+                "f": file_module(tmp_path / "a.prom"),
+                "gone": file_module(tmp_path / "gone"),
+            }
+        ) as served,
+    ):
+        assert {served.scrape(name).status for name in "hsef"} == {200}
+        assert served.scrape("gone").status == 500
+        wait_until(lambda: not served.program.application._tools.budget._used)
+
+
+def test_a_decoded_body_is_given_back_as_soon_as_it_is_verified() -> None:
+    job = scraping_job()
+    body = gzip.compress(b"a 1\n" * 1000)
+    expexp.verify_scrape(job, [("Content-Encoding", "gzip")], body, "")
+    assert not job.tools.budget._used
+
+
+def test_a_head_with_very_many_headers_counts_as_held_in_memory() -> None:
+    head = b"HTTP/1.1 200 OK\r\n" + b"a:\r\n" * 10_000 + b"Content-Length: 4\r\n\r\na 1\n"
+    with (
+        target(head) as port,
+        running({"m": http_module(port)}, limits=fast_limits(held_bytes=1_000_000)) as served,
+    ):
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (
+            503,
+            "module m: too many bodies in memory, try again later\n",
+        )
+        wait_until(lambda: not served.program.application._tools.budget._used)
+
+
+# --- file systems that hang
+
+
+@contextlib.contextmanager
+def hung(monkeypatch: pytest.MonkeyPatch, call: str, path: Path) -> Iterator[threading.Event]:
+    """A path on which a call of the file system does not return before the event is set."""
+    answered = threading.Event()
+    real = getattr(os, call)
+
+    def hang(given: Any, *rest: Any, **more: Any) -> Any:
+        if given == str(path):
+            answered.wait(20)
+        return real(given, *rest, **more)
+
+    monkeypatch.setattr(os, call, hang)
+    yield answered
+    answered.set()
+
+
+@pytest.mark.parametrize("call", ["stat", "open"])
+def test_a_hung_file_system_takes_only_the_scrapes_of_its_module(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hung.prom"
+    path.write_text("a 1\n")
+    (tmp_path / "good.prom").write_text("b 2\n")
+    module = file_module(path) | {"max_concurrent": 2, "timeout": "200ms"}
+    with (
+        running({"m": module, "good": file_module(tmp_path / "good.prom")}) as served,
+        hung(monkeypatch, call, path) as answered,
+    ):
+        before = threading.active_count()
+        for _ in range(2):
+            with taking(*AT_DEADLINE):
+                assert served.scrape("m").status == 504
+        answer = served.scrape("m")
+        assert (answer.status, answer.text) == (
+            503,
+            "module m: 2 reads of it have not returned: its file system may hang\n",
+        )
+        wait_until(lambda: threading.active_count() <= before + 2)
+        assert served.scrape("good").text.startswith("b 2\n")
+        answered.set()
+        wait_until(lambda: served.scrape("m").text.startswith("a 1\n"))
+        wait_until(lambda: threading.active_count() <= before)
+
+
+def test_a_client_that_hangs_up_leaves_a_hung_file_system_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hung.prom"
+    path.write_text("a 1\n")
+    with running({"m": file_module(path)}) as served, hung(monkeypatch, "stat", path):
+        with connect(served.port) as client:
+            begin_scrape(client)
+            wait_until(lambda: being_answered(served, 1))
+        wait_until(lambda: served.failures("m") == {"aborted": 1})
+
+
+def test_a_fifo_that_was_opened_too_late_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    module = file_module(tmp_path / "fifo") | {"timeout": "200ms"}
+    with running({"m": module}) as served:
+        assert served.scrape("m").status == 504
+        before = open_things()
+        with hung(monkeypatch, "open", tmp_path / "fifo"):
+            assert served.scrape("m").status == 504
+        wait_until(lambda: all(now <= then for now, then in zip(open_things(), before)))
+
+
 # --- service discovery
 
 
@@ -13154,7 +13614,11 @@ def read_until(client: socket.socket, end: bytes) -> bytes:
     return content
 
 
-def test_without_a_free_slot_a_connection_is_closed_and_counted() -> None:
+def test_without_a_free_slot_a_connection_is_closed_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for bound in ("module_requests", "proxy_requests"):
+        monkeypatch.setattr(expexp.Limits, bound, 3)
     go_on, asked = threading.Event(), threading.Semaphore(0)
 
     def answer(connection: socket.socket, _head: bytes) -> None:
