@@ -53,10 +53,10 @@ Licensed under the Apache License, Version 2.0.
 
 from __future__ import annotations
 
+import _thread
 import base64
 import calendar
 import codecs
-import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
@@ -2982,7 +2982,7 @@ class Held:
 class Run:
     """One scrape of a module with `cache`. Everybody who asks the same gets its answer."""
 
-    outcome: concurrent.futures.Future[Scrape | ScrapeError]
+    task: Task
 
     def __init__(self, key: Any, module: Module) -> None:
         self.key = key
@@ -3027,7 +3027,7 @@ class Cache:
             asked = time.monotonic()
             run = self._join(job, key)
             try:
-                scrape = wait_for(run.outcome, job.deadline)
+                scrape = wait_for(run.task, job.deadline)
             finally:
                 self._leave(run)
             if isinstance(scrape, Scrape):
@@ -3050,7 +3050,7 @@ class Cache:
                 deadline = run.deadline(job.deadline.remaining(), self._limits)
                 # Not a method of the run: the cycle would keep bodies and descriptors.
                 close = functools.partial(close_all, run.sockets)
-                run.outcome = aside(close, self._make, job, run, deadline)
+                run.task = start_task(close, self._make, job, run, deadline)
                 self._runs[key] = run
             run.waiting += 1
             return run
@@ -3097,41 +3097,85 @@ class Cache:
                     del self._runs[each.key]
 
 
-def aside(done: Callable[[], None], work: Callable[..., Any], *given: Any) -> Any:
-    """A future for a function in a daemon thread, which can be left behind; ScrapeError("busy").
+class Task:
+    """Work of a thread that can be left behind, and how it ends."""
 
-    When it is done, or if there can be no such thread, `done` is called.
+    def __init__(self, done: Callable[[], None]) -> None:
+        self._done = done
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._is_good = False
+        self._is_abandoned = False
+        self._running = _thread.allocate_lock()  # measured: an Event takes twice as long
+        self._running.acquire()
+
+    def run(self, work: Callable[..., Any], *arguments: Any) -> None:
+        """Do the work, in the task's thread. What it raises is raised again by `result`."""
+        try:
+            self._result = work(*arguments)
+            self._is_good = True
+        except (ExpexpError, OSError, UnicodeError, MemoryError) as error:
+            self._error = error
+        finally:
+            self._done()
+            self._running.release()
+        self._close()
+
+    def wait(self, seconds: float) -> bool:
+        """Return whether the work has ended within so many seconds."""
+        has_ended = self._running.acquire(timeout=seconds)
+        if has_ended:
+            self._running.release()  # for others that wait
+        return has_ended
+
+    def result(self) -> Any:
+        """Return what the work has returned, or raise what it has raised.
+
+        The error is raised only once. A task that kept it would be in a cycle with its traceback,
+        and the frames of the traceback hold whole bodies.
+        """
+        error = self._error
+        self._error = None
+        if error:
+            raise error
+        if not self._is_good:
+            raise RuntimeError("unexpected error in a thread: see the log")
+        return self._result
+
+    def abandon(self) -> None:
+        """Close the file that the work has opened, or is going to open."""
+        self._is_abandoned = True
+        self._close()
+
+    def _close(self) -> None:
+        """Close the file of a task that nobody waits for any more."""
+        if self._is_abandoned and isinstance(self._result, io.FileIO):
+            self._result.close()
+
+
+def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> Task:
+    """Begin work in a thread and return its task. Raises ScrapeError("busy") without a thread.
+
+    `done` is called when the work has ended, or cannot begin. `threading.Thread` would wait for its
+    thread, which takes twice as long, and for ever if memory runs out just then.
     """
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.add_done_callback(lambda _: done())
+    task = Task(done)
     try:
-        threading.Thread(target=fulfil, args=(future, work, *given), daemon=True).start()
+        _thread.start_new_thread(task.run, (work, *arguments))
     except RuntimeError:
-        future.cancel()  # calls `done`
+        done()
         raise ScrapeError("busy", "no thread can be started, try again later") from None
-    return future
+    return task
 
 
-def fulfil(future: concurrent.futures.Future[Any], work: Callable[..., Any], *given: Any) -> None:
-    """Call a function; what it raises is raised where its result is waited for."""
-    try:
-        future.set_result(work(*given))
-    except (ExpexpError, OSError, UnicodeError, MemoryError) as error:
-        future.set_exception(error)
-    finally:
-        if future.cancel():  # an unexpected error, which the thread shows: release the waiters
-            future.set_running_or_notify_cancel()
-
-
-def wait_for(future: concurrent.futures.Future[Any], deadline: Deadline) -> Any:
-    """Return what another thread finds. Raises what the thread raises, or ScrapeError.
+def wait_for(task: Task, deadline: Deadline) -> Any:
+    """Return what a task finds. Raises what its work raises, or ScrapeError.
 
     The client cannot be polled beside another thread, so it is looked at now and then.
     """
-    look = Limits.hang_up_seconds
-    while not concurrent.futures.wait([future], min(deadline.remaining(), look)).done:
+    while not task.wait(min(deadline.remaining(), Limits.hang_up_seconds)):
         wait(deadline, {}, 0)
-    return future.result()
+    return task.result()
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
@@ -3166,7 +3210,7 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
         return known
     acquire(slots, deadline)
     look_up = functools.partial(socket.getaddrinfo, type=socket.SOCK_STREAM)
-    return wait_for(aside(slots.release, look_up, host, port), deadline)
+    return wait_for(start_task(slots.release, look_up, host, port), deadline)
 
 
 #: Variables that a service manager sets for expexp alone.
@@ -3293,13 +3337,13 @@ def reserve_request(job: Job) -> None:
     """
     budget = job.tools.budget
     limits = job.tools.limits
-    name = job.module.name
-    own = f"requests to {name}"
-    budget.reserve(own, 1, limits.module_requests, "too many requests to it are being answered")
-    job.cleanup.callback(budget.release, own, 1)
-    words = "too many requests to all modules are being answered"
-    budget.reserve("requests", 1, limits.proxy_requests, words)
-    job.cleanup.callback(budget.release, "requests", 1)
+    words = "too many requests to {} are being answered"
+    for what, most, whom in (
+        (f"requests to {job.module.name}", limits.module_requests, "it"),
+        ("requests", limits.proxy_requests, "all modules"),
+    ):
+        budget.reserve(what, 1, most, words.format(whom))
+        job.cleanup.callback(budget.release, what, 1)
 
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
@@ -3690,19 +3734,12 @@ def call_aside(job: Job, function: Callable[[Job], Any]) -> Any:
     what = f"calls of {job.module.name}"
     words = f"{most} reads of it have not returned: its file system may hang"
     budget.reserve(what, 1, most, words)
-    future = aside(lambda: budget.release(what, 1), function, job)
+    task = start_task(lambda: budget.release(what, 1), function, job)
     try:
-        return wait_for(future, job.deadline)
+        return wait_for(task, job.deadline)
     except ScrapeError:
-        future.add_done_callback(close_result)
+        task.abandon()
         raise
-
-
-def close_result(future: concurrent.futures.Future[Any]) -> None:
-    """Close a file that a thread opened after its scrape had ended."""
-    is_good = not future.cancelled() and not future.exception()
-    if is_good and isinstance(future.result(), io.FileIO):
-        future.result().close()
 
 
 def stat_path(job: Job) -> os.stat_result:
@@ -4406,13 +4443,13 @@ def collect_process(metrics: SelfMetrics) -> None:
     """Set the metrics of this process; what a system does not tell stays 0. IO."""
     metrics.set("process_cpu_seconds_total", to=time.process_time())
     metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    metrics.set("process_threads", to=threading.active_count())
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
         # There on Linux. The program's name may contain blanks and brackets; proc(5) counts from 1.
         fields = file.read().rpartition(b")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
         metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
+        metrics.set("process_threads", to=int(fields[17]))
         metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
         metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
         metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
