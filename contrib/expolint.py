@@ -136,7 +136,7 @@ def check_help(source: Source, metadata: Metadata) -> Iterator[ExpositionError]:
     start = find_line_end(source.body, metadata.pos) - len(metadata.text)
     for found in HELP_ESCAPE.finditer(metadata.text):
         if found["other"]:
-            yield expected(source, start + found.start(), r"no escapes but \\ and \n")
+            yield expected(source, start + found.start(), r"one of the escapes \\ and \n")
             return
 
 
@@ -196,9 +196,9 @@ def read_strictly(source: Source, pos: int) -> Reading:
 # ==================================================================================================
 # A family is a run of lines about one name.
 
-#: A family of more samples is only judged line by line: what the checks need is kept in memory,
-#: 500 bytes a sample.
+#: A family with more samples is not judged. What the checks need takes 500 bytes a sample.
 MAX_JUDGED_SAMPLES: Final = 100_000
+MAX_FINDINGS: Final = 100  # nobody reads more, and each one is searched for its line
 
 #: The suffixes of the samples of a type, by whether it is OpenMetrics. Other types have none.
 SUFFIXES: Final[dict[tuple[bool, bytes], tuple[bytes, ...]]] = {
@@ -216,76 +216,134 @@ class Row(NamedTuple):
     """A sample as its family sees it."""
 
     pos: int
-    kind: bytes  #: the family's type, and what the sample's name adds to the family's
+    line: int  #: its number
+    kind: bytes  #: the family's type, and the suffix of the sample's name
+    written: bytes  #: the value as it was written
     value: float
     timestamp: bytes
     exemplar: list[Label] | None
     labels: str  #: those with a value, in order and as a text, without the special one
     special: bytes  #: the name of the label that tells the samples of one metric apart, if any
-    bound: bytes  #: its value
-    number: float  #: and that as a number, NaN where it is none, or a state
+    bound: bytes  #: the value of the special label
+    number: float  #: the same as a number; NaN for a state, or where it is no number
 
 
 class Family:
     """A run of lines about one name."""
 
-    def __init__(self, first: Sample | Metadata, dialect: Dialect) -> None:
-        """Begin with what the first line says; it is still to be added."""
-        self.name, self.pos, self.openmetrics = first.name, first.pos, dialect.openmetrics
-        self.type, self.names = dialect.types[0], {first.name}
+    def __init__(self, first: Sample | Metadata, line: int, dialect: Dialect) -> None:
+        """Begin with the name in the first line. The line itself is still to be added."""
+        self.name = first.name
+        self.pos = first.pos
+        self.line = line
+        self.interrupted = 0  #: the number of the line behind the last one
+        self.openmetrics = dialect.openmetrics
+        self.has_metadata = isinstance(first, Metadata)
+        self.type = dialect.types[0]
+        self.suffixes: tuple[bytes, ...] = (b"",)
+        self.names = {first.name}  #: of the samples
         self.metadata: list[Metadata] = []
+        self.misnamed: list[int] = []  #: where samples without a suffix are
         self.rows: list[Row] = []
-        self.metrics: dict[tuple[str, bytes], list[Row]] = {}
+        self.metrics: dict[tuple[str, float | None], list[Row]] = {}
 
     def takes(self, line: Sample | Metadata) -> bool:
-        """Return whether this family goes on with `line`."""
-        return line.name in ({self.name} if isinstance(line, Metadata) else self.names)
+        """Return whether this family goes on with `line`. A sample may lack its suffix."""
+        return line.name == self.name or (isinstance(line, Sample) and line.name in self.names)
 
-    def add(self, line: Sample | Metadata) -> None:
-        """Take one more line."""
+    def add(self, line: Sample | Metadata, number: int) -> None:
+        """Take one more line, and its number."""
         if isinstance(line, Metadata):
             self.metadata.append(line)
             if line.keyword == b"TYPE":
-                self.type = line.text
-                suffixes = SUFFIXES.get((self.openmetrics, self.type), (b"",))
-                self.names = {self.name + suffix for suffix in suffixes}
+                self.set_type(line.text)
+        elif line.name not in self.names:
+            if len(self.misnamed) < MAX_FINDINGS:
+                self.misnamed.append(line.pos)
         elif len(self.rows) <= MAX_JUDGED_SAMPLES:
-            row = self.make_row(line)
+            row = self.make_row(line, number)
             self.rows.append(row)
-            point = row.timestamp if self.openmetrics else b""
+            has_point = self.openmetrics and row.timestamp
+            point = float(row.timestamp) if has_point else None
             self.metrics.setdefault((row.labels, point), []).append(row)
 
-    def make_row(self, sample: Sample) -> Row:
-        """Return what the rules ask of a sample. A label without a value is none."""
-        pos, name, pairs, value, timestamp, exemplar = sample
-        kind = self.type + name[len(self.name) :]
-        special = {b"summary": b"quantile", b"stateset": self.name}.get(kind, b"")
-        special = b"le" if kind.endswith(b"histogram_bucket") else special
-        labels = {label.name: unescape(label.value) for label in pairs if label.value}
+    def set_type(self, kind: bytes) -> None:
+        """Keep the type, and with it the names of the samples."""
+        self.type = kind
+        self.suffixes = SUFFIXES.get((self.openmetrics, kind), (b"",))
+        self.names = {self.name + suffix for suffix in self.suffixes}
+
+    def make_row(self, sample: Sample, line: int) -> Row:
+        """Return what the rules ask of a sample. A label without a value is no label."""
+        kind = self.type + sample.name[len(self.name) :]
+        special = b""
+        if kind.endswith(b"histogram_bucket"):
+            special = b"le"
+        elif kind == b"summary":
+            special = b"quantile"
+        elif kind == b"stateset":
+            special = self.name
+        labels = {label.name: unescape(label.value) for label in sample.labels if label.value}
         bound = labels.pop(special, b"")
-        number = float(bound) if kind != b"stateset" and NUMBER.fullmatch(bound) else math.nan
-        rest = repr(sorted(labels.items()))
-        return Row(pos, kind, float(value), timestamp, exemplar, rest, special, bound, number)
+        number = math.nan
+        if kind != b"stateset" and NUMBER.fullmatch(bound):
+            number = float(bound)
+        return Row(
+            sample.pos,
+            line,
+            kind,
+            sample.value,
+            float(sample.value),
+            sample.timestamp,
+            sample.exemplar,
+            repr(sorted(labels.items())),
+            special,
+            bound,
+            number,
+        )
+
+    def group(self) -> Iterator[list[Row]]:
+        """Yield the samples of each metric, in OpenMetrics of each metric at each point in time.
+
+        In OpenMetrics a series may be there again at a point in time, since timestamps may have
+        been truncated. Only the first sample counts then.
+        """
+        for (_, point), rows in self.metrics.items():
+            if point is None:
+                yield rows
+                continue
+            first: dict[tuple[bytes, bytes], Row] = {}
+            for row in rows:
+                first.setdefault((row.kind, row.bound), row)
+            yield list(first.values())
+
+    def release(self) -> None:
+        """Forget the lines. The families below are only compared with the names."""
+        self.metadata.clear()
+        self.rows.clear()
+        self.metrics.clear()
 
 
 def read_families(source: Source) -> Iterator[Finding | Family]:
-    """Yield what is wrong with lines, and the families, without those that cannot be read."""
+    """Yield what is wrong with lines, and the families except those with an unreadable line."""
     family = None
     pos = 0
+    number = 1
     while pos <= len(source.body):
         reading = read_strictly(source, pos)
         yield from reading.findings
-        pos = reading.end
         line = reading.line
         if not reading.is_readable:
             family = None
-        if line is None:
-            continue
-        if family and not family.takes(line):
-            yield family
-            family = None
-        family = family or Family(line, source.dialect)
-        family.add(line)
+        if line is not None:
+            if family and not family.takes(line):
+                family.interrupted = number
+                yield family
+                family = None
+            family = family or Family(line, number, source.dialect)
+            family.add(line, number)
+        number += source.body.count(b"\n", pos, reading.end)
+        pos = reading.end
     if family:
         yield family
 
@@ -301,6 +359,31 @@ Complaints = Iterator[tuple[int, str]]
 Check = Callable[[Family, list[Row]], Complaints]
 
 
+def quote(text: bytes) -> str:
+    """Return a foreign text in quotes."""
+    return f'"{excerpt(text)}"'
+
+
+def explain_names(family: Family, found: bytes) -> str:
+    """Return why a sample of a family cannot have the name that was found."""
+    *others, last = [quote(family.name + suffix) for suffix in family.suffixes]
+    samples = f"samples {', '.join(others)} and {last}" if others else f"the sample {last}"
+    article = "an" if family.type == b"info" else "a"
+    kind = f"{article} {family.type.decode()}"
+    return f"{kind} {quote(family.name)} has {samples}, found {quote(found)}"
+
+
+def check_names(family: Family, _: list[Row]) -> Complaints:
+    r"""Yield samples that lack the suffix of their type.
+
+    Good: `# TYPE a counter\na_total 1\na_created 1\n# EOF`
+    Bad: `# TYPE a counter\na 1\n# EOF`
+    Bad: `# TYPE a histogram\na 1\n`
+    """
+    for pos in family.misnamed:
+        yield pos, explain_names(family, family.name)
+
+
 def check_metadata(family: Family, rows: list[Row]) -> Complaints:
     r"""Yield what is repeated, comes after the first sample, or is not for the type.
 
@@ -311,19 +394,52 @@ def check_metadata(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a_s info\n# UNIT a_s s\n# EOF`
     """
     seen: set[bytes] = set()
+    samples = [*family.misnamed[:1], *(row.pos for row in rows[:1])]
     for pos, keyword, name, text in family.metadata:
-        what = f'{keyword.decode()} of "{excerpt(name)}"'
+        what = f"{keyword.decode()} of {quote(name)}"
         if keyword in seen:
             yield pos, f"found a second {what}"
-        elif rows and pos > rows[0].pos:
+        elif samples and pos > min(samples):
             yield pos, f"expected the {what} before its samples"
         if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
             yield pos, f"expected no unit for the type {family.type.decode()}"
         seen.add(keyword)
 
 
+def check_order(family: Family, rows: list[Row]) -> Complaints:
+    r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
+
+    Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
+    Bad: `# TYPE a gauge\na 1 2\na 2 1\n# EOF`
+    Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
+    Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
+    """
+    if not family.openmetrics:
+        return
+    interrupted: dict[str, int] = {}
+    for before, row in zip(rows, rows[1:]):
+        if row.labels != before.labels:
+            interrupted.setdefault(before.labels, row.line)
+            if row.labels in interrupted:
+                line = interrupted[row.labels]
+                yield row.pos, explain_interruption("samples of one metric", line)
+        elif bool(row.timestamp) != bool(before.timestamp):
+            yield row.pos, "expected a timestamp at every sample of a metric, or at none"
+        elif row.timestamp and float(row.timestamp) < float(before.timestamp):
+            earliest = f"{excerpt(before.timestamp)} (line {before.line})"
+            yield (
+                row.pos,
+                f"expected no timestamp before {earliest}, found {quote(row.timestamp)}",
+            )
+
+
+def explain_interruption(what: str, line: int) -> str:
+    """Return why lines should have been further up."""
+    return f"the {what} must stand together; they were interrupted on line {line}"
+
+
 def check_labels(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield a bucket, quantile or state whose label is missing or no such thing.
+    r"""Yield a bucket, quantile or state whose label is missing or wrong.
 
     Good: `# TYPE a summary\na{quantile="0.5"} 1\n`
     Bad: `# TYPE a summary\na{quantile="2"} 1\n`
@@ -332,20 +448,36 @@ def check_labels(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
     for row in rows:
+        found = quote(row.bound) if row.bound else "none"
         if row.kind == b"summary" and not 0 <= row.number <= 1:
-            yield row.pos, 'expected a label "quantile", a number from 0 to 1'
+            yield row.pos, f'expected a label "quantile" with a number from 0 to 1, found {found}'
         elif row.kind.endswith(b"_bucket") and math.isnan(row.number):
-            yield row.pos, 'expected a label "le", a number or +Inf'
+            yield row.pos, f'expected a label "le" with a number or +Inf, found {found}'
         elif row.number == math.inf and row.bound != b"+Inf" and family.openmetrics:
-            yield row.pos, 'expected le="+Inf" in this form'
+            yield row.pos, f'expected le="+Inf", found le={found}'
         elif row.kind == b"stateset" and not row.bound:
-            yield row.pos, f'expected a label "{excerpt(row.special)}" for the state'
+            yield row.pos, f"expected a label {quote(row.special)} with the state, found none"
 
 
-#: How the kinds end that count something whole, and those that are not negative.
 COUNTS: Final = (b"_bucket", b"count")
 TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
-CONSTANTS: Final = {b"info_info": (1.0,), b"stateset": (0.0, 1.0)}
+
+
+def find_expected_value(row: Row) -> str:
+    """Return what kind of value a sample must have, nothing if it has such a value."""
+    # A quantile of NaN is one that is not known.
+    is_negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
+    if row.kind.endswith(COUNTS) and not row.value.is_integer():
+        return "a whole number"
+    if row.kind.endswith(TOTALS) and is_negative:
+        return "a number that is not negative"
+    if row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
+        return "a sum that is a number"
+    if row.kind == b"info_info" and row.value != 1:
+        return "1 as the value of an info"
+    if row.kind == b"stateset" and row.value not in (0, 1):
+        return "0 or 1 as the value of a state"
+    return ""
 
 
 def check_values(family: Family, rows: list[Row]) -> Complaints:
@@ -355,18 +487,14 @@ def check_values(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a counter\na_total NaN\n# EOF`
     Bad: `# TYPE a summary\na_count 1.5\n# EOF`
     Bad: `# TYPE a info\na_info 2\n# EOF`
+    Bad: `# TYPE a stateset\na{a="b"} 2\n# EOF`
     """
-    for row in rows if family.openmetrics else ():
-        # A quantile of NaN is one that is not known.
-        negative = row.value < 0 if row.kind == b"summary" else not row.value >= 0
-        if row.kind.endswith(COUNTS) and not row.value.is_integer():
-            yield row.pos, "expected a whole number"
-        elif negative and row.kind.endswith(TOTALS):
-            yield row.pos, "expected a number that is not negative"
-        elif row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
-            yield row.pos, "expected a sum that is a number"
-        elif row.value not in CONSTANTS.get(row.kind, (row.value,)):
-            yield row.pos, f"expected 1, or for a state 0, in the type {family.type.decode()}"
+    if not family.openmetrics:
+        return
+    for row in rows:
+        wanted = find_expected_value(row)
+        if wanted:
+            yield row.pos, f"expected {wanted}, found {quote(row.written)}"
 
 
 MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
@@ -379,44 +507,30 @@ def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
     """
     for row in rows:
-        pairs = row.exemplar or ()
-        if row.exemplar is not None and not row.kind.endswith((b"_total", b"_bucket")):
-            yield row.pos, "expected no exemplar, save on a counter's total or a bucket"
-        if sum(len((name + unescape(value)).decode()) for _, name, value in pairs) > MAX_EXEMPLAR:
-            yield row.pos, f"expected at most {MAX_EXEMPLAR} characters in an exemplar's labels"
+        if row.exemplar is None:
+            continue
+        if not row.kind.endswith((b"_total", b"_bucket")):
+            yield row.pos, "expected an exemplar only on a counter's total or on a bucket"
+        length = sum(len((name + unescape(value)).decode()) for _, name, value in row.exemplar)
+        if length > MAX_EXEMPLAR:
+            most = f"at most {MAX_EXEMPLAR} characters in an exemplar's labels"
+            yield row.pos, f"expected {most}, found {length}"
 
 
 def check_series(_: Family, rows: list[Row]) -> Complaints:
-    r"""Yield series that are there twice; in OpenMetrics, with the same timestamp.
+    r"""Yield series that are there twice.
 
     Good: `a{b="1",c="2"} 1\na{b="2",c="1"} 1\n`
     Bad: `a{b="1",c="2"} 1\na{c="2",b="1"} 1\n`
+    Good: `# TYPE a gauge\na 1 1\na 2 1\n# EOF`
+    Bad: `# TYPE a gauge\na 1\na 2\n# EOF`
     """
-    seen = set()
+    seen: dict[tuple[bytes, bytes], int] = {}
     for row in rows:
-        if (row.kind, row.bound) in seen:
-            yield row.pos, "found the same series twice"
-        seen.add((row.kind, row.bound))
-
-
-def check_order(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield OpenMetrics samples of one metric that do not stand together, or go back in time.
-
-    Good: `# TYPE a gauge\na 1 1\na 2 2\n# EOF`
-    Bad: `# TYPE a gauge\na 1 2\na 2 1\n# EOF`
-    Bad: `# TYPE a gauge\na 1\na 2 1\n# EOF`
-    Bad: `# TYPE a summary\na_sum{b="1"} 1\na_sum{b="2"} 1\na_count{b="1"} 1\n# EOF`
-    """
-    seen = {row.labels for row in rows[:1]}
-    for before, row in zip(rows, rows[1:]) if family.openmetrics else ():
-        if row.labels != before.labels:
-            if row.labels in seen:
-                yield row.pos, "expected the samples of one metric in one place"
-            seen.add(row.labels)
-        elif bool(row.timestamp) != bool(before.timestamp):
-            yield row.pos, "expected a timestamp at every sample of a metric, or at none"
-        elif row.timestamp and float(row.timestamp) < float(before.timestamp):
-            yield row.pos, "expected no earlier timestamp than that of the sample before"
+        series = row.kind, row.bound
+        if series in seen:
+            yield row.pos, f"found the same series twice, first on line {seen[series]}"
+        seen.setdefault(series, row.line)
 
 
 def check_bounds(family: Family, rows: list[Row]) -> Complaints:
@@ -427,92 +541,141 @@ def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 1\na_bucket{le="1"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="1.0"} 1\na_bucket{le="+Inf"} 1\n`
     """
+    if family.openmetrics and family.type == b"summary":
+        return
     bounded = [row for row in rows if row.special]
-    free = family.openmetrics and family.type == b"summary"
     for before, row in zip(bounded, bounded[1:]):
-        if row.number <= before.number and row.bound != before.bound and not free:
-            yield row.pos, "expected buckets and quantiles in ascending order"
+        if row.number <= before.number and row.bound != before.bound:
+            found = f"{quote(row.bound)} after {quote(before.bound)} (line {before.line})"
+            yield row.pos, f"expected {row.special.decode()} in ascending order, found {found}"
 
 
-def check_histograms(_: Family, rows: list[Row]) -> Complaints:
-    r"""Yield the first thing that is wrong with each histogram.
+def check_buckets(family: Family, rows: list[Row]) -> Complaints:
+    r"""Yield buckets that have less in them than a lower one, or less than nothing.
+
+    Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
+    Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
+    Bad: `# TYPE a histogram\na_bucket{le="1"} -1\na_bucket{le="+Inf"} 1\n`
+    """
+    buckets = [row for row in rows if row.special and not math.isnan(row.number)]
+    buckets.sort(key=lambda row: row.number)
+    for row in buckets[:1]:
+        if row.value < 0 and not family.openmetrics:
+            yield row.pos, f"expected a number that is not negative, found {quote(row.written)}"
+    for before, row in zip(buckets, buckets[1:]):
+        if row.value < before.value:
+            lower = f"{describe_bucket(before)} on line {before.line}"
+            yield row.pos, f"{describe_bucket(row)} is below {lower}"
+
+
+def describe_bucket(row: Row) -> str:
+    """Return the bound and value of a bucket, in words."""
+    return f"bucket le={quote(row.bound)} ({excerpt(row.written)})"
+
+
+def check_count(_: Family, rows: list[Row]) -> Complaints:
+    r"""Yield histograms without a last bucket, or whose count is another.
 
     Good: `# TYPE a histogram\na_bucket{le="1"} 1\na_bucket{le="+Inf"} 2\na_count 2\n`
     Bad: `# TYPE a histogram\na_bucket{le="1"} 1\n`
-    Bad: `# TYPE a histogram\na_bucket{le="1"} 2\na_bucket{le="+Inf"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
     """
-    values = [0.0, *(row.value for row in rows if row.special)]
-    counts = [row.value for row in rows if row.kind.endswith(b"count")]
-    if math.inf not in [row.number for row in rows]:
-        yield rows[-1].pos, 'expected a bucket with le="+Inf"'
-    elif values != sorted(values):
-        yield rows[-1].pos, "expected no bucket with less in it than the one before"
-    elif counts[:1] not in ([], values[-1:]):
-        yield rows[-1].pos, 'expected as much in the count as in the bucket with le="+Inf"'
+    last = [row for row in rows if row.number == math.inf]
+    if not last:
+        yield rows[-1].pos, 'expected a bucket with le="+Inf" in this histogram'
+        return
+    for row in rows:
+        if row.kind.endswith(b"count") and row.value != last[0].value:
+            where = f"{describe_bucket(last[0])} on line {last[0].line}"
+            yield row.pos, f"the count ({excerpt(row.written)}) differs from {where}"
 
 
 def check_sums(family: Family, rows: list[Row]) -> Complaints:
-    r"""Yield the sums of OpenMetrics histograms that cannot be, or are missing.
+    r"""Yield the sums and counts of OpenMetrics histograms that cannot be, or are missing.
 
     Good: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 2\n# EOF`
+    Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_sum 2\n# EOF`
     Bad: `# TYPE a histogram\na_bucket{le="-1"} 0\na_bucket{le="+Inf"} 2\na_sum 3\na_count 2\n# EOF`
     """
     if not family.openmetrics:
         return
     sums = [row for row in rows if row.kind.endswith(b"sum")]
-    negative = any(row.number < 0 for row in rows)
-    if any(row.kind.endswith(b"count") for row in rows) != bool(sums):
-        yield rows[-1].pos, "expected sum and count together, or neither"
-    elif sums and negative and family.type == b"histogram":
-        yield sums[0].pos, "expected no sum, since there is a negative bucket"
-    elif sums and not negative and sums[0].value < 0:
-        yield sums[0].pos, "expected no negative sum, since there is no negative bucket"
+    counts = [row for row in rows if row.kind.endswith(b"count")]
+    has_negative = any(row.number < 0 for row in rows)
+    for row in sums[:1]:
+        if not counts:
+            yield row.pos, "found a sum without a count: write both or neither"
+        if has_negative and family.type == b"histogram":
+            yield row.pos, "expected no sum in a histogram with a negative bucket"
+        elif row.value < 0 and not has_negative:
+            yield row.pos, "expected no negative sum without a negative bucket"
+    for row in counts[:1]:
+        if not sums:
+            yield row.pos, "found a count without a sum: write both or neither"
 
 
-FAMILY_CHECKS: Final[Sequence[Check]] = (check_metadata, check_order)
-METRIC_CHECKS: Final[Sequence[Check]] = (
+FAMILY_CHECKS: Final[Sequence[Check]] = (
+    check_names,
+    check_metadata,
+    check_order,
     check_labels,
     check_values,
     check_exemplars,
-    check_series,
-    check_bounds,
 )
-HISTOGRAM_CHECKS: Final[Sequence[Check]] = (*METRIC_CHECKS, check_histograms, check_sums)
+METRIC_CHECKS: Final[Sequence[Check]] = (check_series, check_bounds)
+HISTOGRAM_CHECKS: Final[Sequence[Check]] = (*METRIC_CHECKS, check_buckets, check_count, check_sums)
 
 
-def complain(family: Family, taken: set[bytes]) -> Complaints:
-    """Yield what is wrong with a family, whose names should not be taken."""
-    for name in sorted(taken & {family.name, *family.names})[:1]:
-        yield family.pos, f'found "{excerpt(name)}", which is a name of another family above'
-    if len(family.rows) > MAX_JUDGED_SAMPLES:
-        return
+def check_family(family: Family) -> Complaints:
+    """Yield what all checks find in a family."""
     for check in FAMILY_CHECKS:
         yield from check(family, family.rows)
     checks = HISTOGRAM_CHECKS if family.type.endswith(b"histogram") else METRIC_CHECKS
-    for rows in family.metrics.values():
+    for rows in family.group():
         for check in checks:
             yield from check(family, rows)
+
+
+def explain_clash(family: Family, above: Family, name: bytes) -> str:
+    """Return why a family cannot have a name that one above it has."""
+    is_sample = not family.has_metadata
+    if is_sample and family.name == above.name and b"" not in above.suffixes:
+        return explain_names(above, family.name)
+    if family.name == above.name or (is_sample and family.name in above.names):
+        return explain_interruption(f"lines of {quote(above.name)}", above.interrupted)
+    kind = "family" if above.type in (b"untyped", b"unknown") else above.type.decode()
+    return f"the name {quote(name)} belongs to the {kind} {quote(above.name)} on line {above.line}"
+
+
+def check_place(family: Family, above: dict[bytes, Family]) -> Complaints:
+    """Yield the first name of a family that one above it has."""
+    for name in [family.name, *sorted(family.names)]:
+        if name in above:
+            yield family.pos, explain_clash(family, above[name], name)
+            return
 
 
 # ==================================================================================================
 # 4  Findings
 # ==================================================================================================
 
-MAX_FINDINGS: Final = 100  # a reader needs no more, and memory is bounded
-
 
 def judge_families(source: Source) -> Iterator[Finding]:
     """Yield what is wrong with lines, with families, and with all families together."""
-    taken: set[bytes] = set()
+    above: dict[bytes, Family] = {}
     for found in read_families(source):
         if isinstance(found, Finding):
             yield found
             continue
-        for pos, message in sorted(complain(found, taken)):
+        complaints = list(check_place(found, above))
+        if len(found.rows) <= MAX_JUDGED_SAMPLES:
+            complaints += check_family(found)
+        for pos, message in sorted(complaints, key=lambda complaint: complaint[0]):
             yield to_finding(refuse(source, pos, message), strict=True)
-        taken |= {found.name, *found.names}
+        found.release()
+        for name in (found.name, *found.names):
+            above.setdefault(name, found)
 
 
 def find_refusal(body: bytes, content_type: str) -> Iterator[Finding]:
@@ -551,7 +714,7 @@ def findings(body: bytes, content_type: str) -> list[Finding]:
         found[finding] = None
         if len(found) == MAX_FINDINGS:
             break
-    return sorted(found)
+    return sorted(found, key=lambda finding: (finding.line, finding.column))
 
 
 # ==================================================================================================
