@@ -10129,13 +10129,14 @@ def everything() -> dict[str, object]:
     return {"h": http_module(1), "e": exec_module("exit 3"), "f": file_module("/no/file")}
 
 
-def test_our_own_page_passes_our_own_verification_and_prometheus_clients() -> None:
+def test_our_own_page_passes_verification_the_linter_and_prometheus_clients_parser() -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     app = application({**everything(), 'a"\\\n\u00fc': exec_module("")})
     for name in ("h", "e", "f", "nope"):
         ask(app, f"/proxy?module={name}")
     page = ask(app, "/metrics")
     count = expexp.verify_exposition(page.body, page.headers["content-type"])
+    assert expolint.findings(page.body, page.headers["content-type"]) == []
     families = list(parser.text_string_to_metric_families(page.text))
     assert count == sum(len(family.samples) for family in families) > 50
 
@@ -17548,7 +17549,7 @@ STRICT_OPENMETRICS_INVALID = [
         "a bucket whose infinity is not canonical",
         H + 'h_bucket{le="Inf"} 1\n',
         2,
-        'expected le="+Inf", found le="Inf"',
+        'expected a label "le" with infinity written as +Inf, found "Inf"',
     ),
     (
         "a bucket of NaN",
@@ -17715,10 +17716,18 @@ def test_the_linter_reads_on_after_lines_that_prometheus_refuses() -> None:
     ]
 
 
+def test_an_exemplar_whose_name_is_not_utf8_is_found() -> None:
+    body = b'# TYPE a counter\na_total 1 # {b="c","\xff"="e"} 1\n# EOF\n'
+    assert is_valid(body, OPENMETRICS)
+    assert expolint.findings(body, OPENMETRICS) == [
+        expolint.Finding(2, 20, r'''expected a name in UTF-8, found "\xff"''', strict=True)
+    ]
+
+
 def test_a_comma_too_many_in_an_exemplar_is_found() -> None:
     body = b'# TYPE a counter\na_total{"b"="c"} 1 # {d="e,}",} 1\n# EOF\n'
     assert expolint.findings(body, OPENMETRICS) == [
-        expolint.Finding(2, 32, 'expected a label name, found "}"', strict=True)
+        expolint.Finding(2, 31, 'expected a label name, found "}"', strict=True)
     ]
 
 
@@ -17832,6 +17841,12 @@ def test_a_family_in_two_places_is_told_where_it_was_interrupted(
     ]
 
 
+def test_lines_are_counted_after_a_newline_in_a_label_value() -> None:
+    assert messages('x{a="\n\n"} 1\ny 1\nx 1\n')[1:] == [
+        (5, 'the lines of "x" must stand together; they were interrupted on line 4')
+    ]
+
+
 @pytest.mark.parametrize(
     ("body", "line", "message"),
     [
@@ -17845,10 +17860,15 @@ def test_a_family_in_two_places_is_told_where_it_was_interrupted(
             2,
             'the name "h_sum" belongs to the family "h_sum" on line 1',
         ),
+        (
+            "h_sum 1\nh 1\n" + H + 'h_bucket{le="+Inf"} 1\n',
+            2,
+            'the name "h_sum" belongs to the family "h_sum" on line 1',
+        ),
     ],
 )
 def test_families_that_share_a_name_are_told_which(body: str, line: int, message: str) -> None:
-    assert messages(body) == [(line, message)]
+    assert messages(body)[0] == (line, message)
 
 
 def test_a_missing_bound_is_told_before_the_missing_last_bucket() -> None:

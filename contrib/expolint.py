@@ -62,6 +62,7 @@ try:
         expected,
         find_line_end,
         is_openmetrics_body,
+        is_utf8,
         no_tick,
         peek,
         point_at,
@@ -157,13 +158,15 @@ def check_commas(source: Source, pos: int, end: int) -> Iterator[ExpositionError
 def check_line(source: Source, pos: int, end: int, line: Line) -> Iterator[ExpositionError]:
     """Yield what the bytes of a line from `pos` to `end` show to be wrong."""
     yield from check_keyword(source, pos)
-    is_text = not source.dialect.openmetrics
-    if isinstance(line, Metadata) and line.keyword == b"HELP" and is_text:
-        yield from check_help(source, line)
-    elif isinstance(line, Sample):
+    if isinstance(line, Sample):
         yield from check_commas(source, line.pos, end)
-    if end > len(source.body) and source.body[pos:].strip(b" \t") and is_text:
-        yield expected(source, len(source.body), "a newline")
+    if source.dialect.openmetrics:
+        return
+    if isinstance(line, Metadata) and line.keyword == b"HELP":
+        yield from check_help(source, line)
+    last = len(source.body)
+    if end > last and source.body[pos:].strip(b" \t"):
+        yield expected(source, last, "a newline")
 
 
 def try_line(source: Source, pos: int) -> tuple[int, Line] | ExpositionError:
@@ -228,6 +231,16 @@ class Row(NamedTuple):
     number: float  #: the same as a number; NaN for a state, or where it is no number
 
 
+class Heading(NamedTuple):
+    """What is kept of a family to judge those below it."""
+
+    name: bytes
+    type: bytes
+    suffixes: tuple[bytes, ...]
+    line: int
+    interrupted: int  #: the number of the line behind the last one
+
+
 class Family:
     """A run of lines about one name."""
 
@@ -236,9 +249,8 @@ class Family:
         self.name = first.name
         self.pos = first.pos
         self.line = line
-        self.interrupted = 0  #: the number of the line behind the last one
+        self.interrupted = 0
         self.openmetrics = dialect.openmetrics
-        self.has_metadata = isinstance(first, Metadata)
         self.type = dialect.types[0]
         self.suffixes: tuple[bytes, ...] = (b"",)
         self.names = {first.name}  #: of the samples
@@ -249,7 +261,9 @@ class Family:
 
     def takes(self, line: Sample | Metadata) -> bool:
         """Return whether this family goes on with `line`. A sample may lack its suffix."""
-        return line.name == self.name or (isinstance(line, Sample) and line.name in self.names)
+        if line.name == self.name:
+            return True
+        return isinstance(line, Sample) and line.name in self.names
 
     def add(self, line: Sample | Metadata, number: int) -> None:
         """Take one more line, and its number."""
@@ -317,11 +331,9 @@ class Family:
                 first.setdefault((row.kind, row.bound), row)
             yield list(first.values())
 
-    def release(self) -> None:
-        """Forget the lines. The families below are only compared with the names."""
-        self.metadata.clear()
-        self.rows.clear()
-        self.metrics.clear()
+    def heading(self) -> Heading:
+        """Return what the families below are compared with."""
+        return Heading(self.name, self.type, self.suffixes, self.line, self.interrupted)
 
 
 def read_families(source: Source) -> Iterator[Finding | Family]:
@@ -364,13 +376,16 @@ def quote(text: bytes) -> str:
     return f'"{excerpt(text)}"'
 
 
-def explain_names(family: Family, found: bytes) -> str:
-    """Return why a sample of a family cannot have the name that was found."""
-    *others, last = [quote(family.name + suffix) for suffix in family.suffixes]
-    samples = f"samples {', '.join(others)} and {last}" if others else f"the sample {last}"
-    article = "an" if family.type == b"info" else "a"
-    kind = f"{article} {family.type.decode()}"
-    return f"{kind} {quote(family.name)} has {samples}, found {quote(found)}"
+def explain_names(family: Heading) -> str:
+    """Return why a sample cannot have the name of its family."""
+    names = [quote(family.name + suffix) for suffix in family.suffixes]
+    kind = family.type.decode()
+    subject = f"a {kind} {quote(family.name)}"
+    samples = f"samples {', '.join(names[:-1])} and {names[-1]}"
+    if kind == "info":
+        subject = f"an info {quote(family.name)}"
+        samples = f"the sample {names[0]}"
+    return f"{subject} has {samples}, found {quote(family.name)}"
 
 
 def check_names(family: Family, _: list[Row]) -> Complaints:
@@ -381,7 +396,10 @@ def check_names(family: Family, _: list[Row]) -> Complaints:
     Bad: `# TYPE a histogram\na 1\n`
     """
     for pos in family.misnamed:
-        yield pos, explain_names(family, family.name)
+        yield pos, explain_names(family.heading())
+
+
+UNITLESS: Final = (b"info", b"stateset")
 
 
 def check_metadata(family: Family, rows: list[Row]) -> Complaints:
@@ -395,14 +413,18 @@ def check_metadata(family: Family, rows: list[Row]) -> Complaints:
     """
     seen: set[bytes] = set()
     samples = [*family.misnamed[:1], *(row.pos for row in rows[:1])]
-    for pos, keyword, name, text in family.metadata:
-        what = f"{keyword.decode()} of {quote(name)}"
+    for metadata in family.metadata:
+        pos = metadata.pos
+        keyword = metadata.keyword
+        what = f"{keyword.decode()} of {quote(metadata.name)}"
         if keyword in seen:
             yield pos, f"found a second {what}"
         elif samples and pos > min(samples):
             yield pos, f"expected the {what} before its samples"
-        if keyword == b"UNIT" and text and family.type in (b"info", b"stateset"):
-            yield pos, f"expected no unit for the type {family.type.decode()}"
+        has_unit = keyword == b"UNIT" and metadata.text
+        if has_unit and family.type in UNITLESS:
+            kind = family.type.decode()
+            yield pos, f"expected no unit for the type {kind}"
         seen.add(keyword)
 
 
@@ -427,15 +449,27 @@ def check_order(family: Family, rows: list[Row]) -> Complaints:
             yield row.pos, "expected a timestamp at every sample of a metric, or at none"
         elif row.timestamp and float(row.timestamp) < float(before.timestamp):
             earliest = f"{excerpt(before.timestamp)} (line {before.line})"
-            yield (
-                row.pos,
-                f"expected no timestamp before {earliest}, found {quote(row.timestamp)}",
-            )
+            found = quote(row.timestamp)
+            yield row.pos, f"expected no timestamp before {earliest}, found {found}"
 
 
 def explain_interruption(what: str, line: int) -> str:
     """Return why lines should have been further up."""
     return f"the {what} must stand together; they were interrupted on line {line}"
+
+
+def find_expected_label(row: Row, openmetrics: bool) -> str:
+    """Return what the special label of a sample must hold, nothing if it holds that."""
+    is_bucket = row.kind.endswith(b"_bucket")
+    if is_bucket and math.isnan(row.number):
+        return "a number or +Inf"
+    if is_bucket and openmetrics and row.number == math.inf and row.bound != b"+Inf":
+        return "infinity written as +Inf"
+    if row.kind == b"summary" and not 0 <= row.number <= 1:
+        return "a number from 0 to 1"
+    if row.kind == b"stateset" and not row.bound:
+        return "the state"
+    return ""
 
 
 def check_labels(family: Family, rows: list[Row]) -> Complaints:
@@ -448,17 +482,16 @@ def check_labels(family: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a stateset\na 1\n# EOF`
     """
     for row in rows:
-        found = quote(row.bound) if row.bound else "none"
-        if row.kind == b"summary" and not 0 <= row.number <= 1:
-            yield row.pos, f'expected a label "quantile" with a number from 0 to 1, found {found}'
-        elif row.kind.endswith(b"_bucket") and math.isnan(row.number):
-            yield row.pos, f'expected a label "le" with a number or +Inf, found {found}'
-        elif row.number == math.inf and row.bound != b"+Inf" and family.openmetrics:
-            yield row.pos, f'expected le="+Inf", found le={found}'
-        elif row.kind == b"stateset" and not row.bound:
-            yield row.pos, f"expected a label {quote(row.special)} with the state, found none"
+        wanted = find_expected_label(row, family.openmetrics)
+        if wanted:
+            found = "none"
+            label = quote(row.special)
+            if row.bound:
+                found = quote(row.bound)
+            yield row.pos, f"expected a label {label} with {wanted}, found {found}"
 
 
+NOT_NEGATIVE: Final = "a number that is not negative"
 COUNTS: Final = (b"_bucket", b"count")
 TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
 
@@ -470,7 +503,7 @@ def find_expected_value(row: Row) -> str:
     if row.kind.endswith(COUNTS) and not row.value.is_integer():
         return "a whole number"
     if row.kind.endswith(TOTALS) and is_negative:
-        return "a number that is not negative"
+        return NOT_NEGATIVE
     if row.kind == b"gaugehistogram_gsum" and math.isnan(row.value):
         return "a sum that is a number"
     if row.kind == b"info_info" and row.value != 1:
@@ -501,7 +534,7 @@ MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
 def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
-    r"""Yield exemplars that are too long, or on other samples than totals and buckets.
+    r"""Yield exemplars that are too long, not UTF-8, or on other samples than totals and buckets.
 
     Good: `# TYPE a counter\na_total 1 # {b="c"} 1\n# EOF`
     Bad: `# TYPE a gauge\na 1 # {b="c"} 1\n# EOF`
@@ -511,7 +544,13 @@ def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
             continue
         if not row.kind.endswith((b"_total", b"_bucket")):
             yield row.pos, "expected an exemplar only on a counter's total or on a bucket"
-        length = sum(len((name + unescape(value)).decode()) for _, name, value in row.exemplar)
+        length = 0
+        for label in row.exemplar:
+            if not is_utf8(label.name):
+                found = quote(label.name)
+                yield label.pos, f"expected a name in UTF-8, found {found}"
+            length += len(label.name.decode("utf-8", "replace"))
+            length += len(unescape(label.value).decode())
         if length > MAX_EXEMPLAR:
             most = f"at most {MAX_EXEMPLAR} characters in an exemplar's labels"
             yield row.pos, f"expected {most}, found {length}"
@@ -546,8 +585,10 @@ def check_bounds(family: Family, rows: list[Row]) -> Complaints:
     bounded = [row for row in rows if row.special]
     for before, row in zip(bounded, bounded[1:]):
         if row.number <= before.number and row.bound != before.bound:
-            found = f"{quote(row.bound)} after {quote(before.bound)} (line {before.line})"
-            yield row.pos, f"expected {row.special.decode()} in ascending order, found {found}"
+            label = row.special.decode()
+            found = quote(row.bound)
+            above = f"{quote(before.bound)} (line {before.line})"
+            yield row.pos, f"expected {label} in ascending order, found {found} after {above}"
 
 
 def check_buckets(family: Family, rows: list[Row]) -> Complaints:
@@ -561,11 +602,12 @@ def check_buckets(family: Family, rows: list[Row]) -> Complaints:
     buckets.sort(key=lambda row: row.number)
     for row in buckets[:1]:
         if row.value < 0 and not family.openmetrics:
-            yield row.pos, f"expected a number that is not negative, found {quote(row.written)}"
+            yield row.pos, f"expected {NOT_NEGATIVE}, found {quote(row.written)}"
     for before, row in zip(buckets, buckets[1:]):
         if row.value < before.value:
-            lower = f"{describe_bucket(before)} on line {before.line}"
-            yield row.pos, f"{describe_bucket(row)} is below {lower}"
+            bucket = describe_bucket(row)
+            lower = describe_bucket(before)
+            yield row.pos, f"{bucket} is below {lower} on line {before.line}"
 
 
 def describe_bucket(row: Row) -> str:
@@ -580,14 +622,16 @@ def check_count(_: Family, rows: list[Row]) -> Complaints:
     Bad: `# TYPE a histogram\na_bucket{le="1"} 1\n`
     Bad: `# TYPE a histogram\na_bucket{le="+Inf"} 2\na_count 1\n`
     """
-    last = [row for row in rows if row.number == math.inf]
-    if not last:
+    infinite = [row for row in rows if row.number == math.inf]
+    if not infinite:
         yield rows[-1].pos, 'expected a bucket with le="+Inf" in this histogram'
         return
+    last = infinite[0]
+    bucket = describe_bucket(last)
     for row in rows:
-        if row.kind.endswith(b"count") and row.value != last[0].value:
-            where = f"{describe_bucket(last[0])} on line {last[0].line}"
-            yield row.pos, f"the count ({excerpt(row.written)}) differs from {where}"
+        if row.kind.endswith(b"count") and row.value != last.value:
+            count = f"the count ({excerpt(row.written)})"
+            yield row.pos, f"{count} differs from {bucket} on line {last.line}"
 
 
 def check_sums(family: Family, rows: list[Row]) -> Complaints:
@@ -604,10 +648,10 @@ def check_sums(family: Family, rows: list[Row]) -> Complaints:
     counts = [row for row in rows if row.kind.endswith(b"count")]
     has_negative = any(row.number < 0 for row in rows)
     for row in sums[:1]:
-        if not counts:
-            yield row.pos, "found a sum without a count: write both or neither"
         if has_negative and family.type == b"histogram":
             yield row.pos, "expected no sum in a histogram with a negative bucket"
+        elif not counts:
+            yield row.pos, "found a sum without a count: write both or neither"
         elif row.value < 0 and not has_negative:
             yield row.pos, "expected no negative sum without a negative bucket"
     for row in counts[:1]:
@@ -637,18 +681,24 @@ def check_family(family: Family) -> Complaints:
             yield from check(family, rows)
 
 
-def explain_clash(family: Family, above: Family, name: bytes) -> str:
+UNTYPED: Final = ("untyped", "unknown")
+
+
+def explain_clash(family: Family, above: Heading, name: bytes) -> str:
     """Return why a family cannot have a name that one above it has."""
-    is_sample = not family.has_metadata
-    if is_sample and family.name == above.name and b"" not in above.suffixes:
-        return explain_names(above, family.name)
-    if family.name == above.name or (is_sample and family.name in above.names):
-        return explain_interruption(f"lines of {quote(above.name)}", above.interrupted)
-    kind = "family" if above.type in (b"untyped", b"unknown") else above.type.decode()
-    return f"the name {quote(name)} belongs to the {kind} {quote(above.name)} on line {above.line}"
+    owner = quote(above.name)
+    is_same = family.name == above.name
+    if family.metadata and not is_same:
+        kind = above.type.decode()
+        if kind in UNTYPED:
+            kind = "family"
+        return f"the name {quote(name)} belongs to the {kind} {owner} on line {above.line}"
+    if is_same and not family.metadata and b"" not in above.suffixes:
+        return explain_names(above)
+    return explain_interruption(f"lines of {owner}", above.interrupted)
 
 
-def check_place(family: Family, above: dict[bytes, Family]) -> Complaints:
+def check_place(family: Family, above: dict[bytes, Heading]) -> Complaints:
     """Yield the first name of a family that one above it has."""
     for name in [family.name, *sorted(family.names)]:
         if name in above:
@@ -663,7 +713,7 @@ def check_place(family: Family, above: dict[bytes, Family]) -> Complaints:
 
 def judge_families(source: Source) -> Iterator[Finding]:
     """Yield what is wrong with lines, with families, and with all families together."""
-    above: dict[bytes, Family] = {}
+    above: dict[bytes, Heading] = {}
     for found in read_families(source):
         if isinstance(found, Finding):
             yield found
@@ -673,9 +723,9 @@ def judge_families(source: Source) -> Iterator[Finding]:
             complaints += check_family(found)
         for pos, message in sorted(complaints, key=lambda complaint: complaint[0]):
             yield to_finding(refuse(source, pos, message), strict=True)
-        found.release()
+        heading = found.heading()
         for name in (found.name, *found.names):
-            above.setdefault(name, found)
+            above.setdefault(name, heading)
 
 
 def find_refusal(body: bytes, content_type: str) -> Iterator[Finding]:
@@ -694,7 +744,8 @@ def find_all(body: bytes, content_type: str) -> Iterator[Finding]:
         return
     source = Source(body, dialect, no_tick)
     if dialect.openmetrics and not body:
-        yield to_finding(expected(source, 0, '"# EOF"'), strict=True)
+        error = expected(source, 0, '"# EOF"')
+        yield to_finding(error, strict=True)
     yield from judge_families(source)
 
 
@@ -739,24 +790,40 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def render_finding(name: str, line: bytes, finding: Finding) -> str:
     """Return `file:line:column: message` and the place, for protobuf `file: byte N: message`."""
-    message = f"{'strict: ' if finding.strict else ''}{finding.message}\n"
+    message = finding.message
+    column = finding.column
+    if finding.strict:
+        message = f"strict: {message}"
     if not finding.line:
-        return f"{name}: byte {finding.column}: {message}"
-    return f"{name}:{finding.line}:{finding.column}: {message}{point_at(line, finding.column)}"
+        return f"{name}: byte {column}: {message}\n"
+    return f"{name}:{finding.line}:{column}: {message}\n{point_at(line, column)}"
+
+
+def is_refused(found: list[Finding]) -> bool:
+    """Return whether Prometheus refuses a body with these findings."""
+    return not all(finding.strict for finding in found)
 
 
 def render_findings(name: str, body: bytes, found: list[Finding]) -> str:
     """Return the findings of a file as text. The last line counts them, and has the verdict."""
-    numbers = {finding.line for finding in found}
-    lines = {n: line for n, line in enumerate(io.BytesIO(body), 1) if n in numbers}
-    shown = [
-        render_finding(name, lines.get(finding.line, b"").rstrip(b"\n"), finding)
-        for finding in found
-    ]
+    lines = dict.fromkeys((finding.line for finding in found), b"")
+    for number, line in enumerate(io.BytesIO(body), 1):
+        if number in lines:
+            lines[number] = line.rstrip(b"\n")
+    shown = [render_finding(name, lines[finding.line], finding) for finding in found]
     more = " or more" if len(found) == MAX_FINDINGS else ""
-    verdict = "accepted" if all(finding.strict for finding in found) else "refused"
+    verdict = "accepted"
+    if is_refused(found):
+        verdict = "refused"
     shown.append(f"{name}: findings: {len(found)}{more}, {verdict} by Prometheus\n")
     return "".join(shown)
+
+
+def guess_content_type(body: bytes) -> str:
+    """Return the content type that the last line of a body shows."""
+    if is_openmetrics_body(body):
+        return OPENMETRICS_CONTENT_TYPE
+    return TEXT_CONTENT_TYPE
 
 
 def lint_file(name: str, arguments: argparse.Namespace) -> int:
@@ -765,15 +832,16 @@ def lint_file(name: str, arguments: argparse.Namespace) -> int:
     failure = f"{shown}: cannot be read"
     try:
         body = read_input(name, Limits())
-        by_end = OPENMETRICS_CONTENT_TYPE if is_openmetrics_body(body) else TEXT_CONTENT_TYPE
-        found = findings(body, arguments.content_type or by_end)
+        content_type = arguments.content_type or guess_content_type(body)
+        found = findings(body, content_type)
+        text = render_findings(shown, body, found)
         failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
-            stdout.write(render_findings(shown, body, found).encode("utf-8", "replace"))
+            stdout.write(text.encode("utf-8", "replace"))
     except (OSError, ScrapeError) as error:
         tell(f"{failure}: {words_of(error)}\n")
         return 2
-    return int(any(arguments.strict or not finding.strict for finding in found))
+    return int(is_refused(found) or (arguments.strict and bool(found)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
