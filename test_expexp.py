@@ -17810,6 +17810,8 @@ def test_a_sample_without_suffix_does_not_end_its_family() -> None:
         (3, 'a counter "x" has samples "x_total" and "x_created", found "x"'),
         (5, 'expected the HELP of "x" before its samples'),
     ]
+    found = messages("# TYPE x counter\nx 1\n# HELP x y\nx_total 1\n", OPENMETRICS)
+    assert found[1:] == [(3, 'expected the HELP of "x" before its samples')]
 
 
 def test_of_samples_without_suffix_no_more_are_kept_than_are_listed() -> None:
@@ -18218,7 +18220,7 @@ def test_the_linter_finds_expexp(beside: bool, tmp_path: Path) -> None:
     folder.mkdir()
     shutil.copy(expolint.__file__, folder)
     shutil.copy(SOURCE, folder if beside else tmp_path)
-    command = [sys.executable, "-S", str(folder / "expolint.py"), "-"]
+    command = [sys.executable, "-S", "-I", str(folder / "expolint.py"), "-"]  # -I: a bare path
     ended = subprocess.run(command, input=b"a 1\n", capture_output=True, check=False, cwd="/")
     assert (ended.returncode, ended.stderr) == (0, b"")
 
