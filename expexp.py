@@ -185,7 +185,9 @@ class Limits:
     argument_bytes: int = limit(256, "one of them")
     resolver_threads: int = limit(8, "name look-ups under way at once")
     stderr_bytes: int = limit(4096, "a failing command's last words, for the log")
-    log_line_characters: int = limit(8192, "the message of a log line")
+    log_line_bytes: int = limit(4096, "a log line: a pipe takes it as a whole")
+    log_queue_lines: int = limit(1000, "that wait for a slow stderr, then lines are dropped")
+    log_flush_seconds: float = limit(0.5, "to write the queued log lines at the end")
     hang_up_seconds: float = limit(
         0.5, "until a client is missed that hung up while another thread works for it"
     )
@@ -1182,6 +1184,7 @@ expexp_http_requests_total             counter  path code  Requests answered, by
 expexp_http_requests_in_flight         gauge    -  Requests that are being answered.
 expexp_open_connections                gauge    -  Connections that clients hold open.
 expexp_rejected_connections_total      counter  -  Connections closed because no slot was free.
+expexp_log_lines_dropped_total         counter  -  Log lines that were not written.
 expexp_tls_handshake_failures_total    counter  reason  TLS connections without a request.
 expexp_tls_certificate_expiry_timestamp_seconds  gauge  -  End of our certificate, since 1970.
 expexp_config_last_reload_successful   gauge    -  Whether the last reload was successful.
@@ -4829,16 +4832,25 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class LogFormatter(logging.Formatter):
-    """One line a record, `key=value` or JSON; control characters escaped, length bounded."""
+    """One line a record, `key=value` or JSON, of at most so many bytes without its line break."""
 
-    def __init__(self, as_json: bool, most_characters: int) -> None:
+    def __init__(self, as_json: bool, most_bytes: int) -> None:
         super().__init__()
-        self._as_json, self._most = as_json, most_characters
+        self._as_json = as_json
+        self._most = most_bytes
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line. A long message loses its middle, since a trace ends in its reason."""
         message = super().format(record)
-        message = message[: self._most] + ("..." if len(message) > self._most else "")
+        line = self._render(record, message)
+        while len(line.encode("utf-8", "replace")) > self._most:
+            half = len(message) * 7 // 16
+            message = f"{message[:half]}...{message[-half:]}"
+            line = self._render(record, message)
+        return line
+
+    def _render(self, record: logging.LogRecord, message: str) -> str:
+        """Return the line of a record with this message. Control characters are escaped."""
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         level = record.levelname.lower()
         if self._as_json:
@@ -4849,14 +4861,64 @@ class LogFormatter(logging.Formatter):
         return f'time="{created}" level={level} msg={quoted}'
 
 
-def set_up_logging(options: Options, limits: Limits) -> None:
-    """Log to stderr, as the flags say."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_characters))
+class LogWriter(logging.Handler):
+    """Queues log lines for a thread, which writes them to a file descriptor.
+
+    A pipe that nobody reads blocks each writer. It must not block the threads that log. The
+    descriptor is never made non-blocking, because other processes share it.
+    """
+
+    def __init__(self, descriptor: int, limits: Limits, metrics: SelfMetrics) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._limits = limits
+        self._metrics = metrics
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write_lines, daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the line of a record, or drop it. One thread at a time is in here."""
+        if self._lines.qsize() >= self._limits.log_queue_lines:
+            self._drop()
+            return
+        try:
+            self._lines.put(f"{self.format(record)}\n".encode("utf-8", "replace"))
+        except (MemoryError, RuntimeError):
+            self._drop()
+
+    def stop(self) -> None:
+        """Wait until all lines are written, or for `log_flush_seconds`."""
+        self._lines.put(b"")
+        self._thread.join(self._limits.log_flush_seconds)
+
+    def _write_lines(self) -> None:
+        """Write lines until `stop`. Drop the rest of one that cannot be written."""
+        while line := self._lines.get():
+            try:
+                while line:
+                    line = line[os.write(self._descriptor, line) :]
+            except (OSError, MemoryError):  # noqa: PERF203 - the next line may be written
+                self._drop()
+
+    def _drop(self) -> None:
+        """Count a line that is not written."""
+        with contextlib.suppress(MemoryError):
+            self._metrics.increment("expexp_log_lines_dropped_total")
+
+
+def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -> None:
+    """Log to this handler, as the flags say."""
+    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_bytes - 1))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
+
+
+def log_thread_error(ended: threading.ExceptHookArgs) -> None:
+    """Log the error that ends a thread. The default would wait for stderr."""
+    LOGGER.error("unexpected error in a thread", exc_info=ended.exc_value)
 
 
 def tell(text: str) -> None:
@@ -5074,7 +5136,7 @@ def limit_memory() -> None:
 
 
 def perform(options: Options, limits: Limits) -> int:
-    """Do what the flags ask for; the exit code. Raises ConfigError."""
+    """Do what the flags ask for; return the exit code. Raises ConfigError."""
     if options["help"]:
         tell(render_usage())
     elif options["version"]:
@@ -5088,7 +5150,12 @@ def perform(options: Options, limits: Limits) -> int:
         program = Program(options, limits)
         program.listen()
         limit_memory()
+        # Without a stderr, descriptor 2 may become that of a client.
+        writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
+        set_up_logging(writer, options, limits)
+        threading.excepthook = log_thread_error
         program.run()
+        writer.stop()
     else:
         LOGGER.warning("No web addresses to listen on, nothing to do!")
     return 0
@@ -5099,7 +5166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     limits = Limits()
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
-        set_up_logging(options, limits)
+        set_up_logging(logging.StreamHandler(sys.stderr), options, limits)
         return perform(options, limits)
     except FlagError as error:
         tell(f"{error}\n{render_usage()}")

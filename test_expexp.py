@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import email.utils
 import errno
+import fcntl
 import functools
 import gc
 import gzip
@@ -43,6 +44,7 @@ import threading
 import time
 import tokenize
 import tracemalloc
+import tty
 import types
 import urllib.parse
 import warnings
@@ -15650,8 +15652,105 @@ def shell(line: str) -> list[str]:
     return ["sh", "-c", f'{line}; exec "$@"', "sh"]
 
 
-def test_a_closed_stderr_changes_nothing(tmp_path: Path) -> None:
-    (tmp_path / "expexp.yaml").write_text(
+# --- the log: a stderr that is slow, full or not there
+
+
+def unread_pipe() -> tuple[int, int]:
+    """The ends of a small pipe: ours, and the one to write to."""
+    ours, theirs = os.pipe()
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    return ours, theirs
+
+
+def unread_socket() -> tuple[int, int]:
+    """The ends of a stream, as the journal of systemd has one for each service."""
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+STREAMS = pytest.mark.parametrize(
+    "open_stream",
+    [
+        pytest.param(unread_pipe, id="a pipe"),
+        pytest.param(unread_socket, id="a socket"),
+        pytest.param(os.openpty, id="a pty"),
+    ],
+)
+
+
+@contextlib.contextmanager
+def logging_to(stderr: int, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """An expexp with this stderr, and its port."""
+    (folder / "expexp.yaml").write_text(json.dumps({"modules": {"m": exec_module("echo a 1")}}))
+    port = closed_port()
+    flags = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "info"]
+    process = subprocess.Popen([sys.executable, str(SOURCE), *flags], stderr=stderr, cwd=folder)
+    try:
+        wait_until(lambda: is_listening(port))
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_listening(port: int) -> bool:
+    """Whether a connection can be made."""
+    with contextlib.suppress(ConnectionRefusedError), connect(port):
+        return True
+    return False
+
+
+def ask_often(port: int, count: int) -> None:
+    """Make so many requests, each of which is a line of 2,000 bytes in the log at info."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as client:
+        for _ in range(count):
+            client.request("GET", "/-/healthy?" + "x" * 1900)
+            assert client.getresponse().read() == HEALTHY
+
+
+LINES_DROPPED: Final = "expexp_log_lines_dropped_total"
+
+
+@STREAMS
+def test_a_stderr_that_nobody_reads_holds_up_no_client_and_not_the_end(
+    open_stream: Callable[[], tuple[int, int]], tmp_path: Path
+) -> None:
+    ours, theirs = open_stream()
+    try:
+        with logging_to(theirs, tmp_path) as (process, port):
+            ask_often(port, 1500)
+            dropped = own_metric(port, LINES_DROPPED)
+            assert 0 < dropped <= 1500 - 1000
+            assert fetch(port, "/proxy?module=m").body == b"a 1\n"
+            process.terminate()
+            with taking(0, 3):
+                assert process.wait(5) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.parametrize("kind", ["a full disk", "a pipe whose reader has gone", "closed"])
+def test_lines_that_stderr_does_not_take_are_counted_that_is(kind: str, tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        if kind == "a pipe whose reader has gone":
+            ours, stderr = os.pipe()
+            os.close(ours)
+            stack.callback(os.close, stderr)
+        else:
+            stderr = stack.enter_context(Path("/dev/full").open("wb")).fileno()
+        _, port = stack.enter_context(
+            logging_to(stderr, tmp_path) if kind != "closed" else without_stderr(tmp_path)
+        )
+        before = own_metric(port, LINES_DROPPED)
+        ask_often(port, 20)
+        wait_until(lambda: own_metric(port, LINES_DROPPED) >= before + 20)
+
+
+@contextlib.contextmanager
+def without_stderr(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """An expexp whose stderr is closed, and its port."""
+    (folder / "expexp.yaml").write_text(
         json.dumps(
             {"modules": {"good": exec_module("echo a 1; echo b >&2"), "bad": exec_module("x")}}
         )
@@ -15659,16 +15758,163 @@ def test_a_closed_stderr_changes_nothing(tmp_path: Path) -> None:
     port = closed_port()
     flags = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "debug"]
     process = subprocess.Popen(
-        [*shell("exec 2>&-"), sys.executable, str(SOURCE), *flags], cwd=tmp_path
+        [*shell("exec 2>&-"), sys.executable, str(SOURCE), *flags], cwd=folder
     )
     try:
         wait_until(lambda: is_served(port))
-        for _ in range(3):
-            assert fetch(port, "/proxy?module=bad").status == 500
-            assert fetch(port, "/proxy?module=good").body == b"a 1\n"
+        yield process, port
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_closed_stderr_changes_nothing(tmp_path: Path) -> None:
+    with without_stderr(tmp_path) as (_, port):
+        for _ in range(3):
+            assert fetch(port, "/proxy?module=bad").status == 500
+            assert fetch(port, "/proxy?module=good").body == b"a 1\n"
+
+
+def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("wb") as file, logging_to(file.fileno(), tmp_path) as (process, port):
+        for number in range(200):
+            assert fetch(port, f"/-/healthy?{number}").body == HEALTHY
+        process.terminate()
+        assert process.wait(5) == 0
+    lines = path.read_text().splitlines()
+    assert re.findall(r"healthy\?(\d+)", "\n".join(lines)) == [str(n) for n in range(200)]
+    assert lines[-1].endswith('level=info msg="stopping"')
+
+
+@contextlib.contextmanager
+def log_writer(
+    descriptor: int, **limits: float
+) -> Iterator[tuple[logging.Logger, expexp.LogWriter, expexp.SelfMetrics]]:
+    """A log writer on a descriptor, with a logger of its own and the metrics in which it counts."""
+    changed, metrics = fast_limits(**limits), expexp.SelfMetrics()
+    writer = expexp.LogWriter(descriptor, changed, metrics)
+    writer.setFormatter(expexp.LogFormatter(as_json=False, most_bytes=changed.log_line_bytes - 1))
+    logger = logging.getLogger("of a test")
+    logger.handlers[:] = [writer]
+    logger.propagate = False
+    try:
+        yield logger, writer, metrics
+    finally:
+        writer.stop()
+
+
+def lines_dropped(metrics: expexp.SelfMetrics) -> float:
+    return samples(metrics.render())[LINES_DROPPED]
+
+
+def messages_in(log: bytes) -> list[str]:
+    """The messages of complete lines."""
+    assert log.endswith(b"\n")
+    return [json.loads(line.partition(" msg=")[2]) for line in log.decode().splitlines()]
+
+
+@STREAMS
+def test_of_a_full_queue_the_oldest_lines_are_written_whole_and_the_others_counted(
+    open_stream: Callable[[], tuple[int, int]],
+) -> None:
+    ours, theirs = open_stream()
+    if os.isatty(theirs):
+        tty.setraw(theirs)
+    with log_writer(theirs, log_queue_lines=10) as (logger, writer, metrics):
+        sent = [f"{number} {'x' * 1000}" for number in range(2000)]
+        for message in sent:
+            logger.error("%s", message)
+        assert lines_dropped(metrics) > 0
+        written = len(sent) - int(lines_dropped(metrics))
+        with ThreadPoolExecutor(1) as pool:
+            log = pool.submit(read_to_end, ours)
+            wait_until(lambda: writer._lines.qsize() == 0)
+            writer.stop()
+            os.close(theirs)
+            messages = messages_in(log.result(5))
+    assert len(messages) == written
+    numbers = [int(message.partition(" ")[0]) for message in messages]
+    assert numbers == sorted(numbers)
+    assert numbers[:10] == list(range(10))
+    assert {message.partition(" ")[2] for message in messages} == {"x" * 1000}
+
+
+def read_to_end(descriptor: int) -> bytes:
+    """All that can be read, until the other end is closed; closes ours."""
+    content = b""
+    with contextlib.suppress(OSError):  # EIO of a pty
+        while piece := os.read(descriptor, 65536):
+            content += piece
+    os.close(descriptor)
+    return content
+
+
+def test_memory_that_runs_out_in_a_log_line_is_no_error_of_the_thread_that_logs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = os.pipe()
+    with log_writer(theirs) as (logger, _, metrics):
+        with monkeypatch.context() as patched:
+            patched.setattr(expexp.LogFormatter, "format", raising(MemoryError()))
+            logger.error("lost")
+        assert lines_dropped(metrics) == 1
+        logger.error("written")
+    os.close(theirs)
+    assert messages_in(read_to_end(ours)) == ["written"]
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    """A function that raises this, whatever it is given."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+@pytest.mark.parametrize("level", [logging.ERROR, logging.CRITICAL], ids=["error", "fatal"])
+@pytest.mark.parametrize(
+    "character",
+    ["x", "\u00e4", "\0", "\\", "\u2028", "\U0001f600", "\U000e0001", "\udc80"],
+    ids=ascii,
+)
+def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
+    as_json: bool, level: int, character: str
+) -> None:
+    formatter = expexp.LogFormatter(as_json, 4095)
+    for count in (1, 300, 4000, 100_000):
+        message = f"begin {character * count} end"
+        record = logging.LogRecord("expexp", level, "", 0, "%s", (message,), None)
+        line = formatter.format(record)
+        assert len(line.encode("utf-8", "replace")) <= 4095
+        if as_json:
+            message = json.loads(line)["msg"]
+        elif level == logging.ERROR:
+            message = json.loads(line.partition(" msg=")[2])
+        else:
+            message = line
+        assert message.startswith(f"begin {character}")
+        assert message.endswith(f"{character} end")
+        assert (f"{character}...{character}" in message) == (len(message) != count + 10)
+        if "..." in message:
+            assert len(line.encode("utf-8", "replace")) > 4095 * 3 // 4
+
+
+def test_an_error_that_ends_a_thread_is_in_the_log_and_not_on_a_stderr_that_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    records: list[logging.LogRecord] = []
+    monkeypatch.setattr(threading, "excepthook", expexp.log_thread_error)
+    with socket_recording(records):
+        thread = threading.Thread(target=raising(KeyError("a fault")))
+        thread.start()
+        thread.join()
+    (record,) = records
+    assert record.getMessage() == "unexpected error in a thread"
+    assert record.exc_info
+    assert repr(record.exc_info[1]) == "KeyError('a fault')"
 
 
 def cpu_seconds(process_id: int) -> float:
@@ -16766,8 +17012,9 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
 def test_every_line_of_the_log_is_printable_and_bounded(
     journals: dict[str, Journal], form: str
 ) -> None:
-    assert all(line.isprintable() and len(line) < 20000 for line in journals[form].log)
-    assert max(map(len, journals[form].log)) > 5000  # there was something to bound
+    log = journals[form].log
+    assert all(line.isprintable() and len(line.encode()) < 4096 for line in log)
+    assert any("..." in line and len(line) > 3000 for line in log)  # there was something to bound
 
 
 def test_a_line_of_the_log_is_time_level_and_message(journals: dict[str, Journal]) -> None:
