@@ -2241,11 +2241,11 @@ class ConfigLoader:
         return dataclasses.replace(module, target=target)
 
 
-def notify(state: str) -> None:
-    """Tell systemd, if it has started us and wants to know: sd_notify(3). IO."""
+def notify(state: str, seconds: float = 1) -> None:
+    """Tell systemd, if it has started us and wants to know: sd_notify(3). Wait `seconds`. IO."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.settimeout(1)
+        channel.settimeout(seconds)
         if address:
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
 
@@ -3271,16 +3271,21 @@ class Commands:
     def _reap(self) -> None:
         """KILL groups when it is time, then reap their leaders; in a thread of its own.
 
-        Only when a leader is reaped can its process id be another's.
+        Only when a leader is reaped can its process id be another's. Without memory, the same
+        leader is tried again.
         """
+        due, process = self._ending.get()
         while True:
-            due, process = self._ending.get()
-            time.sleep(max(0, due - time.monotonic()))
-            signal_group(process, signal.SIGKILL)
-            if process.poll() is None:  # it dies soon, or hangs in the kernel: others go on
-                self._ending.put((time.monotonic() + REAPING_SECONDS, process))
-            else:
-                self._running.discard(process)
+            try:
+                time.sleep(max(0, due - time.monotonic()))
+                signal_group(process, signal.SIGKILL)
+                if process.poll() is None:  # it dies soon, or hangs in the kernel: others go on
+                    self._ending.put((time.monotonic() + REAPING_SECONDS, process))
+                else:
+                    self._running.discard(process)
+                due, process = self._ending.get()
+            except (MemoryError, RuntimeError):  # noqa: PERF203 - this thread must not end
+                time.sleep(REAPING_SECONDS)
 
     def end_all(self) -> None:
         """End the groups of all commands, at the end of the program."""
@@ -4768,6 +4773,28 @@ def http_date(second: int) -> str:
 Address = tuple[str, int]
 
 
+class Watchdog:
+    """Tells systemd that the loops of all listeners run: sd_watchdog_enabled(3)."""
+
+    def __init__(self) -> None:
+        """Read from the environment how often systemd wants to hear from this process."""
+        own = str(os.getpid())
+        is_ours = os.environ.get("WATCHDOG_PID", own) == own
+        microseconds = is_ours and os.environ.get("WATCHDOG_USEC")
+        #: A quarter of the time after which systemd restarts this process.
+        self._seconds = float(microseconds or math.inf) / 4e6
+        self._sent = time.monotonic()
+        self._runs: dict[object, float] = {}
+
+    def note_run(self, listener: object) -> None:
+        """Note that a listener's loop runs. Tell systemd if the loops of all have run lately."""
+        now = time.monotonic()
+        self._runs[listener] = now
+        if now - self._sent >= self._seconds >= now - min(self._runs.values()):
+            self._sent = now
+            notify("WATCHDOG=1", 0)
+
+
 class Server(http.server.ThreadingHTTPServer):
     """A listener; several may share connections and application."""
 
@@ -4775,7 +4802,12 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # two that listen on one port would share its requests
 
     def __init__(
-        self, address: Address, tls: bool, application: Application, connections: Connections
+        self,
+        address: Address,
+        tls: bool,
+        application: Application,
+        connections: Connections,
+        watchdog: Watchdog,
     ) -> None:
         """Bind and listen, for no host and `::` to both families; raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
@@ -4784,6 +4816,8 @@ class Server(http.server.ThreadingHTTPServer):
         found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), ClientConnection)
+        self._watchdog = watchdog
+        self.service_actions()  # known to the watchdog before its loop runs
         #: Where this listener is, for the log.
         self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
@@ -4793,6 +4827,18 @@ class Server(http.server.ThreadingHTTPServer):
             only = self.server_address[0] != "::"
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only))
         socketserver.TCPServer.server_bind(self)
+
+    def serve_forever(self, poll_interval: float = 0.05) -> None:
+        """Accept clients until `shutdown`, also after memory has run out."""
+        while True:
+            try:
+                return super().serve_forever(poll_interval)
+            except (MemoryError, RuntimeError):  # noqa: PERF203 - this thread must not end
+                time.sleep(self.limits.accept_pause_seconds)
+
+    def service_actions(self) -> None:
+        """Note that the loop runs. `serve_forever` calls this after each wait for a client."""
+        self._watchdog.note_run(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept; without file descriptors an idle connection goes, and a moment is waited."""
@@ -4916,11 +4962,6 @@ def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
-def log_thread_error(ended: threading.ExceptHookArgs) -> None:
-    """Log the error that ends a thread. The default would wait for stderr."""
-    LOGGER.error("unexpected error in a thread", exc_info=ended.exc_value)
-
-
 def tell(text: str) -> None:
     """Write to stderr, if there is one."""
     with contextlib.suppress(AttributeError, OSError):
@@ -4984,10 +5025,10 @@ class Program:
         options, tls = self._options, self.application.credentials.value.tls
         own_tls = not options["web.tls.listen-address"] and bool(tls)
         listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
+        shared = self.application, self.connections, Watchdog()
         try:
             for flag in filter(options.get, listeners):
-                server = Server(options[flag], listeners[flag], self.application, self.connections)
-                self.servers.append(server)
+                self.servers.append(Server(options[flag], listeners[flag], *shared))
         except (OSError, UnicodeError) as error:
             for server in self.servers:
                 server.server_close()
@@ -5153,7 +5194,6 @@ def perform(options: Options, limits: Limits) -> int:
         # Without a stderr, descriptor 2 may become that of a client.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
         set_up_logging(writer, options, limits)
-        threading.excepthook = log_thread_error
         program.run()
         writer.stop()
     else:

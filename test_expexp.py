@@ -8668,6 +8668,25 @@ def test_a_command_does_not_get_what_the_service_manager_gave_to_us(
     assert found["LISTENER"] == "1"
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no thread")], ids=repr)
+def test_a_command_is_killed_and_reaped_although_there_was_an_error_in_that(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_group, errors = expexp.signal_group, [error, error]
+
+    def fail_at_first(process: Any, number: int) -> None:
+        if number == signal.SIGKILL and errors:
+            raise errors.pop()
+        signal_group(process, number)
+
+    monkeypatch.setattr(expexp, "signal_group", fail_at_first)
+    with running({"m": exec_module("(trap '' TERM; exec sleep 30) & echo a $!")}) as served:
+        process_ids = [int(served.scrape("m").text.split()[1]) for _ in range(2)]
+        wait_until(lambda: all(map(is_gone, process_ids)), 2)
+        wait_until(lambda: not served.program.commands._running)
+    assert not errors
+
+
 def open_things() -> tuple[int, int]:
     """How many descriptors and threads this process has; zombies count as well."""
     zombies = 0
@@ -13458,6 +13477,34 @@ def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
         assert b"".join(pieces).partition(b"\r\n\r\n")[2].startswith(body)
 
 
+def failing_once(function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """A function that raises this when it is called first, and then does what another one does."""
+    errors = [error]
+
+    def call(*given: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return function(*given)
+
+    return call
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no thread")], ids=repr)
+@pytest.mark.parametrize(
+    "where", ["get_request", "verify_request", "process_request", "service_actions"]
+)
+def test_a_listener_goes_on_after_an_error_in(
+    where: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running({}) as served:
+        failing = failing_once(getattr(expexp.Server, where), error)
+        monkeypatch.setattr(expexp.Server, where, failing)
+        with contextlib.suppress(OSError), connect(served.port) as client:
+            client.shutdown(socket.SHUT_WR)
+            read_all(client)
+        wait_until(lambda: is_served(served.port))
+
+
 HANG_UPS = {
     "before it asks": b"",
     "in its request line": b"GET /",
@@ -15902,21 +15949,6 @@ def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
             assert len(line.encode("utf-8", "replace")) > 4095 * 3 // 4
 
 
-def test_an_error_that_ends_a_thread_is_in_the_log_and_not_on_a_stderr_that_blocks(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    records: list[logging.LogRecord] = []
-    monkeypatch.setattr(threading, "excepthook", expexp.log_thread_error)
-    with socket_recording(records):
-        thread = threading.Thread(target=raising(KeyError("a fault")))
-        thread.start()
-        thread.join()
-    (record,) = records
-    assert record.getMessage() == "unexpected error in a thread"
-    assert record.exc_info
-    assert repr(record.exc_info[1]) == "KeyError('a fault')"
-
-
 def cpu_seconds(process_id: int) -> float:
     """The processor time that a process has taken."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
@@ -16803,6 +16835,119 @@ def test_a_service_manager_that_reads_nothing_holds_up_nothing(tmp_path: Path) -
             assert own.wait(10) == 0
 
 
+# --- systemd's watchdog: sd_watchdog_enabled(3)
+
+
+def watched_program(folder: Path) -> Path:
+    """An expexp in which the loop of the listener that a file `stop` names stops."""
+    source = folder / "watched.py"
+    source.write_text(
+        f"""\
+import os, sys, threading
+sys.path.insert(0, {str(FOLDER)!r})
+import expexp
+actions = expexp.Server.service_actions
+def stop(self):
+    if os.path.exists("stop") and open("stop").read() == getattr(self, "scheme", ""):
+        threading.Event().wait()
+    actions(self)
+expexp.Server.service_actions = stop
+sys.exit(expexp.main())
+"""
+    )
+    return source
+
+
+@contextlib.contextmanager
+def watched(
+    folder: Path, authorities: Authorities, *environment: str
+) -> Iterator[tuple[socket.socket, subprocess.Popen[str]]]:
+    """What systemd is told by an expexp with two listeners, once it is ready, and its process."""
+    address = address_of("path", folder)
+    flags = [f"-web.tls.cert={authorities.server}", f"-web.tls.key={authorities.server}"]
+    command = ["env", f"NOTIFY_SOCKET={address}", *environment, sys.executable]
+    command += [str(watched_program(folder)), f"-web.listen-address={LOCAL}", *TLS_LISTENER]
+    with service_manager(address) as channel:
+        process = subprocess.Popen(
+            [*command, *flags], stderr=subprocess.PIPE, text=True, cwd=folder
+        )
+        try:
+            assert channel.recv(4096) == b"READY=1"
+            yield channel, process
+        finally:
+            process.kill()
+            process.communicate()
+
+
+QUARTER: Final = 0.1
+#: As systemd sets it for a service that it restarts after four quarters.
+WATCHDOG: Final = f"WATCHDOG_USEC={4e6 * QUARTER:.0f}"
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_systemd_hears_nothing_once_one_of_two_listeners_has_stopped(
+    scheme: str, authorities: Authorities, tmp_path: Path
+) -> None:
+    with watched(tmp_path, authorities, WATCHDOG) as (channel, _):
+        times = []
+        for _ in range(6):
+            assert channel.recv(4096) == b"WATCHDOG=1"
+            times.append(time.monotonic())
+        assert times[5] - times[1] > 3.5 * QUARTER
+        (tmp_path / "new").write_text(scheme)
+        (tmp_path / "new").rename(tmp_path / "stop")
+        heard = 0
+        channel.settimeout(8 * QUARTER)
+        with contextlib.suppress(socket.timeout):
+            while channel.recv(4096) == b"WATCHDOG=1":
+                heard += 1
+        assert heard <= 3  # of the last quarter in which both loops ran, and of the next one
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param(["WATCHDOG_USEC="], id="no watchdog"),
+        pytest.param([WATCHDOG, "WATCHDOG_PID=1"], id="the watchdog of another process"),
+        pytest.param([], id="no time"),
+    ],
+)
+def test_systemd_hears_nothing_that_it_does_not_want_to_hear_where_there_is(
+    environment: list[str], authorities: Authorities, tmp_path: Path
+) -> None:
+    with watched(tmp_path, authorities, *environment) as (channel, process):
+        channel.settimeout(5 * QUARTER)
+        with pytest.raises(socket.timeout):
+            channel.recv(4096)
+        process.terminate()
+        assert channel.recv(4096) == b"STOPPING=1"
+        assert process.wait(5) == 0
+
+
+def test_systemd_hears_of_the_process_that_it_has_started(tmp_path: Path) -> None:
+    address, line = address_of("path", tmp_path), f'{WATCHDOG} WATCHDOG_PID=$$ exec "$@"'
+    around = ["env", f"NOTIFY_SOCKET={address}", "sh", "-c", line, "sh"]
+    with service_manager(address) as channel, program(tmp_path, {}, *around):
+        assert [channel.recv(4096) for _ in range(3)] == [b"READY=1"] + [b"WATCHDOG=1"] * 2
+
+
+def test_a_watchdog_that_reads_nothing_holds_up_no_client(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    address = address_of("path", tmp_path)
+    with service_manager(address), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other.sendto(b"X", address)
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        monkeypatch.setenv("WATCHDOG_USEC", "4000")
+        with running({}) as served, taking(0, 0.9):
+            for _ in range(10):
+                assert is_served(served.port)
+        monkeypatch.delenv("NOTIFY_SOCKET")
+
+
 # ==================================================================================================
 # S  Secrets
 # ==================================================================================================
@@ -17260,6 +17405,14 @@ def test_the_contrib_unit_gives_expexp_more_time_to_stop_than_it_takes() -> None
     (seconds,) = unit_settings(UNIT)["TimeoutStopSec"]
     limits = expexp.Limits()
     assert int(seconds.rstrip("s")) > limits.drain_seconds + limits.term_to_kill_seconds
+
+
+def test_the_contrib_unit_has_expexp_restarted_when_it_hangs_without_its_memory_on_disk() -> None:
+    settings = unit_settings(UNIT)
+    assert settings["WatchdogSec"] == ["30"]
+    assert settings["LimitCORE"] == ["0"]
+    assert settings["Restart"] == ["on-failure"]
+    assert "WatchdogSignal" not in settings  # ABRT, which ends Python at once
 
 
 def test_the_contrib_alerts_count_the_slots_that_there_are() -> None:
