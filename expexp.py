@@ -151,6 +151,7 @@ class Limits:
 
     connections: int = limit(512, "one thread each; idle ones make room when all are taken")
     file_descriptors: int = limit(8192, "the soft limit becomes this or the hard limit")
+    connection_descriptors: int = limit(5, "for a client, TLS and a command: fewer clients fit")
     accept_pause_seconds: float = limit(0.05, "without descriptors: accepting must not spin")
     request_line_bytes: int = limit(8192, "the longest sensible query names a blackbox target")
     header_block_bytes: int = limit(32768, "all headers of a request")
@@ -4771,6 +4772,8 @@ def http_date(second: int) -> str:
 
 
 Address = tuple[str, int]
+THREAD_ATTEMPTS: Final = 4  # for a connection, with a pause after each
+EVICTED_TOGETHER: Final = 16  # idle connections, for lack of threads or descriptors
 
 
 class Watchdog:
@@ -4817,6 +4820,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.address_family, bound = found[0][0], found[0][4]
         super().__init__(cast(Address, bound), ClientConnection)
         self._watchdog = watchdog
+        self._warned = 0.0  # when a lack of threads was logged last
         self.service_actions()  # known to the watchdog before its loop runs
         #: Where this listener is, for the log.
         self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
@@ -4841,18 +4845,49 @@ class Server(http.server.ThreadingHTTPServer):
         self._watchdog.note_run(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept; without file descriptors an idle connection goes, and a moment is waited."""
+        """Accept a client. Without file descriptors, make room and raise the OSError."""
         try:
             return self.socket.accept()
         except OSError as error:
             if error.errno in NO_DESCRIPTORS:
-                self.connections.evict()
-                time.sleep(self.limits.accept_pause_seconds)
+                self._make_room()
             raise
 
-    def verify_request(self, request: Any, _client_address: Any) -> bool:
-        """Whether there is a slot for a connection; without one it is closed at once."""
-        return self.connections.admit(request)
+    def _make_room(self) -> None:
+        """Evict the oldest idle connections, and wait until their threads have ended.
+
+        One at a time would leave the scrape behind 300 idle clients waiting for 15 s.
+        """
+        for _ in range(EVICTED_TOGETHER):
+            self.connections.evict()
+        time.sleep(self.limits.accept_pause_seconds)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
+        is_served = self.connections.admit(request) and self._start_thread(request, client_address)
+        if not is_served:
+            self.shutdown_request(request)
+
+    def _start_thread(self, request: Any, client_address: Any) -> bool:
+        """Start a connection's thread, after a few attempts. Return whether that was possible.
+
+        `threading.Thread.start` waits for ever if the new thread finds no memory. Such a connection
+        keeps its slot here, but is idle until its thread runs, so that it can be evicted.
+        """
+        for _ in range(THREAD_ATTEMPTS):
+            try:
+                self.connections.mark(request, idle=True)
+                _thread.start_new_thread(self.process_request_thread, (request, client_address))
+            except (MemoryError, RuntimeError):  # noqa: PERF203 - it is tried again
+                self.connections.mark(request, idle=False)
+                self._make_room()
+            else:
+                return True
+        self.application.metrics.increment("expexp_rejected_connections_total")
+        if time.monotonic() - self._warned >= 1:
+            self._warned = time.monotonic()
+            LOGGER.warning("connections are closed: no thread can be started for them")
+        return False
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection and free its slot."""
@@ -4864,8 +4899,6 @@ class Server(http.server.ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, EOFError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
-        elif isinstance(error, RuntimeError):  # no thread can be started
-            LOGGER.warning("%s: connection closed: %s", client_address[0], error)
         else:
             LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
 
@@ -4886,25 +4919,25 @@ class LogFormatter(logging.Formatter):
         self._most = most_bytes
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line. A long message loses its middle, since a trace ends in its reason."""
-        message = super().format(record)
-        line = self._render(record, message)
-        while len(line.encode("utf-8", "replace")) > self._most:
-            half = len(message) * 7 // 16
-            message = f"{message[:half]}...{message[-half:]}"
-            line = self._render(record, message)
-        return line
+        """Return the line, with control characters escaped.
 
-    def _render(self, record: logging.LogRecord, message: str) -> str:
-        """Return the line of a record with this message. Control characters are escaped."""
+        A message that is too long loses its middle, because a trace ends in its reason.
+        """
+        message = super().format(record)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         level = record.levelname.lower()
-        if self._as_json:
-            return json.dumps({"level": level, "msg": message, "time": created})
-        if record.levelno == logging.CRITICAL:  # why expexp does not start: for whoever started it
-            return message
-        quoted = json.dumps(message, ensure_ascii=not message.isprintable())
-        return f'time="{created}" level={level} msg={quoted}'
+        while True:
+            if self._as_json:
+                line = json.dumps({"level": level, "msg": message, "time": created})
+            elif record.levelno == logging.CRITICAL:  # why expexp does not start, for people
+                line = message
+            else:
+                quoted = json.dumps(message, ensure_ascii=not message.isprintable())
+                line = f'time="{created}" level={level} msg={quoted}'
+            if len(line.encode("utf-8", "replace")) <= self._most:
+                return line
+            half = len(message) * 7 // 16
+            message = f"{message[:half]}...{message[-half:]}"
 
 
 class LogWriter(logging.Handler):
@@ -4959,6 +4992,7 @@ def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
+    logging.logThreads = False  # to name a thread, `threading` would keep an object for each
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
@@ -4968,14 +5002,20 @@ def tell(text: str) -> None:
         sys.stderr.write(text)
 
 
-def raise_descriptor_limit(most: int) -> int:
-    """Raise the soft limit of file descriptors; the former one, 0 if it was not raised. IO."""
+def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
+    """Raise the soft limit of file descriptors. Return the limits with connections that fit. IO.
+
+    Return also the former soft limit, 0 if it was not raised.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = limits.file_descriptors
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    if resource.RLIM_INFINITY in (soft, wanted) or soft >= wanted:
-        return 0
+    fitting = wanted // limits.connection_descriptors
+    limits = dataclasses.replace(limits, connections=min(limits.connections, fitting))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return limits, 0
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return soft
+    return limits, soft
 
 
 def set_constant_metrics(metrics: SelfMetrics) -> None:
@@ -5002,8 +5042,10 @@ class Program:
 
     def __init__(self, options: Options, limits: Limits) -> None:
         """Load and check everything; raises ConfigError."""
-        self._options, self._limits, metrics = options, limits, SelfMetrics()
+        metrics = SelfMetrics()
         set_constant_metrics(metrics)
+        limits, former_descriptors = fit_descriptors(limits)
+        self._options, self._limits = options, limits
         reader = DocumentReader(options["web.config.file"], [])
         load: Any = functools.partial(load_config, options, limits)
         self.config = Watched(load, DocumentReader("", []), 0)
@@ -5011,12 +5053,13 @@ class Program:
         credentials = Watched(load, reader, limits.rotation_seconds)
         if self.config.problems or credentials.problems:
             raise ConfigError(*self.config.problems, *credentials.problems)
-        self.commands = Commands(limits, raise_descriptor_limit(limits.file_descriptors))
+        self.commands = Commands(limits, former_descriptors)
         tools = Tools(limits, self.commands, metrics)
         self.application = Application(self.config, credentials, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
         self._is_ending = False
+        self._is_reload_wanted = threading.Event()
         if not self.config.value.modules:
             LOGGER.error("no modules loaded from any config file")
 
