@@ -192,6 +192,7 @@ class Limits:
     hang_up_seconds: float = limit(
         0.5, "until a client is missed that hung up while another thread works for it"
     )
+    reload_seconds: float = limit(60, "to wait for a reload to end, then 503")
     scrape_seconds: float = limit(60, "a scrape where neither module nor client says less")
     client_scrape_seconds: float = limit(
         600, "a scrape where only the client says how long: a day would hold its slot for a day"
@@ -4185,6 +4186,31 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     return request._replace(headers=rest)
 
 
+class Reload:
+    """Reads all files again, once for all callers that wait for it to begin."""
+
+    def __init__(self, read: Callable[[], Sequence[Problem]], seconds: float) -> None:
+        self._read = read
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._begun = 0
+        self._problems: Sequence[Problem] = ()
+
+    def __call__(self) -> Sequence[Problem]:
+        """Return the problems. Raise RequestError if another reload does not end."""
+        begun = self._begun
+        if not self._lock.acquire(timeout=self._seconds):
+            LOGGER.error("a reload does not end")
+            raise RequestError(503, "a reload does not end")
+        try:
+            if self._begun == begun:
+                self._begun += 1
+                self._problems = self._read()
+            return self._problems
+        finally:
+            self._lock.release()
+
+
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
@@ -4194,7 +4220,7 @@ class Application:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
         self._watched, self.credentials, self.options = config, credentials, options
         self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
-        self._reloading = threading.Lock()
+        self.reload = Reload(self._read_files, tools.limits.reload_seconds)
         self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
@@ -4225,16 +4251,15 @@ class Application:
         for module in modules:
             self.metrics.create_module(module.name, module.method)
 
-    def reload(self) -> Sequence[Problem]:
-        """Read all files again; what is wrong with those that are not used."""
-        with self._reloading:
-            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            try:  # credentials come first: they must not expire because of a module
-                problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
-                self._tools.containers.clear()  # it may be that one has moved
-                self.take_config()
-            finally:
-                notify("READY=1")
+    def _read_files(self) -> Sequence[Problem]:
+        """Read all files again. Return the problems with those that are not used."""
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:  # credentials come first: they must not expire because of a module
+            problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
+            self._tools.containers.clear()  # it may be that one has moved
+            self.take_config()
+        finally:
+            notify("READY=1")
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -5115,8 +5140,10 @@ class Program:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             LOGGER.info("listening on %s", server.url)
         notify("READY=1")
-        while self._next_signal(signals) == signal.SIGHUP:
-            self.application.reload()
+        # A reload can hang in a file system. It must not keep this thread from ending the program.
+        threading.Thread(target=self._keep_reloading, daemon=True).start()
+        while signals.recv(PIECE_BYTES) and not self._is_ending:
+            self._is_reload_wanted.set()
         self.stop()
 
     def _note_end(self, *_: Any) -> None:
@@ -5127,18 +5154,21 @@ class Program:
         """
         self._is_ending = True
 
-    def _next_signal(self, signals: socket.socket) -> int:
-        """The next signal; a changed configuration is one, if that is looked for."""
-        signals.settimeout(self._options["config.auto-reload-interval"] or None)
+    def _keep_reloading(self) -> None:
+        """Reload when a signal wants it, and when files have changed, if that is looked for."""
+        seconds = self._options["config.auto-reload-interval"] or None
         found: Any = None
         while True:
-            with contextlib.suppress(socket.timeout):
-                signals.recv(PIECE_BYTES)  # of many at once one reload is enough
-                return signal.SIGTERM if self._is_ending else signal.SIGHUP
-            former, found = found, self.config.look()
-            news = found != self.config.seen or self.config.is_late()
-            if news and found == former:  # not while it is being written
-                return signal.SIGHUP
+            try:
+                is_wanted = self._is_reload_wanted.wait(seconds)
+                self._is_reload_wanted.clear()
+                former = found
+                found = self.config.look()
+                is_changed = found != self.config.seen or self.config.is_late()
+                if is_wanted or (is_changed and found == former):  # not while it is being written
+                    self.application.reload()
+            except (MemoryError, RuntimeError, RequestError):  # noqa: PERF203 - go on
+                time.sleep(self._limits.accept_pause_seconds)
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""

@@ -16448,18 +16448,19 @@ def test_what_failed_is_tried_again_after_a_while_though_no_file_has_changed(
     put(str(tmp_path), c__yaml="modules: {m: {method: exec, exec: {command: sh}}}")
     flags = [f"-config={tmp_path}/c.yaml", "-config.auto-reload-interval=20ms"]
     own = expexp.Program(expexp.parse_flags(flags), FAST)
-    ours, theirs = socket.socketpair()
-    with ours, theirs, monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(expexp, "parse_yaml", lambda _: os.listdir("/no such folder"))
         assert [problem.message for problem in own.application.reload()] == [
             "cannot be read: no such file or directory"
         ]
         with ThreadPoolExecutor() as pool:
-            found = pool.submit(own._next_signal, ours)
+            patch.setattr(own.application, "reload", raising(LookupError("reloaded")))
+            reloaded = pool.submit(own._keep_reloading)
             with pytest.raises(concurrent.futures.TimeoutError):
-                found.result(0.2)
+                reloaded.result(0.2)
             own.config._again = 0.0
-            assert found.result(5) == signal.SIGHUP
+            with pytest.raises(LookupError, match="reloaded"):
+                reloaded.result(5)
 
 
 def test_by_itself_it_takes_a_folder_that_was_skipped_and_comes(
@@ -16763,6 +16764,119 @@ def test_a_file_of_tls_that_becomes_a_pipe_holds_up_no_client_no_reload_and_not_
         started.terminate()
         assert started.wait(5) == 0
         log.end()
+
+
+# --- reloads that do not end, and many at once
+
+
+def hanging_program(folder: Path) -> Path:
+    """An expexp for which no look at a file returns while there is a file `hang`."""
+    source = folder / "hanging.py"
+    source.write_text(
+        f"""\
+import os, sys, threading
+sys.path.insert(0, {str(FOLDER)!r})
+import expexp
+look = expexp.fingerprint
+def hang(filename):
+    if os.path.exists("hang"):
+        open("hung", "w").close()
+        threading.Event().wait()
+    return look(filename)
+expexp.fingerprint = hang
+sys.exit(expexp.main(sys.argv[1:] + open("flags").read().split()))
+"""
+    )
+    return source
+
+
+@pytest.mark.parametrize(
+    ("flags", "hangs_at"),
+    [
+        pytest.param("", signal.SIGHUP, id="a signal asked for"),
+        pytest.param("-config.auto-reload-interval=20ms", None, id="looks for changes"),
+    ],
+)
+def test_expexp_ends_in_time_although_a_file_system_hangs_where(
+    flags: str, hangs_at: signal.Signals | None, tmp_path: Path
+) -> None:
+    (tmp_path / "flags").write_text(flags)
+    source = hanging_program(tmp_path)
+    with program(tmp_path, {"m": exec_module("echo a 1")}, source=source) as (process, port):
+        (tmp_path / "hang").touch()
+        if hangs_at:
+            process.send_signal(hangs_at)
+        wait_until((tmp_path / "hung").exists)
+        assert fetch(port, "/proxy?module=m").body == b"a 1\n"
+        process.terminate()
+        with taking(0, 3):
+            assert process.wait(5) == 0
+        assert "stopping" in cast("IO[str]", process.stderr).read()
+
+
+@contextlib.contextmanager
+def slow_loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """From now on loading waits for the end of this context; yields a mark for each that began."""
+    began: list[int] = []
+    go_on, load = threading.Event(), expexp.ConfigLoader.load
+
+    def wait(*given: Any) -> expexp.Config:
+        began.append(len(began))
+        assert go_on.wait(20)
+        return load(*given)
+
+    monkeypatch.setattr(expexp.ConfigLoader, "load", wait)
+    yield began
+    go_on.set()
+
+
+def test_fifty_requests_for_a_reload_cost_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        running({"m": exec_module("echo a 1")}, "-web.enable-lifecycle") as served,
+        ThreadPoolExecutor(50) as pool,
+    ):
+        with slow_loading(monkeypatch) as began:
+            reloads = [pool.submit(served.get, "/-/reload", None, "POST")]
+            wait_until(lambda: began)
+            reloads += [pool.submit(served.get, "/-/reload", None, "POST") for _ in range(49)]
+            wait_until(lambda: served.metric("expexp_http_requests_in_flight") == 51)
+        answers = [reload.result() for reload in reloads]
+    assert {answer.text for answer in answers} == {"expexp has reloaded.\n"}
+    assert len(began) == 2
+
+
+def test_a_request_for_a_reload_gets_the_problems_of_one_that_began_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.yaml"
+    write_modules(path, {"m": exec_module("echo a 1")})
+    flags = [f"-config={path}", "-web.enable-lifecycle"]
+    with running({}, *flags) as served, ThreadPoolExecutor(2) as pool:
+        with slow_loading(monkeypatch) as began:
+            monkeypatch.setattr(expexp, "parse_yaml", failing_once(expexp.parse_yaml, OSError("x")))
+            first = pool.submit(served.get, "/-/reload", None, "POST")
+            wait_until(lambda: began)
+            second = pool.submit(served.get, "/-/reload", None, "POST")
+            wait_until(lambda: served.metric("expexp_http_requests_in_flight") == 3)
+        assert first.result().status == 500
+        assert second.result().status == 200
+
+
+def test_a_request_for_a_reload_does_not_wait_for_ever_for_one_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = fast_limits(reload_seconds=0.2)
+    with (
+        running({}, "-web.enable-lifecycle", limits=limits) as served,
+        ThreadPoolExecutor(1) as pool,
+        slow_loading(monkeypatch) as began,
+    ):
+        pool.submit(served.get, "/-/reload", None, "POST")
+        wait_until(lambda: began)
+        with taking(0.2, 2):
+            answer = served.get("/-/reload", None, "POST")
+        assert (answer.status, answer.text) == (503, "a reload does not end\n")
+        assert served.get("/-/healthy").body == HEALTHY
 
 
 # --- checking a configuration: -config.check
