@@ -5145,6 +5145,7 @@ class Program:
         while signals.recv(PIECE_BYTES) and not self._is_ending:
             self._is_reload_wanted.set()
         self.stop()
+        signal.set_wakeup_fd(-1)  # closed now: a further signal would be an error on stderr
 
     def _note_end(self, *_: Any) -> None:
         """Note that a signal ends the program.
