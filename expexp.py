@@ -263,10 +263,10 @@ aborted         502  http exec file  -                         client gone; or r
 }
 
 
-def excerpt(text: str | bytes, limit: int = 80) -> str:
+def excerpt(text: str | bytes | memoryview, limit: int = 80) -> str:
     """The beginning of a foreign text, fit for one line: escaped where not printable, bounded."""
-    if isinstance(text, bytes):
-        text = text[: 4 * limit + 4].decode("utf-8", "backslashreplace")
+    if not isinstance(text, str):
+        text = bytes(text[: 4 * limit + 4]).decode("utf-8", "backslashreplace")
     shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
     return "".join(shown) + ("..." if len(text) > limit else "")
 
@@ -478,11 +478,12 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
 Pattern = re.Pattern[bytes]
+POSSESSIVE: Final = sys.version_info >= (3, 11)
 
 
 def compile_production(pattern: bytes) -> Pattern:
     """Return `pattern` compiled, with plain quantifiers where Python has no possessive ones."""
-    if sys.version_info < (3, 11):
+    if not POSSESSIVE:
         pattern = re.sub(rb"([*+?}])\+", rb"\1", pattern)
     return re.compile(pattern)
 
@@ -491,6 +492,7 @@ def compile_production(pattern: bytes) -> Pattern:
 MAX_NAME_BYTES: Final = 65_536
 MAX_NUMBER_BYTES: Final = 4_096
 MAX_LABELS: Final = 10_000
+MAX_NAMES_BYTES: Final = 1_048_576  # of all labels in one pair of braces
 RUN_STEP: Final = 256
 
 
@@ -521,7 +523,7 @@ ESCAPE: Final = re.compile(rb'\\([\\"n])')
 NOTHING: Final = re.compile(rb"(?!)")
 BLANKS: Final = compile_run(rb"[ \t]{1,256}")
 EXEMPLAR_RUN: Final = compile_run(rb"[^\0\n]{1,256}")
-WORD: Final = compile_run(rb"[A-Z\0]{1,256}")
+WORD: Final = compile_run(rb"[A-Z][A-Z\0]{0,255}")
 NULS: Final = compile_run(rb"\0{1,256}")
 METRIC_RUN: Final = compile_run(METRIC_BYTE + rb"{1,256}")
 LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
@@ -545,7 +547,22 @@ def compose_labels(depth: int = 0) -> bytes:
 
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
 EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
-UNIT: Final = rb"|UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % METRIC_NAME
+BASE_UNITS: Final = (
+    b"seconds",
+    b"bytes",
+    b"ratio",
+    b"celsius",
+    b"volts",
+    b"amperes",
+    b"joules",
+    b"grams",
+    b"meters",
+)
+#: Any other unit is the reader's. To match a unit twice by a group takes time in the square of it.
+UNIT: Final = rb"|UNIT %b(?:%b)" % (
+    METRIC_NAME,
+    b"|".join(rb"(?<=_%b) %b" % (unit, unit) for unit in BASE_UNITS),
+)
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
 OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
@@ -604,7 +621,8 @@ OPENMETRICS: Final = Dialect(
 
 CONTINUATION_BYTES: Final = bytes(range(0x80, 0xC0))  # those that do not begin a character
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
-WINDOW_BYTES: Final = 262_144  # copied to be checked for UTF-8, and the longest single match
+# Copied to be checked for UTF-8, and the longest single match: 1 ms, 2 ms where it can go back.
+WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 
 
 def no_tick() -> None:
@@ -612,6 +630,7 @@ def no_tick() -> None:
 
 
 Tick = Callable[[], object]
+Text = Union[bytes, memoryview]  # a view where a copy might be as long as the body
 
 
 class Source(NamedTuple):
@@ -627,10 +646,11 @@ class Label(NamedTuple):
 
     pos: int
     name: bytes
-    value: bytes
+    value: Text
 
 
 Labels = list[Label]
+AnyLabel = tuple[int, Text, Text]
 
 
 class Sample(NamedTuple):
@@ -645,7 +665,7 @@ class Sample(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """One HELP, TYPE or UNIT line."""
+    """One HELP, TYPE or UNIT line, with at most 64 KiB of its text."""
 
     pos: int
     keyword: bytes
@@ -656,27 +676,44 @@ class Metadata(NamedTuple):
 Line = Union[Sample, Metadata, None]
 
 
-def is_utf8(text: bytes) -> bool:
-    """Return whether `text` is UTF-8; in pieces, as a decoded copy may take four times as much."""
-    pieces = (text[start : start + WINDOW_BYTES] for start in range(0, len(text), WINDOW_BYTES))
+def read_pieces(text: Text, tick: Tick) -> Iterator[bytes]:
+    """Yield `text` window by window, so that no copy of it is long and every deadline holds."""
+    for start in range(0, len(text), WINDOW_BYTES):
+        tick()
+        yield bytes(text[start : start + WINDOW_BYTES])
+
+
+def is_utf8(text: Text, tick: Tick = no_tick) -> bool:
+    """Return whether `text` is UTF-8."""
+    if len(text) <= WINDOW_BYTES and bytes(text).isascii():
+        return True
     try:
-        return text.isascii() or all(codecs.iterdecode(pieces, "utf-8"))
+        return all(codecs.iterdecode(read_pieces(text, tick), "utf-8"))
     except UnicodeDecodeError:
         return False
 
 
-def find_line_end(body: bytes, pos: int) -> int:
+def find_line_end(body: bytes, pos: int, tick: Tick = no_tick) -> int:
     """Return where the line at `pos` ends: at its newline, or with the body."""
-    end = body.find(b"\n", pos)
+    while (end := body.find(b"\n", pos, pos + WINDOW_BYTES)) < 0 and pos < len(body):
+        tick()
+        pos += WINDOW_BYTES
     return end if end >= 0 else len(body)
 
 
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
-    body, start = source.body, source.body.rfind(b"\n", 0, pos) + 1
-    uncounted = CONTINUATION_BYTES if is_utf8(body[start : find_line_end(body, pos)]) else b""
-    column = len(body[start : pos + 1].translate(None, uncounted)) + (pos == len(body))
-    return ExpositionError(message, body.count(b"\n", 0, pos) + 1, column, start)
+    body, tick = memoryview(source.body), source.tick
+    line, start = 1, 0
+    for number, piece in enumerate(read_pieces(body[:pos], tick)):
+        if b"\n" in piece:
+            line += piece.count(b"\n")
+            start = number * WINDOW_BYTES + piece.rfind(b"\n") + 1
+    end = find_line_end(source.body, pos, tick)
+    uncounted = CONTINUATION_BYTES if is_utf8(body[start:end], tick) else b""
+    before = read_pieces(body[start : pos + 1], tick)
+    column = sum(len(piece.translate(None, uncounted)) for piece in before) + (pos == len(body))
+    return ExpositionError(message, line, column, start)
 
 
 def peek(source: Source, pos: int) -> bytes:
@@ -691,13 +728,13 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
+def expected(source: Source, pos: int, what: str, found: Text | None = None) -> ExpositionError:
     """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
     shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
     return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
+def require(fits: object, source: Source, pos: int, what: str, found: Text | None = None) -> None:
     """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
     if not fits:
         raise expected(source, pos, what, found)
@@ -718,46 +755,49 @@ def skip_blanks(source: Source, pos: int) -> int:
     return scan(source, pos, BLANKS) if free else pos
 
 
-def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, bytes]:
+def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, memoryview]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
     end = scan(source, pos + 1, run)
     require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
         found = describe(source, end)
         raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
-    return end + 1, source.body[pos + 1 : end]
+    return end + 1, memoryview(source.body)[pos + 1 : end]
 
 
-def unescape(text: bytes) -> bytes:
+def unescape(text: Text) -> bytes:
     """Return `text` as Prometheus understands it."""
     return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
 def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
-    """Return a name, bare or quoted; of a quoted one nothing is asked here."""
-    if peek(source, pos) == b'"':
+    """Return a name, bare or quoted. A quoted one may hold anything, UTF-8 or not."""
+    quoted = peek(source, pos) == b'"'
+    if quoted:
         end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
-        if len(name) > MAX_NAME_BYTES:
-            raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
-        return end, unescape(name)
-    end = scan(source, pos, run)
-    require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
-    return end, source.body[pos:end]
+    else:
+        end = scan(source, pos, run)
+        require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
+        name = memoryview(source.body)[pos:end]
+    if len(name) > MAX_NAME_BYTES:
+        raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
+    return end, unescape(name) if quoted else bytes(name)
 
 
-def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
+def read_label_value(source: Source, pos: int) -> tuple[int, memoryview]:
     """Return a label's value as it was written, from the equals sign on."""
     require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
     require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value)
-    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
+    require(is_utf8(value, source.tick), source, pos, "a label value in UTF-8", value)
     return skip_blanks(source, scan(source, end, NULS)), value
 
 
 def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
     labels = Labels()
+    size = 0
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
@@ -769,8 +809,9 @@ def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, byte
         else:
             pos, value = read_label_value(source, pos)
             labels.append(Label(start, label, value))
-        if len(labels) > MAX_LABELS:
-            raise refuse(source, start, f"expected at most {MAX_LABELS} labels")
+            size += len(label)
+        if len(labels) > MAX_LABELS or size > MAX_NAMES_BYTES:
+            raise refuse(source, start, "expected at most 10000 labels of 1 MiB in all")
         if peek(source, pos) == b",":
             pos = skip_blanks(source, pos + 1)
         elif source.dialect.openmetrics:
@@ -778,17 +819,32 @@ def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, byte
     return pos + 1, name, labels
 
 
-def require_names(source: Source, labels: Labels) -> None:
-    """Return nothing; raise for a bad name, or one that is there twice. Empty labels do not count.
+def find_wrong_label(
+    source: Source, labels: Sequence[AnyLabel], taken: set[Text], needed: tuple[bytes, ...]
+) -> AnyLabel | None:
+    """Return the first label that is not in UTF-8, or whose name is bad or `taken`.
 
-    The first is the metric's own, of which Prometheus makes the label `__name__`.
+    Prometheus first drops each name that has an empty value anywhere, with all its values. A name
+    that is `needed` must not go.
     """
-    seen = {b"__name__"}
-    for number, (pos, name, value) in enumerate(labels):
+    dropped = {name for _, name, value in labels if not value}.difference(needed)
+    for label in labels:
+        source.tick()
+        _, name, value = label
+        bad = not name or name in taken or not is_utf8(name)
+        if not is_utf8(value) or (bad and name not in dropped):
+            return label
+        taken.add(name)
+    return None
+
+
+def require_names(source: Source, labels: Labels) -> None:
+    """Return nothing; raise for a label whose name is bad, or is there twice."""
+    wrong = find_wrong_label(source, labels, {b"__name__"}, (b"__name__",))
+    if wrong:
+        pos, name, _ = wrong
         require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
-        if number and name in seen:
-            raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
-        seen |= {name} if value else set()
+        raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
 
 
 def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
@@ -846,7 +902,8 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
         pos, name, labels = read_labels(source, pos, name)
     if name is None:
         raise expected(source, start, "a metric name, before the braces or quoted in them")
-    require_names(source, [Label(start, name, b""), *labels])
+    require(name and is_utf8(name), source, start, "a name in UTF-8", name)
+    require_names(source, labels)
     pos, value = read_number(source, pos, "a value")
     pos, timestamp = read_timestamp(source, pos)
     pos, exemplar = read_exemplar(source, pos)
@@ -856,15 +913,17 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
-    end = find_line_end(body, pos)
+    end = find_line_end(body, pos, source.tick)
     word = scan(source, pos + 1, dialect.separator)
     after = scan(source, word, WORD)
     name = scan(source, after, dialect.separator)
-    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
+    begun = body[word : min(after, word + MAX_NUMBER_BYTES)]
+    keyword = begun.replace(b"\0", b"") if word > pos + 1 else b""
     if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
         return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', body[pos:end])
+        found = memoryview(body)[pos:end]
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', found)
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
@@ -878,16 +937,17 @@ def read_comment(source: Source, pos: int) -> tuple[int, Line]:
 def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
     """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
     pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
-    end = find_line_end(source.body, pos)
+    end = find_line_end(source.body, pos, source.tick)
     require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
-    text = source.body[pos + 1 : end]
-    what = "" if is_utf8(text) else "a text in UTF-8"
+    text = memoryview(source.body)[pos + 1 : end]
+    what = "" if is_utf8(text, source.tick) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
-    elif keyword == b"UNIT" and text and not name.endswith(b"_" + text):
+    elif keyword == b"UNIT" and text and not name.endswith(b"_" + bytes(text[: len(name)])):
         what = "a unit that the metric's name ends in"
     require(not what, source, min(pos + 1, end), what, text)
-    return read_line_end(source, end), Metadata(start, keyword, name, text)
+    kept = bytes(text[:MAX_NAME_BYTES])
+    return read_line_end(source, end), Metadata(start, keyword, name, kept)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -939,8 +999,11 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 # 6  Exposition: protobuf
 # ==================================================================================================
 # A run of `io.prometheus.client.MetricFamily` messages, each after its length. The table says which
-# fields there are; what is not in it is skipped. Wire types and lengths must fit, names and texts
-# must be UTF-8, label names unique, as in Prometheus's decoder. Messages say byte offset and field.
+# fields there are. Other fields are skipped. Wire types and lengths must fit, names and texts must
+# be UTF-8, label names unique, as in Prometheus's decoder. Nothing is kept but the labels of one
+# metric and the last field of each name: memory does not grow with the body.
+# Plain messages, as client libraries write them, are checked by expressions in one match each. The
+# expressions accept a subset of what the walk through the fields accepts.
 # Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
 
 #: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
@@ -961,149 +1024,180 @@ PROTOBUF: Final = {
     "Span": "offset int, length int",
     "Exemplar": "label LabelPair, value double, timestamp Timestamp",
     "Timestamp": "seconds int, nanos int",
+    "ints": "",  # a run of numbers, all of them plain
 }
 FIELDS: Final = {
     message: {number: tuple(field.split()) for number, field in enumerate(fields.split(","), 1)}
     for message, fields in PROTOBUF.items()
 }
+CONTINUED: Final = 0x80  # this bit of a number's byte says that another one follows
 LENGTH_DELIMITED: Final = 2
 #: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All else has 2: a length and as many bytes.
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
-SUMMARY, HISTOGRAM, GAUGE_HISTOGRAM = 2, 4, 5  # no type has a higher number
-PLUS_INFINITY: Final = b"\xf0\x7f"  # as a double, without the zeros before it
+LAST_TYPE: Final = 5  # of a family
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
+#: What makes a histogram native. To the others Prometheus adds the label `le`.
+NATIVE: Final = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
+VARINT: Final = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
+#: A short text, and a bucket, with each length that it may have.
+SHORT: Final = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
+BUCKET: Final = b"|".join(
+    rb"\x1a\x%02x\x08[\x80-\xff]{%d}[\x00-\x7f]\x11.{8}" % (11 + more, more) for more in range(10)
+)
+#: Fields that need no look, by message.
+PLAIN: Final = {
+    "Histogram": compile_production(rb"(?s:\x08%b|\x11.{8}|%b){1,256}" % (VARINT.pattern, BUCKET)),
+    "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
+    "ints": compile_production(rb"(?:%b){1,4096}" % VARINT.pattern),
+}
+LABEL: Final = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
+LABELS: Final = re.compile(LABEL)
+#: A metric of one number, with its labels.
+PLAIN_METRIC: Final = compile_production(
+    rb"(?s)(?:%b){0,30}+[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, VARINT.pattern)
+)
 
 
-class Field(NamedTuple):
-    """One known field: its path, where its content begins and ends."""
-
-    path: str
-    start: int
-    end: int
-
-
-def garbled(field: Field, message: str) -> ExpositionError:
+def garbled(path: str, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for a field."""
-    return ExpositionError(f"{field.path}: {message}", 0, 0, field.start)
+    return ExpositionError(f"{path}: {message}", 0, 0, pos)
 
 
-def read_varint(body: bytes, field: Field) -> tuple[int, int]:
-    """Return the number at the start of a field: seven bits a byte, what exceeds 64 dropped."""
+def read_varint(body: Text, pos: int, end: int, path: str) -> tuple[int, int]:
+    """Return where the number at `pos` ends, and the number: seven bits a byte, at most 64."""
+    if pos < end and body[pos] < CONTINUED:
+        return pos + 1, body[pos]
+    found = VARINT.match(body, pos, end)
+    if not found:
+        raise garbled(path, pos, "expected a number that ends")
     value = 0
-    for count, byte in enumerate(body[field.start : min(field.start + 10, field.end)]):
-        value |= (byte & 0x7F) << 7 * count
-        if byte == byte & 0x7F:
-            return field.start + count + 1, value & 0xFFFF_FFFF_FFFF_FFFF
-    raise garbled(field, "expected a number that ends")
+    for byte in reversed(found[0]):
+        value = value << 7 | byte & 0x7F
+    return found.end(), value & 0xFFFF_FFFF_FFFF_FFFF
 
 
-def read_content(body: bytes, field: Field, wire: int) -> Field:
-    """Return the field cut to its content. Groups, which are obsolete, are refused."""
-    start, end = field.start, field.start + {1: 8, 5: 4}.get(wire, 0)
-    if wire in (0, LENGTH_DELIMITED):
-        after, number = read_varint(body, field)
-        start, end = (after, after + number) if wire == LENGTH_DELIMITED else (start, after)
-    elif start == end:
-        raise garbled(field, f"expected a wire type, found {wire}")
-    if end > field.end:
-        raise garbled(field, f"expected {end - start} bytes, found {field.end - start}")
-    return Field(field.path, start, end)
+def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple[int, int]:
+    """Return where the content of a field begins and ends.
+
+    Raises ExpositionError for a content that does not fit, and for groups, which are obsolete.
+    """
+    if wire == 0:
+        return pos, read_varint(body, pos, end, path)[0]
+    start = pos
+    length = {1: 8, 5: 4}.get(wire)
+    if wire == LENGTH_DELIMITED:
+        start, length = read_varint(body, pos, end, path)
+    if length is None:
+        raise garbled(path, pos, f"expected a wire type, found {wire}")
+    if start + length > end:
+        raise garbled(path, pos, f"expected {length} bytes, found {end - start}")
+    return start, start + length
 
 
-def read_fields(source: Source, message: Field, kind: str) -> Iterator[Field]:
-    """Yield the fields of a message, and after each the fields in it."""
-    pos = message.start
-    while pos < message.end:
+def read_fields(
+    source: Source, pos: int, end: int, path: str, kind: str
+) -> Iterator[tuple[str, int, int]]:
+    """Yield the name of each field of a message, and where its content begins and ends.
+
+    After a field of a metric come those in it. Plain fields are left out. Unknown ones have no
+    name.
+    """
+    body, plain = source.body, PLAIN.get(kind, NOTHING)
+    while pos < end:
         source.tick()
-        pos, tag = read_varint(source.body, message._replace(start=pos))
+        run = plain.match(body, pos, end)
+        if run:
+            pos = run.end()
+            continue
+        start, tag = read_varint(body, pos, end, path)
         number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
-        name, content = FIELDS[kind].get(number, (str(number), "any"))
-        field = Field(f"{message.path}.{name}", pos, message.end)
+        name, content = FIELDS[kind].get(number, ("", "any"))
+        here = f"{path}.{name or number}"
         if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
-            raise garbled(field, f"expected no field {number} with the wire type {wire}")
-        field = read_content(source.body, field, wire)
-        yield field
-        pos = field.end
-        if content in FIELDS:
-            yield from read_fields(source, field, content)
-        elif content == "doubles" and (pos - field.start) % 8:
-            raise garbled(field, "expected a multiple of 8 bytes")
-        while content == "ints" and field.start < pos:
-            source.tick()
-            field = field._replace(start=read_varint(source.body, field)[0])
+            raise garbled(here, start, f"expected no field {number} with the wire type {wire}")
+        start, pos = read_content(body, start, end, here, wire)
+        yield name, start, pos
+        inner = read_fields(source, start, pos, here, content)
+        if content in FIELDS and kind == "Metric":
+            yield from inner
+        elif content in FIELDS:
+            for _ in inner:
+                pass
+        elif content == "doubles" and (pos - start) % 8:
+            raise garbled(here, start, "expected a multiple of 8 bytes")
 
 
-def read_message(source: Source, message: Field, kind: str) -> dict[str, list[Field]]:
-    """Return the fields of a message by their path in it."""
-    fields: dict[str, list[Field]] = {}
-    for field in read_fields(source, message, kind):
-        fields.setdefault(field.path[len(message.path) + 1 :], []).append(field)
-    return fields
+def is_plain_metric(body: bytes, pos: int, end: int) -> bool:
+    """Return whether a metric is one number with short labels in ASCII, whose names differ."""
+    if not PLAIN_METRIC.fullmatch(body, pos, end):
+        return False
+    labels = LABELS.findall(body, pos, end)
+    names = {name for _, name, _ in labels}
+    fits = all(ord(size) - 2 == len(name + text) for size, name, text in labels)
+    return fits and len(names) == len(labels)
 
 
-def read_last(source: Source, fields: dict[str, list[Field]], *paths: str) -> list[bytes]:
-    """Return the content of the last field of each path, the one that counts; empty without any."""
-    return [b"".join(source.body[a:b] for _, a, b in fields.get(path, [])[-1:]) for path in paths]
+def check_metric(source: Source, pos: int, end: int) -> None:
+    """Raise ExpositionError for a metric that Prometheus refuses."""
+    if is_plain_metric(source.body, pos, end):
+        return
+    path = "metric_family.metric"
+    labels: list[AnyLabel] = []
+    found = set()
+    for field, start, stop in read_fields(source, pos, end, path, "Metric"):
+        found.add(field)
+        if field == "label":
+            pairs = read_fields(source, start, stop, f"{path}.label", "LabelPair")
+            last = {name: memoryview(source.body)[begin:over] for name, begin, over in pairs}
+            labels.append((start, last.get("name", b""), last.get("value", b"")))
+        if len(labels) > MAX_LABELS:
+            raise garbled(path, start, "expected at most 10000 labels")
+    taken: set[Text] = {b"__name__"}
+    if "quantile" in found:
+        taken.add(b"quantile")
+    if "histogram" in found and NATIVE.isdisjoint(found):
+        taken.add(b"le")
+    wrong = find_wrong_label(source, labels, taken, (b"__name__", b""))
+    if wrong:
+        pos, name, value = wrong
+        shown = f'"{excerpt(name)}"="{excerpt(value)}"'
+        raise garbled(f"{path}.label", pos, f"expected UTF-8 and a name of its own, found {shown}")
 
 
-def require_labels(source: Source, labels: list[Field], special: bytes) -> None:
-    """Return nothing; raise for labels that are not UTF-8, or without a name of their own."""
-    seen = {b"__name__", special}
-    for label in labels:
-        name, value = read_last(source, read_message(source, label, "LabelPair"), "name", "value")
-        if not name or (name in seen and value) or not is_utf8(name + b"\n" + value):
-            found = f'"{excerpt(name)}"="{excerpt(value)}"'
-            raise garbled(label, f"expected UTF-8 and a name of its own, found {found}")
-        seen |= {name} if value else set()
-
-
-def read_metric(source: Source, metric: Field, number: int) -> tuple[int, bool]:
-    """Return how many samples a metric has, and whether it is a native histogram too."""
-    fields = read_message(source, metric, "Metric")
-    samples, special, native = 1, b"", False  # special: the label that Prometheus adds
-    if number == SUMMARY:
-        quantiles = len(fields.get("summary.quantile", []))
-        samples, special = 2 + quantiles, b"quantile" if quantiles else b""
-    elif number in (HISTOGRAM, GAUGE_HISTOGRAM):
-        paths = (f"histogram.{path}" for path in ("zero_threshold", "zero_count", "bucket.bound"))
-        *zeros, bound = (part.strip(b"\0\x80") for part in read_last(source, fields, *paths))
-        native = any(zeros) or any(path.endswith("_span") for path in fields)
-        samples = 2 + len(fields.get("histogram.bucket", [])) + (bound != PLUS_INFINITY)
-        special = b"" if native else b"le"
-    require_labels(source, fields.get("label", []), special)
-    return samples, native
-
-
-def read_family(source: Source, family: Field) -> int:
-    """Return how many samples Prometheus makes of a family. Without metrics, it asks no more."""
-    fields = read_message(source, family, "MetricFamily")
-    metrics = fields.get("metric", [])
-    name, help_text, kind = read_last(source, fields, "name", "help", "type")
-    number = read_varint(kind or b"\0", Field("type", 0, 10))[1] & 0xFFFF_FFFF
-    if metrics and (not name or not is_utf8(name + b"\n" + help_text)):
-        raise garbled(family, f'expected name and help in UTF-8, found "{excerpt(name)}"')
-    if metrics and number > GAUGE_HISTOGRAM:
-        raise garbled(family, f"expected a type up to {GAUGE_HISTOGRAM}, found {number}")
-    samples, as_native, before = 0, True, False
-    for metric in metrics:
-        found, native = read_metric(source, metric, number)
-        # Prometheus's parser looks at the metric before where it has just read a classic one.
-        as_native, before = (native if as_native else before), native
-        samples += 1 if as_native else found
-    return samples
+def read_family(source: Source, pos: int, end: int) -> int:
+    """Return how many metrics a family has. Without any, Prometheus asks no more of it."""
+    path = "metric_family"
+    last: dict[str, Text] = {"name": b"", "help": b"", "type": b"\0"}
+    metrics = 0
+    for field, start, stop in read_fields(source, pos, end, path, "MetricFamily"):
+        last[field] = memoryview(source.body)[start:stop]
+        if field == "metric":
+            check_metric(source, start, stop)
+            metrics += 1
+    name = last["name"]
+    if not metrics:
+        return 0
+    if not (name and is_utf8(name, source.tick) and is_utf8(last["help"], source.tick)):
+        raise garbled(path, pos, f'expected name and help in UTF-8, found "{excerpt(name)}"')
+    family_type = read_varint(last["type"], 0, 10, path)[1] & 0xFFFF_FFFF
+    if family_type > LAST_TYPE:
+        raise garbled(path, pos, f"expected a type up to 5, found {family_type}")
+    return metrics
 
 
 def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
-    """Return how many samples and families the whole body has."""
-    source, rest = Source(body, TEXT, tick), Field("metric_family", 0, len(body))
-    samples = families = 0
-    while rest.start < rest.end:
-        family = read_content(body, rest, LENGTH_DELIMITED)
-        if family.start - rest.start > MAX_LENGTH_BYTES:
-            raise garbled(rest, "expected a length of at most 5 bytes")
-        samples, families = samples + read_family(source, family), families + 1
-        rest = rest._replace(start=family.end)
-    return samples, families
+    """Return how many metrics and families the whole body has."""
+    source = Source(body, TEXT, tick)
+    pos = metrics = families = 0
+    while pos < len(body):
+        tick()
+        start, end = read_content(body, pos, len(body), "metric_family", LENGTH_DELIMITED)
+        if start - pos > MAX_LENGTH_BYTES:
+            raise garbled("metric_family", pos, "expected a length of at most 5 bytes")
+        metrics += read_family(source, start, end)
+        families += 1
+        pos = end
+    return metrics, families
 
 
 # ==================================================================================================
@@ -1112,7 +1206,7 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 # From a response's content type to a verdict. Any string is a content type; none raises.
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
-MEDIA_PARAMETER: Final = re.compile(r';\s*([^\s=;"]+)\s*=\s*("(?:[^"\\]|\\.)*"|[^;]*)')
+PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
 MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
 
 
@@ -1121,35 +1215,30 @@ def is_openmetrics_body(body: bytes) -> bool:
     return bool(re.search(rb"(?:\A|\n)# EOF\n?\Z", body[-7:]))
 
 
-@functools.lru_cache
-def parse_media_type(content_type: str) -> tuple[str, Mapping[str, str]]:
-    """Return the media type in lower case, and its parameters, whatever `content_type` is."""
-    parameters = {}
-    for name, value in MEDIA_PARAMETER.findall(content_type):
-        quoted = value[:1] == value[-1:] == '"'
-        parameters[name.lower()] = re.sub(r"\\(.)", r"\1", value[1:-1]) if quoted else value.strip()
-    return content_type.partition(";")[0].strip().lower(), parameters
+def parse_media_type(content_type: str) -> str:
+    """Return the media type in lower case, without its parameters, whatever `content_type` is."""
+    return content_type[:MAX_CONTENT_TYPE].partition(";")[0].strip().lower()
 
 
 def choose_dialect(content_type: str) -> Dialect | None:
     """Return the dialect of a content type, None for protobuf. Unknown types are read as text."""
-    media_type, parameters = parse_media_type(content_type[:MAX_CONTENT_TYPE])
-    protobuf = "application/vnd.google.protobuf", "io.prometheus.client.MetricFamily", "delimited"
-    if (media_type, parameters.get("proto"), parameters.get("encoding")) == protobuf:
+    media_type = parse_media_type(content_type)
+    if media_type == PROTOBUF_TYPE:
         return None
     return OPENMETRICS if media_type == OPENMETRICS_TYPE else TEXT
 
 
 def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> int:
-    """Return the number of samples in `body`.
+    """Return the number of samples in `body`, in protobuf the number of metrics.
 
     Raises ExpositionError where Prometheus would not ingest the body, and whatever `tick` raises.
 
     Differences from Prometheus: a NUL byte that its text parser takes for the end of the body is
-    refused, since what follows would be lost in silence. Quoted names of more than 64 KiB, numbers
-    of more than 4 KiB, series of more than 10,000 labels and escapes with more than 256 NUL bytes
-    in them are refused, since they would cost many times the body's memory or hold up all other
-    threads. Unknown groups in protobuf are refused. They are obsolete, and no client writes them.
+    refused, since what follows would be lost in silence. Names of more than 64 KiB, numbers of more
+    than 4 KiB, series of more than 10,000 labels, label names of more than 1 MiB together and
+    escapes with more than 256 NUL bytes in them are refused, since they would cost many times the
+    body's memory or hold up all other threads. Unknown groups in protobuf are refused. They are
+    obsolete, and no client writes them.
     """
     dialect = choose_dialect(content_type)
     return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
@@ -3944,7 +4033,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
         raise ScrapeError("malformed", message, detail) from None
     finally:
         decoded.release()
-    is_plain = parse_media_type(content_type[:MAX_CONTENT_TYPE])[0] == "text/plain"
+    is_plain = parse_media_type(content_type) == "text/plain"
     if configured or is_plain or choose_dialect(content_type) is not TEXT:
         return configured
     return TEXT_CONTENT_TYPE

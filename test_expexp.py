@@ -21,6 +21,7 @@ import hmac
 import html
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -2125,6 +2126,175 @@ def test_scrape_timeout_is_never_longer_than_the_clients_own() -> None:
 
 
 # ==================================================================================================
+# 4  Exposition: grammar
+# ==================================================================================================
+# Expressions meet foreign bytes. A match holds the interpreter lock: it must be short, and its time
+# linear. The strings for that are made of the expression's own parts: each alternative in its turn,
+# with runs of one byte, whole and cut.
+
+#: At most so many seconds of the thread's own processor time for one match.
+LONGEST_MATCH = 0.002 if expexp.POSSESSIVE else 0.004
+SHORT_MATCH = 0.0004  # too short to tell how it grows
+FILLERS = "_0a\\"
+#: How many bytes an expression sees at once, where that is not a window of the verifier.
+SEEN = {
+    "LABELS": 8_192,
+    # 43 ns a byte where a header does not end; of a target's head of 256 KiB, 11 ms
+    "STRICT_HEADER": 32_768,
+    "TOLERANT_HEADER": 32_768,
+}
+#: Expressions that are searched for anywhere in a text.
+SEARCHED = {
+    *("ESCAPE", "FOLD", "EMPTY_LINE", "LINE_END", "MTIME_LINE", "LABELS"),
+    "CERTIFICATE",
+}
+ONE_CHARACTER = ("LITERAL", "NOT_LITERAL", "IN", "ANY")
+
+
+def parse_expression(pattern: re.Pattern[Any]) -> Any:
+    """Return the items of an expression, as `re` itself reads it."""
+    name = "re._parser" if sys.version_info >= (3, 11) else "sre_parse"
+    return importlib.import_module(name).parse(pattern.pattern, pattern.flags)
+
+
+def is_in_class(character: str, members: list[tuple[Any, Any]]) -> bool:
+    """Return whether a character is in a class."""
+    found = False
+    for operation, value in members:
+        if str(operation) == "LITERAL":
+            found |= ord(character) == value
+        elif str(operation) == "RANGE":
+            found |= value[0] <= ord(character) <= value[1]
+        elif str(operation) == "CATEGORY":
+            letter = str(value).rpartition("_")[2][0].lower()  # of \w, \d or \s
+            found |= bool(re.match(rf"\{letter}", character, re.ASCII)) != ("NOT" in str(value))
+    return found != (str(members[0][0]) == "NEGATE")
+
+
+def strings_of(items: Any, filler: str, run: int) -> list[str]:
+    """Return one string with all first alternatives of an expression, then one for each other."""
+    strings = [""]
+    for operation, value in items:
+        first, *others = strings_of_item(str(operation), value, filler, run)
+        more = [strings[0] + other for other in others]
+        strings = [string + first for string in strings] + more
+    return strings
+
+
+def strings_of_item(operation: str, value: Any, filler: str, run: int) -> list[str]:
+    """Return what may stand for one item. A run of one class has the length `run`."""
+    strings = [""]  # an anchor, or what must not follow
+    if operation in ONE_CHARACTER:
+        strings = [character_of(operation, value, filler)]
+    elif operation == "BRANCH":
+        strings = [one for branch in value[1] for one in strings_of(branch, filler, run)]
+    elif operation == "GROUPREF":
+        strings = [filler * run]
+    elif operation == "ATOMIC_GROUP":
+        strings = strings_of(value, filler, run)
+    elif operation == "SUBPATTERN" or (operation == "ASSERT" and value[0] > 0):
+        strings = strings_of(value[-1], filler, run)
+    elif operation.endswith("_REPEAT"):
+        least, most, repeated = value
+        strings = repetitions_of(least, most, repeated, filler, run)
+    return strings
+
+
+def character_of(operation: str, value: Any, filler: str) -> str:
+    """Return a character that fits an item of one character: the filler if that does."""
+    classes = {
+        "LITERAL": [("LITERAL", value)],
+        "NOT_LITERAL": [("NEGATE", None), ("LITERAL", value)],
+        "ANY": [("NEGATE", None)],
+        "IN": value,
+    }
+    candidates = (filler, *map(chr, range(256)))
+    return next(one for one in candidates if is_in_class(one, classes[operation]))
+
+
+def repetitions_of(least: int, most: int, repeated: Any, filler: str, run: int) -> list[str]:
+    """Return what may stand for a repetition: a long run of one class, or many of short parts."""
+    many = min(run, int(most))
+    if len(repeated) == 1 and str(repeated[0][0]) in ONE_CHARACTER:
+        one = strings_of(repeated, filler, run)[0]
+        return [one * many, one * least]
+    long = [one * max(least, 1) for one in strings_of(repeated, filler, run)]
+    return [*long, *(one * many for one in strings_of(repeated, filler, 1)), ""]
+
+
+def foreign_strings(pattern: re.Pattern[Any], size: int) -> Iterator[Any]:
+    """Yield strings of at most `size` characters that lead into each part of an expression."""
+    items = parse_expression(pattern)
+    shortest, longer = (strings_of(items, "_", run)[0] for run in (1, 2))
+    run = max(1, size // max(1, len(longer) - len(shortest)))
+    strings = [one for filler in FILLERS for one in strings_of(items, filler, run)]
+    beginnings = [shortest[:end] * (size // end) for end in range(1, min(len(shortest), 40) + 1)]
+    for string in (*strings, *beginnings):
+        for whole in (string[:size], string[: size - 1][:-1] + "\0"):
+            yield whole.encode("latin-1") if isinstance(pattern.pattern, bytes) else whole
+
+
+def seconds_of_match(pattern: re.Pattern[Any], text: Any, searched: bool) -> float:
+    """Return the least processor time of several matches, of few where it is short."""
+    least = float("inf")
+    for _ in range(7):
+        start = time.thread_time()
+        (pattern.search if searched else pattern.match)(text)
+        least = min(least, time.thread_time() - start)
+        if least < SHORT_MATCH:
+            break
+    return least
+
+
+def slow_strings(pattern: re.Pattern[Any], size: int, searched: bool) -> list[Any]:
+    """Return the strings whose match is long, or takes three times as long as that of half."""
+
+    def is_slow(text: Any, half: Any) -> bool:
+        seconds = seconds_of_match(pattern, text, searched)
+        if seconds < SHORT_MATCH:
+            return False
+        longest = LONGEST_MATCH if not searched else seconds  # a search is of many matches
+        return seconds > min(longest, 3 * seconds_of_match(pattern, half, searched))
+
+    pairs = zip(foreign_strings(pattern, size), foreign_strings(pattern, size // 2))
+    return [text[:80] for text, half in pairs if all(is_slow(text, half) for _ in range(5))]
+
+
+def expressions() -> dict[str, re.Pattern[Any]]:
+    """Return the expressions of the file by their names."""
+    named: dict[str, Any] = dict(vars(expexp))
+    for dialect in ("TEXT", "OPENMETRICS"):
+        fields = getattr(expexp, dialect)._asdict()
+        named |= {f"{dialect}.{field}": value for field, value in fields.items()}
+    named |= {f"PLAIN.{message}": pattern for message, pattern in expexp.PLAIN.items()}
+    return {name: value for name, value in named.items() if isinstance(value, re.Pattern)}
+
+
+@pytest.mark.parametrize("name", expressions())
+def test_a_match_of_foreign_bytes_is_short_and_takes_linear_time(name: str) -> None:
+    size = SEEN.get(name, expexp.WINDOW_BYTES)
+    assert slow_strings(expressions()[name], size, name in SEARCHED) == []
+
+
+@pytest.mark.parametrize("dialect", [expexp.TEXT, expexp.OPENMETRICS], ids=["text", "openmetrics"])
+@pytest.mark.parametrize(("name", "value"), [(100, 100), (7_000, 10), (3_000, 4_000), (10, 8_000)])
+@pytest.mark.parametrize("end", [b"} 1\n", b"} 1x\n", b""])
+def test_a_match_of_labels_that_begin_alike_is_short(
+    dialect: expexp.Dialect, name: int, value: int, end: bytes
+) -> None:
+    labels = [b'%s%d="%s"' % (b"x" * name, number, b"y" * value) for number in range(16)]
+    line = b"up{" + b",".join(labels) + end
+    body = (line * (expexp.WINDOW_BYTES // len(line) + 1))[: expexp.WINDOW_BYTES]
+    assert seconds_of_match(dialect.fast, body, searched=False) < LONGEST_MATCH
+
+
+def test_an_expression_that_is_quadratic_is_found() -> None:
+    name = expexp.METRIC_NAME
+    unit = rb"UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % name
+    assert slow_strings(expexp.compile_production(unit), 16_384, searched=False)
+
+
+# ==================================================================================================
 # 5  Exposition: reading lines
 # ==================================================================================================
 settings.register_profile("default", max_examples=60, deadline=None)
@@ -3232,7 +3402,8 @@ def labelled_cases(name: str) -> list[LabelledCase]:
 AGREEMENT: dict[str, tuple[float, set[str]]] = {
     # a NUL at the start of a line, where Prometheus stops without a word
     "text": (0.999, {"text-101-1419"}),
-    "openmetrics": (0.999, set()),
+    # labelled wrongly: the judge did not drop a label without a value first
+    "openmetrics": (0.999, {"om-101-1447", "om-101-1921"}),
     "protobuf": (0.99, set()),
 }
 
@@ -3244,7 +3415,12 @@ def test_verdicts_and_counts_are_those_of_prometheus(name: str) -> None:
     different = set()
     for case in cases:
         found = verdict(case.body, case.content_type)
-        if (found if isinstance(found, int) else None) != case.samples:
+        samples = found if isinstance(found, int) else None
+        if name == "protobuf":  # counts metrics
+            same = (samples is None) == (case.samples is None)
+        else:
+            same = samples == case.samples
+        if not same:
             different.add(case.id)
     assert len(cases) - len(different) >= least * len(cases) > 0
     assert different <= known
@@ -3303,13 +3479,16 @@ ABOVE_A_WINDOW = (
 )
 
 
-def assert_time_grows_linearly(
-    name: str, content_type: str, judge: Callable[[bytes, str], object]
+def assert_linear(
+    growing: Callable[[int], bytes],
+    content_type: str,
+    largest: int,
+    judge: Callable[[bytes, str], object] = is_valid,
 ) -> None:
-    """Assert that a body that is four times as long takes less than six times as long."""
+    """Assert that four times as much takes less than six times as long, once of three times."""
 
     def seconds(size: int, times: int = 3) -> float:
-        body = GROWING[name](size) + (b"# EOF\n" if content_type == OPENMETRICS else b"")
+        body = growing(size) + (b"# EOF\n" if content_type == OPENMETRICS else b"")
         taken = []
         for _ in range(times):
             start = time.process_time()
@@ -3317,16 +3496,111 @@ def assert_time_grows_linearly(
             taken.append(time.process_time() - start)
         return min(taken)
 
-    size, largest = 4_000, 280_000 if name in ABOVE_A_WINDOW else 64_000
+    size = 4_000
     while seconds(size, times=1) < 0.002 and size < largest:
         size = 2 * size if size < 64_000 else largest
     assert any(seconds(4 * size, times) < 6 * seconds(size) + 0.01 for times in (1, 3, 3))
 
 
+def largest_of(name: str) -> int:
+    """How long what grows has to be, so that it is more than a window where that matters."""
+    return 280_000 if name in ABOVE_A_WINDOW else 64_000
+
+
 @pytest.mark.parametrize("content_type", [PLAIN, OPENMETRICS], ids=["text", "openmetrics"])
 @pytest.mark.parametrize("name", GROWING)
 def test_time_grows_linearly(name: str, content_type: str) -> None:
-    assert_time_grows_linearly(name, content_type, is_valid)
+    assert_linear(GROWING[name], content_type, largest_of(name))
+
+
+#: The bytes of one token. Verifying may take half of them beyond the body.
+LONG_BYTES = 16 << 20
+
+
+def memory_beyond(body: bytes, content_type: str) -> int:
+    """Return the most bytes that verifying a body takes beyond it."""
+    tracemalloc.start()
+    try:
+        is_valid(body, content_type)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+#: What is long in text or OpenMetrics, as a function of how long it is.
+LONG: dict[str, Callable[[int], bytes]] = {
+    "a label value": lambda n: b'up{a="' + b"x" * n + b'"} 1\n',
+    "a label value in UTF-8": lambda n: b'up{a="' + "é".encode() * (n // 2) + b'"} 1\n',
+    "a label value that is not UTF-8": lambda n: b'up{a="' + b"x" * n + b'\xff"} 1\n',
+    "a label value that does not end": lambda n: b'up{a="' + b"x" * n,
+    "label values of 16 labels": lambda n: (
+        b"up{%b} 1\n" % b",".join(b'l%d="%b"' % (i, b"x" * (n // 16)) for i in range(16))
+    ),
+    "a label value before a mistake": lambda n: b'up{a="' + b"x" * n + b'"} y\n',
+    "a value of newlines": lambda n: b'up{a="' + b"\n" * n + b'"} 1\n',
+    "a value of backslashes": lambda n: b'up{a="' + b"\\" * n + b'"} 1\n',
+    "a name": lambda n: b"u" * n + b" 1\n",
+    "a quoted name": lambda n: b'{"' + b"u" * n + b'"} 1\n',
+    "a label name": lambda n: b"up{" + b"a" * n + b'="b"} 1\n',
+    "a quoted label name of escapes": lambda n: b'up{"' + b"\\n" * (n // 2) + b'"="b"} 1\n',
+    "names of 1,000 labels": lambda n: (
+        b"up{%b} 1\n" % b",".join(b'%b%d="x"' % (b"l" * (n // 1_000), i) for i in range(1_000))
+    ),
+    "a number": lambda n: b"up " + b"1" * n + b"\n",
+    "a timestamp": lambda n: b"up 1 " + b"1" * n + b"\n",
+    "a comment": lambda n: b"# " + b"x" * n + b"\n",
+    "a comment that is not UTF-8": lambda n: b"# " + b"\xff" * n + b"\n",
+    "a comment of one word": lambda n: b"# " + b"X" * n + b"\n",
+    "a comment of NUL bytes": lambda n: b"# H" + b"\0" * n + b"\n",
+    "a help text": lambda n: b"# HELP up " + b"x" * n + b"\n",
+    "a help text in UTF-8": lambda n: b"# HELP up " + "é".encode() * (n // 2) + b"\n",
+    "a help text that is not UTF-8": lambda n: b"# HELP up " + b"x" * n + b"\xff\n",
+    "a type": lambda n: b"# TYPE up " + b"x" * n + b"\n",
+    "a unit": lambda n: b"# UNIT up_x " + b"x" * n + b"\n",
+    "blanks": lambda n: b"up 1" + b" " * n + b"\n",
+    "blanks before a mistake": lambda n: b"up " + b" " * n + b"x\n",
+    "an exemplar's value": lambda n: b'up 1 # {a="' + b"x" * n + b'"} 1\n',
+    "an exemplar of NUL bytes": lambda n: b'up 1 # {a="' + b"\0" * n + b'"} 1\n',
+    "one token": lambda n: b"\xff" * n,
+    "lines before a mistake": lambda n: b"up 1\n" * (n // 5) + b"x",
+}
+
+
+@pytest.mark.parametrize("content_type", [PLAIN, OPENMETRICS], ids=["text", "openmetrics"])
+@pytest.mark.parametrize("name", LONG)
+def test_memory_is_under_one_and_a_half_times_the_body(name: str, content_type: str) -> None:
+    body = LONG[name](LONG_BYTES) + (b"# EOF\n" if content_type == OPENMETRICS else b"")
+    assert memory_beyond(body, content_type) < LONG_BYTES / 2
+
+
+#: Seconds of processor time.
+LONGEST_WITHOUT_TICK = 0.004
+
+
+def longest_without_tick(body: bytes, content_type: str) -> float:
+    """Return the longest processor time between two calls of `tick`, the least of five runs."""
+
+    def longest() -> float:
+        times = [time.thread_time()]
+        with contextlib.suppress(expexp.ExpositionError):
+            expexp.verify_exposition(
+                body, content_type, tick=lambda: times.append(time.thread_time())
+            )
+        times.append(time.thread_time())
+        return max(after - before for before, after in zip(times, times[1:]))
+
+    least = longest()
+    for _ in range(4):
+        if least > LONGEST_WITHOUT_TICK:
+            least = min(least, longest())
+    return least
+
+
+@pytest.mark.parametrize("content_type", [PLAIN, OPENMETRICS], ids=["text", "openmetrics"])
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_token_gives_the_deadline_its_turn(name: str, content_type: str) -> None:
+    body = LONG[name](1_000_000) + (b"# EOF\n" if content_type == OPENMETRICS else b"")
+    assert longest_without_tick(body, content_type) < LONGEST_WITHOUT_TICK
 
 
 #: What is over in a few matches, or refused at once, however much of it there is.
@@ -3420,6 +3694,7 @@ BUCKETS = part(3, b"\x08\x01" + double(2, 1)) + part(3, b"\x08\x02" + double(2, 
 SPAN = part(12, b"\x08\x00\x10\x01")
 NATIVE = part(7, SPAN + part(13, b"\x02"))
 
+#: (what is legal, body, metrics)
 PROTOBUF_VALID = [
     ("nothing at all", b"", 0),
     ("an empty message", b"\0", 0),
@@ -3429,16 +3704,36 @@ PROTOBUF_VALID = [
     ("two families", family(GAUGE) * 2, 2),
     ("a metric without a value", family(b""), 1),
     ("a name in UTF-8", family(GAUGE, name="é.b".encode()), 1),
+    ("a label in UTF-8", family(label("é.b", "ü") + GAUGE), 1),
     ("a label without a value twice", family(label("a", "") + label("a", "b") + GAUGE), 1),
-    ("a summary", family(part(4, b"\x08\x01" + part(3, double(1, 0.5))), kind=2), 3),
-    ("a histogram", family(part(7, BUCKETS), kind=4), 4),
-    ("a histogram without its last bucket", family(part(7, part(3, double(2, 1))), kind=4), 4),
-    ("a native histogram", family(NATIVE, kind=4), 1),
     (
-        "native after classic, which Prometheus takes as classic",
-        family(part(7, BUCKETS), NATIVE, kind=4),
-        7,
+        "a label twice that has no value the third time, so that Prometheus drops it",
+        family(label("a", "b") + label("a", "c") + label("a", "") + GAUGE),
+        1,
     ),
+    (
+        "a name that is not UTF-8, without a value",
+        family(part(1, part(1, b"\xff") + part(2, b"")) + GAUGE),
+        1,
+    ),
+    ("a label of 200 bytes", family(label("a", "x" * 200) + GAUGE), 1),
+    (
+        "a label whose last name and value count",
+        family(part(1, part(1, b"") + part(2, b"\xff") + part(1, b"a") + part(2, b"b")) + GAUGE),
+        1,
+    ),
+    ("a summary", family(part(4, b"\x08\x01" + part(3, double(1, 0.5))), kind=2), 1),
+    ("a histogram", family(part(7, BUCKETS), kind=4), 1),
+    (
+        "a bucket of each length",
+        family(
+            part(7, b"".join(part(3, b"\x08" + varint(1 << n) + double(2, n)) for n in range(64)))
+        ),
+        1,
+    ),
+    ("a histogram without its last bucket", family(part(7, part(3, double(2, 1))), kind=4), 1),
+    ("a native histogram", family(NATIVE, kind=4), 1),
+    ("a classic and a native histogram", family(part(7, BUCKETS), NATIVE, kind=4), 2),
     ("deltas that are not packed", family(part(7, part(12, b"\x10\x01") + b"\x68\x02"), kind=4), 1),
     (
         "unknown fields of every wire type",
@@ -3450,7 +3745,7 @@ PROTOBUF_VALID = [
     ("a number of ten bytes", family(GAUGE + b"\xa0\x06" + b"\xff" * 9 + b"\x01"), 1),
     ("the highest field number", family(GAUGE + varint((2**31 - 1) << 3) + b"\x01"), 1),
     ("a type that is unknown, without metrics", family(kind=6), 0),
-    ("a gauge histogram", family(part(7, BUCKETS), kind=5), 4),
+    ("a gauge histogram", family(part(7, BUCKETS), kind=5), 1),
     ("a native gauge histogram", family(NATIVE, kind=5), 1),
     (
         "a native histogram of doubles, packed and not",
@@ -3460,19 +3755,15 @@ PROTOBUF_VALID = [
     ("a native histogram of a zero threshold", family(part(7, double(6, 0.5)), kind=4), 1),
     ("a native histogram of a zero count", family(part(7, b"\x38\x01"), kind=4), 1),
     (
-        "a classic histogram whose zero threshold and count are 0",
-        family(part(7, BUCKETS + double(6, -0.0) + b"\x38\x80\0"), kind=4),
-        4,
-    ),
-    (
         "a native histogram with a bound as its own label",
         family(label("le", "1") + NATIVE, kind=4),
         1,
     ),
+    ("a gauge with a bound as its own label", family(label("le", "1") + GAUGE), 1),
     (
         "a summary without quantiles, with one as its own label",
         family(label("quantile", "1") + part(4, b"\x08\x01"), kind=2),
-        2,
+        1,
     ),
 ]
 
@@ -3569,6 +3860,56 @@ PROTOBUF_INVALID = [
         'metric_family.metric.label: expected UTF-8 and a name of its own, found "a"="c"',
     ),
     (
+        "a label without name and value",
+        family(label("", "") + GAUGE),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found ""=""',
+    ),
+    (
+        "a name that is not UTF-8",
+        family(part(1, part(1, b"\xff") + part(2, b"b")) + GAUGE),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found "\\xff"="b"',
+    ),
+    (
+        "a value that is not UTF-8",
+        family(part(1, part(1, b"a") + part(2, b"\xff")) + GAUGE),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found "a"="\\xff"',
+    ),
+    (
+        "a label of the metric's name without a value",
+        family(label("__name__", "") + GAUGE),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found "__name__"=""',
+    ),
+    (
+        "a label whose length is not that of its name and value",
+        family(b"\n\x07\n\x01a\x12\x01b" + GAUGE),
+        19,
+        "metric_family.metric.label.value: expected a number that ends",
+    ),
+    (
+        "a bucket that ends early",
+        family(part(7, b"\x1a\x0a\x08\x01" + double(2, 1))),
+        17,
+        "metric_family.metric.histogram.bucket.bound: expected 8 bytes, found 7",
+    ),
+    (
+        "a quantile given as a label, of which there are two",
+        family(
+            label("quantile", "1") + part(4, part(3, double(1, 0.5) + double(2, 1)) * 2), kind=2
+        ),
+        12,
+        'metric_family.metric.label: expected UTF-8 and a name of its own, found "quantile"="1"',
+    ),
+    (
+        "too many labels",
+        family(b"".join(label(f"l{n}", "x") for n in range(10_001)) + GAUGE),
+        118_906,
+        "metric_family.metric: expected at most 10000 labels",
+    ),
+    (
         "a label without a name",
         family(label("", "b") + GAUGE),
         12,
@@ -3613,9 +3954,9 @@ PROTOBUF_INVALID = [
 ]
 
 
-@pytest.mark.parametrize(("body", "samples"), **by_id(PROTOBUF_VALID))
-def test_protobuf_accepts(body: bytes, samples: int) -> None:
-    assert expexp.verify_exposition(body, PROTOBUF) == samples
+@pytest.mark.parametrize(("body", "metrics"), **by_id(PROTOBUF_VALID))
+def test_protobuf_accepts(body: bytes, metrics: int) -> None:
+    assert expexp.verify_exposition(body, PROTOBUF) == metrics
 
 
 @pytest.mark.parametrize(("body", "offset", "message"), **by_id(PROTOBUF_INVALID))
@@ -3642,34 +3983,150 @@ def test_mutated_protobuf_raises_nothing_but_its_error(changes: list[tuple[int, 
     assert isinstance(found, int) or 0 <= found.offset <= len(body)
 
 
-def test_packed_numbers_outlive_no_deadline() -> None:
-    ticks: list[None] = []
-    body = family(part(7, part(13, b"\x02" * 5_000)), kind=4)
-    expexp.verify_exposition(body, PROTOBUF, tick=lambda: ticks.append(None))
-    assert len(ticks) > 5_000
+@pytest.fixture
+def without_plain_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the walk through the fields decide alone."""
+    monkeypatch.setattr(expexp, "PLAIN_METRIC", expexp.NOTHING)
+    monkeypatch.setattr(expexp, "PLAIN", {"ints": expexp.PLAIN["ints"]})
 
 
-def test_protobuf_without_its_parameters_is_text() -> None:
-    assert expexp.choose_dialect("application/vnd.google.protobuf") is expexp.TEXT
+@pytest.mark.usefixtures("without_plain_messages")
+@pytest.mark.parametrize(("body", "metrics"), **by_id(PROTOBUF_VALID))
+def test_the_walk_accepts_what_expressions_accept(body: bytes, metrics: int) -> None:
+    assert expexp.verify_exposition(body, PROTOBUF) == metrics
+
+
+def plain_and_walked(body: bytes) -> tuple[object, object]:
+    """Return the verdict, and the one of the walk through the fields alone."""
+    plainly = verdict(body, PROTOBUF)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expexp, "PLAIN_METRIC", expexp.NOTHING)
+        patch.setattr(expexp, "PLAIN", {"ints": expexp.PLAIN["ints"]})
+        walked = verdict(body, PROTOBUF)
+    return str(plainly), str(walked)
+
+
+#: A family of each kind, as client libraries write them.
+WRITTEN = (
+    family(label("a", "b") + label("c", "") + GAUGE, label("a", "c") + GAUGE + b"\x30\x05")
+    + family(part(3, double(1, 3)), kind=0)
+    + family(part(7, b"\x08\x02" + double(2, 1) + BUCKETS), NATIVE, kind=4)
+    + family(part(4, b"\x08\x02" + double(2, 1) + part(3, double(1, 0.5) + double(2, 1))), kind=2)
+)
+
+
+@given(
+    strategies.lists(
+        strategies.tuples(strategies.integers(0, len(WRITTEN) - 1), strategies.integers(0, 255)),
+        max_size=3,
+    )
+)
+def test_without_expressions_for_plain_messages_every_verdict_is_the_same(
+    changes: list[tuple[int, int]],
+) -> None:
+    next(EXAMPLES)
+    body = bytearray(WRITTEN)
+    for place, byte in changes:
+        body[place] = byte
+    plainly, walked = plain_and_walked(bytes(body))
+    assert plainly == walked
+
+
+def test_one_byte_changed_gives_the_same_verdict_without_expressions() -> None:
+    for place in range(len(WRITTEN)):
+        for byte in (0, WRITTEN[place] ^ 1, WRITTEN[place] + 1 & 255, 0x80 | WRITTEN[place]):
+            body = WRITTEN[:place] + bytes([byte]) + WRITTEN[place + 1 :]
+            plainly, walked = plain_and_walked(body)
+            assert plainly == walked
+
+
+#: What grows, as a function of how much of it there is.
+GROWING_PROTOBUF: dict[str, Callable[[int], bytes]] = {
+    "empty families": lambda n: b"\0" * n,
+    "empty metrics": lambda n: family_of(b"\x22\0" * (n // 2)),
+    "empty labels": lambda n: family(b"\n\0" * (n // 2)),
+    "many gauges": lambda n: family(*[label("a", "b") + GAUGE] * (n // 24)),
+    "many labels": lambda n: family(b"".join(label(f"l{i}", "x") for i in range(n // 13)) + GAUGE),
+    "labels without values": lambda n: family(label("a", "") * (n // 9)),
+    "values of one gauge": lambda n: family(part(2, double(1, 1) * (n // 9))),
+    "empty gauges": lambda n: family(b"\x12\0" * (n // 2)),
+    "empty buckets": lambda n: family(part(7, b"\x1a\0" * (n // 2))),
+    "buckets": lambda n: family(part(7, BUCKETS * (n // 28))),
+    "exemplars in buckets": lambda n: family(
+        part(7, part(3, part(3, label("a", "b"))) * (n // 12))
+    ),
+    "quantiles": lambda n: family(part(4, part(3, double(1, 1) + double(2, 1)) * (n // 20))),
+    "packed numbers of one byte": lambda n: family(part(7, part(13, b"\x01" * n))),
+    "packed numbers of ten bytes": lambda n: family(
+        part(7, part(13, (b"\x80" * 9 + b"\x01") * (n // 10)))
+    ),
+    "packed doubles": lambda n: family(part(7, part(14, bytes(n // 8 * 8)))),
+    "a packed number that does not end": lambda n: family(part(7, part(13, b"\x01" * n + b"\x80"))),
+    "unknown numbers": lambda n: family(b"\x78\x01" * (n // 2)),
+    "unknown fields of two bytes": lambda n: family(b"\x7a\0" * (n // 2)),
+    "one unknown field": lambda n: family(part(15, b"\x0a" * n)),
+    "one long label value": lambda n: family(label("a", "x" * n) + GAUGE),
+    "one long label value in UTF-8": lambda n: family(label("a", "é" * (n // 2)) + GAUGE),
+    "one long label name": lambda n: family(label("x" * n, "a") + GAUGE),
+    "one long label name twice": lambda n: family(label("x" * (n // 2), "a") * 2 + GAUGE),
+    "one long name": lambda n: family(GAUGE, name=b"x" * n),
+    "one long help text": lambda n: family(GAUGE, text="é".encode() * (n // 2)),
+    "one long help text that is not UTF-8": lambda n: family(GAUGE, text=b"x" * n + b"\xff"),
+    "many short names": lambda n: family_of(b"\n\0" * (n // 2)),
+    "a length that does not fit": lambda n: family(part(2, b"x" * n)),
+}
+
+
+def family_of(fields: bytes) -> bytes:
+    """Return a family of these fields, after its length, with a name."""
+    return part(1, part(1, b"a") + fields)[1:]
+
+
+@pytest.mark.parametrize("name", GROWING_PROTOBUF)
+def test_time_for_protobuf_grows_linearly(name: str) -> None:
+    assert_linear(GROWING_PROTOBUF[name], PROTOBUF, largest=64_000)
+
+
+@pytest.mark.parametrize("name", GROWING_PROTOBUF)
+def test_memory_for_protobuf_is_under_one_and_a_half_times_the_body(name: str) -> None:
+    # The labels of one metric are kept, up to 10,000. The walk through many fields is slow.
+    size = LONG_BYTES if "long" in name or "label" in name else LONG_BYTES // 16
+    assert memory_beyond(GROWING_PROTOBUF[name](size), PROTOBUF) < size / 2
+
+
+@pytest.mark.parametrize("name", GROWING_PROTOBUF)
+def test_protobuf_gives_the_deadline_its_turn(name: str) -> None:
+    assert longest_without_tick(GROWING_PROTOBUF[name](100_000), PROTOBUF) < LONGEST_WITHOUT_TICK
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        *("application/vnd.google.protobuf", "application/vnd.google.protobuf; encoding=text"),
+        "APPLICATION/vnd.google.protobuf;proto=x",
+    ],
+)
+def test_protobuf_is_protobuf_whatever_its_parameters(content_type: str) -> None:
+    assert expexp.choose_dialect(content_type) is None
+    assert expexp.verify_exposition(family(GAUGE), content_type) == 1
 
 
 # ==================================================================================================
 # 7  Exposition: verdict
 # ==================================================================================================
 MEDIA_TYPES = [
-    ("nothing", "", "", {}),
-    ("a type alone", "text/plain", "text/plain", {}),
-    ("capitals and blanks", " Text/PLAIN ; Charset = UTF-8 ", "text/plain", {"charset": "UTF-8"}),
-    ("a quoted value", 'a/b; q="x;\\"y"; z=1', "a/b", {"q": 'x;"y', "z": "1"}),
-    ("a quote that never ends", 'a/b; q="x', "a/b", {"q": '"x'}),
-    ("parameters without values", "a/b;;;c;d=", "a/b", {"d": ""}),
-    ("no slash at all", "\0\udcff;=;", "\0\udcff", {}),
+    ("nothing", "", ""),
+    ("a type alone", "text/plain", "text/plain"),
+    ("capitals and blanks", " Text/PLAIN ; Charset = UTF-8 ", "text/plain"),
+    ("a semicolon in a quoted value", 'a/b; q="x;y"; z=1', "a/b"),
+    ("no slash at all", "\0\udcff;=;", "\0\udcff"),
+    ("more than a content type has", "x" * 2_000, "x" * 1_024),
 ]
 
 
-@pytest.mark.parametrize(("text", "media_type", "parameters"), **by_id(MEDIA_TYPES))
-def test_parse_media_type(text: str, media_type: str, parameters: dict[str, str]) -> None:
-    assert expexp.parse_media_type(text) == (media_type, parameters)
+@pytest.mark.parametrize(("text", "media_type"), **by_id(MEDIA_TYPES))
+def test_parse_media_type(text: str, media_type: str) -> None:
+    assert expexp.parse_media_type(text) == media_type
 
 
 # ==================================================================================================
@@ -18707,7 +19164,7 @@ def test_strict_openmetrics_passes_what_prometheus_client_does() -> None:
 @pytest.mark.parametrize("content_type", [PLAIN, OPENMETRICS], ids=["text", "openmetrics"])
 @pytest.mark.parametrize("name", GROWING)
 def test_time_of_the_linter_grows_linearly(name: str, content_type: str) -> None:
-    assert_time_grows_linearly(name, content_type, expolint.findings)
+    assert_linear(GROWING[name], content_type, largest_of(name), expolint.findings)
 
 
 def summary(findings: int, verdict: str, name: str = "<stdin>") -> str:
