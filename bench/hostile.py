@@ -36,6 +36,7 @@ class Attack(NamedTuple):
 
 
 SERVED = "p99 of a healthy scrape at most 250 ms"
+IN = "the right one at cost 14 gets in; one processor"
 BACK = "everything is given back"
 FREED = f"{SERVED}; threads free in 2 s; {BACK}"
 HUNG = f"{SERVED}; all 2,000 are answered; at most 50 threads hang; TERM ends it; {BACK}"
@@ -86,15 +87,15 @@ ATTACKS = (
     Attack("log-flapping", "a target that is broken every other time", LOUD,
            attacks.attack_log_flapping),
     Attack("memory", "no address space is left", OUTAGE, attacks.attack_memory),
-    Attack("threads", "no thread is left, idle clients stay", OUTAGE, attacks.attack_threads),
+    Attack("threads", "40 threads, idle clients stay", OUTAGE, attacks.attack_threads),
     Attack("descriptors", "64 descriptors, idle clients stay", OUTAGE,
            attacks.attack_descriptors),
-    Attack("descriptors-later", "no descriptor is left, idle clients stay", OUTAGE,
-           attacks.attack_descriptors_later),
+    Attack("descriptors-later", "64 descriptors from after the start on, idle clients stay",
+           OUTAGE, attacks.attack_descriptors_later),
     Attack("bcrypt", "40 clients with wrong passwords of unknown users",
-           "the right one at cost 14 gets in; one processor", attacks.attack_bcrypt),
+           f"{SERVED}; {IN}; {BACK}", attacks.attack_bcrypt),
     Attack("bcrypt-known", "40 clients with wrong passwords of a user at cost 10",
-           "the right one at cost 14 gets in; one processor", attacks.attack_bcrypt_known),
+           f"{SERVED}; {IN}; {BACK}", attacks.attack_bcrypt_known),
     Attack("signals", "TERM and INT close together, many of them", "all runs end",
            attacks.attack_signals),
     Attack("reloads", "50 queued reloads", f"{SERVED}; the time of five", attacks.attack_reloads),

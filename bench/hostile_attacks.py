@@ -35,6 +35,7 @@ from hostile_peers import (
     ask_many,
     build_hang,
     close_all,
+    lower_priority,
     open_clients,
     read_statuses,
     request_bytes,
@@ -85,7 +86,10 @@ def show(value: float) -> str:
 
 def healthy_figure(samples: Samples) -> Figure:
     """Return the 99th percentile of a healthy scrape during the attack."""
-    note = f" ({len(samples.seconds)} scrapes, {samples.failed} failed)"
+    note = (
+        f" ({len(samples.seconds)} scrapes, {samples.failed} failed; "
+        f"not attacked {show(samples.control * 1000)})"
+    )
     milliseconds = samples.percentile(0.99) * 1000
     return at_most("p99 of a healthy scrape, ms", milliseconds, P99_SECONDS * 1000, note)
 
@@ -166,13 +170,12 @@ def attack_protobuf(bench: Bench) -> list[Figure]:
         "victim": bench.http("protobuf", **settings),
         "half": bench.http("protobuf-half", **settings),
     }
-    headers = {"X-Prometheus-Scrape-Timeout-Seconds": "100"}
     with serving(bench, modules) as service:
         with scraping(service) as scraper:
             begun = time.monotonic()
-            ask(service.port, "/proxy?module=half", 100, **headers)
+            ask_many(service.port, request_bytes("/proxy?module=half"), 1, 100)
             half = time.monotonic() - begun
-            ask(service.port, VICTIM, 100, **headers)
+            ask_many(service.port, request_bytes(VICTIM), 1, 100)
             whole = time.monotonic() - begun - half
             samples = scraper.samples()
         more = peak_megabytes(service) - service.before.megabytes
@@ -514,6 +517,7 @@ def write_log(bench: Bench, name: str, timeouts: Sequence[str]) -> list[Figure]:
 
 def alternate(port: int, timeouts: Sequence[str], seconds: float) -> None:
     """Scrape over one connection, with one scrape timeout after the other; empty is none."""
+    lower_priority()
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=10)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -539,19 +543,26 @@ def attack_log_flapping(bench: Bench) -> list[Figure]:
 
 
 def attack_memory(bench: Bench) -> list[Figure]:
-    """Leave 128 MiB of address space, and take it with threads and bodies, five times."""
+    """Leave hardly any address space to threads and bodies, then give it back, several times."""
     with serving(bench, {"victim": bench.http("large", verify=False)}) as service:
         with scraping(service, interval=0.1) as scraper:
-            size = int(memory(service.pid, "VmSize") + 128) * MEBIBYTE
-            resource.prlimit(service.pid, resource.RLIMIT_AS, (size, size))
-            for _ in range(5):
-                clients = open_clients(service.port, request_bytes(VICTIM), 300)
-                time.sleep(1)
-                close_all(clients)
-                time.sleep(0.5)
+            for kibibytes in (0, 0, 256, 1024, 65536):
+                take_memory(service, kibibytes * 1024)
             time.sleep(OUTAGE_SECONDS + 1)
             samples = scraper.samples()
         return [outage_figure(samples), left_figure(service)]
+
+
+def take_memory(service: Service, room: int) -> None:
+    """Let 300 clients ask for a large body while there is little more address space than now."""
+    size = int(memory(service.pid, "VmSize") * MEBIBYTE) + room
+    resource.prlimit(service.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    clients = open_clients(service.port, request_bytes(VICTIM), 300)
+    time.sleep(1)
+    close_all(clients)
+    no_limit = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    resource.prlimit(service.pid, resource.RLIMIT_AS, no_limit)
+    time.sleep(0.5)
 
 
 class IdleClients:
@@ -584,7 +595,8 @@ class IdleClients:
     def _drop(self, client: socket.socket) -> None:
         """Forget a connection that has ended; raise BlockingIOError if it has not."""
         with contextlib.suppress(ConnectionError):
-            client.recv(1, socket.MSG_DONTWAIT)
+            client.setblocking(False)
+            client.recv(1)
         client.close()
         self._clients.remove(client)
 
@@ -593,14 +605,14 @@ class IdleClients:
         self._clients += open_clients(self._port, b"", self._count - len(self._clients))
 
 
-def exhaust(service: Service, exhaustion: Callable[[Service], None]) -> list[Figure]:
-    """Exhaust something for 10 s while 60 idle clients stay; measure outage, log and CPU."""
+def crowd(service: Service, more: Callable[[Service], None]) -> list[Figure]:
+    """Let 100 idle clients stay for 10 s, and more happen; measure outage, log and CPU."""
     seconds = 10
     with scraping(service, interval=0.1) as scraper:
-        idle = IdleClients(service.port, 60)
+        idle = IdleClients(service.port, 100)
         try:
             time.sleep(0.5)
-            exhaustion(service)
+            more(service)
             lines = service.log_lines()
             cpu = cpu_ticks(service.pid)
             scraper.restart()
@@ -624,45 +636,43 @@ def cpu_ticks(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
+def do_nothing(_service: Service) -> None:
+    """Leave a service as it was started."""
+
+
 def attack_threads(bench: Bench) -> list[Figure]:
-    """Let no thread be started; root is not bound by that limit, so expexp has another user."""
-    user = 61_000 + os.getpid() % 1000
-    rights = "+dac_read_search"  # the interpreter may be in a folder of root's
-    wrapper = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-    wrapper += [f"--inh-caps={rights}", f"--ambient-caps={rights}"]
+    """Start with 40 threads; root is not bound by that limit, so expexp runs as another user."""
     if os.geteuid():
         raise BenchError("needs root, to run expexp as a user without other processes")
+    user = 61_000 + os.getpid() % 1000
+    rights = "+dac_read_search"  # the interpreter may be in a folder of root's
+    wrapper = ["prlimit", "--nproc=40:40", "setpriv", f"--reuid={user}", f"--regid={user}"]
+    wrapper += ["--clear-groups", f"--inh-caps={rights}", f"--ambient-caps={rights}"]
     with serving(bench, {}, wrapper=wrapper) as service:
-        return exhaust(service, forbid_threads)
-
-
-def forbid_threads(service: Service) -> None:
-    """Let the process have as many threads as it has now."""
-    threads = usage_of(service.pid).threads
-    resource.prlimit(service.pid, resource.RLIMIT_NPROC, (threads, threads))
+        return crowd(service, do_nothing)
 
 
 def attack_descriptors(bench: Bench) -> list[Figure]:
     """Start with 64 descriptors."""
     with serving(bench, {}, wrapper=["prlimit", "--nofile=64:64"]) as service:
-        return exhaust(service, lambda _service: None)
+        return crowd(service, do_nothing)
 
 
 def attack_descriptors_later(bench: Bench) -> list[Figure]:
-    """Leave no descriptor after the start."""
+    """Leave 64 descriptors after the start, when expexp has counted on more."""
     with serving(bench, {}) as service:
-        return exhaust(service, forbid_descriptors)
+        return crowd(service, forbid_descriptors)
 
 
 def forbid_descriptors(service: Service) -> None:
-    """Let the process have as many descriptors as it has now."""
-    highest = max(map(int, os.listdir(f"/proc/{service.pid}/fd"))) + 1
-    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (highest, highest))
+    """Let the process have 64 descriptors."""
+    resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (64, 64))
 
 
 # Passwords
 
 
+TRIES = 3  # of the right password
 PASSWORD = "correct horse"  # noqa: S105 - of the users below, who live as long as an attack
 USERS = {
     "scraper": "$2b$04$pwfdienbztpptitxkoyuyuwaNEnkpQ33nVPRlnOc9auor7CqVlj2O",
@@ -676,27 +686,33 @@ def basic(name: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
 
 
-def guess(bench: Bench, names: Sequence[str], tries: int) -> list[Figure]:
+def guess(bench: Bench, names: Sequence[str]) -> list[Figure]:
     """Let a client for each name guess; measure when the right password at cost 14 gets in."""
     web = bench.folder / "web.yaml"
     web.write_text("basic_auth_users:\n" + "".join(f"  {n}: {h}\n" for n, h in USERS.items()))
     web.chmod(0o600)
     over = threading.Event()
-    with serving(bench, {}, f"-web.config.file={web}") as service:
-        with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+    scraper_user = basic("scraper", PASSWORD)
+    flag = f"-web.config.file={web}"
+    with serving(bench, {}, flag, authorization=scraper_user) as service:
+        pool = concurrent.futures.ThreadPoolExecutor(len(names), initializer=lower_priority)
+        with scraping(service) as scraper, pool:
             for name in names:
                 pool.submit(guess_passwords, service.port, name, over)
             time.sleep(1)
             cpu = cpu_ticks(service.pid)
             begun = time.monotonic()
             try:
-                needed = tries_until_in(service.port, tries)
+                needed = tries_until_in(service.port)
+                time.sleep(max(0.0, begun + ATTACK_SECONDS - time.monotonic()))
             finally:
                 over.set()
             seconds = time.monotonic() - begun
             cpu = cpu_ticks(service.pid) - cpu
+            samples = scraper.samples()
         return [
-            at_most("tries until the right password gets in", needed, tries, f" ({seconds:.1f} s)"),
+            healthy_figure(samples),
+            at_most("tries until the right password gets in", needed, TRIES, f" ({seconds:.1f} s)"),
             at_most("processors used", cpu / os.sysconf("SC_CLK_TCK") / seconds, 1.2),
             left_figure(service),
         ]
@@ -708,13 +724,14 @@ def guess_passwords(port: int, name: str, over: threading.Event) -> None:
     number = 0
     while not over.is_set() and time.monotonic() < end:
         number += 1
-        ask(port, HEALTHY, 10, Authorization=basic(name, f"wrong {number}"))
+        ask(port, HEALTHY, 60, basic(name, f"wrong {number}"))
+        time.sleep(0.02)  # refusals are quick: their number is not what is measured
 
 
-def tries_until_in(port: int, tries: int) -> float:
+def tries_until_in(port: int) -> float:
     """Return how many tries the right password takes that was not proved before."""
-    for number in range(1, tries + 1):
-        if ask(port, HEALTHY, 30, Authorization=basic("prometheus", PASSWORD))[0] == 200:
+    for number in range(1, TRIES + 1):
+        if ask(port, HEALTHY, 60, basic("prometheus", PASSWORD))[0] == 200:
             return number
         time.sleep(0.1)
     return math.inf
@@ -722,12 +739,12 @@ def tries_until_in(port: int, tries: int) -> float:
 
 def attack_bcrypt(bench: Bench) -> list[Figure]:
     """Guess passwords of users that there are not."""
-    return guess(bench, [f"stranger-{number}" for number in range(40)], 3)
+    return guess(bench, [f"stranger-{number}" for number in range(40)])
 
 
 def attack_bcrypt_known(bench: Bench) -> list[Figure]:
     """Guess passwords of a user at cost 10."""
-    return guess(bench, ["cheap"] * 40, 30)
+    return guess(bench, ["cheap"] * 40)
 
 
 # Signals and reloads

@@ -2,8 +2,9 @@
 
 All of them listen and connect on the loopback. Every wait has an end.
 
-    hostile_peers.py targets PORT             # serve the bodies below until it is killed
-    hostile_peers.py sample PORT PATH SECONDS # scrape in turns of SECONDS, and print each try
+    hostile_peers.py targets PORT                   # serve the bodies below until it is killed
+    hostile_peers.py hostile-targets PORT           # the same with a lower priority
+    hostile_peers.py sample PORT PATH SECONDS USER  # scrape every SECONDS, and print each try
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gzip
 import http.client
 import json
 import math
+import os
 import re
 import selectors
 import shutil
@@ -23,8 +25,10 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -36,7 +40,6 @@ from compare import (
     memory,
     node_exposition,
     process_running,
-    wait_for_answer,
     wait_for_port,
 )
 from difference_peers import Certificates, half_close, make_certificates
@@ -45,7 +48,7 @@ LOOPBACK = "127.0.0.1"
 MEBIBYTE = 1 << 20
 CONNECT_SECONDS = 2
 ASK_SECONDS = 10
-SAMPLE_SECONDS = 300  # the life of a scraper that nobody ends
+SAMPLE_SECONDS = 3600  # the life of a scraper that nobody ends
 TRY_SECONDS = 10  # of one sample
 HEALTHY = "/proxy?module=healthy"
 TEXT = "text/plain; version=0.0.4"
@@ -172,10 +175,10 @@ async def serve_targets(port: int) -> None:
 
 
 @contextlib.contextmanager
-def targets_running(folder: Path) -> Iterator[int]:
+def targets_running(folder: Path, kind: str) -> Iterator[int]:
     """Start a process with the targets, and yield its port."""
     port = free_port()
-    command = [sys.executable, __file__, "targets", str(port)]
+    command = [sys.executable, __file__, kind, str(port)]
     with process_running(command, folder) as process:
         wait_for_port(process, port)
         yield port
@@ -191,6 +194,7 @@ class Samples(NamedTuple):
     seconds: list[float]
     statuses: list[int]
     interval: float
+    control: float  # the 99th percentile, in seconds, of an expexp that nobody attacked meanwhile
 
     @property
     def failed(self) -> int:
@@ -228,19 +232,23 @@ class Samples(NamedTuple):
 class Scraper:
     """A running honest scraper."""
 
-    def __init__(self, process: Process, interval: float) -> None:
+    def __init__(self, process: Process, interval: float, control: Scraper | None) -> None:
         """Read what the process prints from now on."""
         self._process = process
         self._interval = interval
-        self._started = time.monotonic()
+        self._control = control
+        self.restart()
 
     def restart(self) -> None:
         """Forget the samples so far."""
         self._started = time.monotonic()
+        if self._control:
+            self._control.restart()
 
     def samples(self) -> Samples:
         """Return the samples so far; a try that is under way counts with the time that it took."""
-        samples = Samples([], [], [], self._interval)
+        control = self._control.samples().percentile(0.99) if self._control else 0
+        samples = Samples([], [], [], self._interval, control)
         now = time.monotonic()
         done = self._started
         for line in self._process.errors.read_text(encoding="ascii").splitlines():
@@ -264,6 +272,7 @@ def add_sample(samples: Samples, start: float, seconds: float, status: int) -> N
 def scraping(service: Service, interval: float = 0.01, path: str = HEALTHY) -> Iterator[Scraper]:
     """Scrape a healthy module in a process of its own; wait for the first samples."""
     command = [sys.executable, __file__, "sample", str(service.port), path, str(interval)]
+    command.append(service.authorization)
     with process_running(command, service.folder) as process:
         end = time.monotonic() + ASK_SECONDS
         while process.errors.read_bytes().count(b"\n") < 5:
@@ -271,11 +280,14 @@ def scraping(service: Service, interval: float = 0.01, path: str = HEALTHY) -> I
             if time.monotonic() > end:
                 raise BenchError("a healthy module is not served before the attack")
             time.sleep(0.02)
-        yield Scraper(process, interval)
+        yield Scraper(process, interval, service.control)
 
 
-def sample(port: int, path: str, interval: float) -> None:
+def sample(port: int, path: str, interval: float, authorization: str) -> None:
     """Scrape in turns over a kept connection and a new one, and print each try."""
+    headers = {"X-Prometheus-Scrape-Timeout-Seconds": "10"}
+    if authorization:
+        headers["Authorization"] = authorization
     kept: http.client.HTTPConnection | None = None
     patience = TRY_SECONDS if interval < 0.1 else 1
     end = time.monotonic() + SAMPLE_SECONDS
@@ -284,11 +296,11 @@ def sample(port: int, path: str, interval: float) -> None:
         number += 1
         started = time.monotonic()
         connection = kept or http.client.HTTPConnection(LOOPBACK, port, timeout=patience)
-        status = try_scrape(connection, path)
+        status = try_scrape(connection, path, headers)
         if not status and kept:  # as Prometheus: a kept connection may have been closed meanwhile
             connection.close()
             connection = http.client.HTTPConnection(LOOPBACK, port, timeout=patience)
-            status = try_scrape(connection, path)
+            status = try_scrape(connection, path, headers)
         took = time.monotonic() - started
         print(f"{started:.6f} {took:.6f} {status}", flush=True)
         kept = connection if number % 2 and status else None
@@ -297,10 +309,12 @@ def sample(port: int, path: str, interval: float) -> None:
         time.sleep(max(0.0, started + interval - time.monotonic()))
 
 
-def try_scrape(connection: http.client.HTTPConnection, path: str) -> int:
+def try_scrape(
+    connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str]
+) -> int:
     """Return the status of a scrape whose body is complete, or 0."""
     try:
-        connection.request("GET", path, headers={"X-Prometheus-Scrape-Timeout-Seconds": "10"})
+        connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         response.read()
     except (OSError, http.client.HTTPException):
@@ -383,11 +397,28 @@ def receive(client: socket.socket) -> bytes | None:
 
 def ask_many(port: int, request: bytes, count: int, seconds: float) -> list[int]:
     """Send a request on each of several connections at once; return the statuses that came."""
-    return read_statuses(open_clients(port, request, count), seconds)
+
+    def work() -> list[int]:
+        return read_statuses(open_clients(port, request, count), seconds)
+
+    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
+        return pool.submit(work).result()
 
 
-def ask(port: int, path: str, seconds: float = ASK_SECONDS, **headers: str) -> tuple[int, bytes]:
+def lower_priority() -> None:
+    """Take processor time from this thread in favour of expexp and its honest scraper.
+
+    A hostile client has a machine of its own. Here it must not take the time that the measured
+    ones need.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+def ask(
+    port: int, path: str, seconds: float = ASK_SECONDS, authorization: str = ""
+) -> tuple[int, bytes]:
     """Return status and body of one request; 0 if there is no answer."""
+    headers = {"Authorization": authorization} if authorization else {}
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=seconds)
     with contextlib.closing(connection):
         try:
@@ -437,7 +468,9 @@ class Service:
     folder: Path
     port: int
     tls_port: int
+    authorization: str
     before: Usage
+    control: Scraper | None
 
     @property
     def pid(self) -> int:
@@ -451,9 +484,9 @@ class Service:
 
     def metric(self, name: str) -> float:
         """Return the sum of the samples of a metric of expexp's own; nan without an answer."""
-        body = ask(self.port, "/metrics")[1].decode()
-        found = re.findall(rf"(?m)^{name}(?:\{{.*\}})? (\S+)$", body)
-        return sum(map(float, found)) if body else math.nan
+        status, body = ask(self.port, "/metrics", authorization=self.authorization)
+        found = re.findall(rf"(?m)^{name}(?:\{{.*\}})? (\S+)$", body.decode())
+        return sum(map(float, found)) if status == 200 else math.nan
 
     def log_size(self) -> int:
         """Return the bytes of the log so far."""
@@ -484,6 +517,7 @@ class Bench(NamedTuple):
     healthy_port: int
     hostile_port: int
     signal_runs: int
+    control: Scraper | None = None
 
     def http(self, name: str, **settings: Any) -> dict[str, Any]:
         """Return an http module that leads to a hostile target."""
@@ -494,13 +528,19 @@ class Bench(NamedTuple):
 
 @contextlib.contextmanager
 def open_bench(expexp: Path, python: str, signal_runs: int) -> Iterator[Bench]:
-    """Start the targets, and end them; all files are in a temporary folder."""
+    """Start the targets and an expexp that nobody attacks, and end them at the end.
+
+    All files are in a temporary folder.
+    """
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        healthy = stack.enter_context(targets_running(folder))
-        hostile = stack.enter_context(targets_running(folder))
+        healthy = stack.enter_context(targets_running(folder, "targets"))
+        hostile = stack.enter_context(targets_running(folder, "hostile-targets"))
         certificates = make_certificates(folder)
-        yield Bench(expexp, python, folder, certificates, healthy, hostile, signal_runs)
+        bench = Bench(expexp, python, folder, certificates, healthy, hostile, signal_runs)
+        bystander = stack.enter_context(serving(bench, {}))
+        control = stack.enter_context(scraping(bystander, interval=0.02))
+        yield bench._replace(control=control)
 
 
 @contextlib.contextmanager
@@ -509,6 +549,7 @@ def serving(
     modules: Mapping[str, Any],
     *flags: str,
     wrapper: Sequence[str] = (),
+    authorization: str = "",
 ) -> Iterator[Service]:
     """Start expexp with these modules and a healthy one, and kill it at the end."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
@@ -522,10 +563,11 @@ def serving(
     if any(flag.startswith("-web.tls.cert=") for flag in flags):
         command.append(f"-web.tls.listen-address={LOOPBACK}:{tls_port}")
     with process_running(command, folder) as process:
-        wait_for_answer(process, (LOOPBACK, port), None, "/-/healthy")
+        wait_for_port(process, port)
         for path in (HEALTHY, "/metrics", "/"):
-            ask(port, path)
-        yield Service(process, folder, port, tls_port, usage_of(process.popen.pid))
+            ask(port, path, authorization=authorization)
+        before = usage_of(process.popen.pid)
+        yield Service(process, folder, port, tls_port, authorization, before, bench.control)
 
 
 # A file system that hangs
@@ -562,10 +604,12 @@ def build_hang(bench: Bench, call: str) -> Hang:
 
 def main() -> None:
     """Be the targets or an honest scraper."""
-    if sys.argv[1] == "targets":
+    if sys.argv[1] == "hostile-targets":
+        lower_priority()
+    if sys.argv[1] != "sample":
         asyncio.run(serve_targets(int(sys.argv[2])))
     else:
-        sample(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+        sample(int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5])
 
 
 if __name__ == "__main__":
