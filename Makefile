@@ -10,12 +10,12 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix bench difference fuzz clean
+.PHONY: help run test check matrix bench difference hostile fuzz clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of bench/compare.py for bench)"
+	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference and hostile)"
 
 # What `make run` and the virtual environment need to say when something is missing.
 define python_is_new_enough
@@ -114,6 +114,9 @@ bench: $(VENV)/.dev ## measure the verifier, what silent clients cost, and expex
 
 difference: $(VENV)/.dev ## compare this expexp.py with the one before the rewrite of its HTTP code
 	@$(VENV)/bin/python bench/difference.py $(ARGS)
+
+hostile: $(VENV)/.dev ## attack this expexp.py on the loopback, and tell what does not hold
+	@$(VENV)/bin/python bench/hostile.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis)
 	@rounds=$$(mktemp -d)

@@ -68,6 +68,8 @@ ATTACKS = (
            attacks.attack_hangup_cached_exec),
     Attack("half-closed", "the same, writing shut down alone", f"{FREED}; 502 for each",
            attacks.attack_half_closed),
+    Attack("half-closed-tls", "the same over TLS", f"{FREED}; 502 for each",
+           attacks.attack_half_closed_tls),
     Attack("stay", "520 clients that wait for a silent module", f"{FREED}; all pages answered",
            attacks.attack_stay),
     Attack("stay-all", "520 clients for each of three silent modules",

@@ -106,8 +106,8 @@ def large_body(size: int) -> bytes:
 
 
 def head_of(size: int) -> bytes:
-    """Return an answer whose headers alone have this size."""
-    headers = [f"X-Filler-{number}: {'x' * 60_000}" for number in range(size // 60_000)]
+    """Return an answer whose headers have about this size; none exceeds 64 KiB."""
+    headers = [f"X-Filler-{number}: {'x' * 65_000}" for number in range(size // 65_000)]
     return answer_with(b"a 1\n", TEXT, *headers)
 
 
@@ -389,7 +389,7 @@ def receive(client: socket.socket) -> bytes | None:
     """Return the next bytes, nothing at the end, or None if there are none now."""
     try:
         return client.recv(1 << 18)
-    except BlockingIOError:
+    except (BlockingIOError, ssl.SSLWantReadError):
         return None
     except OSError:
         return b""
