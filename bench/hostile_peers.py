@@ -31,7 +31,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, TypeVar, cast
 
 from compare import (
     BenchError,
@@ -331,23 +331,47 @@ def request_bytes(path: str, *headers: str, method: str = "GET") -> bytes:
     return "".join(line + "\r\n" for line in lines).encode()
 
 
+Result = TypeVar("Result")
+
+
+def as_attacker(work: Callable[[], Result]) -> Result:
+    """Do some work in a thread that gets less processor time than others, and return its result."""
+    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
+        return pool.submit(work).result()
+
+
+def lower_priority() -> None:
+    """Take processor time from this thread in favour of expexp and its honest scraper.
+
+    A hostile client has a machine of its own. Here it must not take the time that the measured
+    ones need.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 def open_clients(
     port: int, request: bytes, count: int, context: ssl.SSLContext | None = None
 ) -> list[socket.socket]:
     """Open connections and send a request on each; stop at the first one that is refused."""
-    clients: list[socket.socket] = []
-    for _ in range(count):
-        try:
-            client = socket.create_connection((LOOPBACK, port), timeout=CONNECT_SECONDS)
-        except OSError:
-            break
-        clients.append(client)
+
+    def work() -> list[socket.socket]:
+        clients: list[socket.socket] = []
         with contextlib.suppress(OSError):
-            if context:
-                client = context.wrap_socket(client, server_hostname="localhost")
-                clients[-1] = client
-            client.sendall(request)
-    return clients
+            while len(clients) < count:
+                clients.append(open_client(port, request, context))
+        return clients
+
+    return as_attacker(work)
+
+
+def open_client(port: int, request: bytes, context: ssl.SSLContext | None) -> socket.socket:
+    """Open a connection and send a request; raise OSError if nobody accepts it."""
+    client = socket.create_connection((LOOPBACK, port), timeout=CONNECT_SECONDS)
+    with contextlib.suppress(OSError):  # closed already: there is no slot for it
+        if context:
+            client = context.wrap_socket(client, server_hostname="localhost")
+        client.sendall(request)
+    return client
 
 
 def close_all(clients: Sequence[socket.socket], half: bool = False) -> None:
@@ -364,21 +388,24 @@ def read_statuses(clients: Sequence[socket.socket], seconds: float) -> list[int]
 
     The connections are closed.
     """
+    return as_attacker(lambda: collect_statuses(clients, time.monotonic() + seconds))
+
+
+def collect_statuses(clients: Sequence[socket.socket], end: float) -> list[int]:
+    """Read from all connections until they have ended, or the time is over; close them."""
     statuses: list[int] = []
     firsts: dict[int, bytes] = {}
-    end = time.monotonic() + seconds
     with selectors.DefaultSelector() as selector:
         for client in clients:
             client.setblocking(False)
             selector.register(client, selectors.EVENT_READ)
         while selector.get_map() and time.monotonic() < end:
             for key, _ in selector.select(0.1):
-                client = key.fileobj  # type: ignore[assignment]
-                piece = receive(client)
+                piece = receive(cast(socket.socket, key.fileobj))
                 if piece:
                     firsts[key.fd] = (firsts.get(key.fd, b"") + piece)[:12]
                 elif piece is not None:
-                    selector.unregister(client)
+                    selector.unregister(key.fileobj)
                     first = firsts.get(key.fd, b"")
                     statuses.append(int(first[9:12]) if len(first) == 12 else 0)
     close_all(clients)
@@ -397,21 +424,7 @@ def receive(client: socket.socket) -> bytes | None:
 
 def ask_many(port: int, request: bytes, count: int, seconds: float) -> list[int]:
     """Send a request on each of several connections at once; return the statuses that came."""
-
-    def work() -> list[int]:
-        return read_statuses(open_clients(port, request, count), seconds)
-
-    with ThreadPoolExecutor(1, initializer=lower_priority) as pool:
-        return pool.submit(work).result()
-
-
-def lower_priority() -> None:
-    """Take processor time from this thread in favour of expexp and its honest scraper.
-
-    A hostile client has a machine of its own. Here it must not take the time that the measured
-    ones need.
-    """
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    return read_statuses(open_clients(port, request, count), seconds)
 
 
 def ask(
