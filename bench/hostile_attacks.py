@@ -396,13 +396,13 @@ def attack_stay_all(bench: Bench) -> list[Figure]:
 
 def read_hung_file(bench: Bench, path: Path, hang: Hang | None) -> list[Figure]:
     """Scrape a file that hangs 2,000 times; release it; let it hang again, and send TERM."""
-    module = {"method": "file", "timeout": "1s", "file": {"path": str(path)}}
+    module = {"method": "file", "timeout": "3s", "file": {"path": str(path)}}
     request = request_bytes(VICTIM)
     with serving(bench, {"victim": module}, wrapper=hang.wrapper if hang else ()) as service:
         statuses: list[int] = []
         with scraping(service) as scraper, hanging(hang):
             for _ in range(4):
-                statuses += ask_many(service.port, request, CLIENTS, 4)
+                statuses += ask_many(service.port, request, CLIENTS, 5)
             pages = pages_answered(service)
             samples = scraper.samples()
             threads = usage_of(service.pid).threads - service.before.threads
