@@ -17,6 +17,9 @@ It needs Python 3.9 or later, and expexp.py beside it or in the folder above. Pr
 are those of expexp's readers. This file adds the rules of the text format 0.0.4 and of OpenMetrics
 1.0 that Prometheus does not enforce. In protobuf there are none.
 
+The default collector of client_golang breaks a rule of OpenMetrics: its gauge and its counter of
+allocated bytes are two families of one name there. They are found as a second HELP and TYPE.
+
 Contents:
   1  Reading lines
   2  Reading families
@@ -201,7 +204,7 @@ def read_strictly(source: Source, pos: int) -> Reading:
 
 #: A family with more samples is not judged. What the checks need takes 500 bytes a sample.
 MAX_JUDGED_SAMPLES: Final = 100_000
-MAX_FINDINGS: Final = 100  # nobody reads more, and each one is searched for its line
+MAX_FINDINGS: Final = 100  # a reader needs no more, and to find the line of each takes time
 
 #: The suffixes of the samples of a type, by whether it is OpenMetrics. Other types have none.
 SUFFIXES: Final[dict[tuple[bool, bytes], tuple[bytes, ...]]] = {
