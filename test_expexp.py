@@ -2139,6 +2139,7 @@ FILLERS = "_0a\\"
 #: How many bytes an expression sees at once, where that is not a window of the verifier.
 SEEN = {
     "LABELS": 8_192,
+    "CHUNK_SIZE": expexp.CHUNK_LINE_BYTES,
     # 43 ns a byte where a header does not end; of a target's head of 256 KiB, 11 ms
     "STRICT_HEADER": 32_768,
     "TOLERANT_HEADER": 32_768,
@@ -12347,7 +12348,7 @@ HOSTILE_LINES = {
     ),
     "too many labels": (
         b"a{" + b'b="",' * 10_001 + b"} 1\n",
-        "line 1, column 50003: expected at most 10000 labels",
+        "line 1, column 50003: expected at most 10000 labels of 1 MiB in all",
     ),
 }
 
