@@ -4887,7 +4887,7 @@ def http_date(second: int) -> str:
 
 Address = tuple[str, int]
 THREAD_ATTEMPTS: Final = 4  # for a connection, with a pause after each
-EVICTED_TOGETHER: Final = 16  # idle connections, for lack of threads or descriptors
+EVICTED_TOGETHER: Final = 16  # one at a time, a scrape behind 300 idle clients waits for 15 s
 
 
 class Watchdog:
@@ -4968,18 +4968,14 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def _make_room(self) -> None:
-        """Evict the oldest idle connections, and wait until their threads have ended.
-
-        One at a time would leave the scrape behind 300 idle clients waiting for 15 s.
-        """
+        """Evict the oldest idle connections. Wait until their threads have ended."""
         for _ in range(EVICTED_TOGETHER):
             self.connections.evict()
         time.sleep(self.limits.accept_pause_seconds)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
-        is_served = self.connections.admit(request) and self._start_thread(request, client_address)
-        if not is_served:
+        if not (self.connections.admit(request) and self._start_thread(request, client_address)):
             self.shutdown_request(request)
 
     def _start_thread(self, request: Any, client_address: Any) -> bool:
@@ -5033,10 +5029,7 @@ class LogFormatter(logging.Formatter):
         self._most = most_bytes
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, with control characters escaped.
-
-        A message that is too long loses its middle, because a trace ends in its reason.
-        """
+        """Return the line. A message that is too long loses its middle: a trace ends in why."""
         message = super().format(record)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         level = record.levelname.lower()
@@ -5110,6 +5103,11 @@ def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
+def log_thread_error(ended: Any) -> None:
+    """Log the error that ends a thread. By default Python waits for stderr to take its trace."""
+    LOGGER.error("unexpected error in a thread", exc_info=ended.exc_value)
+
+
 def tell(text: str) -> None:
     """Write to stderr, if there is one."""
     with contextlib.suppress(AttributeError, OSError):
@@ -5117,10 +5115,7 @@ def tell(text: str) -> None:
 
 
 def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
-    """Raise the soft limit of file descriptors. Return the limits with connections that fit. IO.
-
-    Return also the former soft limit, 0 if it was not raised.
-    """
+    """Raise the soft limit of descriptors. Return limits that fit, and the former one or 0. IO."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = limits.file_descriptors
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
@@ -5251,7 +5246,8 @@ class Program:
         while True:
             try:
                 is_wanted = self._is_reload_wanted.wait(seconds)
-                self._is_reload_wanted.clear()
+                if is_wanted:  # otherwise a signal of just now would be lost
+                    self._is_reload_wanted.clear()
                 former = found
                 found = self.config.look()
                 is_changed = found != self.config.seen or self.config.is_late()
@@ -5357,6 +5353,8 @@ def perform(options: Options, limits: Limits) -> int:
         # Without a stderr, descriptor 2 may become that of a client.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
         set_up_logging(writer, options, limits)
+        threading.excepthook = log_thread_error
+        sys.unraisablehook = log_thread_error  # for those that `threading` does not know
         program.run()
         writer.stop()
     else:

@@ -16465,6 +16465,32 @@ def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
             assert len(line.encode("utf-8", "replace")) > 4095 * 3 // 4
 
 
+def faulty_threads(folder: Path) -> Path:
+    """An expexp in which an error ends the thread of each connection."""
+    source = folder / "faulty_threads.py"
+    source.write_text(
+        f"""\
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+import expexp
+expexp.Server.handle_error = lambda *_: {{}}["connection"]
+expexp.ClientConnection.setup = lambda *_: {{}}["setup"]
+sys.exit(expexp.main())
+"""
+    )
+    return source
+
+
+def test_an_error_that_ends_a_thread_is_a_line_of_the_log(tmp_path: Path) -> None:
+    source = faulty_threads(tmp_path)
+    with program(tmp_path, {}, source=source) as (process, port), connect(port) as client:
+        assert client.recv(1) == b""
+        log = rest_of_log(process)
+    (line,) = [line for line in log if "Traceback" in line]
+    assert line.startswith("unexpected error in a thread\nTraceback ")
+    assert line.endswith("KeyError: 'connection'")
+
+
 def cpu_seconds(process_id: int) -> float:
     """The processor time that a process has taken."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
@@ -16915,6 +16941,32 @@ def test_what_failed_is_tried_again_after_a_while_though_no_file_has_changed(
             own.config._again = 0.0
             with pytest.raises(LookupError, match="reloaded"):
                 reloaded.result(5)
+
+
+def test_a_signal_that_comes_when_the_wait_for_it_is_just_over_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(threading.Event):
+        """An event that is set just after the first wait for it was in vain."""
+
+        is_late = True
+
+        def wait(self, timeout: float | None = None) -> bool:
+            if self.is_late:
+                self.is_late = False
+                self.set()
+                return False
+            return super().wait(timeout)
+
+    put(str(tmp_path), c__yaml="modules: {}")
+    flags = [f"-config={tmp_path}/c.yaml", "-config.auto-reload-interval=1h"]
+    own = expexp.Program(expexp.parse_flags(flags), FAST)
+    monkeypatch.setattr(own, "_is_reload_wanted", Late())
+    monkeypatch.setattr(own.application, "reload", raising(LookupError("reloaded")))
+    with ThreadPoolExecutor() as pool:
+        reloaded = pool.submit(own._keep_reloading)
+        with pytest.raises(LookupError, match="reloaded"):
+            reloaded.result(5)
 
 
 def test_by_itself_it_takes_a_folder_that_was_skipped_and_comes(
