@@ -16216,10 +16216,13 @@ def shell(line: str) -> list[str]:
 # --- the log: a stderr that is slow, full or not there
 
 
+F_SETPIPE_SZ: Final = 1031  # Python names it from 3.10 on
+
+
 def unread_pipe() -> tuple[int, int]:
     """The ends of a small pipe: ours, and the one to write to."""
     ours, theirs = os.pipe()
-    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    fcntl.fcntl(theirs, F_SETPIPE_SZ, 4096)
     return ours, theirs
 
 
@@ -16484,11 +16487,16 @@ sys.exit(expexp.main())
 def test_an_error_that_ends_a_thread_is_a_line_of_the_log(tmp_path: Path) -> None:
     source = faulty_threads(tmp_path)
     with program(tmp_path, {}, source=source) as (process, port), connect(port) as client:
+        log = Log(process)
         assert client.recv(1) == b""
-        log = rest_of_log(process)
-    (line,) = [line for line in log if "Traceback" in line]
-    assert line.startswith("unexpected error in a thread\nTraceback ")
-    assert line.endswith("KeyError: 'connection'")
+        wait_until(lambda: log.count("Traceback"))
+        process.terminate()
+        assert process.wait(5) == 0
+        log.end()
+    (line,) = [line for line in log.lines if "Traceback" in line]
+    message = json.loads(line.partition(" msg=")[2])
+    assert message.startswith("unexpected error in a thread\nTraceback ")
+    assert message.endswith("KeyError: 'connection'")
 
 
 def cpu_seconds(process_id: int) -> float:
@@ -16981,11 +16989,15 @@ def test_no_number_of_signals_hides_the_one_to_stop(tmp_path: Path) -> None:
     write_modules(tmp_path / "expexp.yaml", {f"m{n}": exec_module("true") for n in range(50)})
     with process("-log.level=info", "-web.listen-address", LOCAL, folder=tmp_path) as own:
         started(own)
+        log = Log(own)
         for _ in range(2000):
             own.send_signal(signal.SIGHUP)
-        log = rest_of_log(own)  # ended by SIGTERM, with 0 and in time
-    assert 1 <= len([line for line in log if line.startswith("read again: ")]) < 1000
-    assert not [line for line in log if "wakeup" in line or "Traceback" in line]
+        wait_until(lambda: log.count("read again: "))
+        own.send_signal(signal.SIGTERM)
+        assert own.wait(5) == 0
+        log.end()
+    assert 1 <= log.count("read again: ") < 1000
+    assert log.count("wakeup") == log.count("Traceback") == 0
 
 
 def test_by_itself_it_takes_no_file_that_still_changes(tmp_path: Path) -> None:
