@@ -13995,12 +13995,17 @@ def test_a_client_is_served_once_there_is_a_thread_again_and_the_oldest_idle_one
 def test_without_any_thread_a_client_is_closed_and_counted_and_its_slot_freed(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with running({}, limits=fast_limits(connections=1)) as served:
-        with monkeypatch.context() as patched:
+    records: list[logging.LogRecord] = []
+    limits = fast_limits(connections=1, accept_pause_seconds=0.01)
+    with running({}, limits=limits) as served:
+        with monkeypatch.context() as patched, socket_recording(records), taking(3 * 0.04, 0.9):
             patched.setattr(_thread, "start_new_thread", raising(error))
-            with connect(served.port) as client, taking(4 * FAST.accept_pause_seconds, 2):
-                assert client.recv(1) == b""
-        assert served.metric("expexp_rejected_connections_total") == 1
+            for _ in range(3):
+                with connect(served.port) as client:
+                    assert client.recv(1) == b""
+        assert served.metric("expexp_rejected_connections_total") == 3
+    (warning,) = [record for record in records if record.levelno == logging.WARNING]
+    assert warning.getMessage() == "connections are closed: no thread can be started for them"
 
 
 @pytest.mark.filterwarnings("ignore:unclosed <socket")  # evicted, it is closed by nobody else
@@ -20902,6 +20907,20 @@ def test_systemd_starts_expexp_again_when_it_is_killed(service: Systemd) -> None
     assert service.systemctl("start") == 0
     (pid,) = service.processes()
     os.kill(int(pid), signal.SIGKILL)
+    again = {**RUNNING, "NRestarts": "1"}
+    wait_until(lambda: service.show(*again) == again, 10)
+    assert service.get("/proxy?module=m") == (200, "m 1\n")
+
+
+@pytest.mark.peer
+def test_systemd_starts_expexp_again_when_it_hangs_and_not_before(service: Systemd) -> None:
+    service.override("RestartSec=100ms", "WatchdogSec=1s", "TimeoutAbortSec=1s")
+    assert service.systemctl("start") == 0
+    (pid,) = service.processes()
+    end = time.monotonic() + 3
+    wait_until(lambda: time.monotonic() > end)
+    assert service.show(*RUNNING, "NRestarts") == {**RUNNING, "NRestarts": "0"}
+    os.kill(int(pid), signal.SIGSTOP)
     again = {**RUNNING, "NRestarts": "1"}
     wait_until(lambda: service.show(*again) == again, 10)
     assert service.get("/proxy?module=m") == (200, "m 1\n")
