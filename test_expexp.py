@@ -16327,7 +16327,9 @@ def without_stderr(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]
     port = closed_port()
     flags = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "debug"]
     process = subprocess.Popen(
-        [*shell("exec 2>&-"), sys.executable, str(SOURCE), *flags], cwd=folder
+        # Without stdin the next descriptors are 0 and 2: one that is used here would be written to.
+        [*shell("exec 0<&- 2>&-"), sys.executable, str(SOURCE), *flags],
+        cwd=folder,
     )
     try:
         wait_until(lambda: is_served(port))
