@@ -16522,20 +16522,27 @@ def few_descriptors(
         yield process, port
 
 
+def take_descriptors(process: subprocess.Popen[str]) -> None:
+    """Leave no descriptor to a process beyond those that it has open."""
+    taken = set(map(int, os.listdir(f"/proc/{process.pid}/fd")))
+    lowest_free = next(number for number in itertools.count() if number not in taken)
+    hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (lowest_free, hard))
+
+
 def test_without_file_descriptors_it_waits_and_recovers(tmp_path: Path) -> None:
-    go_on = threading.Event()
-
-    def answer(connection: socket.socket, _head: bytes) -> None:
-        go_on.wait(20)
-        connection.sendall(ok(EXPOSITION))
-
-    with target(answer) as slow, contextlib.ExitStack() as stack:
-        modules = {"m": exec_module("echo a 1"), "slow": http_module(slow) | {"cache": "1m"}}
-        process, port = stack.enter_context(few_descriptors(tmp_path, modules))
-        for _ in range(45):
-            scrape = b"GET /proxy?module=slow HTTP/1.0\r\n\r\n"
-            stack.enter_context(connect(port)).sendall(scrape)
-        wait_until(lambda: footprint(process.pid).descriptors == 40)
+    os.mkfifo(tmp_path / "fifo")
+    modules = {"m": exec_module("echo a 1"), "slow": file_module(tmp_path / "fifo")}
+    with contextlib.ExitStack() as stack:
+        process, port = stack.enter_context(program(tmp_path, modules))
+        limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        before_clients = footprint(process.pid).descriptors
+        for _ in range(20):
+            begin_scrape(stack.enter_context(connect(port)), "slow")
+        wait_until(lambda: own_metric(port, "expexp_http_requests_in_flight") == 21)
+        # One for each client, and one for the FIFO. None for the client that asked for the metrics.
+        wait_until(lambda: footprint(process.pid).descriptors == before_clients + 21)
+        take_descriptors(process)
         waiting = stack.enter_context(connect(port))
         waiting.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
         waiting.settimeout(0.2)
@@ -16543,7 +16550,7 @@ def test_without_file_descriptors_it_waits_and_recovers(tmp_path: Path) -> None:
         with pytest.raises(socket.timeout):
             waiting.recv(1)
         assert cpu_seconds(process.pid) - before <= 0.08
-        go_on.set()
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         waiting.settimeout(5)
         assert read_all(waiting).endswith(HEALTHY)
         assert fetch(port, "/proxy?module=m").body == b"a 1\n"
