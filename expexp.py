@@ -169,9 +169,8 @@ class Limits:
     rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
     retry_seconds: float = limit(300, "until files that were not usable are read again as they are")
     bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
-    bcrypt_threads: int = limit(2, "passwords hashed at once: unknown ones must not take all cores")
-    bcrypt_waiting: int = limit(16, "requests that hash or wait for that: others need the slots")
-    bcrypt_seconds: float = limit(5, "to wait for that, then the answer is 503")
+    bcrypt_waiting: int = limit(48, "requests that wait to hash a password: others need the slots")
+    bcrypt_seconds: float = limit(60, "for that wait: as many of the costliest hashes fit")
     certmatch_processes: int = limit(
         2, "that match such names at once: they must not take all cores"
     )
@@ -2435,51 +2434,93 @@ def load_bcrypt() -> Any:
 
 
 def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
-    """The password's bcrypt hash with cost and salt of a stored one. Takes as long as that says."""
+    """Return the password's bcrypt hash with cost and salt of a stored one. Its cost takes time."""
     buffer = ctypes.create_string_buffer(32768)  # one a call: crypt() has one for all threads
     return cast("bytes | None", crypt_rn(password, stored.encode(), buffer, len(buffer)))
 
 
-class Users:
-    """The users of a web configuration; remembers of each the password that was right."""
+class PasswordChecks:
+    """What all checks of passwords share, also over a reload: proofs, and the turn to hash.
 
-    def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any) -> None:
+    One request hashes at a time. Requests with a known user name go before the others. Each kind
+    goes in its order of arrival.
+    """
+
+    def __init__(self) -> None:
+        self.key = os.urandom(32)
+        self.proved: dict[str, bytes] = {}  # keyed hashes by user: no password is kept
+        self._changed = threading.Condition()
+        self._line: list[tuple[bool, float, int]] = []  # the first request hashes
+
+    @contextlib.contextmanager
+    def turn(self, is_known: bool) -> Iterator[None]:
+        """Wait for the turn to hash, and end it on exit.
+
+        If too many requests wait, the last one gets RequestError(503). So does a request that waits
+        too long.
+        """
+        own = (not is_known, time.monotonic(), threading.get_ident())
+        try:
+            with self._changed:
+                self._line[1:] = sorted([*self._line[1:], own])
+                if len(self._line) > Limits.bcrypt_waiting + 1 and self._line.pop() != own:
+                    self._changed.notify_all()
+                self._changed.wait_for(lambda: own not in self._line[1:], Limits.bcrypt_seconds)
+                if own not in self._line[:1]:
+                    raise RequestError(503, "too many passwords are being checked, try again later")
+            yield
+        finally:
+            with self._changed:
+                if own in self._line:
+                    self._line.remove(own)
+                    self._changed.notify_all()
+
+
+class Users:
+    """The users of a web configuration."""
+
+    def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any, checks: PasswordChecks) -> None:
         self._hashes = {name: secret.reveal() for name, secret in hashes.items()}
-        self._crypt_rn, self._key = crypt_rn, os.urandom(32)
-        self._proved: dict[str, bytes] = {}  # keyed hashes: no password is kept
-        self._slots = threading.BoundedSemaphore(Limits.bcrypt_threads)
-        self._queue = threading.BoundedSemaphore(Limits.bcrypt_waiting)
-        # Unknown names cost as much as the costliest known one: time must not tell them apart.
+        self._crypt_rn = crypt_rn
+        self.checks = checks
+        # An unknown name costs as much as the costliest user: time must not tell them apart.
         self._stranger = max(self._hashes.values(), key=lambda text: text[4:6], default="")
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return how many there are."""
         return len(self._hashes)
 
     def prove(self, given: str) -> bool:
-        """Whether base64 of `user:password` is right; bcrypt is asked once for a right pair."""
+        """Return whether base64 of `user:password` is right. A right pair is hashed once.
+
+        Raises RequestError(503) if too many passwords wait to be hashed.
+        """
         try:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
             return False
         raw_name, colon, password = pair.partition(b":")
-        name, proof = raw_name.decode("utf-8", "replace"), hmac.digest(self._key, pair, "sha256")
-        if hmac.compare_digest(self._proved.get(name, b""), proof):
-            return True
+        name = raw_name.decode("utf-8", "replace")
         stored = self._hashes.get(name, self._stranger)
-        with contextlib.ExitStack() as slot:
-            for slots, seconds in ((self._queue, 0), (self._slots, Limits.bcrypt_seconds)):
-                if not slots.acquire(timeout=seconds):
-                    message = "too many passwords are being checked, try again later"
-                    raise RequestError(503, message)
-                slot.callback(slots.release)
-            hashed = hash_password(self._crypt_rn, password, stored)
-        # A NUL would end the password for bcrypt.
-        right = hmac.compare_digest(hashed or b"", stored.encode()) and b"\0" not in password
-        if right and colon and name in self._hashes:
-            self._proved[name] = proof
+        # The proof is void when the stored hash has changed.
+        proof = hmac.digest(self.checks.key, stored.encode() + pair, "sha256")
+        if self._is_proved(name, proof):
             return True
+        with self.checks.turn(name in self._hashes):
+            if self._is_proved(name, proof):  # by a request that waited beside this one
+                return True
+            hashed = hash_password(self._crypt_rn, password, stored) or b""
+            # A NUL would end the password for bcrypt.
+            is_right = hmac.compare_digest(hashed, stored.encode()) and b"\0" not in password
+            if is_right and colon and name in self._hashes:
+                self.checks.proved[name] = proof
+                return True
         return False
+
+    def _is_proved(self, name: str, proof: bytes) -> bool:
+        """Return whether this proof is the one of a known user's right password."""
+        proved = self.checks.proved.get(name, b"")
+        return name in self._hashes and hmac.compare_digest(proved, proof)
 
 
 SEARCH_NAMES: Final = (
@@ -2675,7 +2716,8 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
     if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
         reader.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
     served = load_server_tls(path, tls, reader) if tls else None
-    credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn), served)
+    checks = former.users.checks if former else PasswordChecks()
+    credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn, checks), served)
     # A file that is just being written, or gone by mistake, must not open the door.
     for what, demanded in former.demands.items() if former and not reader.problems else ():
         if demanded and not credentials.demands[what]:

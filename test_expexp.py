@@ -11436,96 +11436,208 @@ def test_a_password_that_was_right_is_not_hashed_again(hashed: Hashed, tmp_path:
     assert [password for password, _ in hashed[2:]] == [b"wrong", b"wrong", b"right"]
 
 
-def test_strangers_keep_at_most_two_cores_busy_and_nobody_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class SlowHashing:
+    """Hashing that waits for leave. `begun` lists the passwords in the order of their turns."""
+
+    def __init__(self) -> None:
+        self.begun: list[bytes] = []
+        self._leave = threading.Semaphore(0)
+        self._hash_password = expexp.hash_password
+
+    def __call__(self, library: object, password: bytes, stored: str) -> bytes | None:
+        if password:  # without one it is the trial at the start
+            self.begun.append(password)
+            assert self._leave.acquire(timeout=10)
+        return self._hash_password(library, password, stored)
+
+    def finish(self, count: int = 1) -> None:
+        """Let this many hashes end, now or when they begin."""
+        for _ in range(count):
+            self._leave.release()
+
+    def has_begun(self, count: int) -> None:
+        """Wait until this many hashes have begun."""
+        wait_until(lambda: len(self.begun) >= count)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowHashing]:
+    """Hashes that end when a test says so, or at its end."""
+    hashing = SlowHashing()
+    monkeypatch.setattr(expexp, "hash_password", hashing)
+    yield hashing
+    hashing.finish(100)
+
+
+class Logins:
+    """Requests with a password, each in a thread of its own, which begin one after the other."""
+
+    def __init__(self, app: expexp.Application, pool: ThreadPoolExecutor) -> None:
+        self._app, self._pool = app, pool
+
+    def line(self) -> int:
+        """How many requests wait for their turn to hash, or hash."""
+        return len(self._app.credentials.value.users.checks._line)
+
+    def begin(self, pair: str, waiting: int = 1) -> Future[Reply]:
+        """Send a request, and wait until this many more than before wait or hash."""
+        before = self.line()
+        sent = self._pool.submit(ask, self._app, "/", login(pair))
+        wait_until(lambda: self.line() == before + waiting or sent.done())
+        return sent
+
+
+@pytest.fixture
+def logins(tmp_path: Path, slow: SlowHashing) -> Iterator[Logins]:
+    """Requests to an application with the users u and v, whose passwords are "right"."""
+    app = application({}, write_users(tmp_path / "w.json", u="right", v="right"))
+    with ThreadPoolExecutor(20) as pool:
+        yield Logins(app, pool)
+        slow.finish(100)
+
+
+BUSY = "too many passwords are being checked, try again later\n"
+
+
+def test_one_password_is_hashed_at_a_time_and_proved_ones_do_not_wait(
+    logins: Logins, slow: SlowHashing
 ) -> None:
-    app = application({}, write_users(tmp_path / "w.json", u="right"))
+    slow.finish()
+    assert logins.begin("v:right").result().status == 200
+    strangers = [logins.begin(f"u:{number}") for number in range(3)]
+    strangers += [logins.begin(f"nobody:{number}") for number in range(3)]
+    assert slow.begun == [b"right", b"0"]
+    assert ask(logins._app, "/", login("v:right")).status == 200
+    for ended in range(6):
+        slow.has_begun(2 + ended)
+        assert sum(stranger.done() for stranger in strangers) <= ended
+        assert len(slow.begun) == 2 + ended
+        slow.finish()
+    assert [stranger.result().status for stranger in strangers] == [401] * 6
+    assert logins.line() == 0
+
+
+def test_known_names_go_first_and_each_kind_in_the_order_of_arrival(
+    logins: Logins, slow: SlowHashing
+) -> None:
+    pairs = ["x:1", "x:2", "u:3", "y:4", "v:5", "u:6", "z:7"]
+    sent = [logins.begin(pair) for pair in pairs]
+    slow.finish(len(pairs))
+    assert [one.result().status for one in sent] == [401] * 7
+    assert slow.begun == [b"1", b"3", b"5", b"6", b"2", b"4", b"7"]
+
+
+def test_a_right_password_that_waits_beside_itself_is_hashed_once(
+    logins: Logins, slow: SlowHashing
+) -> None:
+    sent = [logins.begin("u:right") for _ in range(5)]
+    slow.finish()
+    assert [one.result().status for one in sent] == [200] * 5
+    assert slow.begun == [b"right"]
+
+
+def test_if_too_many_passwords_wait_the_last_unknown_name_is_refused(
+    logins: Logins, slow: SlowHashing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(expexp.Limits, "bcrypt_waiting", 3)
+    accepted = [logins.begin(pair) for pair in ("x:1", "x:2", "u:3", "x:4")]
+    assert logins.begin("x:5").result().text == BUSY  # itself the last
+    known = [logins.begin("u:6", waiting=0)]
+    assert accepted.pop().result().text == BUSY
+    known.append(logins.begin("v:7", waiting=0))
+    assert accepted.pop(1).result().text == BUSY
+    refused = logins.begin("v:8").result()  # only known names wait
+    assert (refused.status, refused.text) == (503, BUSY)
+    slow.finish(4)
+    assert [one.result().status for one in accepted + known] == [401] * 4
+    assert slow.begun == [b"1", b"3", b"6", b"7"]
+    slow.finish()
+    assert logins.begin("v:right").result().status == 200  # the places are free again
+
+
+def test_a_request_that_waits_too_long_for_its_turn_is_refused(
+    logins: Logins, slow: SlowHashing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = logins.begin("x:1")
+    monkeypatch.setattr(expexp.Limits, "bcrypt_seconds", 0.2)
+    with taking(0.2, 4):
+        reply = ask(logins._app, "/", login("u:right"))
+    assert (reply.status, reply.text) == (503, BUSY)
+    slow.finish(2)
+    assert first.result().status == 401
+    assert ask(logins._app, "/", login("u:right")).status == 200
+    assert slow.begun == [b"1", b"right"]
+
+
+def test_a_password_is_proved_even_if_its_client_has_given_up(
+    tmp_path: Path, slow: SlowHashing
+) -> None:
+    with running({}, write_users(tmp_path / "w.json", u="right")) as served:
+        with connect(served.port) as client:
+            header = f"Authorization: {basic('u:right')}"
+            client.sendall(f"GET / HTTP/1.0\r\n{header}\r\n\r\n".encode())
+            slow.has_begun(1)
+        slow.finish()
+        assert served.get("/", login("u:right")).status == 200
+    assert slow.begun == [b"right"]
+
+
+@pytest.mark.parametrize("kind", ["unknown", "own"])
+def test_a_right_password_gets_in_while_40_clients_send_wrong_ones_with(
+    kind: str, tmp_path: Path
+) -> None:
+    hashed = bcrypt(b"right", cost=8)
+    path = secret_file(tmp_path / "w.yaml", with_users(*(f"u{n}: {hashed}" for n in range(4))))
+    over = threading.Event()
+
+    def keep_asking(served: Running, number: int) -> set[int]:
+        found = set()
+        while not over.is_set():
+            name = f"nobody{number}" if kind == "unknown" else "u0"
+            found.add(served.get("/", login(f"{name}:{number}")).status)
+        return found
+
+    with running({}, f"-web.config.file={path}") as served, ThreadPoolExecutor(40) as pool:
+        attackers = [pool.submit(keep_asking, served, number) for number in range(40)]
+        checks = served.program.application.credentials.value.users.checks
+        try:
+            wait_until(lambda: len(checks._line) == 40)
+            for number in range(4 if kind == "unknown" else 1):
+                assert served.get("/", login(f"u{number}:right")).status == 200
+        finally:
+            over.set()
+        assert [attacker.result() for attacker in attackers] == [{401}] * 40
+        assert checks._line == []
+
+
+def test_what_is_proved_stays_proved_over_a_reload_where_the_hash_has_not_changed(
+    hashed: Hashed, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.json"
+    app = application({}, write_users(path, u="right", v="old"))
+    for pair in ("u:right", "v:old"):
+        assert ask(app, "/", login(pair)).status == 200
+    write_users(path, w="other", u="right", v="new")
+    assert app.credentials.reload() == []
+    hashed.clear()
     assert ask(app, "/", login("u:right")).status == 200
-    busy, release = threading.Semaphore(0), threading.Event()
-    active, counts = set[int](), list[int]()
-
-    def hash_slowly(*_: object) -> None:
-        active.add(threading.get_ident())
-        counts.append(len(active))
-        busy.release()
-        assert release.wait(5)
-        active.discard(threading.get_ident())
-
-    monkeypatch.setattr(expexp, "hash_password", hash_slowly)
-    with ThreadPoolExecutor(6) as pool:
-        strangers = [pool.submit(ask, app, "/", login(f"u:{n}")) for n in range(6)]
-        assert busy.acquire(timeout=5)
-        assert busy.acquire(timeout=5)
-        assert ask(app, "/", login("u:right")).status == 200
-        release.set()
-        assert [stranger.result().status for stranger in strangers] == [401] * 6
-    assert (len(counts), max(counts)) == (6, 2)
+    assert hashed == []
+    assert ask(app, "/", login("v:old")).status == 401
+    assert ask(app, "/", login("v:new")).status == 200
+    assert [password for password, _ in hashed] == [b"old", b"new"]
 
 
-def test_who_waits_too_long_for_bcrypt_is_told_so_and_who_is_remembered_does_not_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_user_who_is_gone_does_not_get_in_by_a_proof_or_by_the_hash_of_another(
+    tmp_path: Path,
 ) -> None:
-    busy, release = threading.Semaphore(0), threading.Event()
-    hash_password = expexp.hash_password
-
-    def hash_slowly(*asked: Any) -> bytes | None:
-        busy.release()
-        release.wait(5)
-        return hash_password(*asked)
-
-    with (
-        running({}, write_users(tmp_path / "w.json", u="right", v="other")) as served,
-        ThreadPoolExecutor(2) as pool,
-    ):
-        assert served.get("/", login("u:right")).status == 200
-        monkeypatch.setattr(expexp, "hash_password", hash_slowly)
-        monkeypatch.setattr(expexp.Limits, "bcrypt_seconds", 0.2)
-        strangers = [pool.submit(served.get, "/", login(f"u:{n}")) for n in range(2)]
-        try:
-            assert all(busy.acquire(timeout=5) for _ in strangers)
-            with taking(0.2, 4):  # the strangers are not done before 5
-                answer = served.get("/", login("v:other"))
-            assert (answer.status, answer.text) == (
-                503,
-                "too many passwords are being checked, try again later\n",
-            )
-            assert served.get("/", login("u:right")).status == 200
-        finally:
-            release.set()
-        assert [stranger.result().status for stranger in strangers] == [401] * 2
-        assert served.get("/", login("v:other")).status == 200  # the slots are free again
-
-
-def test_a_flood_of_wrong_passwords_is_refused_at_once_but_for_a_few(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release, hash_password = threading.Event(), expexp.hash_password
-
-    def hash_slowly(*asked: Any) -> bytes | None:
-        release.wait(10)
-        return hash_password(*asked)
-
-    monkeypatch.setattr(expexp.Limits, "bcrypt_waiting", 4)  # also those that are hashed
-    with (
-        running({}, write_users(tmp_path / "w.json", u="right", v="other")) as served,
-        ThreadPoolExecutor(12) as pool,
-    ):
-        assert served.get("/", login("u:right")).status == 200
-        monkeypatch.setattr(expexp, "hash_password", hash_slowly)
-        strangers = [pool.submit(served.get, "/", login(f"u:{n}")) for n in range(12)]
-        try:
-            with taking(0, 4):  # a turn is waited for until 5
-                ended = concurrent.futures.as_completed(strangers, timeout=4)
-                refused = [next(ended).result() for _ in range(8)]
-                assert {(answer.status, answer.text) for answer in refused} == {
-                    (503, "too many passwords are being checked, try again later\n")
-                }
-                assert served.get("/", login("u:right")).status == 200
-        finally:
-            release.set()
-        found = sorted(stranger.result().status for stranger in strangers)
-        assert found == [401] * 4 + [503] * 8
-        assert served.get("/", login("v:other")).status == 200  # the turns are free again
+    path = tmp_path / "w.json"
+    app = application({}, write_users(path, u="right", v="right"), limits=WATCHFUL)
+    assert ask(app, "/", login("u:right")).status == 200
+    write_users(path, v="right")
+    wait_until(lambda: ask(app, "/", login("u:right")).status == 401)
+    assert ask(app, "/", login("v:right")).status == 200
+    write_users(path, u="right", v="right")
+    wait_until(lambda: ask(app, "/", login("u:right")).status == 200)
 
 
 # --- rotation
@@ -11719,7 +11831,7 @@ def test_users_are_added_and_removed(
         assert ask(app, "/", login("b:q")).status == 200
         assert ask(app, "/", login("c:r")).status == 200
     right = [password for password, setting in hashed if password in (b"q", b"r")]
-    assert right == [b"q", b"r"]  # what was remembered is forgotten
+    assert right == [b"r"]  # b has the hash for which "q" is proved
     assert ask(app, "/", login("a:p")).status == 401
     assert caplog.messages == [NO_MODULES]
 
