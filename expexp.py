@@ -55,8 +55,10 @@ from __future__ import annotations
 
 import _thread
 import base64
+import bisect
 import calendar
 import codecs
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -200,6 +202,7 @@ class Limits:
     term_to_kill_seconds: float = limit(0.5, "for a command's group to end; off the request's path")
     drain_seconds: float = limit(10, "to finish requests at shutdown: below systemd's own limit")
     failure_reminder_seconds: float = limit(300, "between warnings of a module that keeps failing")
+    failure_pause_seconds: float = limit(10, "between warnings of a module, whatever happens to it")
 
     @property
     def module_requests(self) -> int:
@@ -2456,15 +2459,14 @@ class PasswordChecks:
     def turn(self, is_known: bool) -> Iterator[None]:
         """Wait for the turn to hash, and end it on exit.
 
-        If too many requests wait, the last one gets RequestError(503). So does a request that waits
-        too long.
+        If too many requests wait, the last one gets RequestError(503), when the present turn ends
+        at the latest. So does a request that waits too long.
         """
         own = (not is_known, time.monotonic(), threading.get_ident())
         try:
             with self._changed:
-                self._line[1:] = sorted([*self._line[1:], own])
-                if len(self._line) > Limits.bcrypt_waiting + 1 and self._line.pop() != own:
-                    self._changed.notify_all()
+                bisect.insort(self._line, own, 1)
+                del self._line[Limits.bcrypt_waiting + 1 :]
                 self._changed.wait_for(lambda: own not in self._line[1:], Limits.bcrypt_seconds)
                 if own not in self._line[:1]:
                     raise RequestError(503, "too many passwords are being checked, try again later")
@@ -2501,26 +2503,35 @@ class Users:
             return False
         raw_name, colon, password = pair.partition(b":")
         name = raw_name.decode("utf-8", "replace")
+        is_known = name in self._hashes
         stored = self._hashes.get(name, self._stranger)
         # The proof is void when the stored hash has changed.
         proof = hmac.digest(self.checks.key, stored.encode() + pair, "sha256")
-        if self._is_proved(name, proof):
-            return True
-        with self.checks.turn(name in self._hashes):
-            if self._is_proved(name, proof):  # by a request that waited beside this one
-                return True
-            hashed = hash_password(self._crypt_rn, password, stored) or b""
-            # A NUL would end the password for bcrypt.
-            is_right = hmac.compare_digest(hashed, stored.encode()) and b"\0" not in password
-            if is_right and colon and name in self._hashes:
-                self.checks.proved[name] = proof
-                return True
-        return False
 
-    def _is_proved(self, name: str, proof: bytes) -> bool:
-        """Return whether this proof is the one of a known user's right password."""
-        proved = self.checks.proved.get(name, b"")
-        return name in self._hashes and hmac.compare_digest(proved, proof)
+        def is_proved() -> bool:
+            """Return whether this proof is the one of a known user's right password."""
+            proved = self.checks.proved.get(name, b"")
+            return is_known and hmac.compare_digest(proved, proof)
+
+        if is_proved():
+            return True
+        with self.checks.turn(is_known):
+            if not is_proved():  # by a request that waited beside this one
+                hashed = hash_password(self._crypt_rn, password, stored) or b""
+                # A NUL would end the password for bcrypt.
+                is_right = hmac.compare_digest(hashed, stored.encode()) and b"\0" not in password
+                if is_right and colon and is_known:
+                    self.checks.proved[name] = proof
+                    return True
+        return is_proved()
+
+
+class HandshakeError(OSError):
+    """A client's certificate does not let it in. `fault` is one of HANDSHAKE_FAULTS."""
+
+    def __init__(self, fault: str, message: str) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 SEARCH_NAMES: Final = (
@@ -4209,37 +4220,55 @@ def exposition_response(text: str, accepted: str) -> Response:
 
 
 class FailureLog:
-    """Decides which failures and recoveries of modules are worth a line in the log."""
+    """Logs the failures and recoveries of one module, as warnings if they are news."""
 
-    def __init__(self, reminder_seconds: float, clock: Callable[[], float]) -> None:
-        self._reminder_seconds, self._clock = reminder_seconds, clock
-        self._last: dict[tuple[str, bool], tuple[str, float]] = {}
+    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
+        self._limits, self._clock = limits, clock
         self._lock = threading.Lock()
+        self._succeeded_at = clock()
+        self._logged = ""  # the reason in the last warning
+        self._logged_at = -math.inf
+        self._left_out = 0  # warnings since then
 
-    def is_news(self, module: str, reason: str) -> bool:
-        """Whether this outcome ("" is success) differs from the last one, or is a reminder.
+    def log(self, reason: str, text: str, hurried: bool = False) -> None:
+        """Log a failure, or a recovery if the reason is "". Without news this is at debug, or not.
 
-        A module that is busy is not ill: that has reminders of its own, and no recovery.
+        News is another reason, and a reminder of the same. A module that is busy is not ill: this
+        is a reminder, and there is no recovery from it. A client is hurried if its deadline is
+        shorter than the module's. This is news only if no scrape has succeeded for long.
         """
-        now, kind = self._clock(), (module, reason == "busy")
+        now, pause = self._clock(), self._limits.failure_reminder_seconds
         with self._lock:
-            last, since = self._last.get(kind, ("", now))
-            is_news = reason != last or (reason != "" and now - since >= self._reminder_seconds)
+            if not reason:
+                self._succeeded_at = now
+            age = now - self._logged_at
+            is_news = reason not in ("busy", self._logged) or (reason != "" and age >= pause)
+            is_news &= not hurried or now - self._succeeded_at >= pause
+            if is_news and age < self._limits.failure_pause_seconds:
+                self._left_out += 1
+                is_news = False
             if is_news:
-                self._last[kind] = (reason, now)
-            return is_news
+                text += f" ({self._left_out} more left out)" if self._left_out else ""
+                if reason != "busy":
+                    self._logged = reason
+                self._logged_at = now
+                self._left_out = 0
+        if is_news or reason:
+            LOGGER.log(logging.WARNING if is_news else logging.DEBUG, "%s", text)
 
 
 def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
     """The module that a query names, or the default one, and the query without its name."""
-    named = ((i, value) for i, (name, value) in enumerate(pairs) if name == b"module")
-    position, given = next(named, (len(pairs), b""))
+    given = next((value for name, value in pairs if name == b"module"), b"")
     name = given.decode("utf-8", "replace") or config.default_module
     if not name:
         raise ScrapeError("bad_arguments", "the parameter module is missing")
     if name not in config.modules:
         raise ScrapeError("unknown_module", f'unknown module "{excerpt(name)}"')
-    return config.modules[name], [*pairs[:position], *pairs[position + 1 :]]
+    rest = list(pairs)
+    if (b"module", given) in rest:
+        rest.remove((b"module", given))  # later ones are for the target
+    return config.modules[name], rest
 
 
 PARAMETER: Final = re.compile(rb"([A-Za-z][A-Za-z0-9_.-]*)=.*", re.DOTALL)
@@ -4352,13 +4381,14 @@ class Application:
         self._watched, self.credentials, self.options = config, credentials, options
         self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         self.reload = Reload(self._read_files, tools.limits.reload_seconds)
-        self._failures = FailureLog(tools.limits.failure_reminder_seconds, time.monotonic)
+        new_log = functools.partial(FailureLog, tools.limits, time.monotonic)
+        self._failures: dict[str, FailureLog] = collections.defaultdict(new_log)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
             "/-/reload": self._reload,
-            "/sd": self._discover,
+            "/sd": lambda request: list_targets(request, self.config.modules, options),
         }
         self._add_route("web.telemetry-path", self._telemetry)
         self._add_route("web.proxy-path", self._proxy)
@@ -4381,6 +4411,8 @@ class Application:
         self._tools.fifos.keep([each.target.path for each in modules if each.method == "file"])
         for module in modules:
             self.metrics.create_module(module.name, module.method)
+        for gone in set(self._failures) - set(self.config.modules):
+            del self._failures[gone]
 
     def _read_files(self) -> Sequence[Problem]:
         """Read all files again. Return the problems with those that are not used."""
@@ -4434,12 +4466,14 @@ class Application:
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
         module, pairs = None, parse_query(request.target.partition("?")[2])
+        hurried = False
         header, offset = request.header(TIMEOUT_FIELD), self.options["timeout-offset"]
         with contextlib.ExitStack() as cleanup:
             try:
                 module, pairs = choose_module(self.config, pairs)
                 check_arguments(module, pairs, self.limits)
                 seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+                hurried = seconds < (module.timeout or self.limits.scrape_seconds)
                 deadline = Deadline(seconds, time.monotonic, client=request.connection)
                 held = Held(self._tools.budget, self.limits)
                 cleanup.callback(held.release)
@@ -4450,18 +4484,18 @@ class Application:
                 body = self._noted_body(module, found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
-                response = self._failed(module, error)
+                response = self._failed(module, error, hurried)
             response.module = module.name if module else ""
             return response
 
-    def _failed(self, module: Module | None, error: ScrapeError) -> Response:
+    def _failed(self, module: Module | None, error: ScrapeError, hurried: bool) -> Response:
         """Return the answer for a scrape that failed, counted and logged."""
         who = f"module {excerpt(module.name)}: " if module else ""
         words = error.message
         if module and error.reason.name == "aborted":
             note_hang_up(self.metrics, module)
         else:
-            words = self._note(module, error)
+            words = self._note(module, error, hurried and error.reason.name == "timeout")
         return own_response(error.reason.status, who + words)
 
     def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
@@ -4476,8 +4510,8 @@ class Application:
 
     def _note_success(self, module: Module, status: int) -> None:
         """Log that a module has recovered, if it has."""
-        if status == OK and self._failures.is_news(module.name, ""):
-            LOGGER.warning("module %s: recovered", module.name)
+        if status == OK:
+            self._failures[module.name].log("", f"module {module.name}: recovered")
 
     def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
         """The body's pieces; a failure after the status was sent counts as aborted."""
@@ -4491,8 +4525,8 @@ class Application:
             raise
         self._note_success(module, result.status)
 
-    def _note(self, module: Module | None, error: ScrapeError) -> str:
-        """Count a failure, and log it if it is news. Returns what went wrong, and where."""
+    def _note(self, module: Module | None, error: ScrapeError, hurried: bool = False) -> str:
+        """Count a failure, and log it if it is news. Return what went wrong, and where."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
         self.metrics.fail(name, method, error.reason)
         reason, words = error.reason.name, error.message
@@ -4502,8 +4536,10 @@ class Application:
         place = f"module {name}" if module else "no module"
         text = ": ".join(filter(None, (place, reason, words, error.detail)))
         # What a client does wrong is no failure of the module, and must not fill the log.
-        news = error.reason.status not in range(400, 500) and self._failures.is_news(name, reason)
-        LOGGER.log(logging.WARNING if news else logging.DEBUG, "%s", text)
+        if error.reason.status in range(400, 500):
+            LOGGER.debug("%s", text)
+        else:
+            self._failures[name].log(reason, text, hurried)
         return words
 
     def _telemetry(self, request: Request) -> Response:
@@ -4524,39 +4560,35 @@ class Application:
         text = "\n".join(map(str, problems))
         return own_response(500 if problems else 200, text or "expexp has reloaded.")
 
-    def _discover(self, request: Request) -> Response:
-        """All modules as Prometheus's HTTP service discovery wants them."""
-        address = self.options["web.external-address"] or request.header("host")
-        if not is_host(address):
-            expected = "a header Host with a host and perhaps a port, or -web.external-address"
-            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
-        path, offset = self.options["web.proxy-path"], self.options["timeout-offset"]
-        same = {"__metrics_path__": path, "__scheme__": request.scheme}
-        groups = [
-            {"targets": [address], "labels": {**same, **discovery_labels(module, offset)}}
-            for module in self.config.modules.values()
-        ]
-        return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
-
     def _index(self, request: Request) -> Response:
         """Return the list of modules."""
         return list_modules(self.config.modules, self.options, request.header("accept"))
 
 
-def discovery_labels(module: Module, offset: float) -> dict[str, str]:
-    """The labels of a module as a target of Prometheus."""
-    labels = {
-        "__param_module": module.name,
-        "__meta_expexp_method": module.method,
-        "module": module.name,  # else the go_* series of two modules would be the same
-    }
-    if module.scrape_interval:
-        # Both or none: a timeout above the interval drops a target, and so does a fraction.
-        longest = module.timeout + offset if module.timeout else math.inf
-        timeout = min(module.scrape_interval, longest)
-        labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
-        labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
-    return labels
+def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
+    """Return all modules for Prometheus's HTTP service discovery; RequestError without a host."""
+    address = options["web.external-address"] or request.header("host")
+    if not is_host(address):
+        expected = "a header Host with a host and perhaps a port, or -web.external-address"
+        raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
+    groups = []
+    for module in modules.values():
+        labels = {
+            "__metrics_path__": options["web.proxy-path"],
+            "__scheme__": request.scheme,
+            "__param_module": module.name,
+            "__meta_expexp_method": module.method,
+            "module": module.name,  # else the go_* series of two modules would be the same
+        }
+        if module.scrape_interval:
+            # Both or none: a timeout above the interval drops a target, and so does a fraction.
+            longest = module.timeout + options["timeout-offset"] if module.timeout else math.inf
+            timeout = min(module.scrape_interval, longest)
+            labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
+            labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
+        groups.append({"targets": [address], "labels": labels})
+    fresh = ("Cache-Control", "no-store")
+    return own_response(200, json.dumps(groups), fresh, ("Content-Type", "application/json"))
 
 
 def outline(module: Module) -> dict[str, Any]:
@@ -4689,14 +4721,6 @@ class Connections:
 
 
 HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
-
-
-class HandshakeError(OSError):
-    """A client's certificate is well-formed, but does not let it in; says which fault that is."""
-
-    def __init__(self, fault: str, message: str) -> None:
-        super().__init__(message)
-        self.fault = fault
 
 
 def handshake_fault(error: Exception) -> str:

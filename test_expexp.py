@@ -1515,7 +1515,9 @@ def test_prometheus_takes_the_jobs_of_the_documents(text: str, tmp_path: Path) -
 # ==================================================================================================
 # Real sockets, real processes, real files. Whatever a helper starts ends with its `with`.
 
-FAST = expexp.Limits(term_to_kill_seconds=0.2, drain_seconds=5, scrape_seconds=10)
+FAST = expexp.Limits(
+    term_to_kill_seconds=0.2, drain_seconds=5, scrape_seconds=10, failure_pause_seconds=0
+)
 
 
 class Answer(NamedTuple):
@@ -11475,15 +11477,15 @@ class Logins:
     def __init__(self, app: expexp.Application, pool: ThreadPoolExecutor) -> None:
         self._app, self._pool = app, pool
 
-    def line(self) -> int:
-        """How many requests wait for their turn to hash, or hash."""
-        return len(self._app.credentials.value.users.checks._line)
+    def line(self) -> list[object]:
+        """The requests that hash or wait for their turn."""
+        return list(self._app.credentials.value.users.checks._line)
 
-    def begin(self, pair: str, waiting: int = 1) -> Future[Reply]:
-        """Send a request, and wait until this many more than before wait or hash."""
+    def begin(self, pair: str) -> Future[Reply]:
+        """Send a request, and wait until it is in the line or answered."""
         before = self.line()
         sent = self._pool.submit(ask, self._app, "/", login(pair))
-        wait_until(lambda: self.line() == before + waiting or sent.done())
+        wait_until(lambda: self.line() != before or sent.done())
         return sent
 
 
@@ -11514,7 +11516,7 @@ def test_one_password_is_hashed_at_a_time_and_proved_ones_do_not_wait(
         assert len(slow.begun) == 2 + ended
         slow.finish()
     assert [stranger.result().status for stranger in strangers] == [401] * 6
-    assert logins.line() == 0
+    assert logins.line() == []
 
 
 def test_known_names_go_first_and_each_kind_in_the_order_of_arrival(
@@ -11542,13 +11544,12 @@ def test_if_too_many_passwords_wait_the_last_unknown_name_is_refused(
     monkeypatch.setattr(expexp.Limits, "bcrypt_waiting", 3)
     accepted = [logins.begin(pair) for pair in ("x:1", "x:2", "u:3", "x:4")]
     assert logins.begin("x:5").result().text == BUSY  # itself the last
-    known = [logins.begin("u:6", waiting=0)]
-    assert accepted.pop().result().text == BUSY
-    known.append(logins.begin("v:7", waiting=0))
-    assert accepted.pop(1).result().text == BUSY
+    known = [logins.begin("u:6"), logins.begin("v:7")]
     refused = logins.begin("v:8").result()  # only known names wait
     assert (refused.status, refused.text) == (503, BUSY)
-    slow.finish(4)
+    slow.finish()
+    assert [accepted.pop(at).result().text for at in (3, 1)] == [BUSY] * 2
+    slow.finish(3)
     assert [one.result().status for one in accepted + known] == [401] * 4
     assert slow.begun == [b"1", b"3", b"6", b"7"]
     slow.finish()
@@ -12120,43 +12121,200 @@ def test_an_authority_is_replaced(here: Path) -> None:
 
 # --- logs
 
-FAILURE_NEWS = {
-    "a module that is well is no news": [(0, "", False), (1, "", False)],
+#: At which second a scrape ends how, and what the log then has at the level warning.
+FAILURE_NEWS: dict[str, list[tuple[float, str, str | None]]] = {
+    "a module that is well is no news": [(0, "", None), (1, "", None), (900, "", None)],
     "the first failure is news, the next is not": [
-        (0, "timeout", True),
-        (1, "timeout", False),
-        (299, "timeout", False),
+        (0, "timeout", "timeout"),
+        (10, "timeout", None),
+        (299, "timeout", None),
     ],
-    "another reason is news": [(0, "timeout", True), (1, "command", True), (2, "timeout", True)],
+    "another reason is news": [
+        (0, "timeout", "timeout"),
+        (10, "command", "command"),
+        (20, "timeout", "timeout"),
+    ],
     "there is a reminder every five minutes": [
-        (0, "timeout", True),
-        (300, "timeout", True),
-        (599, "timeout", False),
-        (600, "timeout", True),
+        (0, "timeout", "timeout"),
+        (300, "timeout", "timeout"),
+        (599, "timeout", None),
+        (600, "timeout", "timeout"),
     ],
-    "a recovery is news once": [(0, "timeout", True), (1, "", True), (2, "", False)],
+    "a recovery is news once": [
+        (0, "timeout", "timeout"),
+        (10, "", "recovered"),
+        (20, "", None),
+        (400, "", None),
+    ],
     "a failure after a recovery is news": [
-        (0, "timeout", True),
-        (1, "", True),
-        (2, "timeout", True),
+        (0, "timeout", "timeout"),
+        (10, "", "recovered"),
+        (20, "timeout", "timeout"),
     ],
     "another reason puts the reminder off": [
-        (0, "timeout", True),
-        (200, "command", True),
-        (300, "command", False),
-        (500, "command", True),
+        (0, "timeout", "timeout"),
+        (200, "command", "command"),
+        (300, "command", None),
+        (500, "command", "command"),
+    ],
+    "that it is busy is said every five minutes, and no recovery": [
+        (0, "busy", "busy"),
+        (10, "", None),
+        (20, "busy", None),
+        (299, "busy", None),
+        (300, "busy", "busy"),
+        (310, "", None),
+    ],
+    "that it is busy changes nothing in what else is said": [
+        (0, "timeout", "timeout"),
+        (10, "busy", None),
+        (20, "timeout", None),
+        (300, "busy", "busy"),
+        (310, "timeout", None),
+        (320, "", "recovered"),
+    ],
+    "what follows a warning within 10 seconds is left out and counted": [
+        (0, "timeout", "timeout"),
+        (1, "", None),
+        (2, "timeout", None),
+        (3, "", None),
+        (9.9, "command", None),
+        (10, "", "recovered (3 more left out)"),
+        (20, "timeout", "timeout"),
+    ],
+    "a recovery that was left out is said later": [
+        (0, "timeout", "timeout"),
+        (5, "", None),
+        (15, "", "recovered (1 more left out)"),
+        (30, "", None),
+    ],
+    "a failure that was left out is said later": [
+        (0, "timeout", "timeout"),
+        (10, "", "recovered"),
+        (15, "command", None),
+        (25, "command", "command (1 more left out)"),
+    ],
+    "a client's own short deadline is no news": [
+        (0, "hurried", None),
+        (1, "", None),
+        (299, "hurried", None),
+        (300, "", None),
+        (599, "hurried", None),
+    ],
+    "a client's own short deadline does not end a failure": [
+        (0, "command", "command"),
+        (10, "hurried", None),
+        (20, "command", None),
+        (30, "", "recovered"),
+    ],
+    "a client's own short deadline is news if no scrape succeeds for five minutes": [
+        (0, "hurried", None),
+        (100, "", None),
+        (399, "hurried", None),
+        (400, "hurried", "timeout"),
+        (410, "hurried", None),
+        (700, "hurried", "timeout"),
+        (710, "", "recovered"),
+        (720, "hurried", None),
     ],
 }
 
 
 @pytest.mark.parametrize("steps", FAILURE_NEWS.values(), ids=FAILURE_NEWS)
-def test_failures_are_logged_when_they_are_news(steps: list[tuple[float, str, bool]]) -> None:
+def test_failures_are_logged_when_they_are_news(
+    steps: list[tuple[float, str, str | None]], caplog: pytest.LogCaptureFixture
+) -> None:
     now = 0.0
-    log = expexp.FailureLog(300, lambda: now)
-    for at, reason, expected in steps:
+    caplog.set_level(logging.DEBUG, "expexp")
+    log = expexp.FailureLog(expexp.Limits(), lambda: now)
+    for at, outcome, expected in steps:
         now = at
-        assert log.is_news("m", reason) is expected, at
-        assert log.is_news("another", "") is False
+        caplog.clear()
+        hurried = outcome == "hurried"
+        reason = "timeout" if hurried else outcome
+        log.log(reason, reason or "recovered", hurried)
+        found = [(record.levelname, record.getMessage()) for record in caplog.records]
+        if expected is None:
+            assert found == ([("DEBUG", reason)] if reason else []), at
+        else:
+            assert found == [("WARNING", expected)], at
+
+
+def test_a_client_that_fails_and_succeeds_all_the_time_writes_a_warning_in_10_s_for_each_module(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = fast_limits(failure_pause_seconds=10)
+    app = application({"a": file_module(tmp_path / "a"), "b": file_module("/no/b")}, limits=limits)
+    caplog.clear()
+    for _ in range(50):
+        (tmp_path / "a").write_text("up 1\n")
+        assert ask(app, "/proxy?module=a").status == 200
+        (tmp_path / "a").unlink()
+        assert ask(app, "/proxy?module=a").status == 500
+        assert ask(app, "/proxy?module=b").status == 500
+    assert [message.partition(" file: ")[0] for message in caplog.messages] == [
+        "module a:",
+        "module b:",
+    ]
+    assert app._failures["a"]._left_out == 49
+
+
+#: A module's settings and the client's header, and whether the deadline is that of the module.
+DEADLINES = {
+    "the client's, and the module has none": ({}, "0.7", False),
+    "the client's, shorter than the module's": ({"timeout": "5s"}, "0.7", False),
+    "the module's, and the client has none": ({"timeout": "200ms"}, None, True),
+    "the module's, shorter than the client's": ({"timeout": "200ms"}, "9", True),
+}
+
+
+@pytest.mark.parametrize(("settings", "header", "is_news"), DEADLINES.values(), ids=DEADLINES)
+def test_a_timeout_is_a_failure_of_the_module_only_at_a_deadline_of_its_own(
+    settings: dict[str, object],
+    header: str | None,
+    is_news: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = application({"m": {**exec_module("sleep 5"), **settings}})
+    headers = {expexp.SCRAPE_TIMEOUT_HEADER: header} if header else {}
+    caplog.clear()
+    assert ask(app, "/proxy?module=m", headers).status == 504
+    found = [message for message in caplog.messages if message.startswith("module m: timeout: sh")]
+    assert bool(found) is is_news
+    # The counters have all of them, as those of the original.
+    for name in ("proxy_errors", "proxy_timeout_errors", "command_fails"):
+        assert metric(app, f'expexp_{name}_total{{module="m"}}') == 1
+    assert metric(app, 'expexp_proxy_failures_total{module="m",reason="timeout"}') == 1
+
+
+@pytest.mark.parametrize("header", ["1", None])
+def test_a_stream_that_ends_at_a_clients_own_deadline_is_no_news(
+    header: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = fast_limits(scrape_seconds=0.8)
+    with (
+        target(silent_after(ENDLESS + b"a 1\n")) as port,
+        running({"m": http_module(port, verify=False)}, limits=limits) as served,
+        pytest.raises((ConnectionResetError, http.client.IncompleteRead)),
+    ):
+        served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: header} if header else {})
+    warned = [record for record in caplog.records if "module m: aborted" in record.getMessage()]
+    assert bool(warned) is (header is None)
+
+
+def test_a_reload_forgets_what_the_log_said_of_modules_that_are_gone(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    modules = {"gone": file_module("/no/file"), "stays": file_module("/no/file")}
+    path.write_text(json.dumps({"modules": modules}))
+    flags = expexp.parse_flags([f"-config={path}", "-web.listen-address="])
+    app = expexp.Program(flags, FAST).application
+    for name in modules:
+        assert ask(app, f"/proxy?module={name}").status == 500
+    stays = app._failures["stays"]
+    del modules["gone"]
+    path.write_text(json.dumps({"modules": modules}))
+    assert app.reload() == []
+    assert app._failures == {"stays": stays}
 
 
 def test_failures_and_recoveries_are_one_warning_each_bug_20(
