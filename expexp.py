@@ -1297,7 +1297,8 @@ process_threads                        gauge    -  Threads.
 ]
 #: Why there was no request on a TLS connection: the values of the label `reason`.
 HANDSHAKE_FAULTS: Final = names_of(
-    "timeout closed plain_http protocol no_certificate chain expiry not_allowed refused_by_client"
+    "timeout closed plain_http protocol no_certificate chain expiry not_allowed certmatch "
+    "refused_by_client"
 )
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
@@ -1505,6 +1506,9 @@ web.tls.verify          boolean   false        Require clients' certificates, an
 winsvc                  none*     -            Not supported: there is no Windows service.
     """)
 ]
+#: Flags that a template may leave without a value: then anybody gets in.
+GUARDS: Final = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
+WARNINGS: Final = "warnings"  #: the name under which Options have what is odd about the flags
 Options = Mapping[str, Any]
 
 
@@ -1512,6 +1516,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
     """The options of a command line; raises FlagError with what is wrong."""
     flags, rest = {name: flag for flag in FLAGS for name in flag.names}, iter(arguments)
     options = {f.names[0]: () if f.is_repeatable else f.parse(f.typed) for f in FLAGS}
+    options[WARNINGS] = ()
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
@@ -1531,6 +1536,8 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
         first = flag.names[0]
+        if first in GUARDS and not text:
+            options[WARNINGS] += (f"flag -{first} has no value and protects nothing",)
         options[first] = (*options[first], value) if flag.is_repeatable else value
     return options
 
@@ -1579,9 +1586,13 @@ class Node(NamedTuple):
 ABSENT: Final = Node("nothing")
 
 
+#: A user and perhaps a password before a host, behind the scheme of a URL or without one.
+USERINFO: Final = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
+
+
 def mismatch(what: str, node: Node) -> NodeError:
-    """The error for a node that is something else than what was expected."""
-    text = excerpt(re.sub("//.*@", "//...@", node.text))  # no password of a URL
+    """Return the error for a node that is not what was expected. It shows no password of a URL."""
+    text = excerpt(USERINFO.sub(r"\1...@", node.text))
     shown = {"string": f'"{text}"', "nothing": "nothing"}
     found = shown.get(node.kind) or f"the {node.kind} {text}".strip()
     return NodeError(f"expected {what}, found {found}", node.place)
@@ -1735,8 +1746,10 @@ COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1
 BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
-URL_PATH: Final = r"(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{2})*"
-A_PATH: Final = "the path of a URL, with two hexadecimal digits after each %"
+#: Nothing that looks like a password before a host: it would be shown with the target.
+NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
+URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
+A_PATH: Final = "the path of a URL, without a host, with two hexadecimal digits after each %"
 LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 read_text: Final = scalar("text")
@@ -1757,6 +1770,8 @@ read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secr
 read_count: Final = scalar("a whole number from 0 to 999999", "0|[1-9][0-9]{0,5}", int, "number")
 read_interval: Final = scalar("a duration of 1s or more, or 0", convert=to_interval)
 read_container: Final = scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+read_socket: Final = scalar("the path of a socket", NO_PASSWORD + A_NAME)
+read_server_name: Final = scalar("a host name", NO_PASSWORD + A_TEXT)
 read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
 read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
 
@@ -1833,7 +1848,7 @@ class HttpTarget:
     port: int = key(read_port, REQUIRED, "port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
     address: str = key(read_address, "localhost", "host name or IP address of the exporter")
-    unix_socket: str = key(read_something, "", "socket of the exporter, instead of an address")
+    unix_socket: str = key(read_socket, "", "socket of the exporter, instead of an address")
     container: str = key(read_container, "", "container of the exporter, instead of an address")
     container_host: str = key(read_engine, ENGINES[0], "socket of its engine", "container")
     path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
@@ -1848,7 +1863,7 @@ class HttpTarget:
     tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
-    server_name: str = key(read_text, "", "name to ask for and to find in the certificate")
+    server_name: str = key(read_server_name, "", "name to ask for and to find in the certificate")
     credentials: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
@@ -2543,7 +2558,7 @@ MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 @functools.lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
-    """Whether one of a certificate's names matches; raises OSError, not only if it takes too long.
+    """Return whether one of a certificate's names matches; HandshakeError if this is unknown.
 
     In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
     like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
@@ -2551,17 +2566,18 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
     null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     if not MATCHING.acquire(timeout=seconds):
-        raise TimeoutError("too many names are being matched")
+        raise HandshakeError("certmatch", "too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
         status = subprocess.call(command, timeout=seconds, **null)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
-        raise TimeoutError("matching -web.tls.certmatch takes too long") from None
+        raise HandshakeError("certmatch", "matching -web.tls.certmatch takes too long") from None
     except OSError as error:  # it did not start
-        raise ChildProcessError(f"matching -web.tls.certmatch failed: {words_of(error)}") from None
+        message = f"matching -web.tls.certmatch failed: {words_of(error)}"
+        raise HandshakeError("certmatch", message) from None
     finally:
         MATCHING.release()
     if status not in (0, 3):  # it was killed or did not start: that is no answer to remember
-        raise ChildProcessError("matching -web.tls.certmatch failed")
+        raise HandshakeError("certmatch", "matching -web.tls.certmatch failed")
     return status == 0
 
 
@@ -2599,8 +2615,8 @@ class ServerTls:
     expires: float  #: the first certificate of ours to do so, in seconds since 1970
     authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
 
-    def refuse(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> str:
-        """The names in a verified certificate of a client, if none lets it in; raises OSError."""
+    def check(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> None:
+        """Raise HandshakeError if no name in a client's verified certificate lets it in."""
         subject = itertools.chain.from_iterable(certificate.get("subject", ()))
         common = [text for kind, text in subject if kind == "commonName"]
         others = certificate.get("subjectAltName", ())
@@ -2609,9 +2625,9 @@ class ServerTls:
         # Behind a line break a name could go on where the `$` of a pattern has matched.
         shown = tuple(name for name in (*common, *names) if name.isprintable())
         good = not (certificate and allowed) or set(names) & set(allowed)
-        if good and (not certmatch or match_names(certmatch, shown, seconds)):
-            return ""
-        return excerpt(", ".join(shown), 200) or "it has none"
+        if not good or (certmatch and not match_names(certmatch, shown, seconds)):
+            found = excerpt(", ".join(shown), 200) or "it has none"
+            raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {found}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -2633,16 +2649,15 @@ class Credentials:
         return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
 
     @property
-    def demands(self) -> dict[str, bool]:
-        """What clients must do to get in."""
+    def demands(self) -> Mapping[str, Any]:
+        """Return what clients must do to get in; what is true is demanded."""
         tls = self.tls
-        demands = {
+        return {
             "TLS": tls,
             "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
             "client_allowed_sans": tls and tls.settings.client_allowed_sans,
             "authentication": self.token or self.users,
         }
-        return {what: bool(demanded) for what, demanded in demands.items()}
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2716,6 +2731,7 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
     former: Credentials | None = reader.former
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
     token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
+    reader.warnings += options[WARNINGS]
     if token and filename:
         reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
     elif filename:
@@ -4729,8 +4745,7 @@ def handshake_fault(error: Exception) -> str:
         return error.fault
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    # A name that is no text, or that could not be matched.
-    if isinstance(error, (UnicodeError, ChildProcessError)):
+    if isinstance(error, UnicodeError):  # a name that is no text
         return "not_allowed"
     reason = str(getattr(error, "reason", "EOF"))
     if re.search("EOF|Closed before", reason):  # as Python says of a reset
@@ -4758,6 +4773,9 @@ def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Reques
     if version not in ("1.0", "1.1"):
         raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
     headers = read_header_block(wire, limits.header_block_bytes, STRICT_HEADER)
+    hosts = len(values_of(headers, "host"))
+    if hosts != 1 and version == "1.1":  # RFC 9112, 3.2
+        raise RequestError(400, f"expected one header Host, found {hosts}: send exactly one")
     descriptor = wire.connection.fileno()
     return Request(method, target or "/", headers, client, scheme, version, descriptor)
 
@@ -4823,9 +4841,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise HandshakeError("expiry", "certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
-        refused = tls.refuse(certificate, pattern, self._limits.certmatch_seconds)
-        if refused:
-            raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {refused}")
+        tls.check(certificate, pattern, self._limits.certmatch_seconds)
 
     def finish(self) -> None:
         """End TLS in good form, so that nothing seems to be cut off. Close its duplicate socket.
@@ -5261,7 +5277,7 @@ class Program:
             LOGGER.info("Allowing connections only from %s", network)
         commands = [module for module in modules if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
-        demands: Mapping[str, bool] = self.application.credentials.current().demands
+        demands = self.application.credentials.current().demands
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
         exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
         plain = [server.url for server in exposed if not server.speaks_tls]

@@ -4811,7 +4811,7 @@ PROBLEMS = {
     ),
     "a list for a text": (
         of_http("port: 1", "server_name: [x]"),
-        ["c.yaml:6:20: modules.a.http.server_name: expected text, found the list"],
+        ["c.yaml:6:20: modules.a.http.server_name: expected a host name, found the list"],
     ),
     "an address with a port": (
         of_http("port: 1", "address: localhost:9100"),
@@ -4853,8 +4853,8 @@ PROBLEMS = {
         of_http("port: 1", "path: /a%zz"),
         [
             (
-                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, with two "
-                "hexadecimal digits after each %"
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, without a host, "
+                "with two hexadecimal digits after each %"
             )
         ],
     ),
@@ -4862,8 +4862,8 @@ PROBLEMS = {
         of_http("port: 1", "path: http://h/x"),
         [
             (
-                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, with two "
-                "hexadecimal digits after each %"
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, without a host, "
+                "with two hexadecimal digits after each %"
             )
         ],
     ),
@@ -5094,7 +5094,7 @@ PROBLEMS = {
     ),
     "a socket that is empty and no port": (
         of_http('unix_socket: ""'),
-        [f'c.yaml:5:20: modules.a.http.unix_socket: {SOMETHING}""'],
+        ['c.yaml:5:20: modules.a.http.unix_socket: expected the path of a socket, found ""'],
     ),
     "a socket that is nothing and no port": (
         of_http("unix_socket:"),
@@ -5103,13 +5103,19 @@ PROBLEMS = {
     "a socket with a NUL": (
         of_http('unix_socket: "/run/\\0"'),
         [
-            rf'c.yaml:5:20: modules.a.http.unix_socket: {SOMETHING}"/run/\x00"',
+            (
+                "c.yaml:5:20: modules.a.http.unix_socket: expected the path of a socket, "
+                r'found "/run/\x00"'
+            ),
         ],
     ),
     "a socket that is a list": (
         of_http("unix_socket: [/x]"),
         [
-            f"c.yaml:5:20: modules.a.http.unix_socket: {SOMETHING}the list",
+            (
+                "c.yaml:5:20: modules.a.http.unix_socket: expected the path of a socket, "
+                "found the list"
+            ),
         ],
     ),
     "a port of 0 beside a socket": (
@@ -5209,6 +5215,82 @@ PROBLEMS = {
 @pytest.mark.parametrize(("text", "messages"), PROBLEMS.values(), ids=PROBLEMS)
 def test_the_configuration_is_refused(text: str | bytes, messages: list[str]) -> None:
     assert problems_of(text) == messages
+
+
+#: What people write where a host, a socket or a path is wanted.
+WITH_A_PASSWORD = {
+    "a user and a password": "u:s3ntinel@h",
+    "a URL": "http://u:s3ntinel@h:9100/metrics",
+    "a URL with a scheme in capitals": "HTTP+Unix://u:s3ntinel@h/",
+    "a URL without a scheme": "//u:s3ntinel@h/x",
+    "a password with a slash": "u:s3ntinel/x@h/y",
+    "a password with two slashes": "u://s3ntinel@h",
+    "a password with a sign for at": "u:s3ntinel@x@h",
+    "a password with a line break": "u:s3ntinel\nx@h",
+}
+PLACES = ["address", "server_name", "container", "unix_socket", "path", "scheme"]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("text", WITH_A_PASSWORD.values(), ids=WITH_A_PASSWORD)
+@pytest.mark.parametrize("key", PLACES)
+def test_a_password_before_a_host_is_refused_and_not_shown_as(key: str, text: str) -> None:
+    (problem,) = problems_of(of_http("port: 1", f"{key}: {json.dumps(text)}"))
+    assert problem.startswith(f"c.yaml:6:{11 + len(key) - 2}: modules.a.http.{key}: expected ")
+    assert SECRET not in problem
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("text", WITH_A_PASSWORD.values(), ids=WITH_A_PASSWORD)
+def test_a_password_is_not_shown_as_the_socket_of_an_engine_or_the_name_of_a_header(
+    text: str,
+) -> None:
+    lines = ["port: 1", "container: c", f"container_host: {json.dumps(text)}"]
+    lines.append(f"headers: {{{json.dumps(text)}: x}}")
+    problems = problems_of(of_http(*lines))
+    assert [problem.partition(": expected ")[0] for problem in problems] == [
+        "c.yaml:7:23: modules.a.http.container_host",
+        "c.yaml:8:17: modules.a.http.headers",
+    ]
+    assert SECRET not in "".join(problems)
+
+
+SHOWN_PLACES = {
+    "a user and a password": ("u:s3ntinel@h", '"...@h"'),
+    "a URL": ("http://u:s3ntinel@h:9100/metrics", '"http://...@h:9100/metrics"'),
+    "a host and a port": ("h:9100", '"h:9100"'),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("text", "shown"), SHOWN_PLACES.values(), ids=SHOWN_PLACES)
+def test_what_was_found_for_an_address_is_shown_without_user_and_password(
+    text: str, shown: str
+) -> None:
+    (problem,) = problems_of(of_http("port: 1", f"address: {json.dumps(text)}"))
+    assert problem == (
+        "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, without a "
+        f"port, found {shown}"
+    )
+
+
+INNOCENT_PLACES = {
+    "a path with a sign for at": ("path", "/@a:b@c"),
+    "a path without a slash": ("path", "probe?target=a:b@c"),
+    "a query with a password": ("path", "/x?y=//u:p@h"),
+    "a socket with a sign for at": ("unix_socket", "/run/app@1:2@3/x.sock"),
+    "a socket in this folder": ("unix_socket", "app@1.sock"),
+    "no server name": ("server_name", ""),
+    "a server name beyond ASCII": ("server_name", "b\u00fccher.example"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("key", "text"), INNOCENT_PLACES.values(), ids=INNOCENT_PLACES)
+def test_what_only_resembles_a_password_before_a_host_is_accepted(key: str, text: str) -> None:
+    Path("c.yaml").write_text(of_http("port: 1", f"{key}: {json.dumps(text)}"))
+    config, _ = load_files("c.yaml")
+    assert getattr(config.modules["a"].target, key).lstrip("/") == text.lstrip("/")
 
 
 @pytest.mark.usefixtures("here")
@@ -5929,9 +6011,10 @@ def here_with_pems(here: Path, pems: Path) -> Path:
 
 
 def web_program(*flags: str, name: str = "w.yaml") -> expexp.Program:
-    """An expexp that listens nowhere, with a web configuration."""
+    """An expexp that listens nowhere, with a web configuration if it is named."""
     nothing = ["-config=", "-web.listen-address="]
-    options = expexp.parse_flags([*nothing, f"-web.config.file={name}", *flags])
+    named = [f"-web.config.file={name}"] if name else []
+    options = expexp.parse_flags([*nothing, *named, *flags])
     program = expexp.Program(options, FAST)
     program.listen()
     return program
@@ -6699,11 +6782,11 @@ def cuts_of(whole: bytes) -> Iterator[tuple[bytes, ...]]:
         yield whole[:place], whole[place:]
 
 
-REQUEST_TEXT = b"\r\nGET /a?b HTTP/1.1\r\nA: b\r\nC: d\r\n  e\r\nf:\tg \r\n\r\nGET /next"
+REQUEST_TEXT = b"\r\nGET /a?b HTTP/1.1\r\nHost: x\r\nA: b\r\nC: d\r\n  e\r\nf:\tg \r\n\r\nGET /next"
 
 
 def test_a_request_is_the_same_wherever_its_bytes_are_cut() -> None:
-    headers = [("A", "b"), ("C", "d e"), ("f", "g")]
+    headers = [("Host", "x"), ("A", "b"), ("C", "d e"), ("f", "g")]
     expected = expexp.Request("GET", "/a?b", headers, "::1", "http", "1.1")
     for pieces in cuts_of(REQUEST_TEXT):
         wire = wire_of(*pieces)
@@ -7608,6 +7691,19 @@ def test_bodies_in_memory_have_a_budget_and_give_it_back() -> None:
     assert second.text == "module n: too many bodies in memory, try again later\n"
 
 
+def test_a_budget_forgets_what_is_not_in_use_and_stays_as_it_is_when_it_refuses() -> None:
+    budget = expexp.Budget()
+    budget.reserve("scrapes of a", 2, 3, "too many")
+    budget.reserve("bytes", 5, 9, "too many")
+    with pytest.raises(expexp.ScrapeError, match="^too many$") as caught:
+        budget.reserve("scrapes of a", 2, 3, "too many")
+    assert caught.value.reason.name == "busy"
+    budget.release("bytes", 5)
+    assert budget._used == {"scrapes of a": 2}
+    budget.release("scrapes of a", 2)
+    assert budget._used == {}
+
+
 @pytest.mark.parametrize("end", ["in time", "broken", "too late"])
 def test_a_body_gives_its_part_of_the_budget_back(end: str) -> None:
     answers = {"in time": ok(b"a 1\n" * 2000), "broken": ok(b"a !\n" * 2000)}
@@ -8326,7 +8422,9 @@ def test_an_unverified_body_is_passed_on_as_it_comes() -> None:
 @pytest.mark.parametrize("name", ["text", "chunks", "HTTP/1.0", "gzip"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_an_unverified_body_arrives_whole(name: str, version: str, good_bodies: Running) -> None:
-    request = f"GET /proxy?module={name},+raw HTTP/{version}\r\nConnection: close\r\n\r\n"
+    request = (
+        f"GET /proxy?module={name},+raw HTTP/{version}\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
     head, _, body = exchange(good_bodies.port, request.encode()).partition(b"\r\n\r\n")
     sent = GZIPPED if name == "gzip" else EXPOSITION
     chunked = b"Transfer-Encoding: chunked" in head
@@ -8356,7 +8454,7 @@ def test_an_unverified_body_is_reset_when_it_is(answer: bytes | Answerer, versio
         taking(0, 1),
     ):
         with pytest.raises(ConnectionResetError):
-            exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
+            exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\nHost: x\r\n\r\n".encode())
         wait_until(lambda: served.failures("m") == {"aborted": 1})
         assert counters(served, "m") == {ERRORS}
 
@@ -8368,7 +8466,7 @@ def test_an_unverified_answer_that_has_no_body_has_no_length_and_the_connection_
     version: str, header: str, status: str
 ) -> None:
     sent = f"HTTP/1.1 {status}\r\n{header}\r\nETag: z\r\n\r\n".encode()
-    ask_for_it = f"GET /proxy?module=m HTTP/{version}\r\nConnection: keep-alive\r\n\r\n"
+    ask_for_it = f"GET /proxy?module=m HTTP/{version}\r\nHost: x\r\nConnection: keep-alive\r\n\r\n"
     with (
         target(sent) as port,
         running({"m": http_module(port, verify=False)}) as served,
@@ -8381,7 +8479,7 @@ def test_an_unverified_answer_that_has_no_body_has_no_length_and_the_connection_
             assert "\r\netag: z\r\n" in head
             assert "\r\nconnection: keep-alive\r\n" in head
             assert not re.search(r"(?m)^(content-length|transfer-encoding):", head)
-        client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(client, HEALTHY).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
@@ -12389,7 +12487,7 @@ def test_a_fault_of_ours_in_the_middle_of_a_stream_is_a_reset_and_logged_as_abor
         running({"m": http_module(port, verify=False)}) as served,
     ):
         with pytest.raises(ConnectionResetError):
-            exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\n\r\n".encode())
+            exchange(served.port, f"GET /proxy?module=m HTTP/{version}\r\nHost: x\r\n\r\n".encode())
         wait_until(lambda: "unexpected error in serving 127.0.0.1" in caplog.messages)
         monkeypatch.undo()
         wait_until(lambda: being_answered(served, 0))
@@ -12675,7 +12773,7 @@ def test_a_client_that_reads_too_slowly_is_cut(tmp_path: Path) -> None:
     with running({"m": file_module(path)}, limits=limits) as server, taking(0, 3):
         client = socket.create_connection(("127.0.0.1", server.port))
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
         with client, pytest.raises(ConnectionResetError):
             read_slowly(client)
 
@@ -13732,6 +13830,7 @@ def discover(modules: Mapping[str, object], *flags: str, host: str = "h:1") -> d
 def test_each_module_is_a_group_of_targets() -> None:
     modules = {"web": http_module(9100), "disk": echoing("a"), "cron": file_module("/dev/null")}
     reply = ask(application(modules), "/sd", {"Host": "db1.example:9999"})
+    assert reply.headers["cache-control"] == "no-store"
     assert reply.headers["content-type"] == "application/json"
     assert groups_of(reply) == [
         {
@@ -13816,7 +13915,10 @@ def test_without_one_header_host_it_cannot_be_said_where_we_are(
 ) -> None:
     status, body = raw_sd(server, *headers, version=version)
     found = ", ".join(header.partition(":")[2].strip() for header in headers)
-    assert (status, body.decode()) == (400, f'{NO_HOST}"{found}"\n')
+    message = f'{NO_HOST}"{found}"'
+    if version == "1.1" and len(headers) != 1:
+        message = f"expected one header Host, found {len(headers)}: send exactly one"
+    assert (status, body.decode()) == (400, f"{message}\n")
 
 
 @pytest.mark.parametrize("headers", [[], ["Host: inner:1"], ['Host: a"b']])
@@ -13965,7 +14067,10 @@ def test_one_connection_serves_many_requests(server: Running) -> None:
 
 
 def test_pipelined_requests_are_answered_in_their_order(server: Running) -> None:
-    one, two = b"GET /-/healthy HTTP/1.1\r\n\r\n", b"GET /nowhere HTTP/1.1\r\n\r\n"
+    one, two = (
+        b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n",
+    )
     answer = exchange(server.port, one + two + one[:-2] + CLOSE)
     assert statuses(answer) == [200, 404, 200]
     assert answer.count(HEALTHY) == 2
@@ -13975,7 +14080,7 @@ def test_a_request_may_arrive_in_pieces(server: Running) -> None:
     pieces = [
         b"\r\nGE",
         b"T /-/healthy HTT",
-        b"P/1.1\r\nA: b",
+        b"P/1.1\r\nHost: x\r\nA: b",
         b"\r\n c\r\nConnec",
         b"tion: close\r\n\r",
         b"\n",
@@ -14001,7 +14106,7 @@ def test_a_request_may_arrive_in_pieces(server: Running) -> None:
 def test_a_connection_is_kept_if_the_client_wants_it(
     version: str, header: str, kept: bool, server: Running
 ) -> None:
-    request = f"GET /-/healthy HTTP/{version}\r\n{header}\r\n".encode()
+    request = f"GET /-/healthy HTTP/{version}\r\nHost: x\r\n{header}\r\n".encode()
     answer = exchange(server.port, request + b"GET /-/ready HTTP/1.0\r\n\r\n")
     assert len(statuses(answer)) == 1 + kept
     first = answer.split(b"\r\n\r\n")[0].lower()
@@ -14065,6 +14170,26 @@ REFUSED = {
         "malformed headers",
     ),
     "a NUL within a header": (b"GET / HTTP/1.0\r\nA: b\0\r\n\r\n", 400, "malformed headers"),
+    "HTTP/1.1 without a Host": (
+        b"GET / HTTP/1.1\r\nA: b\r\n\r\n",
+        400,
+        "expected one header Host, found 0: send exactly one",
+    ),
+    "an absolute form without a Host": (
+        b"GET http://x/ HTTP/1.1\r\n\r\n",
+        400,
+        "expected one header Host, found 0: send exactly one",
+    ),
+    "two of Host": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\nhost: y\r\n\r\n",
+        400,
+        "expected one header Host, found 2: send exactly one",
+    ),
+    "the same Host twice": (
+        b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+        400,
+        "expected one header Host, found 2: send exactly one",
+    ),
 }
 
 
@@ -14120,8 +14245,8 @@ def test_other_methods_are_not_allowed_on_socket(method: str, server: Running) -
 def test_a_request_with_a_body_is_answered_and_closed_that_has(
     header: bytes, server: Running
 ) -> None:
-    request = b"GET /-/healthy HTTP/1.1\r\n" + header + b"\r\n"
-    answer = exchange(server.port, request + b"GET /-/ready HTTP/1.1\r\n\r\n")
+    request = b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n"
+    answer = exchange(server.port, request + b"GET /-/ready HTTP/1.1\r\nHost: x\r\n\r\n")
     assert statuses(answer) == [200]
     assert b"\r\nConnection: close\r\n" in answer
     assert answer.endswith(HEALTHY)
@@ -14131,7 +14256,7 @@ def test_a_request_with_a_body_is_answered_and_closed_that_has(
 def test_a_client_gets_the_whole_answer_although_its_body_is_not_wanted(
     method: str, status: int, server: Running
 ) -> None:
-    head = f"{method} /-/healthy HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n".encode()
+    head = f"{method} /-/healthy HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n".encode()
     answer = exchange(server.port, head, bytes(1_000_000))
     assert statuses(answer) == [status]
 
@@ -14141,8 +14266,8 @@ def test_a_client_gets_the_whole_answer_although_its_body_is_not_wanted(
     [
         pytest.param(b"", b"", id="nothing"),
         pytest.param(b"GET /", b"x", id="its request line a byte at a time"),
-        pytest.param(b"GET / HTTP/1.1\r\nA: ", b"x", id="a header a byte at a time"),
-        pytest.param(b"GET / HTTP/1.1\r\n", b"A: b\r\n", id="whole headers for ever"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nA: ", b"x", id="a header a byte at a time"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\n", b"A: b\r\n", id="whole headers for ever"),
     ],
 )
 def test_a_client_is_cut_that_sends(sent: bytes, drop: bytes) -> None:
@@ -14166,7 +14291,7 @@ def test_an_idle_connection_is_closed() -> None:
         running({}, limits=fast_limits(idle_seconds=0.1)) as served,
         connect(served.port) as client,
     ):
-        client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         with taking(0.09, 0.8):
             assert read_all(client).endswith(HEALTHY)
 
@@ -14180,7 +14305,7 @@ def test_a_client_that_does_not_read_is_cut_and_its_slot_freed(tmp_path: Path) -
         ) as served,
         connect(served.port) as client,
     ):
-        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+        client.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
         client.recv(1)
         with taking(0, 1):
             wait_until(lambda: is_served(served.port))
@@ -14295,8 +14420,8 @@ def test_a_thread_that_dies_before_it_begins_keeps_a_slot_only_until_another_nee
 HANG_UPS = {
     "before it asks": b"",
     "in its request line": b"GET /",
-    "in its headers": b"GET / HTTP/1.1\r\nA: b\r\n",
-    "before it is answered": b"GET /proxy?module=large HTTP/1.1\r\n\r\n",
+    "in its headers": b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n",
+    "before it is answered": b"GET /proxy?module=large HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 
 
@@ -14351,14 +14476,14 @@ def test_an_idle_connection_makes_room_for_a_new_one() -> None:
         states = served.program.connections._open
         wait_until(lambda: list(states.values()) == [True] * 3)  # they are accepted one by one
         for client in clients:
-            client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+            client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_until(client, HEALTHY)
             own = client.getsockname()
             wait_until(lambda: is_idle_since_last(states, own))  # noqa: B023 - at once
         newest = stack.enter_context(connect(served.port))
         assert clients[0].recv(1) == b""
         for client in (newest, *clients[1:]):
-            client.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+            client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_until(client, HEALTHY)
         wait_until(lambda: any(states.values()))
         assert served.metric("expexp_rejected_connections_total") == 0
@@ -14368,7 +14493,7 @@ BEGINNINGS = pytest.mark.parametrize(
     "beginning",
     [
         pytest.param(b"G", id="a byte"),
-        pytest.param(b"GET / HTTP/1.1\r\nA: ", id="a part of the headers"),
+        pytest.param(b"GET / HTTP/1.1\r\nHost: x\r\nA: ", id="a part of the headers"),
     ],
 )
 
@@ -14400,7 +14525,7 @@ def test_a_client_is_served_although_all_slots_send_refusals_that_nobody_reads()
             client = stack.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", served.port))
-            client.sendall(b"GET / HTTP/1.1\r\n\r\n" * 1000)
+            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
             wait_until(lambda: len(held) == number)  # noqa: B023 - at once
         wait_until(lambda: not select.select([], [*held], [], 0)[1])
         with taking(0, 4):
@@ -14427,17 +14552,17 @@ def test_a_request_runs_nothing_if_its_connection_was_evicted_when_it_began_to_a
         connect(served.port) as evicted,
     ):
         monkeypatch.setattr(expexp.Connections, "mark", pause)
-        evicted.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+        evicted.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
         assert arrived.wait(5)
         with connect(served.port) as newer:
-            newer.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+            newer.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_until(newer, HEALTHY)
             go_on.set()
             assert read_all(evicted) == b""
             # The listener's, the reaper's and that of the newer connection are left.
             wait_until(lambda: threads() <= threads_before + 3)
             assert counted.count == 0
-            newer.sendall(b"GET /proxy?module=m HTTP/1.1\r\n\r\n")
+            newer.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
             assert read_until(newer, b"a 1\n")
             assert counted.count == 1
 
@@ -14999,8 +15124,9 @@ def test_a_client_must_satisfy_certmatch_and_client_allowed_sans(
 
 
 def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
-    secure: Start, authorities: Authorities
+    secure: Start, authorities: Authorities, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "expexp")
     pattern, limits = "^([a-z0-9]+[.-]?)+$", fast_limits(certmatch_seconds=0.6)
     slow = authorities.context(authorities.ours.client("a" * 40 + "!"))
     flag = f"-web.tls.certmatch={pattern}"
@@ -15016,7 +15142,33 @@ def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
                 asked += 1
         assert attempt.result() is False
         assert asked >= 3
-        assert served.faults() == {"timeout": 1}
+        assert served.faults() == {"certmatch": 1}
+    assert [message for message in caplog.messages if "handshake" in message] == [
+        "127.0.0.1: TLS handshake failed: certmatch: matching -web.tls.certmatch takes too long"
+    ]
+
+
+def test_names_that_wait_too_long_to_be_matched_are_told_so(
+    secure: Start,
+    authorities: Authorities,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "expexp")
+    monkeypatch.setattr(expexp, "MATCHING", threading.BoundedSemaphore(1))
+    context = authorities.context(authorities.ours.client("waiting"))
+    limits = fast_limits(certmatch_seconds=0.5)
+    flag = "-web.tls.certmatch=^(waiting|good)$"
+    with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
+        wait_until(lambda: admits(served.port, served.context))
+        caplog.clear()
+        before = served.faults().get("certmatch", 0)
+        with expexp.MATCHING:
+            assert not admits(served.port, context)
+        assert served.faults() == {"certmatch": before + 1}
+    assert "127.0.0.1: TLS handshake failed: certmatch: too many names are being matched" in (
+        caplog.messages
+    )
 
 
 MATCHERS = {
@@ -15048,7 +15200,7 @@ def test_a_client_gets_in_at_its_next_try_where_the_process_that_matches(
             patch.setattr(sys, "executable", str(python))
             assert not admits(served.port, context)
         assert admits(served.port, context)
-        assert served.faults() == {"not_allowed": 1}
+        assert served.faults() == {"certmatch": 1}
 
 
 @pytest.fixture
@@ -15187,8 +15339,13 @@ def test_plain_http_gets_a_400_that_says_so(secure: Start) -> None:
     "sent",
     [
         pytest.param(b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer right\r\n\r\n", id="token"),
-        pytest.param(b"GET / HTTP/1.1\r\n\r\nGET /metrics HTTP/1.1\r\n\r\n", id="two requests"),
-        pytest.param(b"POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc", id="a body"),
+        pytest.param(
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
+            id="two requests",
+        ),
+        pytest.param(
+            b"POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc", id="a body"
+        ),
         pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", id="another protocol"),
         pytest.param(b"\n\nGET /metrics HTTP/1.0\r\n\r\n", id="empty lines first"),
     ],
@@ -15317,9 +15474,8 @@ def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
 
 def test_every_reason_of_a_failed_handshake_is_on_the_page_and_proven(secure: Start) -> None:
     with secure() as served:
-        assert set(served.all_faults()) == {fault for _, fault, _ in HANDSHAKES.values()} | {
-            "plain_http"
-        }
+        proven = {fault for _, fault, _ in HANDSHAKES.values()} | {"plain_http", "certmatch"}
+        assert set(served.all_faults()) == proven
         assert served.faults() == {}
 
 
@@ -15922,11 +16078,11 @@ def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None
 
 ENDS = {
     "an answer to HTTP/1.0": HEALTH_REQUEST,
-    "an answer with Connection: close": b"GET / HTTP/1.1\r\n" + CLOSE,
+    "an answer with Connection: close": b"GET / HTTP/1.1\r\nHost: x\r\n" + CLOSE,
     "an answer to HEAD": b"HEAD / HTTP/1.0\r\n\r\n",
     "a refusal": b"GET  / HTTP/1.1\r\n\r\n",
-    "an answer to a request with a body": b"POST / HTTP/1.1\r\nContent-Length: 5\r\n\r\n",
-    "an answer on an idle connection": b"GET / HTTP/1.1\r\n\r\n",
+    "an answer to a request with a body": b"POST / HTTP/1.0\r\nContent-Length: 5\r\n\r\n",
+    "an answer on an idle connection": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
 }
 
 
@@ -15946,7 +16102,7 @@ def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted
         connect_at_once(served.port) as plain,
         served.context.wrap_socket(plain, server_hostname="localhost") as client,
     ):
-        client.sendall(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
         with contextlib.suppress(OSError):  # we may have closed before all of it was sent
             client.sendall(bytes(1_000_000))
         answer = read_all(client)
@@ -16184,6 +16340,29 @@ def test_a_start_that_is_refused_is_exit_1_and_one_line(
     code, text = main_in_process("-config=good.yaml", "-web.listen-address=127.0.0.1:0", *flags)
     assert (code, text.count("\n")) == (1, 1)
     assert text.startswith(line)
+
+
+GUARDS = ["web.config.file", "web.bearer.token", "web.bearer.token-file"]
+
+
+@pytest.mark.parametrize("name", GUARDS)
+@pytest.mark.parametrize("typed", [["-{}="], ["--{}", ""]], ids=["an equals sign", "a blank"])
+def test_a_flag_that_should_protect_but_has_no_value_is_a_warning(
+    name: str, typed: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = [part.format(name) for part in typed]
+    expexp.Program(expexp.parse_flags(["-config=", *flags]), FAST)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [f"flag -{name} has no value and protects nothing"]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_flag_that_protects_and_others_without_a_value_are_no_warnings(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    flags = ["-config=", "-web.listen-address=", "-web.bearer.token=t", "-web.tls.certmatch="]
+    expexp.Program(expexp.parse_flags(flags), FAST)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 def test_a_port_in_use_is_exit_1_and_one_line(here: Path) -> None:
@@ -16993,7 +17172,7 @@ def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients
         port = int(listeners(started, 1)[0][0].rpartition(":")[2])
         silent, plain = (stack.enter_context(connect(port)) for _ in range(2))
         idle = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
-        idle.sendall(b"GET /-/healthy HTTP/1.1\r\n\r\n")
+        idle.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(cast(socket.socket, idle), HEALTHY)
         pool = stack.enter_context(ThreadPoolExecutor())
         request = b"GET /proxy?module=m HTTP/1.1\r\nHost: a\r\n\r\n"

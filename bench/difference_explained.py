@@ -89,7 +89,14 @@ def without_order(_case: Case, old: Outcome, new: Outcome) -> Outcome:
 
 OWN_LENGTH = re.compile(rb"(X-Content-Type-Options: nosniff\r\nContent-Length: )[0-9]+")
 OWN_WORDS = re.compile(rb"(\r\n\r\n)module (\w+): [^\n]*\n")
-LOGGED_WORDS = re.compile(r"^(\w+ module \w+: \w+): .*|^(debug \S+: response not sent): .*")
+LOGGED_WORDS = re.compile(r"^(module \w+: \w+): .*|^(debug \S+: response not sent): .*")
+LEFT_OUT = re.compile(r"^\w+ (module .*?)(?: \([0-9]+ more left out\))?$", re.DOTALL)
+
+
+def without_levels(log: Sequence[str]) -> list[str]:
+    """Return what happened to modules, whether it was a warning or not, without recoveries."""
+    lines = [LEFT_OUT.sub(r"\1", line) for line in log]
+    return [line for line in lines if not line.endswith(": recovered")]
 
 
 def without_words(_case: Case, old: Outcome, new: Outcome) -> Outcome:
@@ -111,7 +118,7 @@ def masked_answer(outcome: Outcome) -> bytes:
 
 def masked_log(outcome: Outcome) -> list[str]:
     """Return the log without the words of failures."""
-    return [LOGGED_WORDS.sub(r"\1\2 WORDS", line) for line in outcome.log]
+    return [LOGGED_WORDS.sub(r"\1\2 WORDS", line) for line in without_levels(outcome.log)]
 
 
 def without_amount(_case: Case, old: Outcome, new: Outcome) -> Outcome:
@@ -217,6 +224,42 @@ def without_host(case: Case, old: Outcome, new: Outcome) -> Outcome:
     is_meant = HOST_WITH_BLANK.search(sent) and 200 in new.statuses
     was_refused = BLANK_IN_HOST.search(old.answer) or "HEAD" in case.tags
     return old if is_meant and was_refused and 400 in old.statuses else new
+
+
+HOST_REFUSED = re.compile(rb"\r\n\r\nexpected one header Host, found [0-9]+: send exactly one\n\Z")
+HOST_TAGS = {"no Host", "two Host", "two equal Host"}
+
+
+def without_host_refusal(case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away that a request without exactly one Host is refused.
+
+    The answers before the refusal must be the same. Plain HTTP on the port for TLS is refused for
+    that; the log does not name the request any more.
+    """
+    before = new.answer.rpartition(b"HTTP/1.1 400 ")[0]
+    is_plain = HOST_TAGS.intersection(case.tags) and old.answer == new.answer
+    is_meant = HOST_REFUSED.search(new.answer) and old.answer.startswith(before)
+    return old if is_plain or is_meant else new
+
+
+NO_STORE = b"\r\nCache-Control: no-store\r\n"
+
+
+def without_no_store(_case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away that /sd forbids to keep its answer."""
+    if NO_STORE in old.answer:
+        return new
+    return new._replace(answer=new.answer.replace(NO_STORE, b"\r\n"))
+
+
+def without_level(_case: Case, old: Outcome, new: Outcome) -> Outcome:
+    """Take away which failures and recoveries of a module are warnings.
+
+    That depends on what was logged in the 10 s before, and so on other cases.
+    """
+    if without_levels(old.log) == without_levels(new.log):
+        return new._replace(log=old.log)
+    return new
 
 
 OLD_VERSIONS = {"answer of HTTP/1.0", "answer of HTTP/0.9"}
@@ -377,6 +420,12 @@ ANY_REASON = (
 NOT_HEAD = ("", "status", "malformed", "truncated", "aborted", "timeout", "unreachable")
 EXPLAINED: tuple[Explanation, ...] = (
     Explanation(
+        "which failures and recoveries are warnings",
+        "Logs: at most one warning in 10 s for each module, with the number of those left out",
+        "",
+        without_level,
+    ),
+    Explanation(
         "blanks around the value of a header",
         "RFC 9110, 5.5, and RFC 9112, 5.1: they are no part of the value; 5.2: nor is the fold of "
         "an empty value",
@@ -435,6 +484,18 @@ EXPLAINED: tuple[Explanation, ...] = (
         "RFC 9110, 5.5, and RFC 9112, 5.2: it is no part of the value, so /sd answers",
         "",
         without_host,
+    ),
+    Explanation(
+        "requests of HTTP/1.1 without exactly one Host",
+        "RFC 9112, 3.2: such a request is answered with 400",
+        "",
+        without_host_refusal,
+    ),
+    Explanation(
+        "Cache-Control of /sd",
+        "Beyond the original: discovery. A cache must not keep the list of modules",
+        "",
+        without_no_store,
     ),
     Explanation(
         "control characters in a target's headers, and names that are no token",
