@@ -2518,24 +2518,22 @@ class Users:
             return False
         raw_name, colon, password = pair.partition(b":")
         name = raw_name.decode("utf-8", "replace")
-        is_known = name in self._hashes
-        stored = self._hashes.get(name, self._stranger)
-        # The proof is void when the stored hash has changed.
-        proof = hmac.digest(self.checks.key, stored.encode() + pair, "sha256")
+        known = self._hashes.get(name, "")
+        # The proof is void when the user's hash has changed.
+        proof = hmac.digest(self.checks.key, known.encode() + pair, "sha256")
 
         def is_proved() -> bool:
-            """Return whether this proof is the one of a known user's right password."""
-            proved = self.checks.proved.get(name, b"")
-            return is_known and hmac.compare_digest(proved, proof)
+            """Return whether this proof is the one of a password that was right."""
+            return hmac.compare_digest(self.checks.proved.get(name, b""), proof)
 
         if is_proved():
             return True
-        with self.checks.turn(is_known):
+        with self.checks.turn(known != ""):
             if not is_proved():  # by a request that waited beside this one
-                hashed = hash_password(self._crypt_rn, password, stored) or b""
+                hashed = hash_password(self._crypt_rn, password, known or self._stranger) or b""
                 # A NUL would end the password for bcrypt.
-                is_right = hmac.compare_digest(hashed, stored.encode()) and b"\0" not in password
-                if is_right and colon and is_known:
+                is_right = hmac.compare_digest(hashed, known.encode()) and b"\0" not in password
+                if is_right and colon and known:
                     self.checks.proved[name] = proof
                     return True
         return is_proved()

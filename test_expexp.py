@@ -11336,6 +11336,11 @@ BASICS = {
     "an empty password": (basic("u:"), 401, WRONG),
     "an unknown user": (basic("nobody:right"), 401, WRONG),
     "the user in capitals": (basic("U:right"), 401, WRONG),
+    "an unknown user, and a password that is too long to be hashed": (
+        basic("nobody:" + "x" * 10_000),
+        401,
+        WRONG,
+    ),
     "no user": (basic(":right"), 401, WRONG),
     "neither user nor password": (basic(":"), 401, WRONG),
     "no colon": (basic("u"), 401, WRONG),
