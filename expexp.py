@@ -172,7 +172,7 @@ class Limits:
     retry_seconds: float = limit(300, "until files that were not usable are read again as they are")
     bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
     bcrypt_waiting: int = limit(48, "requests that wait to hash a password: others need the slots")
-    bcrypt_seconds: float = limit(60, "for that wait: as many of the costliest hashes fit")
+    bcrypt_seconds: float = limit(120, "for that wait: twice the time of the costliest hashes")
     certmatch_processes: int = limit(
         2, "that match such names at once: they must not take all cores"
     )
