@@ -4495,7 +4495,7 @@ class Application:
                 job = Job(*asked, cleanup, held, self._tools)
                 reserve_request(job)
                 found = answer_job(job)
-                body = self._noted_body(module, found)
+                body = self._noted_body(module, found, hurried)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
                 response = self._failed(module, error, hurried)
@@ -4512,13 +4512,13 @@ class Application:
             words = self._note(module, error, hurried and error.reason.name == "timeout")
         return own_response(error.reason.status, who + words)
 
-    def _noted_body(self, module: Module, result: Scrape) -> bytes | Iterator[bytes]:
+    def _noted_body(self, module: Module, result: Scrape, hurried: bool) -> Any:
         """The body that a target answered with; the target's own failures are counted."""
         if result.status != OK:
             message = f"the target answered with status {result.status}"
             self._note(module, ScrapeError("status", message))
         if not isinstance(result.body, bytes):
-            return self._streamed(module, result)
+            return self._streamed(module, result, hurried)
         self._note_success(module, result.status)
         return result.body
 
@@ -4527,7 +4527,7 @@ class Application:
         if status == OK:
             self._failures[module.name].log("", f"module {module.name}: recovered")
 
-    def _streamed(self, module: Module, result: Scrape) -> Iterator[bytes]:
+    def _streamed(self, module: Module, result: Scrape, hurried: bool) -> Iterator[bytes]:
         """The body's pieces; a failure after the status was sent counts as aborted."""
         try:
             yield from cast("Iterator[bytes]", result.body)
@@ -4535,7 +4535,8 @@ class Application:
             if error.reason.name == "aborted":
                 note_hang_up(self.metrics, module)
             else:
-                self._note(module, ScrapeError("aborted", error.message))
+                hurried &= error.reason.name == "timeout"
+                self._note(module, ScrapeError("aborted", error.message), hurried)
             raise
         self._note_success(module, result.status)
 

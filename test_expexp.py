@@ -7695,7 +7695,7 @@ def test_a_budget_forgets_what_is_not_in_use_and_stays_as_it_is_when_it_refuses(
     budget = expexp.Budget()
     budget.reserve("scrapes of a", 2, 3, "too many")
     budget.reserve("bytes", 5, 9, "too many")
-    with pytest.raises(expexp.ScrapeError, match="^too many$") as caught:
+    with pytest.raises(expexp.ScrapeError, match=r"^too many$") as caught:
         budget.reserve("scrapes of a", 2, 3, "too many")
     assert caught.value.reason.name == "busy"
     budget.release("bytes", 5)
@@ -16811,7 +16811,7 @@ def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
         assert process.wait(5) == 0
     lines = path.read_text().splitlines()
     assert re.findall(r"healthy\?(\d+)", "\n".join(lines)) == [str(n) for n in range(200)]
-    assert lines[-1].endswith('level=info msg="stopping"')
+    assert any(line.endswith('level=info msg="stopping"') for line in lines[-2:])
 
 
 @contextlib.contextmanager
