@@ -13621,7 +13621,7 @@ def test_after_an_abandoned_cached_scrape_the_next_client_begins_a_new_one() -> 
             assert asked.acquire(timeout=5)
         wait_until(lambda: served.failures("m") == {"aborted": 1})
         assert served.scrape("m").body == EXPOSITION
-        assert not served.program.application._tools.budget._used
+        wait_until(lambda: not served.program.application._tools.budget._used)
 
 
 # --- bounds of requests and scrapes
