@@ -1050,7 +1050,7 @@ BUCKET: Final = b"|".join(
 PLAIN: Final = {
     "Histogram": compile_production(rb"(?s:\x08%b|\x11.{8}|%b){1,256}" % (VARINT.pattern, BUCKET)),
     "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
-    "ints": compile_production(rb"(?:%b){1,4096}" % VARINT.pattern),
+    "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }
 LABEL: Final = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
 LABELS: Final = re.compile(LABEL)
