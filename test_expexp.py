@@ -4094,7 +4094,7 @@ def test_time_for_protobuf_grows_linearly(name: str) -> None:
 @pytest.mark.parametrize("name", GROWING_PROTOBUF)
 def test_memory_for_protobuf_is_under_one_and_a_half_times_the_body(name: str) -> None:
     # The labels of one metric are kept, up to 10,000. The walk through many fields is slow.
-    size = 2 * LONG_BYTES if "long" in name or "label" in name else LONG_BYTES // 64
+    size = 2 * LONG_BYTES if "long" in name or "label" in name else LONG_BYTES // 32
     assert memory_beyond(GROWING_PROTOBUF[name](size), PROTOBUF) < size / 2
 
 
