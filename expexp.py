@@ -531,39 +531,61 @@ METRIC_RUN: Final = compile_run(METRIC_BYTE + rb"{1,256}")
 LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
-# Canonical forms for the fast path. Digits are bounded so that no literal can overflow.
+# Canonical forms for the fast path, those of Go's libraries. Digits are bounded so that no literal
+# can overflow.
 CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
 FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
-MAX_FAST_LABELS: Final = 16  # node_os_info has 12
+MAX_FAST_LABELS: Final = 24  # node_os_info has 12; with more, a match of names takes too long
+
+# Wide forms, those of all other libraries. A label name is in quotes only if it has to be, so that
+# no name is written in two ways.
+QUOTED: Final = rb'"[^"\\\n\0]++"'
+WIDE_NAME: Final = rb'(?:%b|(?!"%b*+")%b)' % (LABEL_NAME, LABEL_BYTE, QUOTED)
+WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
+EXPONENT: Final = rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
+WIDE_NUMBER: Final = (
+    rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)%b"
+    rb"|(?i:inf(?:inity|)))|(?i:nan))" % EXPONENT
+)
+#: A pair in a line that the wide forms take. Its group is the name.
+LABEL_PAIR: Final = compile_production(rb"[{,] *+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
 
 
-def compose_labels(depth: int = 0) -> bytes:
-    """Return up to 16 pairs from the `depth`-th on, each with a name that none before it has."""
+def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
+    """Return pairs from the `depth`-th on, the first 24 with names that none before them has.
+
+    The group `more` says that a line has more pairs. Their names are not compared.
+    """
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, LABEL_NAME, CANONICAL_VALUE)
-    more = rb"(?:,%b|)" % compose_labels(depth + 1) if depth + 1 < MAX_FAST_LABELS else b""
-    return pair + more
+    pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
+    if depth + 1 == MAX_FAST_LABELS:
+        return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b)*" % (comma, name, value)
+    return pair + rb"(?:%b%b|)" % (comma, compose_labels(name, value, comma, depth + 1))
+
+
+CANONICAL_SERIES: Final = rb"%b(?:\{%b\}|)" % (
+    METRIC_NAME,
+    compose_labels(LABEL_NAME, CANONICAL_VALUE, b","),
+)
+
+
+def compose_wide_series(comma: bytes) -> bytes:
+    """Return a series whose name may stand in quotes in the braces, with these commas."""
+    labels = compose_labels(WIDE_NAME, WIDE_VALUE, comma)
+    opening = rb"(?:%b\{|\{%b(?:%b|(?=\})))" % (METRIC_NAME, QUOTED, comma)
+    return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
 EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
-BASE_UNITS: Final = (
-    b"seconds",
-    b"bytes",
-    b"ratio",
-    b"celsius",
-    b"volts",
-    b"amperes",
-    b"joules",
-    b"grams",
-    b"meters",
-)
-#: Any other unit is the reader's. To match a unit twice by a group takes time in the square of it.
-UNIT: Final = rb"|UNIT %b(?:%b)" % (
-    METRIC_NAME,
-    b"|".join(rb"(?<=_%b) %b" % (unit, unit) for unit in BASE_UNITS),
+#: The base units of OpenMetrics. Any other is the reader's: to compare it with the name by a group
+#: would take time in the square of its length.
+UNIT: Final = (
+    rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
+    rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
+    rb"|(?<=_celsius) celsius)" % METRIC_NAME
 )
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
@@ -573,16 +595,26 @@ OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"in
 RUN_SAMPLES: Final = 200
 
 
-def compose_run(types: tuple[bytes, ...], after_value: bytes, unit: bytes = b"") -> Pattern:
-    """Return a run of samples with the metadata before them, all canonical.
+def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
+    """Return a line of HELP or TYPE, or what `more` is."""
+    forms = METRIC_NAME, METRIC_NAME, b"|".join(types), more
+    return rb"# (?:HELP %b [^\n]*+|TYPE %b (?:%b)%b)\n" % forms
+
+
+TEXT_METADATA: Final = compose_metadata(TEXT_TYPES)
+OPENMETRICS_METADATA: Final = compose_metadata(OPENMETRICS_TYPES, UNIT)
+TEXT_TIMESTAMP: Final = rb"(?: [0-9]{1,18}+|)"
+TIMESTAMP_AND_EXEMPLAR: Final = rb"(?: %b|)%b" % (FINITE, EXEMPLAR)
+
+
+def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
+    """Return a run of samples with the metadata before them.
 
     At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
     another run can follow: so those of a whole run need no counting.
     """
-    labels_and_value = rb"(?:\{%b\}|) %b%b" % (compose_labels(), CANONICAL_NUMBER, after_value)
-    metadata = rb"HELP %b [^\n]*+|TYPE %b (?:%b)" % (METRIC_NAME, METRIC_NAME, b"|".join(types))
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
-    block = rb"(?:# (?:%b%b)\n){0,6}%b\n" % (metadata, unit, METRIC_NAME + labels_and_value)
+    block = rb"(?:%b){0,6}%b %b%b\n" % (metadata, series, number, after)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
 
 
@@ -592,7 +624,14 @@ class Dialect(NamedTuple):
     types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
     token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
     label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
-    fast: Pattern = compose_run(TEXT_TYPES, rb"(?: [0-9]{1,18}+|)")
+    fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIMESTAMP)
+    #: with comments, the blank lines of prom-client, and VictoriaMetrics's blanks after commas
+    wide: Pattern = compose_run(
+        TEXT_METADATA + rb"|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n)",
+        compose_wide_series(b", *+"),
+        WIDE_NUMBER,
+        TEXT_TIMESTAMP + rb"[ \t]*+",
+    )
     separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
     after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
@@ -607,7 +646,12 @@ OPENMETRICS: Final = Dialect(
     label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(OPENMETRICS_TYPES, rb"(?: %b|)%b" % (FINITE, EXEMPLAR), UNIT),
+    fast=compose_run(
+        OPENMETRICS_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TIMESTAMP_AND_EXEMPLAR
+    ),
+    wide=compose_run(
+        OPENMETRICS_METADATA, compose_wide_series(b","), WIDE_NUMBER, TIMESTAMP_AND_EXEMPLAR
+    ),
     openmetrics=True,
 )
 # ==================================================================================================
@@ -623,8 +667,9 @@ OPENMETRICS: Final = Dialect(
 
 CONTINUATION_BYTES: Final = bytes(range(0x80, 0xC0))  # those that do not begin a character
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
-# Copied to be checked for UTF-8, and the longest single match: 1 ms, 2 ms where it can go back.
-WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
+# Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
+# A match that can go back is slower.
+WINDOW_BYTES: Final = 196_608 if POSSESSIVE else 65_536
 
 
 def no_tick() -> None:
@@ -963,24 +1008,42 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
     return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
 
 
+def find_repetition(source: Source, pos: int, end: int) -> int:
+    """Return where the first line begins that has a label twice, or `end`."""
+    while pos < end:
+        source.tick()
+        line_end = source.body.find(b"\n", pos) + 1
+        if source.body.count(b'="', pos, line_end) > MAX_FAST_LABELS:
+            names = LABEL_PAIR.findall(source.body, pos, line_end)
+            if len(set(names)) < len(names):
+                break
+        pos = line_end
+    return pos
+
+
 def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
-    """Return where the canonical lines from `pos` on end, and how many samples they have.
+    """Return where the lines from `pos` on end that `fast` takes, and how many samples they have.
 
     Only those of the last run need counting: another could follow on all before it.
     """
-    samples, last = -RUN_SAMPLES, pos
-    while run := fast.match(source.body, pos, end):
+    body, samples, last = source.body, -RUN_SAMPLES, pos
+    while run := fast.match(body, pos, end):
         source.tick()
         samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
-    comments = source.body.count(b"\n#", last, pos) + source.body.startswith(b"#", last, pos)
-    return pos, max(samples, 0) + source.body.count(b"\n", last, pos) - comments
+        if run["more"]:
+            pos = end = find_repetition(source, last, pos)
+    others = body.count(b"\n#", last, pos) + body.startswith((b"#", b"\n"), last, pos)
+    if fast is source.dialect.wide:
+        others += body.count(b"\n\n", last, pos)
+    return pos, max(samples, 0) + body.count(b"\n", last, pos) - others
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
     """Return how many samples the whole body has: run by run, and what is between them by line.
 
     The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
-    That is decided window by window: a Latin-1 comment costs its own window the fast path.
+    That is decided window by window: a Latin-1 comment costs its own window the fast path. A window
+    begins with canonical lines, and goes on with wide ones where those end.
     """
     source, run = Source(body, dialect, tick), NOTHING
     pos = window = samples = 0
@@ -990,7 +1053,9 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
             run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
         pos, found = read_runs(source, pos, window, run)
         samples += found
-        if pos < window:  # measured: one line more a window by the reader took 5 % longer
+        if pos < window and run is dialect.fast:
+            run = dialect.wide
+        elif pos < window:  # measured: one line more a window by the reader took 5 % longer
             tick()
             pos, line = read_line(source, pos)
             samples += isinstance(line, Sample)
