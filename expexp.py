@@ -510,8 +510,8 @@ def compile_run(unit: bytes) -> Pattern:
 # Byte classes. A name is a run of its class that does not start with a digit.
 METRIC_BYTE: Final = rb"[a-zA-Z0-9_:]"
 LABEL_BYTE: Final = rb"[a-zA-Z0-9_]"
-METRIC_NAME: Final = rb"(?![0-9])" + METRIC_BYTE + rb"++"
-LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"++"
+METRIC_NAME: Final = rb"(?![0-9])" + METRIC_BYTE + rb"{1,9999}+"
+LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"{1,9999}+"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
@@ -541,7 +541,7 @@ MAX_FAST_LABELS: Final = 24  # node_os_info has 12; with more, a match of names 
 
 # Wide forms, those of all other libraries. A label name is in quotes only if it has to be, so that
 # no name is written in two ways.
-QUOTED: Final = rb'"[^"\\\n\0]++"'
+QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|(?!"%b*+")%b)' % (LABEL_NAME, LABEL_BYTE, QUOTED)
 WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
 EXPONENT: Final = rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
@@ -559,7 +559,9 @@ def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> b
     The group `more` says that a line has more pairs. Their names are not compared.
     """
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    pair = rb"(?!__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
+    # Python 3.11 and 3.13 fail with a SystemError where a group begins to match in vain, and matched
+    # in a line before. So none begins at the brace after a last comma.
+    pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
         return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b)*" % (comma, name, value)
     return pair + rb"(?:%b%b|)" % (comma, compose_labels(name, value, comma, depth + 1))
@@ -1015,7 +1017,7 @@ def find_repetition(source: Source, pos: int, end: int) -> int:
         line_end = source.body.find(b"\n", pos) + 1
         if source.body.count(b'="', pos, line_end) > MAX_FAST_LABELS:
             names = LABEL_PAIR.findall(source.body, pos, line_end)
-            if len(set(names)) < len(names):
+            if len(set(names)) < len(names) or len(names) > MAX_LABELS:
                 break
         pos = line_end
     return pos
