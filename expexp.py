@@ -542,7 +542,7 @@ MAX_FAST_LABELS: Final = 24  # node_os_info has 12; with more, a match of names 
 # Wide forms, those of all other libraries. A label name is in quotes only if it has to be, so that
 # no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
-WIDE_NAME: Final = rb'(?:%b|(?!"%b*+")%b)' % (LABEL_NAME, LABEL_BYTE, QUOTED)
+WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
 WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
 EXPONENT: Final = rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 WIDE_NUMBER: Final = (
@@ -559,8 +559,8 @@ def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> b
     The group `more` says that a line has more pairs. Their names are not compared.
     """
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    # Python 3.11 and 3.13 fail with a SystemError where a group begins to match in vain, and matched
-    # in a line before. So none begins at the brace after a last comma.
+    # Python 3.11 and 3.13 raise a SystemError where a group that matched in a line before begins to
+    # match in vain, and the line goes on. So none begins at the brace after a last comma.
     pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
         return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b)*" % (comma, name, value)

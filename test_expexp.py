@@ -2346,6 +2346,10 @@ TEXT_VALID = [
     ("no comma between pairs", b'up{a="b"c="d"} 1\n', 1),
     ("a name of colons", b":: 1\n", 1),
     ("a label without a value twice", b'up{a="",a="b"} 1\n', 1),
+    ("a label twice, the second time without a value", b'up{a="b",a=""} 1\n', 1),
+    ("a label three times, of which Prometheus drops all", b'up{a="b",a="c",a=""} 1\n', 1),
+    ("a label without name and value", b'up{""=""} 1\n', 1),
+    ("a label name that is not UTF-8, without a value", b'up{"\xff"=""} 1\n', 1),
     ("a raw newline in a label value", b'up{a="b\nc"} 1\ny 2\n', 2),
     ("an escape that means nothing", b'up{a="\\q"} 1\n', 1),
     ("three escapes", b'up{a="\\\\\\"\\n"} 1\n', 1),
@@ -2423,6 +2427,13 @@ TEXT_INVALID = [
     (
         "a NUL in a comment without a blank",
         b"#a\0\nup 1\n",
+        1,
+        3,
+        "a NUL byte here ends the body for Prometheus",
+    ),
+    (
+        "a NUL before the first word of a comment",
+        b"# \0TYPE a gauge\n",
         1,
         3,
         "a NUL byte here ends the body for Prometheus",
@@ -2851,6 +2862,8 @@ OPENMETRICS_VALID = [
     ("HELP with any escape", b'# HELP up \\q"\\\n# EOF\n', 0),
     ("HELP with a NUL", b"# HELP up a\0b\n# EOF\n", 0),
     ("a NUL in a keyword", b"# HE\0LP up a\nup 1\n# EOF\0\n", 1),
+    ("a label twice, the second time without a value", b'up{a="b",a=""} 1\n# EOF\n', 1),
+    ("a label without name and value", b'up{""=""} 1\n# EOF\n', 1),
     ("an empty unit", b"# UNIT up \n# EOF\n", 0),
     ("a unit that is a suffix", b"# UNIT up_seconds seconds\n# EOF\n", 0),
     ("a unit of two words", b"# UNIT up_per_second per_second\n# EOF\n", 0),
@@ -3057,6 +3070,20 @@ OPENMETRICS_INVALID = [
     ),
     ("a label twice", b'up{a="b",a="c"} 1\n# EOF\n', 1, 10, 'found the label "a" twice'),
     (
+        "a NUL before the end",
+        b"up 1\n# \0EOF\n",
+        2,
+        1,
+        'expected HELP, TYPE, UNIT or "# EOF", found "# \\x00EOF"',
+    ),
+    (
+        "a NUL before a keyword",
+        b"# \0TYPE a gauge\n# EOF\n",
+        1,
+        1,
+        'expected HELP, TYPE, UNIT or "# EOF", found "# \\x00TYPE a gauge"',
+    ),
+    (
         "a label of the metric's name",
         b'up{__name__="x"} 1\n# EOF\n',
         1,
@@ -3261,13 +3288,58 @@ PIECES = [
 ]
 
 
+def line_with(count: int) -> str:
+    """Give a sample with so many labels."""
+    return "up{" + ",".join(f'l{n}="{n}"' for n in range(count)) + "} 1\n"
+
+
+#: What libraries other than Go's write, or may write: what it is, and a line in the text format.
+WIDE_LINES = [
+    ("a trailing comma, as from Java", b'up{a="b",c="d",} 1.0\n'),
+    ("a capital exponent, as from Java", b'up{a="b"} 1.2E7\n'),
+    ("a negative capital exponent", b'up{a="b"} 1.2E-7\n'),
+    ("a blank after the comma, as from VictoriaMetrics", b'up{a="b", c="d"} 1\n'),
+    ("blanks after the comma", b'up{a="b",   c="d"} 1\n'),
+    ("empty braces", b"up{} 1\n"),
+    ("a quoted name", b'{"my.metric"} 1\n'),
+    ("a quoted name and a comma", b'{"my.metric",} 1\n'),
+    ("a quoted name that needs no quotes", b'{"up",a="b"} 1\n'),
+    ("quoted names", b'{"my.metric","my.label"="b",a="b"} 1\n'),
+    ("quoted names of labels", 'up{"日本"="b","1"="c","my label"="d"} 1\n'.encode()),
+    ("17 labels", line_with(17).encode()),
+    ("24 labels", line_with(24).encode()),
+    ("25 labels", line_with(25).encode()),
+    ("60 labels", line_with(60).encode()),
+    ("nan", b"up nan\n"),
+    ("NAN", b"up NAN\n"),
+    ("inf", b"up inf\n"),
+    ("-Infinity", b"up -Infinity\n"),
+    ("a plus", b"up +1\n"),
+    ("no digit before the point", b"up .5\n"),
+    ("no digit after the point", b"up 5.\n"),
+    ("a sign before the point", b"up -.5e3\n"),
+    ("a blank at the end", b'up{a="b"} 1 \n'),
+    ("a blank after the timestamp", b'up{a="b"} 1 17 \t\n'),
+    ("an escape that means nothing", b'up{a="C:\\dir"} 1\n'),
+    ("a comment", b"# a comment\nup 1\n"),
+    ("a comment without a blank", b"#a comment\nup 1\n"),
+    ("a blank line, as from prom-client", b"\nup 1\n"),
+]
+
+
 def bodies() -> strategies.SearchStrategy[bytes]:
     """Draw bodies out of pieces, between good lines."""
     good = b'# HELP up text\n# TYPE up gauge\nup 1\nup{l0="x",l1="y"} 2.5 1700000000123\n'
-    exemplar = b'# UNIT a_s s\na_s{b="c"} 1 17.5 # {d="e"} 1 2\n'
+    exemplar = b'# UNIT a_seconds seconds\na_s{b="c"} 1 17.5 # {d="e"} 1 2\n'
     broken = strategies.lists(strategies.sampled_from(PIECES), max_size=12).map(b"".join)
+    odd = strategies.sampled_from([line for _, line in WIDE_LINES])
+    cut = strategies.tuples(odd, odd, strategies.integers(0, 40), strategies.integers(0, 40))
     line = strategies.one_of(
-        strategies.sampled_from([good, exemplar]), broken, strategies.binary(max_size=8)
+        strategies.sampled_from([good, exemplar]),
+        odd,
+        cut.map(lambda parts: parts[0][: parts[2]] + parts[1][parts[3] :]),
+        broken,
+        strategies.binary(max_size=8),
     )
     end = strategies.sampled_from([b"", b"# EOF", b"# EOF\n"])
     return strategies.tuples(strategies.lists(line, max_size=6).map(b"".join), end).map(b"".join)
@@ -3325,47 +3397,103 @@ def test_verify_exposition_raises_nothing_but_its_error(body: bytes, content_typ
         assert 0 <= found.offset <= len(body)
 
 
-def line_with(count: int) -> str:
-    """Give a sample with so many labels."""
-    return "up{" + ",".join(f'l{n}="{n}"' for n in range(count)) + "} 1\n"
-
-
-@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 12, 40])
-def test_a_label_given_twice_is_found_at_every_distance(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 12, 23, 24, 25, 40])
+@pytest.mark.parametrize("before", [b"", b"up +1\n"], ids=["canonical", "wide"])
+def test_a_label_given_twice_is_found_at_every_distance(count: int, before: bytes) -> None:
     for first in range(count):
-        body = line_with(count)[:-4].encode() + b',l%d="again"} 1\n' % first
+        body = before + line_with(count)[:-4].encode() + b',l%d="again"} 1\n' % first
         found = verdict(body, PLAIN)
         assert isinstance(found, expexp.ExpositionError)
         assert found.message == f'found the label "l{first}" twice'
 
 
-def taken_by_the_fast_path(body: bytes) -> int:
+def taken(run: re.Pattern[bytes], body: bytes) -> int:
     """Give how many bytes one match takes."""
-    found = expexp.TEXT.fast.match(body)
+    found = run.match(body)
     return found.end() if found else 0
 
 
-def test_the_fast_path_takes_what_exporters_write() -> None:
+def test_canonical_lines_are_what_go_writes() -> None:
     body = (
         b"# HELP up text\n# TYPE up gauge\nup 1\n"
         b'up{a="b",c="d\\n\\"\\\\"} -2.5e+06 17\nup NaN\nup +Inf\n'
     )
-    assert taken_by_the_fast_path(body) == len(body)
+    assert taken(expexp.TEXT.fast, body) == len(body)
+    assert taken(expexp.TEXT.wide, body) == len(body)
 
 
+@pytest.mark.parametrize("line", **by_id(WIDE_LINES))
+def test_wide_lines_are_what_other_libraries_write(line: bytes) -> None:
+    body = line + b'up{a="b"} 1\n' + line * 2
+    assert taken(expexp.TEXT.wide, body) == len(body)
+    assert isinstance(read(body, expexp.TEXT, fast=False), int)
+
+
+@pytest.mark.parametrize("line", **by_id(WIDE_LINES))
+def test_wide_lines_are_taken_in_openmetrics_where_they_are_legal(line: bytes) -> None:
+    body = line + b'up{a="b"} 1\n' + line * 2
+    legal = isinstance(read(body + b"# EOF\n", expexp.OPENMETRICS, fast=False), int)
+    assert (taken(expexp.OPENMETRICS.wide, body) == len(body)) == legal
+
+
+@given(strategies.lists(strategies.sampled_from([line for _, line in WIDE_LINES]), max_size=300))
+def test_mixtures_of_wide_lines_have_the_same_count_without_the_fast_path(
+    lines: list[bytes],
+) -> None:
+    next(EXAMPLES)
+    body = b"".join(lines)
+    assert read(body, expexp.TEXT, fast=True) == read(body, expexp.TEXT, fast=False)
+    assert expexp.verify_exposition(body, PLAIN) == len(lines)
+
+
+def test_the_fast_path_reads_no_line_twice_or_never() -> None:
+    odd = [line for _, line in WIDE_LINES]
+    lines = [
+        odd[place % len(odd)] if place % 7 == 0 else b'up{a="b"} 1\n' for place in range(9_000)
+    ]
+    assert expexp.verify_exposition(b"".join(lines), PLAIN) == 9_000
+    assert expexp.verify_exposition(b"".join(odd) * 300, PLAIN) == len(odd) * 300
+
+
+@pytest.mark.parametrize("form", ["fast", "wide"])
+@pytest.mark.parametrize("dialect", [expexp.TEXT, expexp.OPENMETRICS], ids=["text", "openmetrics"])
 @pytest.mark.parametrize(
     "line",
     [
-        *('up{a="b"', 'up{a="b" 1', 'up{a="b",} 1', 'up{a="b\\q"} 1', 'up{a="1",a="2"} 1'),
-        *("up 1.", "up 1e999", 'up{__name__="x"} 1', "up 1 9999999999999999999", "up  1"),
-        *("# TYPE up info", "# HELP up"),
+        *('up{a="b"', 'up{a="b" 1', 'up{a="b",,} 1', "up{,} 1", 'up{a="1",a="2"} 1'),
+        *('up{a="1","a"="2"} 1', 'up{"b.c"="1","b.c"="2"} 1', '{"a","b"} 1', '{a="b"} 1'),
+        *('up{"a"} 1', '{""} 1', 'up{""="a"} 1', 'up{"__name__"="x"} 1', 'up{1a="b"} 1'),
+        *('{"up"a="b"} 1', 'up{a="b"c="d"} 1', 'up{a ="b"} 1', 'up{a="b"}', 'up{a="b"} '),
+        *("up 1e999", "up 0x1", "up +nan", "up .", "up e5", "up 1_0", "up infinit", "up nane"),
+        *('up{__name__="x"} 1', "up  1", "up 1 1.5.2", "up 1 -"),
+        *("# TYPE up infos", "# HELP up", "# TYPE up", "#", "# ", "# E", "# \0", " up 1"),
+        *("u" * 70_000 + " 1", '{"' + "u" * 70_000 + '"} 1', "up{" + "u" * 70_000 + '="a"} 1'),
+        *("up 1 # a", "up 1 1 1", "# UNIT up_seconds second", "# UNIT up seconds"),
     ],
+    ids=lambda line: line[:30],
 )
-def test_the_fast_path_takes_no_part_of_a_line(line: str) -> None:
+def test_the_fast_path_takes_no_part_of_a_line(
+    line: str, dialect: expexp.Dialect, form: str
+) -> None:
     # Python 3.11.2 with possessive groups did: it took half a repetition for a whole one
+    run = getattr(dialect, form)
     good = b'up{a="b"} 1\n'
-    assert taken_by_the_fast_path(line.encode() + b"\n") == 0
-    assert taken_by_the_fast_path(good + line.encode() + b"\n") == len(good)
+    assert taken(run, line.encode() + b"\n") == 0
+    assert taken(run, good + line.encode() + b"\n" + good) == len(good)
+
+
+@pytest.mark.parametrize("form", ["fast", "wide"])
+def test_the_fast_path_takes_no_timestamp_that_may_overflow(form: str) -> None:
+    assert taken(getattr(expexp.TEXT, form), b"up 1 9999999999999999999\n") == 0
+
+
+def test_too_many_labels_are_refused_with_and_without_the_fast_path() -> None:
+    body = b"up{" + b",".join(b'l%d=""' % n for n in range(10_001)) + b"} 1\n"
+    message = "expected at most 10000 labels of 1 MiB in all"
+    for fast in (True, False):
+        found = read(body, expexp.TEXT, fast=fast)
+        assert isinstance(found, tuple)
+        assert found[2] == message
 
 
 def test_a_window_that_is_not_utf8_costs_no_verdict() -> None:
