@@ -3446,6 +3446,34 @@ def test_mixtures_of_wide_lines_have_the_same_count_without_the_fast_path(
     assert expexp.verify_exposition(body, PLAIN) == len(lines)
 
 
+#: Bodies that real libraries have written (bench/README.md says how), and one by hand: JMX's.
+BODIES = HERE / "bench" / "bodies"
+RECORDED = sorted(path for path in BODIES.iterdir() if path.suffix in (".txt", ".openmetrics"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.name)
+def test_the_reader_sees_no_line_of_a_real_body_but_its_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = path.read_bytes()
+    content_type = OPENMETRICS if path.suffix == ".openmetrics" else PLAIN
+    dialect = expexp.choose_dialect(content_type)
+    assert dialect
+    samples = read(body, dialect, fast=False)
+    seen = []
+    read_line = expexp.read_line
+
+    def note_line(source: expexp.Source, pos: int) -> tuple[int, expexp.Line]:
+        seen.append(body[pos:])
+        return read_line(source, pos)
+
+    monkeypatch.setattr(expexp, "read_line", note_line)
+    assert expexp.verify_exposition(body, content_type) == samples
+    assert seen == [b"# EOF\n" if dialect.openmetrics else b""]
+    lines = [line for line in body.splitlines() if line and not line.startswith(b"#")]
+    assert samples == len(lines) > 50
+
+
 def test_the_fast_path_reads_no_line_twice_or_never() -> None:
     odd = [line for _, line in WIDE_LINES]
     lines = [
