@@ -532,18 +532,18 @@ LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
 QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
 
 # Canonical forms for the fast path, those of Go's libraries. Digits are bounded so that no literal
-# can overflow.
+# can overflow, and groups so that a match is short: `re` keeps 100 bytes for each repetition.
 CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
-CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
+CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+){1,64}")' % (CANONICAL_BYTE, CANONICAL_BYTE)
 FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
-MAX_FAST_LABELS: Final = 24  # node_os_info has 12; with more, a match of names takes too long
+MAX_FAST_LABELS: Final = 20  # node_os_info has 12; with more, a match of names takes too long
 
 # Wide forms, those of all other libraries. A label name is in quotes only if it has to be, so that
 # no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
-WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+)+")' % (CANONICAL_BYTE, CANONICAL_BYTE)
+WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+){1,64}")' % (CANONICAL_BYTE, CANONICAL_BYTE)
 EXPONENT: Final = rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 WIDE_NUMBER: Final = (
     rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)%b"
@@ -554,7 +554,7 @@ LABEL_PAIR: Final = compile_production(rb"[{,] *+(%b)=%b" % (WIDE_NAME, WIDE_VAL
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
-    """Return pairs from the `depth`-th on, the first 24 with names that none before them has.
+    """Return pairs from the `depth`-th on, the first 20 with names that none before them has.
 
     The group `more` says that a line has more pairs. Their names are not compared.
     """
@@ -563,7 +563,7 @@ def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> b
     # match in vain, and the line goes on. So none begins at the brace after a last comma.
     pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
-        return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b)*" % (comma, name, value)
+        return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b){0,200}" % (comma, name, value)
     return pair + rb"(?:%b%b|)" % (comma, compose_labels(name, value, comma, depth + 1))
 
 
@@ -580,7 +580,7 @@ def compose_wide_series(comma: bytes) -> bytes:
     return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\})))*\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
 EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
 #: The base units of OpenMetrics. Any other is the reader's: to compare it with the name by a group
 #: would take time in the square of its length.
@@ -671,7 +671,7 @@ CONTINUATION_BYTES: Final = bytes(range(0x80, 0xC0))  # those that do not begin 
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
 # A match that can go back is slower.
-WINDOW_BYTES: Final = 196_608 if POSSESSIVE else 65_536
+WINDOW_BYTES: Final = 262_144 if POSSESSIVE else 65_536
 
 
 def no_tick() -> None:
@@ -860,7 +860,7 @@ def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, byte
             labels.append(Label(start, label, value))
             size += len(label)
         if len(labels) > MAX_LABELS or size > MAX_NAMES_BYTES:
-            raise refuse(source, start, "expected at most 10000 labels of 1 MiB in all")
+            raise refuse(source, start, "expected at most 10000 labels, and 1 MiB of their names")
         if peek(source, pos) == b",":
             pos = skip_blanks(source, pos + 1)
         elif source.dialect.openmetrics:
@@ -1011,15 +1011,23 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
 
 
 def find_repetition(source: Source, pos: int, end: int) -> int:
-    """Return where the first line begins that has a label twice, or `end`."""
+    """Return where the first line begins that has a label twice, or `end`.
+
+    A line's shape is what stands outside its quotes. It holds all names, unless one is in quotes.
+    """
+    known: set[bytes] = set()
     while pos < end:
         source.tick()
-        line_end = source.body.find(b"\n", pos) + 1
-        if source.body.count(b'="', pos, line_end) > MAX_FAST_LABELS:
-            names = LABEL_PAIR.findall(source.body, pos, line_end)
+        line = source.body[pos : source.body.find(b"\n", pos) + 1]
+        shape = b"".join(line.split(b'"')[:-1:2])
+        is_plain = b"\\" not in line and b'"=' not in line
+        if not (is_plain and shape in known):
+            names = LABEL_PAIR.findall(line)
             if len(set(names)) < len(names) or len(names) > MAX_LABELS:
                 break
-        pos = line_end
+        if is_plain:
+            known.add(shape)
+        pos += len(line)
     return pos
 
 

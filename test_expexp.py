@@ -2222,7 +2222,9 @@ def repetitions_of(least: int, most: int, repeated: Any, filler: str, run: int) 
         one = strings_of(repeated, filler, run)[0]
         return [one * many, one * least]
     long = [one * max(least, 1) for one in strings_of(repeated, filler, run)]
-    return [*long, *(one * many for one in strings_of(repeated, filler, 1)), ""]
+    short = [one for one in strings_of(repeated, filler, 1) if one]
+    often = [one * min(int(most), expexp.WINDOW_BYTES // len(one) + 1) for one in short]
+    return [*long, *often, ""]
 
 
 def foreign_strings(pattern: re.Pattern[Any], size: int) -> Iterator[Any]:
@@ -2286,7 +2288,7 @@ def test_a_match_of_foreign_bytes_is_short_and_takes_linear_time(name: str) -> N
 def test_a_match_of_labels_that_begin_alike_is_short(
     dialect: expexp.Dialect, form: str, name: int, value: int, end: bytes
 ) -> None:
-    labels = [b'%s%d="%s"' % (b"x" * name, number, b"y" * value) for number in range(24)]
+    labels = [b'%s%d="%s"' % (b"x" * name, number, b"y" * value) for number in range(20)]
     line = b"up{" + b",".join(labels) + end
     body = (line * (expexp.WINDOW_BYTES // len(line) + 1))[: expexp.WINDOW_BYTES]
     assert seconds_of_match(getattr(dialect, form), body, searched=False) < LONGEST_MATCH
@@ -3517,7 +3519,7 @@ def test_the_fast_path_takes_no_timestamp_that_may_overflow(form: str) -> None:
 
 def test_too_many_labels_are_refused_with_and_without_the_fast_path() -> None:
     body = b"up{" + b",".join(b'l%d=""' % n for n in range(10_001)) + b"} 1\n"
-    message = "expected at most 10000 labels of 1 MiB in all"
+    message = "expected at most 10000 labels, and 1 MiB of their names"
     for fast in (True, False):
         found = read(body, expexp.TEXT, fast=fast)
         assert isinstance(found, tuple)
@@ -3665,6 +3667,8 @@ def assert_linear(
 
 def largest_of(name: str) -> int:
     """How long what grows has to be, so that it is more than a window where that matters."""
+    if name == "many labels":
+        return 24_000  # four times as much are the most that are accepted
     return 280_000 if name in ABOVE_A_WINDOW else 64_000
 
 
@@ -12879,7 +12883,7 @@ HOSTILE_LINES = {
     ),
     "too many labels": (
         b"a{" + b'b="",' * 10_001 + b"} 1\n",
-        "line 1, column 50003: expected at most 10000 labels of 1 MiB in all",
+        "line 1, column 50003: expected at most 10000 labels, and 1 MiB of their names",
     ),
 }
 
