@@ -6,6 +6,7 @@ import _thread
 import ast
 import base64
 import codecs
+import collections
 import concurrent.futures
 import contextlib
 import ctypes
@@ -17960,6 +17961,42 @@ def test_expexp_ends_in_time_although_a_file_system_hangs_where(
         with taking(0, 3):
             assert process.wait(5) == 0
         assert "stopping" in cast("IO[str]", process.stderr).read()
+
+
+@pytest.mark.load
+@pytest.mark.skipif(not shutil.which("gcc"), reason="gcc is not installed")
+@pytest.mark.parametrize("call", ["stat", "open", "read"])
+def test_two_thousand_scrapes_of_a_hung_file_leave_as_many_threads_as_its_module_may_have(
+    call: str, tmp_path: Path
+) -> None:
+    hung, good, hangs = tmp_path / "hung.prom", tmp_path / "good.prom", tmp_path / "hangs"
+    for file in (hung, good):
+        file.write_text("a 1\n")
+    library = tmp_path / "hang.so"
+    source = SOURCE.parent / "bench" / "hostile_hang.c"
+    build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
+    subprocess.run(build, check=True)
+    preload = [f"LD_PRELOAD={library}", f"HANG_CALL={call}", f"HANG_PREFIX={hung}"]
+    modules = {"m": file_module(hung) | {"timeout": "500ms"}, "good": file_module(good)}
+    with (
+        program(tmp_path, modules, "env", *preload, f"HANG_WHILE={hangs}") as (process, port),
+        ThreadPoolExecutor(60) as pool,
+    ):
+        assert fetch(port, "/proxy?module=m").status == 200
+        threads_before = footprint(process.pid).threads
+        hangs.touch()
+        scrapes = [pool.submit(fetch, port, "/proxy?module=m") for _ in range(2000)]
+        while not all(scrape.done() for scrape in scrapes):
+            with taking(0, 2):
+                assert fetch(port, "/proxy?module=good").status == 200
+        assert collections.Counter(scrape.result().status for scrape in scrapes) == {
+            504: 50,
+            503: 1950,
+        }
+        wait_until(lambda: footprint(process.pid).threads <= threads_before + 50)
+        hangs.unlink()
+        wait_until(lambda: footprint(process.pid).threads <= threads_before)
+        assert fetch(port, "/proxy?module=m").status == 200
 
 
 @contextlib.contextmanager
