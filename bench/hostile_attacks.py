@@ -121,7 +121,7 @@ def left_figure(service: Service, threads: int = SPARE) -> Figure:
 
 
 def is_back(before: Usage, now: Usage, threads: int) -> bool:
-    """Return whether a service holds no more than before an attack, but for some spare."""
+    """Return whether a service holds at most what it held before an attack, and some spare."""
     return (
         now.megabytes <= LEFT_MEGABYTES
         and now.descriptors <= before.descriptors + SPARE
@@ -157,7 +157,7 @@ def repeat(work: Callable[[], object], seconds: float = ATTACK_SECONDS) -> None:
 
 
 def attack_unit(bench: Bench) -> list[Figure]:
-    """Let five clients at once have the line that was quadratic verified."""
+    """Make expexp verify the UNIT line for five clients at once."""
     with serving(bench, {"victim": bench.http("unit", timeout="60s")}) as service:
         with scraping(service) as scraper:
             repeat(lambda: ask_many(service.port, request_bytes(VICTIM), 5, 60))
@@ -166,7 +166,7 @@ def attack_unit(bench: Bench) -> list[Figure]:
 
 
 def attack_protobuf(bench: Bench) -> list[Figure]:
-    """Let millions of empty fields be verified; compare the time with that of half as many."""
+    """Make expexp verify 8 million empty fields; compare the time with that of half as many."""
     settings = {"timeout": "100s"}
     modules = {
         "victim": bench.http("protobuf", **settings),
@@ -190,7 +190,7 @@ def attack_protobuf(bench: Bench) -> list[Figure]:
 
 
 def attack_head(bench: Bench) -> list[Figure]:
-    """Let a target answer with headers of 6.2 MB."""
+    """Scrape a target whose headers have 6.2 MB."""
     with serving(bench, {"victim": bench.http("head")}) as service:
         with scraping(service) as scraper:
             statuses: list[int] = []
@@ -205,7 +205,7 @@ def attack_head(bench: Bench) -> list[Figure]:
 
 
 def take_bodies(bench: Bench, name: str) -> list[Figure]:
-    """Let 40 clients have a body of 50 MB each, at once; those that are refused try again."""
+    """Scrape a body of 50 MB for 40 clients at once; a client that is refused tries again."""
     with serving(bench, {"victim": bench.http(name, timeout="60s")}) as service:
         with scraping(service) as scraper:
             missing = 40
@@ -224,12 +224,12 @@ def take_bodies(bench: Bench, name: str) -> list[Figure]:
 
 
 def attack_bodies(bench: Bench) -> list[Figure]:
-    """Let 40 clients have 50 MB each."""
+    """Scrape 50 MB for each of 40 clients."""
     return take_bodies(bench, "large")
 
 
 def attack_bodies_gzip(bench: Bench) -> list[Figure]:
-    """Let 40 clients have 50 MB each, which the target sends in gzip."""
+    """Scrape 50 MB, which the target sends in gzip, for each of 40 clients."""
     return take_bodies(bench, "large-gzip")
 
 
@@ -282,27 +282,27 @@ def seconds_until_free(service: Service) -> float:
 
 
 def attack_hangup(bench: Bench) -> list[Figure]:
-    """Leave the scrapes of a silent target."""
+    """Hang up during scrapes of a silent target."""
     return hang_up(bench, bench.http("silent"))
 
 
 def attack_hangup_day(bench: Bench) -> list[Figure]:
-    """Leave them, and ask for a day's time before."""
+    """Hang up during scrapes that have a day."""
     return hang_up(bench, bench.http("silent"), "X-Prometheus-Scrape-Timeout-Seconds: 86400")
 
 
 def attack_hangup_tls(bench: Bench) -> list[Figure]:
-    """Leave them over TLS."""
+    """Hang up during scrapes over TLS."""
     return hang_up(bench, bench.http("silent"), tls=True)
 
 
 def attack_hangup_cache(bench: Bench) -> list[Figure]:
-    """Leave the one run that all wait for."""
+    """Hang up while all clients wait for one cached run."""
     return hang_up(bench, bench.http("silent", cache="60s"))
 
 
 def attack_hangup_fifo(bench: Bench) -> list[Figure]:
-    """Leave the scrapes of a FIFO that nobody writes."""
+    """Hang up during scrapes of a FIFO that nobody writes."""
     path = bench.folder / "left.fifo"
     os.mkfifo(path)
     return hang_up(bench, {"method": "file", "file": {"path": str(path)}})
@@ -314,17 +314,17 @@ def sleeper(**settings: str) -> dict[str, Any]:
 
 
 def attack_hangup_exec(bench: Bench) -> list[Figure]:
-    """Leave commands that sleep."""
+    """Hang up during commands that sleep."""
     return hang_up(bench, sleeper())
 
 
 def attack_hangup_cached_exec(bench: Bench) -> list[Figure]:
-    """Leave one command that all wait for; it goes on until its deadline."""
+    """Hang up while all clients wait for one cached command, which runs until its deadline."""
     return hang_up(bench, sleeper(cache="60s", timeout="10s"))
 
 
 def shut_down(bench: Bench, tls: bool) -> list[Figure]:
-    """Send 520 requests and shut down writing; each client has to be told why it gets nothing."""
+    """Send 520 requests and shut down writing; each client must be answered with 502."""
     context = bench.certificates.client if tls else None
     with serving(bench, {"victim": bench.http("silent")}, *tls_flags(bench, tls)) as service:
         with scraping(service) as scraper:
@@ -343,17 +343,17 @@ def shut_down(bench: Bench, tls: bool) -> list[Figure]:
 
 
 def attack_half_closed(bench: Bench) -> list[Figure]:
-    """Shut down writing alone."""
+    """Shut down writing during plain scrapes."""
     return shut_down(bench, tls=False)
 
 
 def attack_half_closed_tls(bench: Bench) -> list[Figure]:
-    """Shut down writing alone, below TLS."""
+    """Shut down writing on the socket below TLS."""
     return shut_down(bench, tls=True)
 
 
 def stay(bench: Bench, names: Sequence[str], path: str) -> list[Figure]:
-    """Send requests for silent modules and stay; scrape something else for some seconds."""
+    """Send requests for silent modules and stay; scrape another path for some seconds."""
     with serving(bench, {name: bench.http("silent") for name in names}) as service:
         with scraping(service, path=path) as scraper:
             clients: list[socket.socket] = []
@@ -382,12 +382,12 @@ def pages_answered(service: Service) -> int:
 
 
 def attack_stay(bench: Bench) -> list[Figure]:
-    """Wait for one silent module with all connections that there are."""
+    """Occupy as many connections as there are with scrapes of one silent module."""
     return stay(bench, ["victim"], HEALTHY)
 
 
 def attack_stay_all(bench: Bench) -> list[Figure]:
-    """Wait for three silent modules: expexp's own pages must have a slot."""
+    """Occupy them with three silent modules: expexp's own pages must keep a slot."""
     return stay(bench, ["one", "two", "three"], "/-/healthy")
 
 
@@ -423,7 +423,7 @@ def read_hung_file(bench: Bench, path: Path, hang: Hang | None) -> list[Figure]:
 
 @contextlib.contextmanager
 def hanging(hang: Hang | None) -> Iterator[None]:
-    """Let a file system hang meanwhile."""
+    """Make the file system hang inside this context."""
     if hang:
         hang.switch.touch()
     try:
@@ -563,7 +563,7 @@ def attack_log_flapping(bench: Bench) -> list[Figure]:
 
 
 def attack_memory(bench: Bench) -> list[Figure]:
-    """Leave hardly any address space to threads and bodies, then give it back, several times."""
+    """Limit the address space to what is in use and hardly more, several times."""
     with serving(bench, {"victim": bench.http("large", verify=False)}) as service:
         with scraping(service, interval=0.1) as scraper:
             for kibibytes in (0, 0, 256, 1024, 65536):
@@ -574,7 +574,7 @@ def attack_memory(bench: Bench) -> list[Figure]:
 
 
 def take_memory(service: Service, room: int) -> None:
-    """Let 300 clients ask for a large body while there is little more address space than now."""
+    """Send 300 requests for a large body while the address space is limited; lift the limit."""
     size = int(memory(service.pid, "VmSize") * MEBIBYTE) + room
     resource.prlimit(service.pid, resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
     clients = open_clients(service.port, request_bytes(VICTIM), 300)
@@ -626,7 +626,7 @@ class IdleClients:
 
 
 def crowd(service: Service, more: Callable[[Service], None]) -> list[Figure]:
-    """Let 100 idle clients stay for 10 s, and more happen; measure outage, log and CPU."""
+    """Keep 100 idle clients for 10 s, and do something more; measure outage, log and CPU."""
     seconds = 10
     with scraping(service, interval=0.1) as scraper:
         idle = IdleClients(service.port, 100)
@@ -661,7 +661,7 @@ def do_nothing(_service: Service) -> None:
 
 
 def attack_threads(bench: Bench) -> list[Figure]:
-    """Start with 40 threads; root is not bound by that limit, so expexp runs as another user."""
+    """Start with a limit of 40 threads, as another user: the limit does not bind root."""
     if os.geteuid():
         raise BenchError("needs root, to run expexp as a user without other processes")
     user = 61_000 + os.getpid() % 1000
@@ -679,13 +679,13 @@ def attack_descriptors(bench: Bench) -> list[Figure]:
 
 
 def attack_descriptors_later(bench: Bench) -> list[Figure]:
-    """Leave 64 descriptors after the start, when expexp has counted on more."""
+    """Lower the limit to 64 descriptors after the start, when expexp has counted on more."""
     with serving(bench, {}) as service:
         return crowd(service, forbid_descriptors)
 
 
 def forbid_descriptors(service: Service) -> None:
-    """Let the process have 64 descriptors."""
+    """Limit the process to 64 descriptors."""
     resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (64, 64))
 
 
@@ -707,7 +707,7 @@ def basic(name: str, password: str) -> str:
 
 
 def guess(bench: Bench, names: Sequence[str]) -> list[Figure]:
-    """Let a client for each name guess; measure when the right password at cost 14 gets in."""
+    """Guess with one client for each name; count the tries of the right password at cost 14."""
     web = bench.folder / "web.yaml"
     web.write_text("basic_auth_users:\n" + "".join(f"  {n}: {h}\n" for n, h in USERS.items()))
     web.chmod(0o600)
@@ -758,7 +758,7 @@ def tries_until_in(port: int) -> float:
 
 
 def attack_bcrypt(bench: Bench) -> list[Figure]:
-    """Guess passwords of users that there are not."""
+    """Guess passwords of users that do not exist."""
     return guess(bench, [f"stranger-{number}" for number in range(40)])
 
 
