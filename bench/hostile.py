@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,7 +132,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--signal-runs", type=int, default=200, help="of the attack `signals` (200)"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    python = shutil.which(options.python)
+    if python is None or not options.expexp.is_file():
+        parser.error("--python or --expexp: not found")
+    options.python = os.path.abspath(python)  # expexp runs in a folder of its own
+    return options
 
 
 def main() -> int:
