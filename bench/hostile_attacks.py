@@ -330,9 +330,11 @@ def shut_down(bench: Bench, tls: bool) -> list[Figure]:
         with scraping(service) as scraper:
             port = service.tls_port if tls else service.port
             clients = open_clients(port, request_bytes(VICTIM), CLIENTS, context)
+            begun = time.monotonic()
             close_all(clients, half=True)
             statuses = read_statuses(clients, ATTACK_SECONDS)
             freed = seconds_until_free(service)
+            time.sleep(max(0.0, begun + ATTACK_SECONDS - time.monotonic()))
             samples = scraper.samples()
         return [
             healthy_figure(samples),
