@@ -120,7 +120,7 @@ __all__ = ["ExpositionError", "main", "verify_exposition"]
 # 1  Constants and limits
 # ==================================================================================================
 # Every quantity that comes from outside has its bound in `Limits`, with the reason beside it. The
-# table in docs/operation.md is checked against this one.
+# table in docs/operation.md is checked against these values.
 
 TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -142,67 +142,60 @@ NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # RFC 9110, 5.6.2: a header's name
 
 
-def limit(default: float, why: str) -> Any:
-    """A field of `Limits`: its default and the reason for it."""
-    return dataclasses.field(default=default, metadata={"documentation": why})
-
-
 @dataclass(frozen=True)
 class Limits:
-    """Every bound on what comes from outside; units end the names."""
+    """Every bound on what comes from outside. The names end in their units."""
 
-    connections: int = limit(512, "one thread each; idle ones make room when all are taken")
-    file_descriptors: int = limit(8192, "the soft limit becomes this or the hard limit")
-    connection_descriptors: int = limit(5, "for a client, TLS and a command: fewer clients fit")
-    accept_pause_seconds: float = limit(0.05, "without descriptors: accepting must not spin")
-    request_line_bytes: int = limit(8192, "the longest sensible query names a blackbox target")
-    header_block_bytes: int = limit(32768, "all headers of a request")
-    handshake_seconds: float = limit(10, "for a client's TLS handshake: silent ones must go")
-    header_seconds: float = limit(10, "to send a request's line and headers: slow-loris")
-    write_stall_seconds: float = limit(30, "a client that does not read must not keep a slot")
-    write_bytes_per_second: int = limit(65536, "nor one that reads a byte at a time")
-    idle_seconds: float = limit(180, "an idle connection: longer than the usual scrape interval")
-    target_head_bytes: int = limit(262144, "status line and headers of a target's answer")
-    unread_bytes: int = limit(262144, "a request's body, read away so that the answer arrives")
-    unread_seconds: float = limit(2, "for reading it away")
-    body_bytes: int = limit(256 * MEBIBYTE, "a target's body, also decoded; output; a file")
-    held_bytes: int = limit(512 * MEBIBYTE, "the bodies of all requests together, then busy")
-    config_bytes: int = limit(16 * MEBIBYTE, "a configuration file")
-    rotation_seconds: float = limit(1, "between looks at files of certificates and secrets")
-    retry_seconds: float = limit(300, "until files that were not usable are read again as they are")
-    bcrypt_cost: int = limit(14, "of a user's hash: about a second of processor time")
-    bcrypt_waiting: int = limit(48, "requests that wait to hash a password: others need the slots")
-    bcrypt_seconds: float = limit(120, "for that wait: twice the time of the costliest hashes")
-    certmatch_processes: int = limit(
-        2, "that match such names at once: they must not take all cores"
+    connections: int = 512  # one thread each; idle ones make room when all are taken
+    file_descriptors: int = 8192  # the soft limit becomes this or the hard limit
+    connection_descriptors: int = 5  # for a client, TLS and a command: fewer clients fit
+    accept_pause_seconds: float = 0.05  # without descriptors: accepting must not spin
+    request_line_bytes: int = 8192  # the longest sensible query names a blackbox target
+    header_block_bytes: int = 32768  # all headers of a request
+    handshake_seconds: float = 10  # for a client's TLS handshake: silent ones must go
+    header_seconds: float = 10  # to send a request's line and headers: slow-loris
+    write_stall_seconds: float = 30  # a client that does not read must not keep a slot
+    write_bytes_per_second: int = 65536  # nor one that reads a byte at a time
+    idle_seconds: float = 180  # an idle connection: longer than the usual scrape interval
+    target_head_bytes: int = 262144  # status line and headers of a target's answer
+    unread_bytes: int = 262144  # a request's body, read away so that the answer arrives
+    unread_seconds: float = 2  # for reading it away
+    body_bytes: int = 256 * MEBIBYTE  # a target's body, also decoded; output; a file
+    held_bytes: int = 512 * MEBIBYTE  # the bodies of all requests together, then busy
+    config_bytes: int = 16 * MEBIBYTE  # a configuration file
+    rotation_seconds: float = 1  # between looks at files of certificates and secrets
+    retry_seconds: float = 300  # until files that were not usable are read again as they are
+    bcrypt_cost: int = 14  # of a user's hash: about a second of processor time
+    bcrypt_waiting: int = 48  # requests that wait to hash a password: others need the slots
+    bcrypt_seconds: float = 120  # for that wait: twice the time of the costliest hashes
+    certmatch_processes: int = 2  # that match such names at once: they must not take all cores
+    certmatch_seconds: float = 2  # for the operator's pattern on a client's names
+    secret_bytes: int = 65536  # a file with a password or token
+    cache_entries: int = 256  # answers of modules that have `cache`, kept at once
+    cache_bytes: int = 64 * MEBIBYTE  # all of them together
+    exec_scrapes: int = 10  # running commands of one module without max_concurrent
+    file_scrapes: int = 50  # running reads of one module without max_concurrent
+    container_seconds: float = 5  # what its engine said: another may get its address
+    arguments: int = 32  # `args` and `params` of one request
+    argument_bytes: int = 256  # one of them
+    resolver_threads: int = 8  # name look-ups under way at once
+    stderr_bytes: int = 4096  # a failing command's last words, for the log
+    log_line_bytes: int = 4096  # a log line: a pipe takes it as a whole
+    log_queue_lines: int = 1000  # that wait for a slow stderr, then lines are dropped
+    log_flush_seconds: float = 0.5  # to write the queued log lines at the end
+    hang_up_seconds: float = (
+        0.5  # until a client is missed that hung up while another thread works for it
     )
-    certmatch_seconds: float = limit(2, "for the operator's pattern on a client's names")
-    secret_bytes: int = limit(65536, "a file with a password or token")
-    cache_entries: int = limit(256, "answers of modules that have `cache`, kept at once")
-    cache_bytes: int = limit(64 * MEBIBYTE, "all of them together")
-    exec_scrapes: int = limit(10, "running commands of one module without max_concurrent")
-    file_scrapes: int = limit(50, "running reads of one module without max_concurrent")
-    container_seconds: float = limit(5, "what its engine said: another may get its address")
-    arguments: int = limit(32, "`args` and `params` of one request")
-    argument_bytes: int = limit(256, "one of them")
-    resolver_threads: int = limit(8, "name look-ups under way at once")
-    stderr_bytes: int = limit(4096, "a failing command's last words, for the log")
-    log_line_bytes: int = limit(4096, "a log line: a pipe takes it as a whole")
-    log_queue_lines: int = limit(1000, "that wait for a slow stderr, then lines are dropped")
-    log_flush_seconds: float = limit(0.5, "to write the queued log lines at the end")
-    hang_up_seconds: float = limit(
-        0.5, "until a client is missed that hung up while another thread works for it"
+    reload_seconds: float = 60  # to wait for a reload to end, then 503
+    scrape_seconds: float = 60  # a scrape where neither module nor client says less
+    client_scrape_seconds: float = (
+        600  # a scrape where only the client says how long: a day would hold its slot for a day
     )
-    reload_seconds: float = limit(60, "to wait for a reload to end, then 503")
-    scrape_seconds: float = limit(60, "a scrape where neither module nor client says less")
-    client_scrape_seconds: float = limit(
-        600, "a scrape where only the client says how long: a day would hold its slot for a day"
-    )
-    longest_scrape_seconds: float = limit(86400, "a scrape, whatever module and client say")
-    term_to_kill_seconds: float = limit(0.5, "for a command's group to end; off the request's path")
-    drain_seconds: float = limit(10, "to finish requests at shutdown: below systemd's own limit")
-    failure_reminder_seconds: float = limit(300, "between warnings of a module that keeps failing")
-    failure_pause_seconds: float = limit(10, "between warnings of a module, whatever happens to it")
+    longest_scrape_seconds: float = 86400  # a scrape, whatever module and client say
+    term_to_kill_seconds: float = 0.5  # for a command's group to end; off the request's path
+    drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
+    failure_reminder_seconds: float = 300  # between warnings of a module that keeps failing
+    failure_pause_seconds: float = 10  # between warnings of a module, whatever happens to it
 
     @property
     def module_requests(self) -> int:
