@@ -1054,12 +1054,12 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
         if pos >= window:
             window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
             run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+        tick()
         pos, found = read_runs(source, pos, window, run)
         samples += found
         if pos < window and run is dialect.fast:
             run = dialect.wide
         elif pos < window:  # measured: one line more a window by the reader took 5 % longer
-            tick()
             pos, line = read_line(source, pos)
             samples += isinstance(line, Sample)
     return samples
