@@ -537,12 +537,10 @@ MAX_FAST_LABELS: Final = 20  # node_os_info has 12; with more, a match of names 
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
 WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+){1,64}")' % (CANONICAL_BYTE, CANONICAL_BYTE)
-EXPONENT: Final = rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 WIDE_NUMBER: Final = (
-    rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)%b"
-    rb"|(?i:inf(?:inity|)))|(?i:nan))" % EXPONENT
+    rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)"
+    rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|(?i:inf(?:inity|)))|(?i:nan))"
 )
-#: A pair in a line that the wide forms take. Its group is the name.
 LABEL_PAIR: Final = compile_production(rb"[{,] *+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
 
 
@@ -573,8 +571,13 @@ def compose_wide_series(comma: bytes) -> bytes:
     return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b(?: %b|)|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, FINITE)
+TIMESTAMP_AND_EXEMPLAR: Final = rb"(?: %b|)(?: # \{(?:%b=%b(?:,|(?=\}))){0,64}\} %b(?: %b|)|)" % (
+    FINITE,
+    LABEL_NAME,
+    CANONICAL_VALUE,
+    CANONICAL_NUMBER,
+    FINITE,
+)
 #: The base units of OpenMetrics. Any other is the reader's: to compare it with the name by a group
 #: would take time in the square of its length.
 UNIT: Final = (
@@ -599,7 +602,6 @@ def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
 TEXT_METADATA: Final = compose_metadata(TEXT_TYPES)
 OPENMETRICS_METADATA: Final = compose_metadata(OPENMETRICS_TYPES, UNIT)
 TEXT_TIMESTAMP: Final = rb"(?: [0-9]{1,18}+|)"
-TIMESTAMP_AND_EXEMPLAR: Final = rb"(?: %b|)%b" % (FINITE, EXEMPLAR)
 
 
 def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
@@ -1172,11 +1174,10 @@ def read_fields(
     After a field of a metric come those in it. Plain fields are left out. Unknown ones have no
     name.
     """
-    body, plain = source.body, PLAIN.get(kind, NOTHING)
+    body, plain = source.body, PLAIN.get(kind)
     while pos < end:
         source.tick()
-        run = plain.match(body, pos, end)
-        if run:
+        if plain and (run := plain.match(body, pos, end)):
             pos = run.end()
             continue
         start, tag = read_varint(body, pos, end, path)
