@@ -795,8 +795,7 @@ def scan(source: Source, pos: int, run: Pattern) -> int:
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    free = peek(source, pos) in b" \t" and not source.dialect.openmetrics
-    return scan(source, pos, BLANKS) if free else pos
+    return pos if source.dialect.openmetrics else scan(source, pos, BLANKS)
 
 
 def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, memoryview]:
@@ -1018,7 +1017,7 @@ def find_repetition(source: Source, pos: int, end: int) -> int:
         is_plain = b"\\" not in line and b'"=' not in line
         if not (is_plain and shape in known):
             names = LABEL_PAIR.findall(line)
-            if len(set(names)) < len(names) or len(names) > MAX_LABELS:
+            if len(set(names)) < len(names):
                 break
         if is_plain:
             known.add(shape)
@@ -1278,7 +1277,6 @@ def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
 
 OPENMETRICS_TYPE: Final = "application/openmetrics-text"
 PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
-MAX_CONTENT_TYPE: Final = 1_024  # characters looked at; a sensible one has 120
 
 
 def is_openmetrics_body(body: bytes) -> bool:
@@ -1288,7 +1286,7 @@ def is_openmetrics_body(body: bytes) -> bool:
 
 def parse_media_type(content_type: str) -> str:
     """Return the media type in lower case, without its parameters, whatever `content_type` is."""
-    return content_type[:MAX_CONTENT_TYPE].partition(";")[0].strip().lower()
+    return content_type.partition(";")[0].strip().lower()
 
 
 def choose_dialect(content_type: str) -> Dialect | None:

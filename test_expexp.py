@@ -4286,7 +4286,6 @@ MEDIA_TYPES = [
     ("capitals and blanks", " Text/PLAIN ; Charset = UTF-8 ", "text/plain"),
     ("a semicolon in a quoted value", 'a/b; q="x;y"; z=1', "a/b"),
     ("no slash at all", "\0\udcff;=;", "\0\udcff"),
-    ("more than a content type has", "x" * 2_000, "x" * 1_024),
 ]
 
 
