@@ -1363,10 +1363,7 @@ process_threads                        gauge    -  Threads.
     """)
 ]
 #: Why there was no request on a TLS connection: the values of the label `reason`.
-HANDSHAKE_FAULTS: Final = names_of(
-    "timeout closed plain_http protocol no_certificate chain expiry not_allowed certmatch "
-    "refused_by_client"
-)
+HANDSHAKE_FAULTS: Final = ("timeout", "closed", "plain_http", "certificate", "protocol")
 #: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
 
@@ -2606,12 +2603,8 @@ class Users:
         return is_proved()
 
 
-class HandshakeError(OSError):
-    """A client's certificate does not let it in. `fault` is one of HANDSHAKE_FAULTS."""
-
-    def __init__(self, fault: str, message: str) -> None:
-        super().__init__(message)
-        self.fault = fault
+class CertificateError(OSError):
+    """A client's certificate is well-formed, but does not let the client in."""
 
 
 SEARCH_NAMES: Final = (
@@ -2623,7 +2616,7 @@ MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 @functools.lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
-    """Return whether one of a certificate's names matches; HandshakeError if this is unknown.
+    """Return whether one of a certificate's names matches; CertificateError if this is unknown.
 
     In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
     like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
@@ -2631,18 +2624,18 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
     null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     if not MATCHING.acquire(timeout=seconds):
-        raise HandshakeError("certmatch", "too many names are being matched")
+        raise CertificateError("too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
         status = subprocess.call(command, timeout=seconds, **null)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
-        raise HandshakeError("certmatch", "matching -web.tls.certmatch takes too long") from None
+        raise CertificateError("matching -web.tls.certmatch takes too long") from None
     except OSError as error:  # it did not start
         message = f"matching -web.tls.certmatch failed: {words_of(error)}"
-        raise HandshakeError("certmatch", message) from None
+        raise CertificateError(message) from None
     finally:
         MATCHING.release()
     if status not in (0, 3):  # it was killed or did not start: that is no answer to remember
-        raise HandshakeError("certmatch", "matching -web.tls.certmatch failed")
+        raise CertificateError("matching -web.tls.certmatch failed")
     return status == 0
 
 
@@ -2681,7 +2674,7 @@ class ServerTls:
     authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
 
     def check(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> None:
-        """Raise HandshakeError if no name in a client's verified certificate lets it in."""
+        """Raise CertificateError if no name in a client's verified certificate lets it in."""
         subject = itertools.chain.from_iterable(certificate.get("subject", ()))
         common = [text for kind, text in subject if kind == "commonName"]
         others = certificate.get("subjectAltName", ())
@@ -2692,7 +2685,7 @@ class ServerTls:
         good = not (certificate and allowed) or set(names) & set(allowed)
         if not good or (certmatch and not match_names(certmatch, shown, seconds)):
             found = excerpt(", ".join(shown), 200) or "it has none"
-            raise HandshakeError("not_allowed", f"no name in the certificate is allowed: {found}")
+            raise CertificateError(f"no name in the certificate is allowed: {found}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -4806,19 +4799,16 @@ HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
 
 
 def handshake_fault(error: Exception) -> str:
-    """Which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
-    if isinstance(error, HandshakeError):
-        return error.fault
+    """Return which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    if isinstance(error, UnicodeError):  # a name that is no text
-        return "not_allowed"
+    if isinstance(error, (CertificateError, UnicodeError)):  # UnicodeError: a name is no text
+        return "certificate"
     reason = str(getattr(error, "reason", "EOF"))
-    if re.search("EOF|Closed before", reason):  # as Python says of a reset
+    if re.search("EOF|Closed before", reason):  # Python's words for a reset
         return "closed"
-    if reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE":
-        return "no_certificate"
-    return "refused_by_client" if "ALERT" in reason else tls_fault(error)
+    # Also in alerts: of a client that does not trust our certificate.
+    return "certificate" if re.search("CERTIFICATE|UNKNOWN_CA", reason) else "protocol"
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
@@ -4905,7 +4895,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         certificate = self._wire.start_tls(tls.context, server_side=True).getpeercert() or {}
         # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
-            raise HandshakeError("expiry", "certificate has expired")
+            raise CertificateError("certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
         tls.check(certificate, pattern, self._limits.certmatch_seconds)
 
