@@ -1928,7 +1928,6 @@ class HttpTarget:
     tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
     content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
     server_name: str = key(read_server_name, "", "name to ask for and to find in the certificate")
-    credentials: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def host(self) -> str:
@@ -1997,7 +1996,7 @@ SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_par
 
 
 class Config(NamedTuple):
-    """A whole configuration; a request keeps the one that it began with."""
+    """A whole configuration."""
 
     modules: Mapping[str, Module]
     default_module: str
@@ -2168,33 +2167,88 @@ class DocumentReader:
 # ==================================================================================================
 # 11  Loading
 # ==================================================================================================
-# The files that expexp reads, each through a `Watched`: the configuration at start and on reload,
+# The files that expexp reads become one Snapshot: the configuration at start and on a reload,
 # certificates and secrets also when they change. A value is replaced as a whole or not at all. What
 # is wrong with a file is a problem: at start a ConfigError, later a line in the log. The part "who
-# may ask" is what of all this decides who gets in. IO.
+# may ask" decides who gets in. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
 CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 
 
+def log_problems(problems: Iterable[Problem]) -> None:
+    """Log why files are not used."""
+    for problem in problems:
+        LOGGER.error("reload failed, keeping the previous configuration: %s", problem)
+
+
 class FileReader(DocumentReader):
-    """Reads files; notes problems, and of each file what it was like just before it was read."""
+    """Reads a value from files. Keeps the former value if there are problems.
 
-    def __init__(self, original: DocumentReader, former: Any = None, again: bool = False) -> None:
-        """Begin without problems, with the places that are known already.
+    Notes of each file what it was like just before it was read. Nothing changes after loading.
+    """
 
-        What is loaded is to replace the `former` value, if there is one. It is read `again` then,
-        and also where it is a part of something that is.
-        """
-        super().__init__(original.filename, [])
-        self.places, self.former = {**original.places}, former
-        self.again = again or former is not None
-        self.seen: dict[str, Any] = {}
+    def __init__(
+        self,
+        load: Callable[[FileReader], Any],
+        source: DocumentReader,
+        former: FileReader | None = None,
+        again: bool = True,
+    ) -> None:
+        """Load the value. `source` knows the places of settings. Only at start not `again`. IO."""
+        super().__init__(source.filename, [])
+        self.places.update(source.places)
+        self._load, self._source, self.again = load, source, again
+        self.files: dict[str, Any] = {}
         self.warnings: list[str] = []
+        self.targets: dict[str, FileReader] = {}  # credentials for them, by module
+        self._tried = time.monotonic()
+        self.value: Any = former and former.value  # until the new one has no problems
+        value = None
+        try:
+            value = load(self)
+        except Exception:  # an error of ours must not end a service that works
+            LOGGER.exception("unexpected error in loading")
+            self.problem("", "unexpected error: see the log")
+        if self.problems:
+            self.problems.sort()
+            return
+        self.value = value
+        for warning in self.warnings:
+            LOGGER.warning("%s", warning)
+
+    def reload(self) -> FileReader:
+        """Load the value again. IO."""
+        return FileReader(self._load, self._source, self)
+
+    def look(self) -> dict[str, Any]:
+        """Return what the files are like now. IO."""
+        return {name: fingerprint(name) for name in self.files}
+
+    def is_due(self) -> bool:
+        """Return whether files have changed, or a failed load is to be retried. IO.
+
+        It may have failed for lack of descriptors.
+        """
+        is_late = time.monotonic() - self._tried >= Limits.retry_seconds
+        return bool(self.problems and is_late) or self.look() != self.files
+
+    def rotate(self) -> FileReader:
+        """Return the credentials, loaded again if they are due. Log what is new. IO."""
+        if not self.is_due():
+            return self
+        found = self.reload()
+        log_problems(problem for problem in found.problems if problem not in self.problems)
+        if not found.problems:
+            LOGGER.info("credentials reloaded: %s", excerpt(", ".join(found.files), 400))
+        return found
 
     def watched(self, filename: str) -> str:
-        """The name of a file that is about to be read; NodeError where that could wait forever."""
-        self.seen[filename] = fingerprint(filename)
+        """Return the name of a file that is about to be read. Note its fingerprint.
+
+        Raises NodeError if reading the file could wait for ever.
+        """
+        self.files[filename] = fingerprint(filename)
         mode = os.stat(filename).st_mode if os.path.exists(filename) else 0
         if self.again and stat.S_ISFIFO(mode):
             raise NodeError("a pipe, which can be read but once")
@@ -2263,77 +2317,6 @@ def fingerprint(filename: str) -> Any:
     return None
 
 
-class Watched:
-    """A value made of files, made again when one of them has changed, or when that is asked for.
-
-    A replacement that cannot be used changes nothing; it is logged once and makes `working` False.
-    """
-
-    def __init__(
-        self, load: Callable[..., Any], reader: DocumentReader, seconds: float, again: bool = False
-    ) -> None:
-        """Load for the first time; without a value, `problems` say why.
-
-        `load` gets a FileReader to note problems in. The files are looked at no more often than
-        every so many seconds. They may have been read before, `again` says.
-        """
-        self._load, self._reader, self._seconds = load, reader, seconds
-        self._lock, self._due = threading.RLock(), 0.0
-        self.value: Any = None
-        self._replace(again)
-
-    def _replace(self, again: bool = True, refused: bool = False) -> None:
-        """Have a new value; or the problems with it, of which all are noted, if not others'."""
-        reader, value = FileReader(self._reader, self.value, again), None
-        try:
-            value = self._load(reader)
-        except Exception:  # a fault of ours must not end a service that works
-            LOGGER.exception("unexpected error in loading")
-            reader.problem("", "unexpected error: see the log")
-        self.seen, self.problems = reader.seen, sorted(reader.problems)  # also not there yet
-        self.working = not (self.problems or refused)
-        self._again = time.monotonic() + Limits.retry_seconds
-        if self.working:
-            self.value, self.loaded = value, time.time()
-            for warning in reader.warnings:
-                LOGGER.warning("%s", warning)
-
-    def reload(self, needed: Watched | None = None) -> Sequence[Problem]:
-        """Read the files again; log, and return, the problems that there are instead of a value.
-
-        Problems with what is `needed` beside it are some with it as well, until it changes.
-        """
-        with self._lock:
-            self._replace(refused=bool(needed and needed.problems))
-            problems, working = self.problems, self.working
-            if needed and needed.problems:
-                self.seen = {**self.seen, **needed.seen}
-        for problem in problems:
-            LOGGER.error("changed files are not used, the former stay: %s", problem)
-        if self.seen and working:
-            LOGGER.info("read again: %s", excerpt(", ".join(self.seen), 400))
-        return problems
-
-    def is_late(self) -> bool:
-        """Whether what failed is to be tried again: it may have failed for lack of descriptors."""
-        return not self.working and time.monotonic() >= self._again
-
-    def look(self) -> dict[str, Any]:
-        """What the files are like now; when they were read last they were as in `seen`."""
-        return {file: fingerprint(file) for file in self.seen}
-
-    def current(self) -> Any:
-        """The value, made of files that were looked at a moment ago."""
-        if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
-            try:
-                self._due = time.monotonic() + self._seconds
-                if self.is_late() or self.look() != self.seen:
-                    self.reload()
-            finally:
-                self._lock.release()
-        return self.value
-
-
 class ConfigLoader:
     """Loads a configuration from its file and folders."""
 
@@ -2388,20 +2371,21 @@ class ConfigLoader:
             message = f"module {excerpt(name)} is already defined in {first}"
             reader.problem(f"modules.{name}", message)
         elif module:
-            self._modules[name] = self._check_host(module, reader)
+            self._modules[name] = module
+            self._check_host(module, reader)
 
-    def _check_host(self, module: Module, reader: DocumentReader) -> Module:
-        """The module with what it needs of this host; what is not there yet is a warning."""
+    def _check_host(self, module: Module, reader: DocumentReader) -> None:
+        """Load what a module needs of this host. What is not there yet is a warning."""
         target, missing = module.target, ""
         if isinstance(target, HttpTarget):
             if target.basic_auth_password or "Authorization" in target.headers:
                 self._reader.warn_of_readers(reader.filename)
             load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            credentials = Watched(load, reader, self._limits.rotation_seconds, self._reader.again)
+            credentials = FileReader(load, reader, None, self._reader.again)
             self._problems += credentials.problems
-            # Otherwise they are read again when they change without the configuration.
-            self._reader.seen.update(credentials.seen if credentials.problems else {})
-            target = dataclasses.replace(target, credentials=credentials)
+            if credentials.problems:  # the configuration is due when these files change, too
+                self._reader.files.update(credentials.files)
+            self._reader.targets[module.name] = credentials
         elif isinstance(target, ExecTarget):
             path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
             missing = "" if shutil.which(target.command, path=path or None) else "executable"
@@ -2410,7 +2394,6 @@ class ConfigLoader:
         if missing:
             lacking = f"module {module.name}: no {missing} {excerpt(target.shown)}"
             self._reader.warnings.append(lacking)
-        return dataclasses.replace(module, target=target)
 
 
 def notify(state: str, seconds: float = 1) -> None:
@@ -2701,21 +2684,16 @@ class Credentials:
         return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
 
     @property
-    def trust(self) -> Any:
-        """What differs when a client that a certificate has let in might not get in now."""
+    def demands(self) -> set[str]:
+        """Return what clients must do to get in."""
         tls = self.tls
-        return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
-
-    @property
-    def demands(self) -> Mapping[str, Any]:
-        """Return what clients must do to get in; what is true is demanded."""
-        tls = self.tls
-        return {
+        demands = {
             "TLS": tls,
             "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
             "client_allowed_sans": tls and tls.settings.client_allowed_sans,
             "authentication": self.token or self.users,
         }
+        return {what for what, demanded in demands.items() if demanded}
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
@@ -2786,7 +2764,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
 
 def load_credentials(options: Options, reader: FileReader) -> Credentials:
     """What flags and files say of who gets in; what is unusable is noted as a problem."""
-    former: Credentials | None = reader.former
+    former: Credentials | None = reader.value
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
     token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
     reader.warnings += options[WARNINGS]
@@ -2803,13 +2781,116 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
     served = load_server_tls(path, tls, reader) if tls else None
     checks = former.users.checks if former else PasswordChecks()
     credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn, checks), served)
-    # A file that is just being written, or gone by mistake, must not open the door.
-    for what, demanded in former.demands.items() if former and not reader.problems else ():
-        if demanded and not credentials.demands[what]:
+    if former and not reader.problems:
+        # A file that is just being written, or gone by mistake, must not open the door.
+        for what in former.demands - credentials.demands:
             reader.problem("", f"{what} cannot be given up without a restart")
-    if former and served and not former.tls:  # its listener is plain
-        reader.problem("", "TLS cannot be turned on without a restart")
+        if served and not former.tls:  # its listener is plain
+            reader.problem("", "TLS cannot be turned on without a restart")
     return credentials
+
+
+# --- all of it
+
+
+def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
+    """Return the configuration that flags name. Note what is wrong with it as problems."""
+    flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
+    system_context.cache_clear()  # the system's authorities may have changed, too
+    config = ConfigLoader(limits, reader).load(*flags)
+    if reader.value and reader.value.modules and not (config.modules or reader.problems):
+        # A file that is just being written.
+        reader.problem("", "no modules are left: that needs a restart")
+    return config
+
+
+class Snapshot(NamedTuple):
+    """All that was loaded from files. A request keeps the snapshot with which it began."""
+
+    config: FileReader  # the value is a Config
+    credentials: FileReader  # ours: the value is a Credentials
+    targets: Mapping[str, FileReader]  # by module: the values are TargetCredentials
+    loaded: float  # when the configuration was, Unix time
+
+    @property
+    def trust(self) -> Any:
+        """Return the settings whose change invalidates existing TLS connections."""
+        tls = self.credentials.value.tls
+        return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
+
+
+class Loader:
+    """Holds the snapshot in use. Replaces it when credentials change, and on a reload."""
+
+    def __init__(self, options: Options, limits: Limits) -> None:
+        """Load everything. Raises ConfigError."""
+        self._limits = limits
+        self._lock = threading.Lock()
+        #: The next look at the files of credentials, monotonic.
+        self._due = time.monotonic() + limits.rotation_seconds
+        self._begun = 0  # reloads so far
+        load: Any = functools.partial(load_config, options, limits)
+        config = FileReader(load, DocumentReader("", []), again=False)
+        load, source = functools.partial(load_credentials, options), options["web.config.file"]
+        credentials = FileReader(load, DocumentReader(source, []), again=False)
+        if config.problems or credentials.problems:
+            raise ConfigError(*config.problems, *credentials.problems)
+        self.snapshot = Snapshot(config, credentials, config.targets, time.time())
+
+    def current(self) -> Snapshot:
+        """Return the snapshot, whose credentials are those of a moment ago."""
+        if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
+            try:
+                self._due = time.monotonic() + self._limits.rotation_seconds
+                self._rotate()
+            finally:
+                self._lock.release()
+        return self.snapshot
+
+    def _rotate(self) -> None:
+        """Replace the credentials that are due."""
+        targets = {name: each.rotate() for name, each in self.snapshot.targets.items()}
+        credentials = self.snapshot.credentials.rotate()
+        self.snapshot = self.snapshot._replace(credentials=credentials, targets=targets)
+
+    def reload(self) -> Sequence[Problem]:
+        """Read all files again, once for all callers that wait for it to begin.
+
+        Return the problems. Raises RequestError if another reload does not end.
+        """
+        begun = self._begun
+        if not self._lock.acquire(timeout=self._limits.reload_seconds):
+            LOGGER.error("a reload does not end")
+            raise RequestError(503, "a reload does not end")
+        try:
+            if self._begun == begun:
+                self._begun += 1
+                self._reload()
+            return self.snapshot.config.problems
+        finally:
+            self._lock.release()
+
+    def _reload(self) -> None:
+        """Replace all that has no problems.
+
+        Our credentials come first: they must not expire because of a module.
+        """
+        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        former = self.snapshot
+        try:
+            credentials = former.credentials.reload()
+            config = former.config.reload()
+        finally:
+            notify("READY=1")
+        self.snapshot = former._replace(config=config, credentials=credentials)
+        if credentials.problems:  # then the new configuration is not used either
+            config.problems += credentials.problems
+            config.files.update(credentials.files)
+            config.value = former.config.value
+        log_problems(config.problems)
+        if not config.problems:
+            LOGGER.info("configuration reloaded: %d modules", len(config.value.modules))
+            self.snapshot = Snapshot(config, credentials, config.targets, time.time())
 
 
 # ==================================================================================================
@@ -3545,6 +3626,7 @@ class Job(NamedTuple):
     cleanup: contextlib.ExitStack
     held: Held
     tools: Tools
+    credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
 
 
 def scrape_bound(job: Job) -> int:
@@ -3685,7 +3767,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if job.module.verify:
         compressed = accepts(headers["Accept-Encoding"], "gzip")
         headers["Accept-Encoding"] = "gzip" if compressed else "identity"
-    if authorization := target.credentials.current().authorization:
+    if authorization := job.credentials.value.authorization:
         headers["Authorization"] = authorization
     for name, secret in target.headers.items():
         headers[name] = secret.reveal()
@@ -3720,8 +3802,9 @@ def ask(
         wire = connect(job)
         job.cleanup.callback(wire.close)
         if request.type == "https":
-            context, name = target.credentials.current().context, target.server_name or target.host
+            name = target.server_name or target.host
             # An attacker can cut a body short: an end without close_notify is an error.
+            context = job.credentials.value.context
             wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
         answer = HANDLER.do_open(TargetExchange, request, wire=wire, most=most)
     except (OSError, ValueError) as error:
@@ -4420,41 +4503,13 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     return request._replace(headers=rest)
 
 
-class Reload:
-    """Reads all files again, once for all callers that wait for it to begin."""
-
-    def __init__(self, read: Callable[[], Sequence[Problem]], seconds: float) -> None:
-        self._read = read
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._begun = 0
-        self._problems: Sequence[Problem] = ()
-
-    def __call__(self) -> Sequence[Problem]:
-        """Return the problems. Raise RequestError if another reload does not end."""
-        begun = self._begun
-        if not self._lock.acquire(timeout=self._seconds):
-            LOGGER.error("a reload does not end")
-            raise RequestError(503, "a reload does not end")
-        try:
-            if self._begun == begun:
-                self._begun += 1
-                self._problems = self._read()
-            return self._problems
-        finally:
-            self._lock.release()
-
-
 class Application:
     """Answers requests; knows the configuration, the routes and what to count."""
 
-    def __init__(
-        self, config: Watched, credentials: Watched, options: Options, tools: Tools
-    ) -> None:
+    def __init__(self, loader: Loader, options: Options, tools: Tools) -> None:
         """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
-        self._watched, self.credentials, self.options = config, credentials, options
+        self.loader, self.options = loader, options
         self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
-        self.reload = Reload(self._read_files, tools.limits.reload_seconds)
         new_log = functools.partial(FailureLog, tools.limits, time.monotonic)
         self._failures: dict[str, FailureLog] = collections.defaultdict(new_log)
         self._routes: dict[str, Callable[[Request], Response]] = {
@@ -4462,11 +4517,11 @@ class Application:
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
             "/-/reload": self._reload,
-            "/sd": lambda request: list_targets(request, self.config.modules, options),
+            "/sd": lambda request: list_targets(request, self.modules, options),
         }
         self._add_route("web.telemetry-path", self._telemetry)
         self._add_route("web.proxy-path", self._proxy)
-        self.take_config()
+        self._take_config()
 
     def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
         """Add the route of a flag; raises ConfigError if another one has its path."""
@@ -4478,25 +4533,25 @@ class Application:
                 message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
             raise ConfigError(Problem("", 0, 0, "", message))
 
-    def take_config(self) -> None:
-        """Use the configuration that there is now for the requests that begin from now on."""
-        self.config: Config = self._watched.value
-        modules = self.config.modules.values()
+    @property
+    def modules(self) -> Mapping[str, Module]:
+        """Return the modules that there are now, by name."""
+        return cast("Mapping[str, Module]", self.loader.snapshot.config.value.modules)
+
+    def _take_config(self) -> None:
+        """Prepare metrics and FIFOs for the modules of the snapshot."""
+        modules = self.modules.values()
         self._tools.fifos.keep([each.target.path for each in modules if each.method == "file"])
         for module in modules:
             self.metrics.create_module(module.name, module.method)
-        for gone in set(self._failures) - set(self.config.modules):
+        for gone in set(self._failures) - set(self.modules):
             del self._failures[gone]
 
-    def _read_files(self) -> Sequence[Problem]:
-        """Read all files again. Return the problems with those that are not used."""
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        try:  # credentials come first: they must not expire because of a module
-            problems = [*self.credentials.reload(), *self._watched.reload(self.credentials)]
-            self._tools.containers.clear()  # it may be that one has moved
-            self.take_config()
-        finally:
-            notify("READY=1")
+    def reload(self) -> Sequence[Problem]:
+        """Read all files again. Return the problems. Raises RequestError."""
+        problems = self.loader.reload()
+        self._tools.containers.clear()  # a container may have moved
+        self._take_config()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -4529,7 +4584,8 @@ class Application:
         if refusal:
             raise refusal
         path = request.path
-        request = admit(request, self.options["allow.net"], self.credentials.current())
+        credentials = self.loader.current().credentials.value
+        request = admit(request, self.options["allow.net"], credentials)
         if path not in self._routes:
             raise RequestError(404, "404 page not found")
         allowed = ("POST", "PUT") if path == "/-/reload" else ("GET", "HEAD")
@@ -4539,12 +4595,13 @@ class Application:
 
     def _proxy(self, request: Request) -> Response:
         """A module's exposition, or why there is none."""
+        snapshot = self.loader.snapshot
         module, pairs = None, parse_query(request.target.partition("?")[2])
         hurried = False
         header, offset = request.header(TIMEOUT_FIELD), self.options["timeout-offset"]
         with contextlib.ExitStack() as cleanup:
             try:
-                module, pairs = choose_module(self.config, pairs)
+                module, pairs = choose_module(snapshot.config.value, pairs)
                 check_arguments(module, pairs, self.limits)
                 seconds = scrape_timeout(module.timeout, header, offset, self.limits)
                 hurried = seconds < (module.timeout or self.limits.scrape_seconds)
@@ -4552,7 +4609,8 @@ class Application:
                 held = Held(self._tools.budget, self.limits)
                 cleanup.callback(held.release)
                 asked = (module, pairs, request.headers, request.client, deadline)
-                job = Job(*asked, cleanup, held, self._tools)
+                credentials = snapshot.targets.get(module.name)
+                job = Job(*asked, cleanup, held, self._tools, credentials)
                 reserve_request(job)
                 found = answer_job(job)
                 body = self._noted_body(module, found, hurried)
@@ -4620,11 +4678,9 @@ class Application:
     def _telemetry(self, request: Request) -> Response:
         """Our own metrics."""
         collect_process(self.metrics)
-        modules = self.config.modules.values()
-        secrets = [each.target.credentials for each in modules if each.method == "http"]
-        collect_reloads(self.metrics, self._watched, [self.credentials, *secrets])
+        collect_reloads(self.metrics, self.loader.snapshot)
         # Not at a reload: requests for modules that are gone may have ended since.
-        self.metrics.forget_modules(lambda: self.config.modules)
+        self.metrics.forget_modules(lambda: self.modules)
         return exposition_response(self.metrics.render(), request.header("accept-encoding"))
 
     def _reload(self, _request: Request) -> Response:
@@ -4637,7 +4693,7 @@ class Application:
 
     def _index(self, request: Request) -> Response:
         """Return the list of modules."""
-        return list_modules(self.config.modules, self.options, request.header("accept"))
+        return list_modules(self.modules, self.options, request.header("accept"))
 
 
 def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
@@ -4700,13 +4756,15 @@ def list_modules(modules: Mapping[str, Module], options: Options, accepted: str)
     return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
 
 
-def collect_reloads(metrics: SelfMetrics, config: Watched, secrets: Sequence[Watched]) -> None:
-    """Set the metrics of reloads. The first of the secrets are the server's credentials."""
-    working = all(each.working for each in secrets)
-    metrics.set("expexp_credentials_last_reload_successful", to=int(working))
-    metrics.set("expexp_config_last_reload_successful", to=int(config.working))
-    metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=config.loaded)
-    tls = secrets[0].value.tls
+def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
+    """Set the metrics of reloads, and of our certificate."""
+    parts = [snapshot.credentials, *snapshot.targets.values()]
+    failed = any(part.problems for part in parts)
+    metrics.set("expexp_credentials_last_reload_successful", to=int(not failed))
+    successful = not snapshot.config.problems
+    metrics.set("expexp_config_last_reload_successful", to=int(successful))
+    metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
+    tls = snapshot.credentials.value.tls
     if tls:
         metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
 
@@ -4845,8 +4903,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Nothing that waits for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
         self._limits, self._application = self.server.limits, self.server.application
-        self._credentials: Credentials = self._application.credentials.current()
-        self._config = self._application.config
+        self._snapshot = self._application.loader.current()
         self._slot: socket.socket = self.request
         self._slot.setblocking(False)
         self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -4885,7 +4942,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """
         self.server.connections.mark(self._slot, idle=True)
         first = self._wire.attempt(self._slot.recv, select.POLLIN, 1, socket.MSG_PEEK)
-        tls: Any = self._credentials.tls
+        tls: Any = self._snapshot.credentials.value.tls
         if not first:
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
@@ -4925,9 +4982,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
         limits, scheme = self._limits, self.server.scheme
         connections.mark(self._slot, idle=True)
         arrived = self._wire.await_data()
-        held: Credentials = self._application.credentials.current()
-        # No answer where the client has closed, or got in by rules that hold no more.
-        if not arrived or (self.server.speaks_tls and held.trust != self._credentials.trust):
+        snapshot = self._application.loader.current()
+        # No answer if the client has closed, or was admitted under rules that have changed since.
+        if not arrived or (self.server.speaks_tls and snapshot.trust != self._snapshot.trust):
             return
         self._expect_request(limits.header_seconds)
         try:
@@ -4943,7 +5000,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length, coding = map(request.header, ("content-length", "transfer-encoding"))
         unread = bool(refusal or length.strip(" 0") or coding)
-        stale = held is not self._credentials or self._application.config is not self._config
+        stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
         self._is_closing |= unread or stale
         response = self._application.handle(request, refusal)
         # Who is refused may not keep a slot by reading slowly, or not at all.
@@ -5273,17 +5330,6 @@ def set_constant_metrics(metrics: SelfMetrics) -> None:
     metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
 
 
-def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
-    """The configuration that flags name; what is wrong with it is noted as problems."""
-    flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
-    system_context.cache_clear()  # the system's authorities may have changed, too
-    config = ConfigLoader(limits, reader).load(*flags)
-    if reader.former and reader.former.modules and not (config.modules or reader.problems):
-        # A file that is just being written.
-        reader.problem("", "no modules are left: that needs a restart")
-    return config
-
-
 class Program:
     """All parts of a running expexp."""
 
@@ -5293,26 +5339,20 @@ class Program:
         set_constant_metrics(metrics)
         limits, former_descriptors = fit_descriptors(limits)
         self._options, self._limits = options, limits
-        reader = DocumentReader(options["web.config.file"], [])
-        load: Any = functools.partial(load_config, options, limits)
-        self.config = Watched(load, DocumentReader("", []), 0)
-        load = functools.partial(load_credentials, options)
-        credentials = Watched(load, reader, limits.rotation_seconds)
-        if self.config.problems or credentials.problems:
-            raise ConfigError(*self.config.problems, *credentials.problems)
+        self.loader = Loader(options, limits)
         self.commands = Commands(limits, former_descriptors)
         tools = Tools(limits, self.commands, metrics)
-        self.application = Application(self.config, credentials, options, tools)
+        self.application = Application(self.loader, options, tools)
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
         self._is_ending = False
         self._is_reload_wanted = threading.Event()
-        if not self.config.value.modules:
+        if not self.application.modules:
             LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
         """Bind, and tell what an operator should know; raises ConfigError."""
-        options, tls = self._options, self.application.credentials.value.tls
+        options, tls = self._options, self.loader.snapshot.credentials.value.tls
         own_tls = not options["web.tls.listen-address"] and bool(tls)
         listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
         shared = self.application, self.connections, Watchdog()
@@ -5328,19 +5368,19 @@ class Program:
 
     def _tell_access(self) -> None:
         """Log what an operator should know from the start of who may ask for what."""
-        networks, modules = self._options["allow.net"], self.application.config.modules.values()
+        networks, modules = self._options["allow.net"], self.application.modules.values()
         for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
         commands = [module for module in modules if module.method == "exec"]
         names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
-        demands = self.application.credentials.current().demands
+        demands: set[str] = self.loader.snapshot.credentials.value.demands
         bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
         exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
         plain = [server.url for server in exposed if not server.speaks_tls]
-        if plain and demands["TLS"]:
+        if plain and "TLS" in demands:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        open_to_all = plain or not demands["client certificates"]
-        if names and exposed and open_to_all and not (demands["authentication"] or networks):
+        open_to_all = plain or "client certificates" not in demands
+        if names and exposed and open_to_all and not ("authentication" in demands or networks):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",
@@ -5387,9 +5427,10 @@ class Program:
                 if is_wanted:  # otherwise a signal of just now would be lost
                     self._is_reload_wanted.clear()
                 former = found
-                found = self.config.look()
-                is_changed = found != self.config.seen or self.config.is_late()
-                if is_wanted or (is_changed and found == former):  # not while it is being written
+                config = self.loader.snapshot.config
+                found = config.look()
+                # Not while a file is being written: two looks must be the same.
+                if is_wanted or (found == former and config.is_due()):
                     self.application.reload()
             except (MemoryError, RuntimeError, RequestError):  # noqa: PERF203 - go on
                 time.sleep(self._limits.accept_pause_seconds)
@@ -5487,7 +5528,7 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
     elif options["config.check"]:
-        tell(f"no problems, modules: {len(Program(options, limits).config.value.modules)}\n")
+        tell(f"no problems, modules: {len(Program(options, limits).application.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
         signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
         program = Program(options, limits)

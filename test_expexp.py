@@ -1588,11 +1588,14 @@ def load_files(
     filename: str, *folders: str, skip: bool = False, limits: expexp.Limits = FAST
 ) -> tuple[expexp.Config, list[str]]:
     """The configuration in a file and folders, and the warnings; raises ConfigError."""
-    reader = expexp.FileReader(expexp.DocumentReader("", []))
-    config = expexp.ConfigLoader(limits, reader).load(filename, folders, skip)
+
+    def load(reader: expexp.FileReader) -> expexp.Config:
+        return expexp.ConfigLoader(limits, reader).load(filename, folders, skip)
+
+    reader = expexp.FileReader(load, expexp.DocumentReader("", []), again=False)
     if reader.problems:
         raise expexp.ConfigError(*reader.problems)
-    return config, reader.warnings
+    return reader.value, reader.warnings
 
 
 @contextlib.contextmanager
@@ -6571,7 +6574,7 @@ def test_a_file_with_tls_says_itself_whether_clients_need_certificates(lines: li
 def test_without_a_listener_for_tls_the_demand_for_certificates_is_ignored(text: str) -> None:
     Path("w.yaml").write_text(text)
     program = web_program("-web.tls.verify", name="w.yaml" if text else "")
-    assert program.application.credentials.value.tls is None
+    assert program.loader.snapshot.credentials.value.tls is None
 
 
 OWN_TLS = ["-web.tls.listen-address=127.0.0.1:0", "-web.tls.cert=cert.pem", "-web.tls.key=key.pem"]
@@ -6800,6 +6803,8 @@ def test_a_module_is_refused_whose_token(token: str, here: Path) -> None:
 #: Every request looks at the files, so that no test waits for a second to pass.
 WATCHFUL = dataclasses.replace(FAST, rotation_seconds=0)
 RELOADED = "expexp_credentials_last_reload_successful"
+#: How the log says that files are not used.
+KEEPING = "reload failed, keeping the previous configuration: "
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -6846,7 +6851,7 @@ sys.path.insert(0, sys.argv[1])
 import expexp
 try:
     program = expexp.Program(expexp.parse_flags(["-config", sys.argv[2]]), expexp.Limits())
-    print(sorted(program.config.value.modules))
+    print(sorted(program.application.modules))
 except expexp.ConfigError as error:
     print(error)
 """
@@ -11922,7 +11927,7 @@ def test_a_token_in_a_file_is_replaced(
             replace(path, new)
             assert ask(app, "/", bearer(old)).status == 401
             assert ask(app, "/", bearer(new)).status == 200
-    assert [m for m in caplog.messages if "took" not in m] == [f"read again: {path}"] * 3
+    assert [m for m in caplog.messages if "took" not in m] == [f"credentials reloaded: {path}"] * 3
     assert metric_with(app, RELOADED, bearer("one")) == 1
 
 
@@ -11986,7 +11991,7 @@ def test_the_former_token_stays_when_its_file_becomes(
     assert metric_with(app, RELOADED, bearer("one")) == 0
     (record,) = caplog.records
     assert (record.levelno, record.exc_info) == (logging.ERROR, None)
-    assert record.getMessage().startswith("changed files are not used, the former stay: ")
+    assert record.getMessage().startswith(KEEPING)
     assert record.getMessage().endswith(message)
     assert str(path) in record.getMessage()
     if path.is_dir():
@@ -12018,10 +12023,8 @@ def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_as_it_is(
         for _ in range(3):
             assert ask(app, "/", bearer("one")).status == 200
         logged.append(len(log))
-    assert logged == [1, 1, 1, 2, 2, 2]
-    assert set(log) == {
-        f"changed files are not used, the former stay: {path}: cannot be read: too many open files"
-    }
+    assert logged == [1] * 6  # what is wrong is not logged again
+    assert log[0] == f"{KEEPING}{path}: cannot be read: too many open files"
     full[0] = False
     assert ask(app, "/", bearer("two")).status == 401
     now[0] += 6
@@ -12054,7 +12057,7 @@ def test_a_token_whose_file_becomes_a_pipe_stays(tmp_path: Path, log: list[str])
         for _ in range(3):
             assert served.get("/", bearer("one")).status == 200
         assert f"\n{RELOADED} 0\n" in served.get("/metrics", bearer("one")).text
-    assert log == [f"changed files are not used, the former stay: {path}: the file is {A_PIPE}"]
+    assert log == [f"{KEEPING}{path}: the file is {A_PIPE}"]
 
 
 def test_files_are_looked_at_once_in_a_while(
@@ -12192,7 +12195,7 @@ def test_the_former_users_stay_when_their_file_becomes(
         assert ask(app, "/", login("a:U*U")).status == 401
         assert ask(app, "/").status == 401
     errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
-    assert all(e.startswith("changed files are not used, the former stay: w.yaml") for e in errors)
+    assert all(e.startswith(f"{KEEPING}w.yaml") for e in errors)
     assert len(errors) == len(set(errors))
     assert f"w.yaml:{message}" in "".join(errors)
     assert SECRET not in caplog.text
@@ -13098,9 +13101,7 @@ def test_a_bad_configuration_changes_nothing_and_all_that_is_wrong_is_said(
         assert (answer.status, answer.text.splitlines()) == (500, problems)
         assert [served.scrape(name).status for name in ("m", "n", "o")] == [200, 404, 200]
         assert served.scrape("m").text == "a 1\n"
-    assert log == [
-        f"changed files are not used, the former stay: {problem}" for problem in problems
-    ]
+    assert log == [f"{KEEPING}{problem}" for problem in problems]
     assert not any(SECRET in line for line in [*log, answer.text])
 
 
@@ -13487,7 +13488,7 @@ def test_without_usable_credentials_a_new_configuration_is_not_taken_either(
         answer = reload({"m": echoing("b")}, **first)
         problem = f"{token}: the file should not be empty"
         assert (answer.status, answer.text) == (500, f"{problem}\n")
-        assert log == [f"changed files are not used, the former stay: {problem}"]
+        assert log == [f"{KEEPING}{problem}"]
         assert served.scrape("m", first).text == "a 1\n"
         found = samples(served.get("/metrics", first).text)
         assert (found[SUCCESSFUL], found[CREDENTIALS_SUCCESSFUL]) == (0, 0)
@@ -15820,7 +15821,8 @@ def test_no_session_outlives_the_clients_certificate(
 
 
 def context_of(served: Secure) -> ssl.SSLContext:
-    credentials: expexp.Credentials = served.served.program.application.credentials.current()
+    snapshot = served.served.program.loader.current()
+    credentials: expexp.Credentials = snapshot.credentials.value
     assert credentials.tls
     return credentials.tls.context
 
@@ -16167,7 +16169,7 @@ def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
         assert not admits(files.secure.port, authorities.context())
         assert files.serial() == former
         assert len(log) == len(set(log)), log
-        assert all(e.startswith("changed files are not used, the former stay: ") for e in log)
+        assert all(e.startswith(KEEPING) for e in log)
         assert words in "\n".join(log)
         files.put("ca.pem", Path(authorities.ours.file).read_text())
         files.put_pair(authorities.ours.server())
@@ -17428,7 +17430,7 @@ def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None
             fetch(port, "/-/ready")
 
     with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
-        log, said = Log(process), "read again: expexp.yaml"
+        log, said = Log(process), "configuration reloaded: 1 modules"
         with ThreadPoolExecutor(2) as pool:
             clients = [pool.submit(come_and_go, port) for _ in range(2)]
             try:
@@ -17457,9 +17459,7 @@ def test_sighup_with_a_bad_configuration_is_logged_and_changes_nothing(tmp_path:
         wait_until(lambda: own_metric(port, SUCCESSFUL) == 1)
         assert own_metric(port, SUCCEEDED) > begun
         log = rest_of_log(process)
-    problems = [
-        line for line in log if line.startswith("changed files are not used, the former stay: ")
-    ]
+    problems = [line for line in log if line.startswith(KEEPING)]
     assert [line.partition("expexp.yaml:")[2] for line in problems] == BAD_PROBLEMS
     assert not any("Traceback" in line or SECRET in line for line in log)
 
@@ -17576,7 +17576,7 @@ def test_what_failed_is_tried_again_after_a_while_though_no_file_has_changed(
             reloaded = pool.submit(own._keep_reloading)
             with pytest.raises(concurrent.futures.TimeoutError):
                 reloaded.result(0.2)
-            own.config._again = 0.0
+            patch.setattr(expexp.Limits, "retry_seconds", 0)
             with pytest.raises(LookupError, match="reloaded"):
                 reloaded.result(5)
 
@@ -17622,11 +17622,11 @@ def test_no_number_of_signals_hides_the_one_to_stop(tmp_path: Path) -> None:
         log = Log(own)
         for _ in range(2000):
             own.send_signal(signal.SIGHUP)
-        wait_until(lambda: log.count("read again: "))
+        wait_until(lambda: log.count("configuration reloaded: "))
         own.send_signal(signal.SIGTERM)
         assert own.wait(5) == 0
         log.end()
-    assert 1 <= log.count("read again: ") < 1000
+    assert 1 <= log.count("configuration reloaded: ") < 1000
     assert log.count("wakeup") == log.count("Traceback") == 0
 
 
@@ -17655,12 +17655,9 @@ def test_by_itself_it_reads_a_bad_file_once_and_says_once_what_is_wrong(tmp_path
         (tmp_path / "new").rename(tmp_path / "expexp.yaml")
         wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
         time.sleep(0.2)  # ten times the interval
-        said = [line for line in rest_of_log(own) if "the former stay" in line]
+        said = [line for line in rest_of_log(own) if "keeping the previous" in line]
     assert said == [
-        (
-            "changed files are not used, the former stay: expexp.yaml:1:1: moduls: unknown key; "
-            'did you mean "modules"?'
-        )
+        f'{KEEPING}expexp.yaml:1:1: moduls: unknown key; did you mean "modules"?',
     ]
 
 
@@ -17760,9 +17757,9 @@ def reload_under_load(
         running_ones = [pool.submit(scraper.run, over) for scraper in scrapers]
         try:
             for version in versions:
-                reload(versioned(version), "read again: c.json")
+                reload(versioned(version), "configuration reloaded: ")
                 bad = {**versioned(version + 1000), "bad": {"method": "none"}}
-                reload(bad, "the former stay: c.json")
+                reload(bad, "keeping the previous configuration: c.json")
         finally:
             over.set()
         for one in running_ones:
@@ -18572,7 +18569,7 @@ def test_and_the_journal_has_all_that_could_have_shown_one(
     for name in ("refused", "unresolved", "garbage", "tls", "failing", "missing", "slow"):
         assert f"module {name}: " in log
     assert "TLS handshake failed: protocol: " in log
-    assert len(set(re.findall("changed files are not used, the former stay: .*", log))) >= 3
+    assert len(set(re.findall(f"{KEEPING}.*", log))) >= 3
     assert log.count("(took ") == len(journal.answers)
 
 
