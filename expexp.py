@@ -2183,10 +2183,7 @@ def log_problems(problems: Iterable[Problem]) -> None:
 
 
 class FileReader(DocumentReader):
-    """Reads a value from files. Keeps the former value if there are problems.
-
-    Notes of each file what it was like just before it was read. Nothing changes after loading.
-    """
+    """Reads a value from files, noting their fingerprints. Problems leave the former value."""
 
     def __init__(
         self,
@@ -2195,7 +2192,7 @@ class FileReader(DocumentReader):
         former: FileReader | None = None,
         again: bool = True,
     ) -> None:
-        """Load the value. `source` knows the places of settings. Only at start not `again`. IO."""
+        """Load the value. `source` knows the places of settings. Pass `again=False` at start."""
         super().__init__(source.filename, [])
         self.places.update(source.places)
         self._load, self._source, self.again = load, source, again
@@ -2226,10 +2223,8 @@ class FileReader(DocumentReader):
         return {name: fingerprint(name) for name in self.files}
 
     def is_due(self) -> bool:
-        """Return whether files have changed, or a failed load is to be retried. IO.
-
-        It may have failed for lack of descriptors.
-        """
+        """Return whether files have changed, or a failed load is to be retried. IO."""
+        # It may have failed for lack of descriptors.
         is_late = time.monotonic() - self._tried >= Limits.retry_seconds
         return bool(self.problems and is_late) or self.look() != self.files
 
@@ -2244,10 +2239,7 @@ class FileReader(DocumentReader):
         return found
 
     def watched(self, filename: str) -> str:
-        """Return the name of a file that is about to be read. Note its fingerprint.
-
-        Raises NodeError if reading the file could wait for ever.
-        """
+        """Return the name of a file to be read. Raises NodeError if that could wait for ever."""
         self.files[filename] = fingerprint(filename)
         mode = os.stat(filename).st_mode if os.path.exists(filename) else 0
         if self.again and stat.S_ISFIFO(mode):
@@ -2257,14 +2249,14 @@ class FileReader(DocumentReader):
         return filename
 
     def warn_of_readers(self, filename: str) -> None:
-        """Have a warning, one a file, if others can read a file that holds secrets."""
+        """Add a warning, one for each file, if everybody can read a file with secrets."""
         warning = f"{excerpt(filename, 200)} holds secrets and can be read by everybody"
         with contextlib.suppress(OSError):
             if os.stat(filename).st_mode & stat.S_IROTH and warning not in self.warnings:
                 self.warnings.append(warning)
 
     def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
-        """The text of a file; raises OSError, and NodeError when it is too large or not UTF-8."""
+        """Return the text of a file. Raises OSError, or NodeError if too large or not UTF-8."""
         with open(self.watched(filename), "rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
@@ -2276,12 +2268,12 @@ class FileReader(DocumentReader):
             raise NodeError("not UTF-8", place_after(before)) from None
 
     def document(self, filename: str, most_bytes: int = Limits.config_bytes) -> Node:
-        """The tree of a file, JSON if it is named so, else YAML; raises what `noting` notes."""
+        """Return the tree of a file, JSON if it is named so, else YAML. Raises as `noting` says."""
         parse = parse_json if filename.endswith(".json") else parse_yaml
         return parse(self.text(filename, most_bytes))
 
     def secret(self, filename: str) -> Secret:
-        """What a file holds, without the blanks around it; raises OSError and NodeError."""
+        """Return the content of a file without blanks around it. Raises OSError or NodeError."""
         self.warn_of_readers(filename)
         try:
             text = self.text(filename, Limits.secret_bytes).strip()
@@ -2292,14 +2284,14 @@ class FileReader(DocumentReader):
         return Secret(text)
 
     def certificates(self, filename: str) -> list[str]:
-        """The certificates in a file, in PEM; raises OSError, ValueError and NodeError."""
+        """Return the certificates in a file, in PEM. Raises OSError, ValueError or NodeError."""
         found = CERTIFICATE.findall(self.text(filename))
         if not found:
             raise ValueError("there is no certificate in it")
         return found
 
     def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
-        """Give a context a certificate and its key; what is wrong with them is a problem."""
+        """Load a certificate and its key into a context. Note what is wrong with them."""
         what = ["cannot use certificate {} with key {}".format(*files)]
         what += [file for file in files if not os.access(file, os.R_OK)]  # or not there
         with self.noting(path, ": ".join(what[:2])):  # OpenSSL does not say which it cannot read
@@ -2309,7 +2301,7 @@ class FileReader(DocumentReader):
 
 
 def fingerprint(filename: str) -> Any:
-    """What changes when a file or folder is written or replaced, also behind a link."""
+    """Return what changes when a file or folder is written or replaced, also behind a link. IO."""
     with contextlib.suppress(OSError):
         found = os.stat(filename)
         if not stat.S_ISFIFO(found.st_mode):  # which can be read but once
@@ -2321,14 +2313,14 @@ class ConfigLoader:
     """Loads a configuration from its file and folders."""
 
     def __init__(self, limits: Limits, reader: FileReader) -> None:
-        """Begin with nothing; problems and warnings are noted in the reader."""
+        """Begin without modules. Problems and warnings go to the reader."""
         self._limits, self._reader, self._problems = limits, reader, reader.problems
         self._document = functools.partial(reader.document, most_bytes=limits.config_bytes)
         self._modules: dict[str, Module] = {}
         self._origins: dict[str, str] = {}
 
     def load(self, filename: str, folders: Sequence[str], skip_missing: bool) -> Config:
-        """The whole configuration, less what there are problems with."""
+        """Return the configuration, without the modules that have problems."""
         reader, default = DocumentReader(filename, self._problems), ""
         if filename:
             with reader.noting(""):
@@ -2344,7 +2336,7 @@ class ConfigLoader:
         return Config(dict(sorted(self._modules.items())), default)
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
-        """Add a module for each document in a folder, in sorted order; raises OSError."""
+        """Add a module for each document in a folder, in sorted order. Raises OSError."""
         if skip_missing and not os.path.exists(self._reader.watched(folder)):
             self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
@@ -2362,7 +2354,7 @@ class ConfigLoader:
                 self._add(reader, module, self._document(filename))
 
     def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
-        """Add a module, if there are no problems with it, checked against what is on this host."""
+        """Add a module if it has no problems. Check it against what is on this host."""
         module = reader.module(name, node)
         file, line = excerpt(reader.filename, 200), node.place[0]
         here = f"{file}:{line}" if line else file
@@ -2397,7 +2389,7 @@ class ConfigLoader:
 
 
 def notify(state: str, seconds: float = 1) -> None:
-    """Tell systemd, if it has started us and wants to know: sd_notify(3). Wait `seconds`. IO."""
+    """Send a state to systemd if it started us and wants it: sd_notify(3). Wait `seconds`. IO."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.settimeout(seconds)
@@ -2411,7 +2403,7 @@ IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 o
 
 
 def new_context(protocol: int) -> ssl.SSLContext:
-    """A TLS context with what both directions have in common."""
+    """Return a TLS context with what both directions have in common."""
     context = ssl.SSLContext(protocol)
     # With OpenSSL 3 Python 3.9 takes any end for a proper one: a body cut short would look whole.
     context.options &= ~IGNORE_UNEXPECTED_EOF
@@ -2419,25 +2411,25 @@ def new_context(protocol: int) -> ssl.SSLContext:
 
 
 def no_password() -> str:
-    """Never a password; without this function OpenSSL would ask for one at the terminal."""
+    """Raise ValueError. Without this function OpenSSL would ask for a password at the terminal."""
     raise ValueError("the key is encrypted")
 
 
 @dataclass(frozen=True, repr=False)
 class TargetCredentials:
-    """How an http target knows us and we know it."""
+    """How expexp and an http target authenticate each other."""
 
     context: ssl.SSLContext | None
     authorization: str
 
 
 def given(section: Any, *names: str) -> dict[str, Any]:
-    """Those of some keys of a section that have a value, and the values."""
+    """Return those of some keys of a section that have a value, with their values."""
     return {name: getattr(section, name) for name in names if getattr(section, name)}
 
 
 def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -> TargetCredentials:
-    """What a target's settings and files say; what is unusable is noted as a problem."""
+    """Return the credentials for a target. Note unusable files as problems. IO."""
     secret, authorization = target.basic_auth_password, ""
     for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
         with reader.noting(f"{path}.{name}"):
@@ -2455,14 +2447,14 @@ def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -
 
 @functools.lru_cache(maxsize=1)
 def system_context() -> ssl.SSLContext:
-    """One that trusts the system's authorities; loading them takes 35 ms and 1 MB, so once. IO."""
+    """Return one context that trusts the system's authorities: they take 35 ms and 1 MB. IO."""
     context = new_context(ssl.PROTOCOL_TLS_CLIENT)
     context.load_default_certs()
     return context
 
 
 def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
-    """The TLS settings towards a target, if any; unusable files are noted as problems."""
+    """Return the TLS settings towards a target, if any. Note unusable files as problems. IO."""
     authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
     if target.scheme == "http" and not (authorities or target.tls_cert_file):
         return None
@@ -2623,7 +2615,7 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
 
 
 def canonical_name(text: str) -> str:
-    """An IP address in its one short form; any other name as it is."""
+    """Return an IP address in its one short form, any other name as it is."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(text))
     return text
@@ -2636,7 +2628,7 @@ VALIDITY: Final = re.compile(
 
 
 def certificate_end(certificate: str) -> float:
-    """When a certificate in PEM expires, in seconds since 1970; ValueError if it does not say."""
+    """Return when a certificate in PEM expires, Unix time. Raises ValueError if it does not say."""
     found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
     if not found:
         raise ValueError("no certificate")
@@ -2649,12 +2641,12 @@ NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
 
 @dataclass(frozen=True, repr=False)
 class ServerTls:
-    """How to serve TLS, and to whom."""
+    """How to serve TLS, and to which clients."""
 
     settings: TlsServer
     context: ssl.SSLContext
-    expires: float  #: the first certificate of ours to do so, in seconds since 1970
-    authorities: str  #: those of clients' certificates, in PEM; "" where none are asked for
+    expires: float  #: earliest expiry in our chain, Unix time
+    authorities: str  #: of clients' certificates, in PEM; "" if none are asked for
 
     def check(self, certificate: Mapping[str, Any], certmatch: str, seconds: float) -> None:
         """Raise CertificateError if no name in a client's verified certificate lets it in."""
@@ -2673,14 +2665,14 @@ class ServerTls:
 
 @dataclass(frozen=True, repr=False)
 class Credentials:
-    """What decides who gets in, and whom we show ourselves as; replaced as a whole."""
+    """What decides who gets in, and how we show ourselves. Replaced as a whole."""
 
     token: Secret
     users: Users
     tls: ServerTls | None
 
     def is_token(self, given: str) -> bool:
-        """Whether a client has sent the token, found out in a time that tells nothing of it."""
+        """Return whether a client has sent the token, compared in constant time."""
         return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
 
     @property
@@ -2697,7 +2689,7 @@ class Credentials:
 
 
 def load_web_config(options: Options, reader: FileReader) -> WebConfig:
-    """What -web.config.file says, its paths relative to it; what is unusable is a problem."""
+    """Return the content of -web.config.file. Note what is unusable as problems. IO."""
     filename, web = options["web.config.file"], WebConfig()
     if filename:
         with reader.noting(""):
@@ -2717,7 +2709,7 @@ def load_web_config(options: Options, reader: FileReader) -> WebConfig:
 
 
 def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
-    """Where settings for serving TLS come from, and the settings: those of the file, of flags."""
+    """Return where the settings for serving TLS come from (file or flags), and the settings."""
     tls = web.tls_server_config
     if tls:
         folder = os.path.dirname(options["web.config.file"])
@@ -2737,7 +2729,7 @@ VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ss
 
 
 def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
-    """How to serve TLS with these settings; what is unusable is noted as a problem."""
+    """Return how to serve TLS with these settings. Note what is unusable as problems. IO."""
     context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
     if tls.min_version > tls.max_version:
         reader.problem(f"{path}.min_version", "is above max_version")
@@ -2763,7 +2755,7 @@ def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
 
 
 def load_credentials(options: Options, reader: FileReader) -> Credentials:
-    """What flags and files say of who gets in; what is unusable is noted as a problem."""
+    """Return what flags and files say of who gets in. Note what is unusable as problems. IO."""
     former: Credentials | None = reader.value
     web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
     token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
@@ -2842,16 +2834,12 @@ class Loader:
         if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
             try:
                 self._due = time.monotonic() + self._limits.rotation_seconds
-                self._rotate()
+                config, ours, targets, loaded = self.snapshot
+                fresh = {name: each.rotate() for name, each in targets.items()}
+                self.snapshot = Snapshot(config, ours.rotate(), fresh, loaded)
             finally:
                 self._lock.release()
         return self.snapshot
-
-    def _rotate(self) -> None:
-        """Replace the credentials that are due."""
-        targets = {name: each.rotate() for name, each in self.snapshot.targets.items()}
-        credentials = self.snapshot.credentials.rotate()
-        self.snapshot = self.snapshot._replace(credentials=credentials, targets=targets)
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again, once for all callers that wait for it to begin.
@@ -2871,26 +2859,24 @@ class Loader:
             self._lock.release()
 
     def _reload(self) -> None:
-        """Replace all that has no problems.
-
-        Our credentials come first: they must not expire because of a module.
-        """
+        """Replace the configuration and our credentials, if they have no problems."""
         notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         former = self.snapshot
         try:
-            credentials = former.credentials.reload()
+            credentials = former.credentials.reload()  # must not expire because of a module
             config = former.config.reload()
         finally:
             notify("READY=1")
-        self.snapshot = former._replace(config=config, credentials=credentials)
         if credentials.problems:  # then the new configuration is not used either
             config.problems += credentials.problems
             config.files.update(credentials.files)
             config.value = former.config.value
         log_problems(config.problems)
-        if not config.problems:
-            LOGGER.info("configuration reloaded: %d modules", len(config.value.modules))
-            self.snapshot = Snapshot(config, credentials, config.targets, time.time())
+        if config.problems:
+            self.snapshot = former._replace(config=config, credentials=credentials)
+            return
+        LOGGER.info("configuration reloaded: %d modules", len(config.value.modules))
+        self.snapshot = Snapshot(config, credentials, config.targets, time.time())
 
 
 # ==================================================================================================
@@ -4504,10 +4490,10 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
 
 
 class Application:
-    """Answers requests; knows the configuration, the routes and what to count."""
+    """Answers requests. Knows the configuration, the routes and what to count."""
 
     def __init__(self, loader: Loader, options: Options, tools: Tools) -> None:
-        """`tools` are what scrapers need; raises ConfigError if two routes have one path."""
+        """Begin with what scrapers need. Raises ConfigError if two routes have one path."""
         self.loader, self.options = loader, options
         self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         new_log = functools.partial(FailureLog, tools.limits, time.monotonic)
@@ -4535,7 +4521,7 @@ class Application:
 
     @property
     def modules(self) -> Mapping[str, Module]:
-        """Return the modules that there are now, by name."""
+        """Return the modules of the configuration in use, by name."""
         return cast("Mapping[str, Module]", self.loader.snapshot.config.value.modules)
 
     def _take_config(self) -> None:
@@ -5334,7 +5320,7 @@ class Program:
     """All parts of a running expexp."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load and check everything; raises ConfigError."""
+        """Load and check everything. Raises ConfigError."""
         metrics = SelfMetrics()
         set_constant_metrics(metrics)
         limits, former_descriptors = fit_descriptors(limits)
@@ -5351,7 +5337,7 @@ class Program:
             LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
-        """Bind, and tell what an operator should know; raises ConfigError."""
+        """Bind, and log what an operator should know. Raises ConfigError."""
         options, tls = self._options, self.loader.snapshot.credentials.value.tls
         own_tls = not options["web.tls.listen-address"] and bool(tls)
         listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
@@ -5367,7 +5353,7 @@ class Program:
         self._tell_access()
 
     def _tell_access(self) -> None:
-        """Log what an operator should know from the start of who may ask for what."""
+        """Log at start what an operator should know of who may ask for what."""
         networks, modules = self._options["allow.net"], self.application.modules.values()
         for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
@@ -5418,7 +5404,7 @@ class Program:
         self._is_ending = True
 
     def _keep_reloading(self) -> None:
-        """Reload when a signal wants it, and when files have changed, if that is looked for."""
+        """Reload after a signal, and after a change of files with -config.auto-reload-interval."""
         seconds = self._options["config.auto-reload-interval"] or None
         found: Any = None
         while True:

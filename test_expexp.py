@@ -8434,6 +8434,51 @@ def test_a_broken_file_for_a_target_leaves_what_it_held(
         assert metric(app, RELOADED) == 1
 
 
+def test_a_broken_file_for_a_target_stops_no_other_rotation(tmp_path: Path, log: list[str]) -> None:
+    heads: list[bytes] = []
+    broken, good, own = (secret_file(tmp_path / name, "one") for name in ("broken", "good", "own"))
+    with target(recording(heads)) as port:
+        modules = {
+            "broken": http_module(port, bearer_token_file=str(broken)),
+            "good": http_module(port, bearer_token_file=str(good)),
+        }
+        app = application(modules, f"-web.bearer.token-file={own}", limits=WATCHFUL)
+        log.clear()
+        by_renaming(broken, "")
+        by_renaming(good, "two")
+        by_renaming(own, "two")
+        for module, token in (("broken", "one"), ("good", "two")):
+            assert ask(app, f"/proxy?module={module}", bearer("two")).status == 200
+            assert sent_authorization(heads) == f"Bearer {token}"
+        assert ask(app, "/", bearer("one")).status == 401
+        assert metric_with(app, RELOADED, bearer("two")) == 0
+        by_renaming(broken, "two")
+        assert ask(app, "/proxy?module=broken", bearer("two")).status == 200
+        assert sent_authorization(heads) == "Bearer two"
+        assert metric_with(app, RELOADED, bearer("two")) == 1
+    problem = "modules.broken.http.bearer_token_file: the file should not be empty"
+    assert [line.rpartition("c.json: ")[2] for line in log] == [problem]
+
+
+def test_a_scrape_of_a_target_without_files_makes_no_call_of_the_file_system(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[object] = []
+    look = os.stat
+
+    def count(name: Any, *arguments: Any, **named: Any) -> os.stat_result:
+        looks.append(name)
+        return look(name, *arguments, **named)
+
+    with target(ok(EXPOSITION)) as port:
+        app = application({"m": http_module(port)}, limits=WATCHFUL)
+        monkeypatch.setattr(os, "stat", count)
+        for _ in range(3):
+            assert ask(app, "/proxy?module=m").body == EXPOSITION
+        monkeypatch.undo()
+    assert looks == []
+
+
 def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -13498,6 +13543,24 @@ def test_without_usable_credentials_a_new_configuration_is_not_taken_either(
         wait_until(lambda: reload(**second).status == 200)
         assert served.scrape("m", second).text == "b 1\n"
         assert samples(served.get("/metrics", second).text)[SUCCESSFUL] == 1
+
+
+def test_no_request_sees_a_configuration_that_is_refused_for_the_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    secret_file(tmp_path / "token", "first")
+    flag = f"-web.bearer.token-file={tmp_path}/token"
+    with reloadable(tmp_path, {"m": echoing("a")}, flag) as (served, reload):
+
+        def look_at_modules(_problems: object) -> None:
+            seen.append(list(served.program.application.modules))
+
+        monkeypatch.setattr(expexp, "log_problems", look_at_modules)
+        secret_file(tmp_path / "token", "")
+        assert reload({"new": echoing("b")}, Authorization="Bearer first").status == 500
+        assert seen
+        assert all(names == ["m"] for names in seen)
 
 
 def test_good_credentials_are_taken_beside_a_bad_configuration(tmp_path: Path) -> None:
