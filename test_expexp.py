@@ -11794,7 +11794,7 @@ class Logins:
 
     def line(self) -> list[object]:
         """The requests that hash or wait for their turn."""
-        return list(self._app.credentials.value.users.checks._line)
+        return list(self._app.loader.snapshot.credentials.value.users.checks._line)
 
     def begin(self, pair: str) -> Future[Reply]:
         """Send a request, and wait until it is in the line or answered."""
@@ -11915,7 +11915,7 @@ def test_a_right_password_gets_in_while_40_clients_send_wrong_ones_with(
 
     with running({}, f"-web.config.file={path}") as served, ThreadPoolExecutor(40) as pool:
         attackers = [pool.submit(keep_asking, served, number) for number in range(40)]
-        checks = served.program.application.credentials.value.users.checks
+        checks = served.program.application.loader.snapshot.credentials.value.users.checks
         try:
             wait_until(lambda: len(checks._line) == 40)
             for number in range(4 if kind == "unknown" else 1):
@@ -11934,7 +11934,9 @@ def test_what_is_proved_stays_proved_over_a_reload_where_the_hash_has_not_change
     for pair in ("u:right", "v:old"):
         assert ask(app, "/", login(pair)).status == 200
     write_users(path, w="other", u="right", v="new")
-    assert app.credentials.reload() == []
+    snapshot = app.loader.snapshot
+    app.loader.snapshot = snapshot._replace(credentials=snapshot.credentials.reload())
+    assert app.loader.snapshot.credentials.problems == []
     hashed.clear()
     assert ask(app, "/", login("u:right")).status == 200
     assert hashed == []
@@ -15373,7 +15375,7 @@ def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
                 asked += 1
         assert attempt.result() is False
         assert asked >= 3
-        assert served.faults() == {"certmatch": 1}
+        assert served.faults() == {"certificate": 1}
     assert [message for message in caplog.messages if "handshake" in message] == [
         "127.0.0.1: TLS handshake failed: certmatch: matching -web.tls.certmatch takes too long"
     ]
@@ -15705,7 +15707,7 @@ def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
 
 def test_every_reason_of_a_failed_handshake_is_on_the_page_and_proven(secure: Start) -> None:
     with secure() as served:
-        proven = {fault for _, fault, _ in HANDSHAKES.values()} | {"plain_http", "certmatch"}
+        proven = {fault for _, fault, _ in HANDSHAKES.values()} | {"plain_http"}
         assert set(served.all_faults()) == proven
         assert served.faults() == {}
 
