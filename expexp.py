@@ -4989,8 +4989,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
         self._is_closing |= unread or stale
         response = self._application.handle(request, refusal)
-        # Who is refused may not keep a slot by reading slowly, or not at all.
-        connections.mark(self._slot, idle=bool(refusal) or response.status in (401, 403, 503))
+        # A client that does not read must not keep a slot: the answer of a module alone is bounded.
+        connections.mark(self._slot, idle=not response.module or response.status != OK)
         self._write(response, request)
         if unread:
             self.finish()

@@ -14703,14 +14703,20 @@ def is_idle_since_last(states: Mapping[socket.socket, bool], client: object) -> 
     return is_idle and connection.getpeername() == client
 
 
-def test_an_idle_connection_makes_room_for_a_new_one() -> None:
-    with running({}, limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
+def test_an_idle_connection_makes_room_for_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "m").write_bytes(EXPOSITION)
+    modules = {"m": file_module(tmp_path / "m")}
+    with (
+        running(modules, limits=fast_limits(connections=3)) as served,
+        contextlib.ExitStack() as stack,
+    ):
         clients = [stack.enter_context(connect(served.port)) for _ in range(3)]
         states = served.program.connections._open
         wait_until(lambda: list(states.values()) == [True] * 3)  # they are accepted one by one
         for client in clients:
-            client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
-            assert read_until(client, HEALTHY)
+            # Unlike a page of ours this is no idle connection before it has been sent.
+            client.sendall(b"GET /proxy?module=m HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert EXPOSITION in read_until(client, b"\n")
             own = client.getsockname()
             wait_until(lambda: is_idle_since_last(states, own))  # noqa: B023 - at once
         newest = stack.enter_context(connect(served.port))
@@ -14748,17 +14754,30 @@ def test_a_client_is_served_although_all_slots_wait_for_the_rest_after(beginning
         assert served.metric("expexp_rejected_connections_total") == 0
 
 
-def test_a_client_is_served_although_all_slots_send_refusals_that_nobody_reads() -> None:
+@pytest.mark.parametrize(
+    ("path", "token"),
+    [
+        pytest.param("/", "wrong", id="refusals"),
+        pytest.param("/metrics", "t", id="pages"),
+        pytest.param("/nowhere", "t", id="pages that do not exist"),
+        pytest.param("/proxy?module=broken", "t", id="failures of a module"),
+    ],
+)
+def test_a_client_is_served_although_nobody_reads_what_all_slots_send(
+    path: str, token: str
+) -> None:
     limits, flag = fast_limits(connections=2), "-web.bearer.token=t"
-    with running({}, flag, limits=limits) as served, contextlib.ExitStack() as stack:
+    modules = {"broken": file_module("/nowhere")} if "broken" in path else {}
+    with running(modules, flag, limits=limits) as served, contextlib.ExitStack() as stack:
         small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         served.program.servers[0].socket.setsockopt(*small)  # as are those of its connections
         held = served.program.connections._open
+        request = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\n\r\n"
         for number in (1, 2):
             client = stack.enter_context(socket.socket())
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", served.port))
-            client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            client.sendall(request.encode() * 500)
             wait_until(lambda: len(held) == number)  # noqa: B023 - at once
         wait_until(lambda: not select.select([], [*held], [], 0)[1])
         with taking(0, 4):
