@@ -3447,10 +3447,10 @@ def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: A
     `done` is called when the work has ended, or cannot begin. `threading.Thread` would wait for its
     thread, which takes twice as long, and for ever if memory runs out just then.
     """
-    task = Task(done)
     try:
+        task = Task(done)
         _thread.start_new_thread(task.run, (work, *arguments))
-    except RuntimeError:
+    except (MemoryError, RuntimeError):
         done()
         raise ScrapeError("busy", "no thread can be started, try again later") from None
     return task

@@ -12882,13 +12882,14 @@ def test_the_time_that_a_target_takes_is_not_the_clients(log: list[str]) -> None
     assert not log
 
 
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
 def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
-    monkeypatch: pytest.MonkeyPatch,
+    error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slots, deadline = threading.Semaphore(1), expexp.Deadline(1, time.monotonic)
 
     def refuse_start(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
+        raise error
 
     monkeypatch.setattr(_thread, "start_new_thread", refuse_start)
     for _ in range(3):
