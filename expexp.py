@@ -3515,8 +3515,22 @@ class Commands:
         #: What every command inherits; it does not change while expexp runs.
         self.environment = {k: v for k, v in os.environb.items() if not OWN_VARIABLE.fullmatch(k)}
         self._running: set[subprocess.Popen[bytes]] = set()  # each use of it is atomic
+        #: Those that had not exited when their scrapes ended, and the names of their modules.
+        self.given_up: dict[subprocess.Popen[bytes], str] = {}  # each use of it is atomic
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
+
+    def check_given_up(self, job: Job) -> None:
+        """Raise ScrapeError("busy") while as many of the module's commands end as may run.
+
+        A scrape that is given up frees its slot at once, but its command may ignore TERM, or hang
+        in the kernel. Without this bound, 10 clients that hung up kept 426 commands running.
+        """
+        most = scrape_bound(job)
+        commands = list(self.given_up.items())
+        running = [p for p, name in commands if name == job.module.name and is_running(p)]
+        if len(running) >= most:
+            raise ScrapeError("busy", f"{most} commands of earlier scrapes have not ended yet")
 
     def start(self, job: Job) -> Any:
         """The job's command as a process; raises ScrapeError("command") if it cannot be started."""
@@ -3568,6 +3582,7 @@ class Commands:
                     self._ending.put((time.monotonic() + REAPING_SECONDS, process))
                 else:
                     self._running.discard(process)
+                    self.given_up.pop(process, None)
                 due, process = self._ending.get()
             except (MemoryError, RuntimeError):  # noqa: PERF203 - this thread must not end
                 time.sleep(REAPING_SECONDS)
@@ -3586,6 +3601,13 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if process.returncode is None:
             os.killpg(process.pid, number)
+
+
+def is_running(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process has not exited. One that has exited need not be reaped yet."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+    return False
 
 
 class Tools:
@@ -3981,7 +4003,8 @@ def exit_descriptor(process_id: int) -> Any:
 
 
 def scrape_exec(job: Job) -> Scrape:
-    """What a command prints, if it then exits with 0. IO; raises ScrapeError."""
+    """Return what a command prints, if it then exits with 0. IO; raises ScrapeError."""
+    job.tools.commands.check_given_up(job)
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
     process, words = job.tools.commands.start(job), bytearray()
     try:
@@ -3991,6 +4014,8 @@ def scrape_exec(job: Job) -> Scrape:
         raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
         error.detail = excerpt(bytes(words).strip(), job.tools.limits.stderr_bytes)
+        if error.reason.name != "command":  # it has not exited yet
+            job.tools.commands.given_up[process] = job.module.name
         raise
     finally:
         job.tools.commands.end(process)

@@ -10703,6 +10703,36 @@ def test_a_slot_is_given_back_after_an_answer_that_is(end: str, counted: Counted
             wait_until(lambda: served.scrape("m&args=good").status == 200)
 
 
+def test_commands_that_do_not_end_count_until_they_do(counted: Counted) -> None:
+    script = "trap '' TERM; while :; do sleep 0.02; done"
+    module = counted.module(script, cache="0", timeout="100ms", max_concurrent=2)
+    with running({"m": module}, limits=fast_limits(term_to_kill_seconds=1)) as served:
+        assert [served.scrape("m").status for _ in range(2)] == [504, 504]
+        answer = served.scrape("m")
+        words = "2 commands of earlier scrapes have not ended yet"
+        assert (answer.status, answer.text) == (503, f"module m: {words}\n")
+        assert counted.count == 2
+        assert served.metric('expexp_command_starts_total{module="m"}') == 2
+        wait_until(lambda: served.scrape("m").status == 504)
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        pytest.param("exit 0", 200, id="itself"),
+        pytest.param("exit 1", 500, id="itself with a failure"),
+        pytest.param("exec sleep 20", 504, id="by TERM"),
+    ],
+)
+def test_a_command_does_not_count_until_it_is_reaped_if_it_has_ended(
+    script: str, status: int, counted: Counted
+) -> None:
+    module = counted.module(script, cache="0", timeout="300ms", max_concurrent=1)
+    with running({"m": module}, limits=fast_limits(term_to_kill_seconds=2)) as served:
+        assert served.scrape("m").status == status
+        wait_until(lambda: served.scrape("m").status == status, 1)
+
+
 def test_a_slot_is_given_back_though_the_client_does_not_read_its_answer() -> None:
     body = EXPOSITION * (8 * expexp.MEBIBYTE // len(EXPOSITION))  # more than sockets hold
     with (
