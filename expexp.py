@@ -3688,7 +3688,8 @@ UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before
 def connect_any(addresses: Any, deadline: Deadline) -> Wire:
     """Connect to the first of getaddrinfo's addresses that accepts.
 
-    They share what remains. Raises OSError, that of the first, or ScrapeError.
+    They share what remains. Raises OSError, that of the first, or ScrapeError: if the deadline has
+    passed or the client has hung up, that is why.
     """
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
@@ -3700,7 +3701,7 @@ def connect_any(addresses: Any, deadline: Deadline) -> Wire:
         else:
             wire.deadline = deadline
             return wire
-    deadline.remaining()
+    wait(deadline, {}, 0)
     raise errors[0]
 
 

@@ -13799,6 +13799,21 @@ def test_a_client_may_hang_up_while_a_name_is_looked_up(monkeypatch: pytest.Monk
         answered.set()
 
 
+def test_a_client_may_hang_up_at_a_second_address_after_the_first_has_refused(
+    names: dict[str, Resolve],
+) -> None:
+    with full_listener() as full:
+        entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+        two = [(*entry, ("127.0.0.1", port)) for port in (closed_port(), full)]
+        names["two.example"] = lambda *_, **__: two
+        with running({"m": http_module(9, address="two.example")}) as served, taking(0, 5):
+            with connect(served.port) as client:
+                begin_scrape(client)
+                wait_until(lambda: being_answered(served, 1))
+            wait_until(lambda: sum(served.failures("m").values()) == 1)
+            assert served.failures("m") == {"aborted": 1}
+
+
 def test_pipelined_requests_are_no_end_of_a_client() -> None:
     def answer(connection: socket.socket, _head: bytes) -> None:
         time.sleep(0.2)
