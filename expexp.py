@@ -210,6 +210,11 @@ class Limits:
         """
         return max(1, self.connections * 7 // 8)
 
+    @property
+    def reload_requests(self) -> int:
+        """Return how many requests for a reload may wait at once: one can hang in a file system."""
+        return max(1, self.connections // 10)
+
 
 # ==================================================================================================
 # 2  What can go wrong
@@ -4524,6 +4529,7 @@ class Application:
         self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         new_log = functools.partial(FailureLog, tools.limits, time.monotonic)
         self._failures: dict[str, FailureLog] = collections.defaultdict(new_log)
+        self._reloads = threading.BoundedSemaphore(self.limits.reload_requests)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
@@ -4699,7 +4705,13 @@ class Application:
         """Read everything again, if clients may ask for that."""
         if not self.options["web.enable-lifecycle"]:
             raise RequestError(403, "-web.enable-lifecycle is not set")
-        problems = self.reload()
+        if not self._reloads.acquire(blocking=False):
+            most = self.limits.reload_requests
+            raise RequestError(503, f"{most} requests wait for a reload, try again later")
+        try:
+            problems = self.reload()
+        finally:
+            self._reloads.release()
         text = "\n".join(map(str, problems))
         return own_response(500 if problems else 200, text or "expexp has reloaded.")
 

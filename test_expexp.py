@@ -18190,6 +18190,25 @@ def test_a_request_for_a_reload_does_not_wait_for_ever_for_one_that_hangs(
         assert served.get("/-/healthy").body == HEALTHY
 
 
+def test_requests_for_a_reload_that_hangs_leave_connections_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = fast_limits(connections=20)
+    with (
+        running({}, "-web.enable-lifecycle", limits=limits) as served,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        with slow_loading(monkeypatch) as began:
+            reloads = [pool.submit(served.get, "/-/reload", None, "POST") for _ in range(2)]
+            wait_until(lambda: began and being_answered(served, 2))
+            with taking(0, 2):
+                answer = served.get("/-/reload", None, "POST")
+            words = "2 requests wait for a reload, try again later\n"
+            assert (answer.status, answer.text) == (503, words)
+        assert {reload.result().status for reload in reloads} == {200}
+        assert served.get("/-/reload", None, "POST").status == 200
+
+
 # --- checking a configuration: -config.check
 
 
