@@ -3352,10 +3352,10 @@ class Cache:
         """Stop waiting for a run. End one that nobody waits for any more, except a command's."""
         with self._lock:
             run.waiting -= 1
-            is_running = run.made == math.inf and self._runs.get(run.key) is run
-            if is_running and run.sockets and not run.waiting:
+            if run.sockets and not run.waiting and run.made == math.inf:
                 run.sockets[1].close()
-                del self._runs[run.key]  # the next request begins another one
+                if self._runs.get(run.key) is run:  # or else a reload has changed the module
+                    del self._runs[run.key]  # the next request begins another one
 
     def _make(self, job: Job, run: Run, deadline: Deadline) -> Scrape | ScrapeError:
         """Return what the target says, or what went wrong: without a trace, which keeps bodies."""

@@ -13814,6 +13814,26 @@ def test_a_client_may_hang_up_at_a_second_address_after_the_first_has_refused(
             assert served.failures("m") == {"aborted": 1}
 
 
+def test_the_run_of_a_module_that_has_changed_since_ends_with_its_last_client(
+    tmp_path: Path,
+) -> None:
+    with target(silent_after()) as port:
+        module = http_module(port) | {"cache": "1m"}
+        with (
+            reloadable(tmp_path, {"m": module}) as (served, reload),
+            connect(served.port) as later,
+        ):
+            used = served.program.application._tools.budget._used
+            with connect(served.port) as client:
+                begin_scrape(client)
+                wait_until(lambda: used.get("scrapes of m") == 1)
+                assert reload({"m": module | {"cache": "2m"}}).status == 200
+                begin_scrape(later)
+                wait_until(lambda: used.get("scrapes of m") == 2)
+            wait_until(lambda: used.get("scrapes of m") == 1)
+            assert being_answered(served, 1)
+
+
 def test_pipelined_requests_are_no_end_of_a_client() -> None:
     def answer(connection: socket.socket, _head: bytes) -> None:
         time.sleep(0.2)
