@@ -5031,6 +5031,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         connections.mark(self._slot, idle=not response.module or response.status != OK)
         self._write(response, request)
         if unread:
+            connections.mark(self._slot, idle=True)
             self.finish()
             self._discard()
         self._expect_request(limits.idle_seconds)

@@ -14852,6 +14852,23 @@ def test_a_client_is_served_although_nobody_reads_what_all_slots_send(
         assert "\nexpexp_rejected_connections_total 0\n" in page
 
 
+def test_a_client_is_served_although_all_slots_wait_for_the_body_of_a_request(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "m").write_bytes(EXPOSITION)
+    limits = fast_limits(connections=2, unread_seconds=5)
+    with (
+        running({"m": file_module(tmp_path / "m")}, limits=limits) as served,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(2):
+            client = stack.enter_context(connect(served.port))
+            begin_scrape(client, "m", "Content-Length: 1")
+            assert EXPOSITION in read_all(client)  # it waits for the body from now on
+        with taking(0, 4):
+            wait_until(lambda: is_served(served.port), 3)
+
+
 def test_a_request_runs_nothing_if_its_connection_was_evicted_when_it_began_to_arrive(
     counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
