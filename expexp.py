@@ -3622,7 +3622,7 @@ class Tools:
         self.limits, self.commands, self.metrics = limits, commands, metrics
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
-        self.fifos = Fifos()
+        self.fifos: dict[str, Fifo] = {}  # by the path without links
         #: When an engine was asked for a container, what host and port it said; by engine, name
         #: and port.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -4114,47 +4114,18 @@ class Fifo:
     def __init__(self, path: str) -> None:
         self.path = path  # as the module has it
         self.lock = threading.Lock()
-        self.users = 0  # scrapes that read it, or wait for that
         #: The open FIFO of which a scrape has read a part of an answer, but not its end.
         self.torn: io.FileIO | None = None
 
 
-class Fifos:
-    """The FIFOs that scrapes read now, and those whose answer is torn."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Fifo] = {}  # by the path without links
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def reading(self, key: str, job: Job) -> Iterator[Fifo]:
-        """Wait until no other scrape reads the FIFO. Raises ScrapeError."""
-        with self._lock:
-            fifo = self._known.setdefault(key, Fifo(job.module.target.path))
-            fifo.users += 1
-        try:
-            acquire(fifo.lock, job.deadline)
-            try:
-                yield fifo
-            finally:
-                fifo.lock.release()
-        finally:
-            with self._lock:
-                fifo.users -= 1
-                self._forget(key, fifo)
-
-    def _forget(self, key: str, fifo: Fifo) -> None:
-        """Drop a FIFO that no scrape uses and of which no answer is torn."""
-        if not fifo.users and not fifo.torn:
-            del self._known[key]
-
-    def keep(self, paths: Iterable[str]) -> None:
-        """Drop the torn FIFOs that no module has any more; `paths` are those that modules have."""
-        with self._lock:
-            for key, fifo in list(self._known.items()):
-                if fifo.torn and not fifo.users and fifo.path not in paths:
-                    fifo.torn.close()
-                    del self._known[key]
+def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
+    """Drop the FIFOs that no module has any more. `paths` are those that modules have."""
+    for key, fifo in list(fifos.items()):
+        if fifo.path not in paths and fifo.lock.acquire(blocking=False):
+            del fifos[key]
+            if fifo.torn:
+                fifo.torn.close()
+            fifo.lock.release()
 
 
 def scrape_fifo(job: Job, key: str) -> Scrape:
@@ -4162,11 +4133,15 @@ def scrape_fifo(job: Job, key: str) -> Scrape:
 
     Raises OSError or ScrapeError.
     """
-    with job.tools.fifos.reading(key, job) as fifo:
+    fifo = job.tools.fifos.setdefault(key, Fifo(job.module.target.path))
+    acquire(fifo.lock, job.deadline)
+    try:
         if fifo.torn:
             finish_torn(job, fifo)
         file = call_aside(job, open_fifo)
         return text_scrape(join_pieces(job, torn_pieces(job, fifo, file)))
+    finally:
+        fifo.lock.release()
 
 
 def open_fifo(job: Job) -> io.FileIO:
@@ -4559,7 +4534,8 @@ class Application:
     def _take_config(self) -> None:
         """Prepare metrics and FIFOs for the modules of the snapshot."""
         modules = self.modules.values()
-        self._tools.fifos.keep([each.target.path for each in modules if each.method == "file"])
+        paths = [each.target.path for each in modules if each.method == "file"]
+        forget_fifos(self._tools.fifos, paths)
         for module in modules:
             self.metrics.create_module(module.name, module.method)
         for gone in set(self._failures) - set(self.modules):

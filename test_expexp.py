@@ -10211,7 +10211,8 @@ def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path, sam
         third = pool.submit(served.scrape, "m")
         path.write_bytes(b"c_whole 3\n")
         assert third.result().text == "c_whole 3\n"
-    assert not served.program.application._tools.fifos._known
+    fifos = served.program.application._tools.fifos
+    assert [fifo.torn for fifo in fifos.values()] == [None]
 
 
 def has_at_most(descriptors: int) -> bool:
@@ -10247,7 +10248,25 @@ def test_what_is_left_in_a_fifo_that_was_replaced_is_neither_read_nor_kept(tmp_p
         path.write_bytes(b"b_whole 2\n")
         assert whole.result().text == "b_whole 2\n"
         wait_until(lambda: has_at_most(before + writing))
-        assert not served.program.application._tools.fifos._known
+        fifos = served.program.application._tools.fifos
+        assert [fifo.torn for fifo in fifos.values()] == [None]
+
+
+def test_a_reload_forgets_the_fifos_that_no_module_has_any_more(tmp_path: Path) -> None:
+    def torn() -> expexp.Fifo:
+        fifo = expexp.Fifo(str(tmp_path / "gone"))
+        fifo.torn = io.FileIO(os.devnull)
+        return fifo
+
+    gone, in_use, kept = torn(), torn(), expexp.Fifo("/kept")
+    fifos = {"gone": gone, "in use": in_use, "kept": kept}
+    with in_use.lock:
+        expexp.forget_fifos(fifos, ["/kept"])
+    assert fifos == {"in use": in_use, "kept": kept}
+    assert gone.torn
+    assert gone.torn.closed
+    expexp.forget_fifos(fifos, ["/kept"])
+    assert fifos == {"kept": kept}
 
 
 def test_who_waits_for_a_fifo_reads_the_one_that_has_replaced_it(tmp_path: Path) -> None:
@@ -15479,7 +15498,7 @@ def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
         assert asked >= 3
         assert served.faults() == {"certificate": 1}
     assert [message for message in caplog.messages if "handshake" in message] == [
-        "127.0.0.1: TLS handshake failed: certmatch: matching -web.tls.certmatch takes too long"
+        "127.0.0.1: TLS handshake failed: certificate: matching -web.tls.certmatch takes too long"
     ]
 
 
@@ -15497,11 +15516,11 @@ def test_names_that_wait_too_long_to_be_matched_are_told_so(
     with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
         wait_until(lambda: admits(served.port, served.context))
         caplog.clear()
-        before = served.faults().get("certmatch", 0)
+        before = served.faults().get("certificate", 0)
         with expexp.MATCHING:
             assert not admits(served.port, context)
-        assert served.faults() == {"certmatch": before + 1}
-    assert "127.0.0.1: TLS handshake failed: certmatch: too many names are being matched" in (
+        assert served.faults() == {"certificate": before + 1}
+    assert "127.0.0.1: TLS handshake failed: certificate: too many names are being matched" in (
         caplog.messages
     )
 
