@@ -1012,21 +1012,21 @@ def read_line(source: Source, pos: int) -> tuple[int, Line]:
 def find_repetition(source: Source, pos: int, end: int) -> int:
     """Return where the first line begins that has a label twice, or `end`.
 
-    A line's shape is what stands outside its quotes. It holds all names, unless one is in quotes.
+    What stands outside the quotes of a line is its shape. It has all names, if none is in quotes.
     """
     known: set[bytes] = set()
     while pos < end:
         source.tick()
-        line = source.body[pos : source.body.find(b"\n", pos) + 1]
-        shape = b"".join(line.split(b'"')[:-1:2])
-        is_plain = b"\\" not in line and b'"=' not in line
-        if not (is_plain and shape in known):
-            names = LABEL_PAIR.findall(line)
+        line_end = source.body.find(b"\n", pos) + 1
+        pairs = source.body[source.body.find(b"{", pos, line_end) : line_end]
+        if pairs.count(b'="') > MAX_FAST_LABELS:
+            in_quotes = b'"=' in pairs or b"\\" in pairs
+            shape = pairs if in_quotes else b"".join(pairs.split(b'"')[:-1:2])
+            names = [] if shape in known else LABEL_PAIR.findall(pairs)
             if len(set(names)) < len(names):
                 break
-        if is_plain:
             known.add(shape)
-        pos += len(line)
+        pos = line_end
     return pos
 
 
@@ -1178,15 +1178,17 @@ def read_fields(
     After a field of a metric come those in it. Plain fields are left out. Unknown ones have no
     name.
     """
-    body, plain = source.body, PLAIN.get(kind)
+    body, fields, plain = source.body, FIELDS[kind], PLAIN.get(kind)
     while pos < end:
         source.tick()
         if plain and (run := plain.match(body, pos, end)):
             pos = run.end()
             continue
-        start, tag = read_varint(body, pos, end, path)
+        start, tag = pos + 1, body[pos]
+        if tag >= CONTINUED:
+            start, tag = read_varint(body, pos, end, path)
         number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
-        name, content = FIELDS[kind].get(number, ("", "any"))
+        name, content = fields.get(number, ("", "any"))
         here = f"{path}.{name or number}"
         if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(here, start, f"expected no field {number} with the wire type {wire}")
@@ -1245,10 +1247,11 @@ def read_family(source: Source, pos: int, end: int) -> int:
     last: dict[str, Text] = {"name": b"", "help": b"", "type": b"\0"}
     metrics = 0
     for field, start, stop in read_fields(source, pos, end, path, "MetricFamily"):
-        last[field] = memoryview(source.body)[start:stop]
         if field == "metric":
             check_metric(source, start, stop)
             metrics += 1
+        else:
+            last[field] = memoryview(source.body)[start:stop]
     name = last["name"]
     if not metrics:
         return 0
