@@ -600,8 +600,12 @@ RUN_SAMPLES: Final = 200
 
 def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
     """Return a line of HELP or TYPE, or what `more` is."""
-    forms = METRIC_NAME, METRIC_NAME, b"|".join(types), more
-    return rb"# (?:HELP %b [^\n]*+|TYPE %b (?:%b)%b)\n" % forms
+    return rb"# (?:HELP %b [^\n]*+|TYPE %b (?:%b)%b)\n" % (
+        METRIC_NAME,
+        METRIC_NAME,
+        b"|".join(types),
+        more,
+    )
 
 
 TEXT_METADATA: Final = compose_metadata(TEXT_TYPES)
@@ -671,7 +675,7 @@ CONTINUATION_BYTES: Final = bytes(range(0x80, 0xC0))  # those that do not begin 
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
 # A match that can go back is slower.
-WINDOW_BYTES: Final = 262_144 if POSSESSIVE else 65_536
+WINDOW_BYTES: Final = 196_608 if POSSESSIVE else 65_536
 
 
 def no_tick() -> None:
@@ -994,8 +998,8 @@ def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple
     elif keyword == b"UNIT" and text and not name.endswith(b"_" + bytes(text[: len(name)])):
         what = "a unit that the metric's name ends in"
     require(not what, source, min(pos + 1, end), what, text)
-    kept = bytes(text[:MAX_NAME_BYTES])
-    return read_line_end(source, end), Metadata(start, keyword, name, kept)
+    metadata = Metadata(start, keyword, name, bytes(text[:MAX_NAME_BYTES]))
+    return read_line_end(source, end), metadata
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -1115,14 +1119,11 @@ MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
 #: What makes a histogram native. To the others Prometheus adds the label `le`.
 NATIVE: Final = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
 VARINT: Final = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
-#: A short text, and a bucket, with each length that it may have.
+#: A short text, with each length that it may have.
 SHORT: Final = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
-BUCKET: Final = b"|".join(
-    rb"\x1a\x%02x\x08[\x80-\xff]{%d}[\x00-\x7f]\x11.{8}" % (11 + more, more) for more in range(10)
-)
 #: Fields that need no look, by message.
 PLAIN: Final = {
-    "Histogram": compile_production(rb"(?s:\x08%b|\x11.{8}|%b){1,256}" % (VARINT.pattern, BUCKET)),
+    "Bucket": compile_production(rb"(?s)\x08%b\x11.{8}" % VARINT.pattern),
     "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
     "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }

@@ -2149,6 +2149,7 @@ SEEN = {
     # 43 ns a byte where a header does not end; of a target's head of 256 KiB, 11 ms
     "STRICT_HEADER": 32_768,
     "TOLERANT_HEADER": 32_768,
+    "REQUEST_LINE": 8_192,
 }
 #: Expressions that are searched for anywhere in a text.
 SEARCHED = {
@@ -3531,7 +3532,7 @@ def test_too_many_labels_are_refused_with_and_without_the_fast_path() -> None:
 
 
 def test_a_window_that_is_not_utf8_costs_no_verdict() -> None:
-    line, lines = b'up{a="' + b"x" * 90 + b'"} 1\n', 3_000  # more than a window (256 KiB)
+    line, lines = b'up{a="' + b"x" * 90 + b'"} 1\n', 3_000  # more than a window (192 KiB)
     assert verdict(b"# \xff\n" + line * lines, PLAIN) == lines
     broken = verdict(line * lines + b'up{a="\xff"} 1\n', PLAIN)
     assert isinstance(broken, expexp.ExpositionError)
@@ -3637,7 +3638,7 @@ GROWING: dict[str, Callable[[int], bytes]] = {
 }
 
 
-#: What is so fast that both sizes are above a window (256 KiB); else both are within one, since the
+#: What is so fast that both sizes are above a window (192 KiB); else both are within one, since the
 #: way may change at its end.
 ABOVE_A_WINDOW = (
     *("one family of many series", "one series many times", "many families", "many exemplars"),
