@@ -4543,7 +4543,7 @@ class Application:
         for module in modules:
             self.metrics.create_module(module.name, module.method)
         for gone in set(self._failures) - set(self.modules):
-            del self._failures[gone]
+            self._failures.pop(gone, None)  # or another reload does it just now
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again. Return the problems. Raises RequestError."""

@@ -12686,6 +12686,33 @@ def test_a_reload_forgets_what_the_log_said_of_modules_that_are_gone(tmp_path: P
     assert app._failures == {"stays": stays}
 
 
+class MeetingFailures(dict):  # type: ignore[type-arg]
+    """The failures of modules; two threads that go through them do so at the same time."""
+
+    def __init__(self, failures: Mapping[str, expexp.FailureLog]) -> None:
+        super().__init__(failures)
+        self._both = threading.Barrier(2)
+
+    def __iter__(self) -> Iterator[str]:
+        names = list(super().__iter__())
+        self._both.wait(5)
+        return iter(names)
+
+
+def test_two_reloads_at_once_forget_a_module_that_is_gone(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"modules": {"gone": file_module("/no/file")}}))
+    flags = expexp.parse_flags([f"-config={path}", "-web.listen-address="])
+    app = expexp.Program(flags, FAST).application
+    assert ask(app, "/proxy?module=gone").status == 500
+    app._failures = MeetingFailures(app._failures)
+    path.write_text(json.dumps({"modules": {"stays": file_module("/no/file")}}))
+    with ThreadPoolExecutor(2) as pool:
+        reloads = [pool.submit(app.reload) for _ in range(2)]
+        assert [reload.result() for reload in reloads] == [[], []]
+    assert len(app._failures) == 0
+
+
 def test_failures_and_recoveries_are_one_warning_each_bug_20(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
