@@ -2209,6 +2209,8 @@ class FileReader(DocumentReader):
         self.warnings: list[str] = []
         self.targets: dict[str, FileReader] = {}  # credentials for them, by module
         self._tried = time.monotonic()
+        self.looking = threading.Lock()
+        self.looked = self._tried  # when the files were looked at last, monotonic
         self.value: Any = former and former.value  # until the new one has no problems
         value = None
         try:
@@ -2827,8 +2829,7 @@ class Loader:
         """Load everything. Raises ConfigError."""
         self._limits = limits
         self._lock = threading.Lock()
-        #: The next look at the files of credentials, monotonic.
-        self._due = time.monotonic() + limits.rotation_seconds
+        self._swapping = threading.Lock()  # of the snapshot, never held while files are read
         self._begun = 0  # reloads so far
         load: Any = functools.partial(load_config, options, limits)
         config = FileReader(load, DocumentReader("", []), again=False)
@@ -2839,16 +2840,36 @@ class Loader:
         self.snapshot = Snapshot(config, credentials, config.targets, time.time())
 
     def current(self) -> Snapshot:
-        """Return the snapshot, whose credentials are those of a moment ago."""
-        if time.monotonic() >= self._due and self._lock.acquire(blocking=False):
-            try:
-                self._due = time.monotonic() + self._limits.rotation_seconds
-                config, ours, targets, loaded = self.snapshot
-                fresh = {name: each.rotate() for name, each in targets.items()}
-                self.snapshot = Snapshot(config, ours.rotate(), fresh, loaded)
-            finally:
-                self._lock.release()
-        return self.snapshot
+        """Return the snapshot, with credentials of ours from files of a moment ago. IO."""
+        ours = self.snapshot.credentials
+        fresh = self._rotate(ours)
+        with self._swapping:
+            if self.snapshot.credentials is ours:  # and not those of a reload
+                self.snapshot = self.snapshot._replace(credentials=fresh)
+            return self.snapshot
+
+    def target(self, name: str, former: FileReader) -> FileReader:
+        """Return the credentials for a module's target, from files of a moment ago. IO.
+
+        A file system that hangs must stop the scrapes of no other module.
+        """
+        fresh = self._rotate(former)
+        with self._swapping:
+            targets = self.snapshot.targets
+            if targets.get(name) is former:
+                self.snapshot = self.snapshot._replace(targets={**targets, name: fresh})
+        return fresh
+
+    def _rotate(self, reader: FileReader) -> FileReader:
+        """Return credentials, loaded again if their files have changed, by one thread at a time."""
+        is_due = time.monotonic() - reader.looked >= self._limits.rotation_seconds
+        if not is_due or not reader.looking.acquire(blocking=False):
+            return reader
+        try:
+            reader.looked = time.monotonic()
+            return reader.rotate()
+        finally:
+            reader.looking.release()
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again, once for all callers that wait for it to begin.
@@ -2881,11 +2902,11 @@ class Loader:
             config.files.update(credentials.files)
             config.value = former.config.value
         log_problems(config.problems)
-        if config.problems:
-            self.snapshot = former._replace(config=config, credentials=credentials)
-            return
-        LOGGER.info("configuration reloaded: %d modules", len(config.value.modules))
-        self.snapshot = Snapshot(config, credentials, config.targets, time.time())
+        with self._swapping:
+            self.snapshot = self.snapshot._replace(config=config, credentials=credentials)
+            if not config.problems:
+                self.snapshot = Snapshot(config, credentials, config.targets, time.time())
+                LOGGER.info("configuration reloaded: %d modules", len(config.value.modules))
 
 
 # ==================================================================================================
@@ -4608,6 +4629,8 @@ class Application:
                 cleanup.callback(held.release)
                 asked = (module, pairs, request.headers, request.client, deadline)
                 credentials = snapshot.targets.get(module.name)
+                if credentials:
+                    credentials = self.loader.target(module.name, credentials)
                 job = Job(*asked, cleanup, held, self._tools, credentials)
                 reserve_request(job)
                 found = answer_job(job)

@@ -13455,6 +13455,36 @@ def test_a_reload_reads_the_tokens_for_targets_again(tmp_path: Path) -> None:
     assert found == [[b"first"], [b"first"], [b"second"]]
 
 
+def test_a_hung_file_of_a_target_stops_neither_our_token_nor_other_targets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[bytes] = []
+    files = {name: tmp_path / name for name in ("own", "good", "hung")}
+    for file in files.values():
+        file.write_text("first")
+    flag, at_once = f"-web.bearer.token-file={files['own']}", fast_limits(rotation_seconds=0)
+    first, second = ({"Authorization": f"Bearer {word}"} for word in ("first", "second"))
+    with target(recording(heads)) as port:
+        modules = {
+            name: http_module(port, bearer_token_file=str(files[name])) for name in ("good", "hung")
+        }
+        with (
+            running(modules, flag, limits=at_once) as served,
+            ThreadPoolExecutor(1) as pool,
+            hung(monkeypatch, "stat", files["hung"]) as answered,
+        ):
+            waiting = pool.submit(served.scrape, "hung", first)
+            wait_until(lambda: served.get("/metrics", first).text.count("in_flight 2"))
+            for file in files.values():
+                file.write_text("second")
+            wait_until(lambda: served.get("/", second).status == 200)
+            assert served.get("/", first).status == 401
+            assert served.scrape("good", second).status == 200
+            assert b"Authorization: Bearer second\r\n" in heads[-1]
+            answered.set()
+            assert waiting.result().status == 200
+
+
 def tls_flags(folder: Path, certificates: Certificates) -> list[str]:
     """Flags to serve TLS alone, with a new certificate in the files of a folder."""
     own = certificates.ca.issue_cert("localhost")
