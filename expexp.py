@@ -57,7 +57,6 @@ import _thread
 import base64
 import bisect
 import calendar
-import codecs
 import collections
 import contextlib
 import ctypes
@@ -488,28 +487,15 @@ def compile_production(pattern: bytes) -> Pattern:
     return re.compile(pattern)
 
 
-# What Prometheus would ingest, but only hostile targets write: it would cost many times its size.
-MAX_NAME_BYTES: Final = 65_536
-MAX_NUMBER_BYTES: Final = 4_096
+# Prometheus would ingest more. A token is a name, a label value, a number, a text of metadata or a
+# run of blanks: one match takes it in less than 1 ms, and a copy of it is small.
+MAX_TOKEN_BYTES: Final = 65_536
 MAX_LABELS: Final = 10_000
-MAX_NAMES_BYTES: Final = 1_048_576  # of all labels in one pair of braces
-RUN_STEP: Final = 256
+MAX_LABELS_BYTES: Final = 1_048_576
+TOO_MANY_LABELS: Final = "expected at most 10000 labels of 1 MiB together"
 
-
-def compile_run(unit: bytes) -> Pattern:
-    """Return a run of `unit` (up to 256 bytes) for `scan`, at most 64 KiB of it at a time.
-
-    The bound keeps one match short, so that other threads and the deadline get their turn on an
-    endless token; the nesting keeps each level within what `re` repeats without recursion.
-    """
-    return re.compile(rb"(?:%b){1,%d}" % (unit, RUN_STEP))
-
-
-# Byte classes. A name is a run of its class that does not start with a digit.
-METRIC_BYTE: Final = rb"[a-zA-Z0-9_:]"
-LABEL_BYTE: Final = rb"[a-zA-Z0-9_]"
-METRIC_NAME: Final = rb"(?![0-9])" + METRIC_BYTE + rb"{1,9999}+"
-LABEL_NAME: Final = rb"(?![0-9])" + LABEL_BYTE + rb"{1,9999}+"
+METRIC_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_:]{1,9999}+"
+LABEL_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_]{1,9999}+"
 
 # What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
@@ -518,21 +504,25 @@ NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % D
 # A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
 
-# Runs for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
+# Tokens for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after one, but stops at it in a quoted name.
 NOTHING: Final = re.compile(rb"(?!)")
-BLANKS: Final = compile_run(rb"[ \t]{1,256}")
-EXEMPLAR_RUN: Final = compile_run(rb"[^\0\n]{1,256}")
-WORD: Final = compile_run(rb"[A-Z][A-Z\0]{0,255}")
-NULS: Final = compile_run(rb"\0{1,256}")
-METRIC_RUN: Final = compile_run(METRIC_BYTE + rb"{1,256}")
-LABEL_RUN: Final = compile_run(LABEL_BYTE + rb"{1,256}")
-QUOTED_NAME_RUN: Final = compile_run(rb'[^"\\\0]{1,256}|\\[^\n\0]')
+BLANKS: Final = re.compile(rb"[ \t]+")
+NOT_IN_EXEMPLAR: Final = re.compile(rb"[\0\n]")
+WORD: Final = re.compile(rb"[A-Z][A-Z\0]*")
+NULS: Final = re.compile(rb"\0+")
+REST: Final = re.compile(rb"[^\n]+")
+UP_TO_NUL: Final = re.compile(rb"[^\n\0]+")
+METRIC_TOKEN: Final = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
+LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
+QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
 # Canonical forms for the fast path, those of Go's libraries. Digits are bounded so that no literal
-# can overflow, and groups so that a match is short: `re` keeps 100 bytes for each repetition.
+# can overflow, runs so that no token is too long, and groups so that a match is short: `re` keeps
+# 100 bytes for each repetition.
 CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
-CANONICAL_VALUE: Final = rb'"%b*+(?:"|(?:\\[\\"n]%b*+){1,64}")' % (CANONICAL_BYTE, CANONICAL_BYTE)
+VALUE_FORM: Final = rb'"%b{0,9999}+(?:"|(?:\\%b%b{0,800}+){1,64}")'  # at most 61,327 bytes
+CANONICAL_VALUE: Final = VALUE_FORM % (CANONICAL_BYTE, rb'[\\"n]', CANONICAL_BYTE)
 FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 20  # node_os_info has 12; with more, a match of names takes too long
@@ -541,12 +531,13 @@ MAX_FAST_LABELS: Final = 20  # node_os_info has 12; with more, a match of names 
 # no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
-WIDE_VALUE: Final = rb'"%b*+(?:"|(?:\\[^\n\0]%b*+){1,64}")' % (CANONICAL_BYTE, CANONICAL_BYTE)
+WIDE_VALUE: Final = VALUE_FORM % (CANONICAL_BYTE, rb"[^\n\0]", CANONICAL_BYTE)
 WIDE_NUMBER: Final = (
     rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)"
     rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|(?i:inf(?:inity|)))|(?i:nan))"
 )
-LABEL_PAIR: Final = compile_production(rb"[{,] *+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
+#: A pair in a line that the wide forms take. Its group is the name.
+LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
@@ -600,12 +591,8 @@ RUN_SAMPLES: Final = 200
 
 def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
     """Return a line of HELP or TYPE, or what `more` is."""
-    return rb"# (?:HELP %b [^\n]*+|TYPE %b (?:%b)%b)\n" % (
-        METRIC_NAME,
-        METRIC_NAME,
-        b"|".join(types),
-        more,
-    )
+    forms = METRIC_NAME, METRIC_NAME, b"|".join(types), more
+    return rb"# (?:HELP %b [^\n]{0,9999}+|TYPE %b (?:%b)%b)\n" % forms
 
 
 TEXT_METADATA: Final = compose_metadata(TEXT_TYPES)
@@ -628,16 +615,17 @@ class Dialect(NamedTuple):
     """What distinguishes the two line formats. The defaults are those of the text format."""
 
     types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
-    token: Pattern = compile_run(rb"[^{ \t\n\0]{1,256}")
-    label_value: Pattern = compile_run(rb'[^"\\]{1,256}|\\\0{0,256}[^\n\0]')
+    number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: or what stands in place of one
+    label_value: Pattern = compile_production(rb'[^"\\]*+(?:\\\0*+[^\n\0][^"\\]*+)*')
     fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIMESTAMP)
     #: with comments, the blank lines of prom-client, and VictoriaMetrics's blanks after commas
     wide: Pattern = compose_run(
         TEXT_METADATA + rb"|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n)",
-        compose_wide_series(b", *+"),
+        compose_wide_series(b", {0,9999}+"),
         WIDE_NUMBER,
-        TEXT_TIMESTAMP + rb"[ \t]*+",
+        TEXT_TIMESTAMP + rb"[ \t]{0,9999}+",
     )
+    free: Pattern = BLANKS  #: what may stand anywhere
     separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
     after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
@@ -647,9 +635,10 @@ class Dialect(NamedTuple):
 TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
+    free=NOTHING,
     separator=re.compile(b" "),
-    token=compile_run(rb"[^ \n\0]{1,256}"),
-    label_value=compile_run(rb'[^"\\\n]{1,256}|\\\0{0,256}[^\n\0]'),
+    number=re.compile(rb"[^ \n\0]+"),
+    label_value=compile_production(rb'[^"\\\n]*+(?:\\\0*+[^\n\0][^"\\\n]*+)*'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
     fast=compose_run(
@@ -666,16 +655,16 @@ OPENMETRICS: Final = Dialect(
 # The reader defines what is accepted and makes every message. Each `read_*` takes a source and a
 # position in it. It returns the position after what it read, and what it read. It raises only
 # ExpositionError, and what the caller's `tick` raises. `tick` is called at every line, every label,
-# and every 64 KiB of one token, so that no body outlives a deadline. Time is linear in the size of
-# the body, whatever it holds.
+# and every window of a long comment, so that no body outlives a deadline. Time is linear in the
+# size of the body, whatever it holds.
 # The fast path takes a run of canonical lines in one match. It accepts only what the reader accepts
 # without a word; without it every verdict and every count would be the same.
 
-CONTINUATION_BYTES: Final = bytes(range(0x80, 0xC0))  # those that do not begin a character
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
 # A match that can go back is slower.
 WINDOW_BYTES: Final = 196_608 if POSSESSIVE else 65_536
+LINE_BYTES: Final = 1_048_576  # in a longer line, columns are bytes
 
 
 def no_tick() -> None:
@@ -683,7 +672,6 @@ def no_tick() -> None:
 
 
 Tick = Callable[[], object]
-Text = Union[bytes, memoryview]  # a view where a copy might be as long as the body
 
 
 class Source(NamedTuple):
@@ -699,11 +687,10 @@ class Label(NamedTuple):
 
     pos: int
     name: bytes
-    value: Text
+    value: bytes
 
 
 Labels = list[Label]
-AnyLabel = tuple[int, Text, Text]
 
 
 class Sample(NamedTuple):
@@ -718,7 +705,7 @@ class Sample(NamedTuple):
 
 
 class Metadata(NamedTuple):
-    """One HELP, TYPE or UNIT line, with at most 64 KiB of its text."""
+    """One HELP, TYPE or UNIT line."""
 
     pos: int
     keyword: bytes
@@ -729,43 +716,27 @@ class Metadata(NamedTuple):
 Line = Union[Sample, Metadata, None]
 
 
-def read_pieces(text: Text, tick: Tick) -> Iterator[bytes]:
-    """Yield `text` window by window, so that no copy of it is long and every deadline holds."""
-    for start in range(0, len(text), WINDOW_BYTES):
-        tick()
-        yield bytes(text[start : start + WINDOW_BYTES])
-
-
-def is_utf8(text: Text, tick: Tick = no_tick) -> bool:
+def is_utf8(text: bytes) -> bool:
     """Return whether `text` is UTF-8."""
-    if len(text) <= WINDOW_BYTES and bytes(text).isascii():
-        return True
     try:
-        return all(codecs.iterdecode(read_pieces(text, tick), "utf-8"))
+        return text.isascii() or bool(text.decode())
     except UnicodeDecodeError:
         return False
 
 
-def find_line_end(body: bytes, pos: int, tick: Tick = no_tick) -> int:
-    """Return where the line at `pos` ends: at its newline, or with the body."""
-    while (end := body.find(b"\n", pos, pos + WINDOW_BYTES)) < 0 and pos < len(body):
-        tick()
-        pos += WINDOW_BYTES
-    return end if end >= 0 else len(body)
-
-
 def refuse(source: Source, pos: int, message: str) -> ExpositionError:
     """Return the error to raise for what stands at `pos`."""
-    body, tick = memoryview(source.body), source.tick
+    body = source.body
     line, start = 1, 0
-    for number, piece in enumerate(read_pieces(body[:pos], tick)):
-        if b"\n" in piece:
-            line += piece.count(b"\n")
-            start = number * WINDOW_BYTES + piece.rfind(b"\n") + 1
-    end = find_line_end(source.body, pos, tick)
-    uncounted = CONTINUATION_BYTES if is_utf8(body[start:end], tick) else b""
-    before = read_pieces(body[start : pos + 1], tick)
-    column = sum(len(piece.translate(None, uncounted)) for piece in before) + (pos == len(body))
+    for window in range(0, pos, WINDOW_BYTES):
+        source.tick()
+        stop = min(window + WINDOW_BYTES, pos)
+        line += body.count(b"\n", window, stop)
+        start = max(start, body.rfind(b"\n", window, stop) + 1)
+    column = pos - start + 1
+    text = body[start : start + LINE_BYTES].partition(b"\n")[0]
+    if len(text) < LINE_BYTES and is_utf8(text):
+        column = len(text[: pos - start].decode(errors="ignore")) + 1
     return ExpositionError(message, line, column, start)
 
 
@@ -781,89 +752,84 @@ def describe(source: Source, pos: int) -> str:
     return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
 
 
-def expected(source: Source, pos: int, what: str, found: Text | None = None) -> ExpositionError:
+def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
     """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
     shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
     return refuse(source, pos, f"expected {what}, found {shown}")
 
 
-def require(fits: object, source: Source, pos: int, what: str, found: Text | None = None) -> None:
+def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
     """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
     if not fits:
         raise expected(source, pos, what, found)
 
 
-def scan(source: Source, pos: int, run: Pattern) -> int:
-    """Return the end of the longest repetition of `run` from `pos` on."""
-    # A match is shorter than RUN_STEP only where the run ends.
-    while (found := run.match(source.body, pos)) and found.end() - pos >= RUN_STEP:
-        source.tick()
-        pos = found.end()
-    return found.end() if found else pos
+def read_token(source: Source, pos: int, form: Pattern, what: str) -> int:
+    """Return the end of the token from `pos` on, which is `pos` if there is none."""
+    found = form.match(source.body, pos, pos + MAX_TOKEN_BYTES + 2)  # an escape is not cut
+    end = found.end() if found else pos
+    if end - pos > MAX_TOKEN_BYTES:
+        raise refuse(source, pos, f"expected {what} of at most {MAX_TOKEN_BYTES} bytes")
+    return end
 
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return pos if source.dialect.openmetrics else scan(source, pos, BLANKS)
+    return read_token(source, pos, source.dialect.free, "blanks")
 
 
-def read_quoted(source: Source, pos: int, run: Pattern) -> tuple[int, memoryview]:
+def read_quoted(source: Source, pos: int, form: Pattern, what: str) -> tuple[int, bytes]:
     """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
-    end = scan(source, pos + 1, run)
+    end = read_token(source, pos + 1, form, what)
     require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
     if peek(source, end) != b'"':
         found = describe(source, end)
         raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
-    return end + 1, memoryview(source.body)[pos + 1 : end]
+    return end + 1, source.body[pos + 1 : end]
 
 
-def unescape(text: Text) -> bytes:
+def unescape(text: bytes) -> bytes:
     """Return `text` as Prometheus understands it."""
     return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, run: Pattern, what: str) -> tuple[int, bytes]:
+def read_name(source: Source, pos: int, form: Pattern, what: str) -> tuple[int, bytes]:
     """Return a name, bare or quoted. A quoted one may hold anything, UTF-8 or not."""
-    quoted = peek(source, pos) == b'"'
-    if quoted:
-        end, name = read_quoted(source, pos, QUOTED_NAME_RUN)
-    else:
-        end = scan(source, pos, run)
-        require(end > pos and not peek(source, pos).isdigit(), source, pos, what)
-        name = memoryview(source.body)[pos:end]
-    if len(name) > MAX_NAME_BYTES:
-        raise refuse(source, pos, f"expected a name of at most {MAX_NAME_BYTES} bytes")
-    return end, unescape(name) if quoted else bytes(name)
+    if peek(source, pos) == b'"':
+        end, name = read_quoted(source, pos, QUOTED_NAME, "a name")
+        return end, unescape(name)
+    end = read_token(source, pos, form, "a name")
+    require(end > pos, source, pos, what)
+    return end, source.body[pos:end]
 
 
-def read_label_value(source: Source, pos: int) -> tuple[int, memoryview]:
+def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a label's value as it was written, from the equals sign on."""
     require(peek(source, pos) == b"=", source, pos, '"="')
     pos = skip_blanks(source, pos + 1)
     require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
-    end, value = read_quoted(source, pos, source.dialect.label_value)
-    require(is_utf8(value, source.tick), source, pos, "a label value in UTF-8", value)
-    return skip_blanks(source, scan(source, end, NULS)), value
+    end, value = read_quoted(source, pos, source.dialect.label_value, "a label value")
+    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
+    return skip_blanks(source, read_token(source, end, NULS, "NUL bytes")), value
 
 
 def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
     """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
     labels = Labels()
-    size = 0
+    opening = pos
     pos = skip_blanks(source, pos + 1)
     while peek(source, pos) != b"}":
         source.tick()
         start, quoted = pos, peek(source, pos) == b'"'
-        pos, label = read_name(source, pos, LABEL_RUN, 'a label name or "}"')
+        pos, label = read_name(source, pos, LABEL_TOKEN, 'a label name or "}"')
         pos = skip_blanks(source, pos)
         if quoted and name is None and peek(source, pos) in (b",", b"}"):
             name = label
         else:
             pos, value = read_label_value(source, pos)
             labels.append(Label(start, label, value))
-            size += len(label)
-        if len(labels) > MAX_LABELS or size > MAX_NAMES_BYTES:
-            raise refuse(source, start, "expected at most 10000 labels, and 1 MiB of their names")
+        if len(labels) > MAX_LABELS or pos - opening > MAX_LABELS_BYTES:
+            raise refuse(source, start, TOO_MANY_LABELS)
         if peek(source, pos) == b",":
             pos = skip_blanks(source, pos + 1)
         elif source.dialect.openmetrics:
@@ -872,8 +838,8 @@ def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, byte
 
 
 def find_wrong_label(
-    source: Source, labels: Sequence[AnyLabel], taken: set[Text], needed: tuple[bytes, ...]
-) -> AnyLabel | None:
+    source: Source, labels: Labels, taken: set[bytes], needed: tuple[bytes, ...]
+) -> Label | None:
     """Return the first label that is not in UTF-8, or whose name is bad or `taken`.
 
     Prometheus first drops each name that has an empty value anywhere, with all its values. A name
@@ -890,22 +856,13 @@ def find_wrong_label(
     return None
 
 
-def require_names(source: Source, labels: Labels) -> None:
-    """Return nothing; raise for a label whose name is bad, or is there twice."""
-    wrong = find_wrong_label(source, labels, {b"__name__"}, (b"__name__",))
-    if wrong:
-        pos, name, _ = wrong
-        require(name and is_utf8(name), source, pos, "a name in UTF-8", name)
-        raise refuse(source, pos, f'found the label "{excerpt(name)}" twice')
-
-
 def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
-    start = scan(source, pos, source.dialect.separator)
-    end = scan(source, start, source.dialect.token)
-    number = form.fullmatch(source.body, start, min(end, start + MAX_NUMBER_BYTES))
+    start = read_token(source, pos, source.dialect.separator, "blanks")
+    end = read_token(source, start, source.dialect.number, "a number")
     require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
-    if not number or end - start > MAX_NUMBER_BYTES:
+    number = form.fullmatch(source.body, start, end)
+    if not number:
         raise expected(source, start, what)
     if number[1] and math.isinf(float(number[1])):
         raise expected(source, start, "a number within the range of float64")
@@ -914,7 +871,8 @@ def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> 
 
 def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a timestamp, if there is one: int64 milliseconds in digits, or float seconds."""
-    dialect, start = source.dialect, scan(source, pos, source.dialect.separator)
+    dialect = source.dialect
+    start = read_token(source, pos, dialect.separator, "blanks")
     exemplar = start == pos or source.body.startswith(b"# {", start)
     if peek(source, start) in b"\n" or (exemplar and dialect.openmetrics):
         return pos, b""
@@ -930,7 +888,7 @@ def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
     if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
         return pos, None
     end, _, labels = read_labels(source, pos + 3, b"")
-    if scan(source, pos, EXEMPLAR_RUN) < end:
+    if NOT_IN_EXEMPLAR.search(source.body, pos, end):
         raise refuse(source, pos + 1, "expected no NUL and no newline in an exemplar")
     end, _ = read_number(source, end, "an exemplar's value")
     return read_timestamp(source, end)[0], labels
@@ -948,14 +906,18 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
     """Return a sample."""
     start, name, labels = pos, None, Labels()
     if peek(source, pos) not in (b"{", b'"'):
-        pos, name = read_name(source, pos, METRIC_RUN, "a metric name")
+        pos, name = read_name(source, pos, METRIC_TOKEN, "a metric name")
         pos = skip_blanks(source, pos)
     if peek(source, pos) == b"{":
         pos, name, labels = read_labels(source, pos, name)
     if name is None:
         raise expected(source, start, "a metric name, before the braces or quoted in them")
     require(name and is_utf8(name), source, start, "a name in UTF-8", name)
-    require_names(source, labels)
+    wrong = find_wrong_label(source, labels, {b"__name__"}, (b"__name__",))
+    if wrong:
+        label = wrong.name
+        require(label and is_utf8(label), source, wrong.pos, "a name in UTF-8", label)
+        raise refuse(source, wrong.pos, f'found the label "{excerpt(label)}" twice')
     pos, value = read_number(source, pos, "a value")
     pos, timestamp = read_timestamp(source, pos)
     pos, exemplar = read_exemplar(source, pos)
@@ -965,41 +927,42 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
-    end = find_line_end(body, pos, source.tick)
-    word = scan(source, pos + 1, dialect.separator)
-    after = scan(source, word, WORD)
-    name = scan(source, after, dialect.separator)
-    begun = body[word : min(after, word + MAX_NUMBER_BYTES)]
-    keyword = begun.replace(b"\0", b"") if word > pos + 1 else b""
+    word = read_token(source, pos + 1, dialect.separator, "blanks")
+    after = read_token(source, word, WORD, "a word")
+    name = read_token(source, after, dialect.separator, "blanks")
+    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
     if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
         return read_metadata(source, pos, keyword, name)
     if dialect.openmetrics:
-        found = memoryview(body)[pos:end]
-        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', found)
+        line = body[pos : pos + WINDOW_BYTES].partition(b"\n")[0]
+        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', line)
         if body[after : after + 2] not in (b"", b"\n"):
             raise refuse(source, after, 'expected nothing after "# EOF"')
         return len(body) + 1, None
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    lost = body.find(b"\0", pos, end if word == pos + 1 else word + 1)
-    if lost >= 0:
-        raise refuse(source, lost, "a NUL byte here ends the body for Prometheus")
+    rest = UP_TO_NUL if word == pos + 1 or peek(source, word) == b"\0" else REST
+    end = word
+    while found := rest.match(body, end, end + WINDOW_BYTES):
+        source.tick()
+        end = found.end()
+    if peek(source, end) == b"\0":
+        raise refuse(source, end, "a NUL byte here ends the body for Prometheus")
     return read_line_end(source, end), None
 
 
 def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
     """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
-    pos, name = read_name(source, pos, METRIC_RUN, f"a metric name after {keyword.decode()}")
-    end = find_line_end(source.body, pos, source.tick)
+    pos, name = read_name(source, pos, METRIC_TOKEN, f"a metric name after {keyword.decode()}")
     require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
-    text = memoryview(source.body)[pos + 1 : end]
-    what = "" if is_utf8(text, source.tick) else "a text in UTF-8"
+    end = read_token(source, pos, REST, "a text")
+    text = source.body[pos + 1 : end]
+    what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
-    elif keyword == b"UNIT" and text and not name.endswith(b"_" + bytes(text[: len(name)])):
+    elif keyword == b"UNIT" and text and not name.endswith(b"_" + text):
         what = "a unit that the metric's name ends in"
     require(not what, source, min(pos + 1, end), what, text)
-    metadata = Metadata(start, keyword, name, bytes(text[:MAX_NAME_BYTES]))
-    return read_line_end(source, end), metadata
+    return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 
 def read_line(source: Source, pos: int) -> tuple[int, Line]:
@@ -1088,8 +1051,8 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 
 #: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
 PROTOBUF: Final = {
-    "MetricFamily": "name text, help text, type int, metric text, unit text",
-    "Metric": "label text, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
+    "MetricFamily": "name text, help text, type int, metric message, unit text",
+    "Metric": "label message, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
     "timestamp_ms int, histogram Histogram",
     "LabelPair": "name text, value text",
     "Gauge": "value double",
@@ -1140,7 +1103,7 @@ def garbled(path: str, pos: int, message: str) -> ExpositionError:
     return ExpositionError(f"{path}: {message}", 0, 0, pos)
 
 
-def read_varint(body: Text, pos: int, end: int, path: str) -> tuple[int, int]:
+def read_varint(body: bytes, pos: int, end: int, path: str) -> tuple[int, int]:
     """Return where the number at `pos` ends, and the number: seven bits a byte, at most 64."""
     if pos < end and body[pos] < CONTINUED:
         return pos + 1, body[pos]
@@ -1194,6 +1157,8 @@ def read_fields(
         if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(here, start, f"expected no field {number} with the wire type {wire}")
         start, pos = read_content(body, start, end, here, wire)
+        if content == "text" and pos - start > MAX_TOKEN_BYTES:
+            raise garbled(here, start, f"expected at most {MAX_TOKEN_BYTES} bytes")
         yield name, start, pos
         inner = read_fields(source, start, pos, here, content)
         if content in FIELDS and kind == "Metric":
@@ -1220,17 +1185,19 @@ def check_metric(source: Source, pos: int, end: int) -> None:
     if is_plain_metric(source.body, pos, end):
         return
     path = "metric_family.metric"
-    labels: list[AnyLabel] = []
+    labels = Labels()
     found = set()
+    size = 0
     for field, start, stop in read_fields(source, pos, end, path, "Metric"):
         found.add(field)
         if field == "label":
             pairs = read_fields(source, start, stop, f"{path}.label", "LabelPair")
-            last = {name: memoryview(source.body)[begin:over] for name, begin, over in pairs}
-            labels.append((start, last.get("name", b""), last.get("value", b"")))
-        if len(labels) > MAX_LABELS:
-            raise garbled(path, start, "expected at most 10000 labels")
-    taken: set[Text] = {b"__name__"}
+            last = {name: source.body[begin:over] for name, begin, over in pairs if name}
+            labels.append(Label(start, last.get("name", b""), last.get("value", b"")))
+            size += stop - start
+        if len(labels) > MAX_LABELS or size > MAX_LABELS_BYTES:
+            raise garbled(path, start, TOO_MANY_LABELS)
+    taken = {b"__name__"}
     if "quantile" in found:
         taken.add(b"quantile")
     if "histogram" in found and NATIVE.isdisjoint(found):
@@ -1245,18 +1212,18 @@ def check_metric(source: Source, pos: int, end: int) -> None:
 def read_family(source: Source, pos: int, end: int) -> int:
     """Return how many metrics a family has. Without any, Prometheus asks no more of it."""
     path = "metric_family"
-    last: dict[str, Text] = {"name": b"", "help": b"", "type": b"\0"}
+    last = {"name": b"", "help": b"", "type": b"\0"}
     metrics = 0
     for field, start, stop in read_fields(source, pos, end, path, "MetricFamily"):
         if field == "metric":
             check_metric(source, start, stop)
             metrics += 1
         else:
-            last[field] = memoryview(source.body)[start:stop]
+            last[field] = source.body[start:stop]
     name = last["name"]
     if not metrics:
         return 0
-    if not (name and is_utf8(name, source.tick) and is_utf8(last["help"], source.tick)):
+    if not (name and is_utf8(name) and is_utf8(last["help"])):
         raise garbled(path, pos, f'expected name and help in UTF-8, found "{excerpt(name)}"')
     family_type = read_varint(last["type"], 0, 10, path)[1] & 0xFFFF_FFFF
     if family_type > LAST_TYPE:
@@ -1264,19 +1231,18 @@ def read_family(source: Source, pos: int, end: int) -> int:
     return metrics
 
 
-def read_protobuf(body: bytes, tick: Tick = no_tick) -> tuple[int, int]:
-    """Return how many metrics and families the whole body has."""
+def read_protobuf(body: bytes, tick: Tick) -> int:
+    """Return how many metrics the whole body has."""
     source = Source(body, TEXT, tick)
-    pos = metrics = families = 0
+    pos = metrics = 0
     while pos < len(body):
         tick()
         start, end = read_content(body, pos, len(body), "metric_family", LENGTH_DELIMITED)
         if start - pos > MAX_LENGTH_BYTES:
             raise garbled("metric_family", pos, "expected a length of at most 5 bytes")
         metrics += read_family(source, start, end)
-        families += 1
         pos = end
-    return metrics, families
+    return metrics
 
 
 # ==================================================================================================
@@ -1312,14 +1278,14 @@ def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> i
     Raises ExpositionError where Prometheus would not ingest the body, and whatever `tick` raises.
 
     Differences from Prometheus: a NUL byte that its text parser takes for the end of the body is
-    refused, since what follows would be lost in silence. Names of more than 64 KiB, numbers of more
-    than 4 KiB, series of more than 10,000 labels, label names of more than 1 MiB together and
-    escapes with more than 256 NUL bytes in them are refused, since they would cost many times the
-    body's memory or hold up all other threads. Unknown groups in protobuf are refused. They are
-    obsolete, and no client writes them.
+    refused, since what follows would be lost in silence. A token (a name, a label value, a number,
+    a text of metadata, a run of blanks or the first word of a comment) of more than 64 KiB is
+    refused, and a series of more than 10,000 labels or more than 1 MiB of them: they would cost
+    many times the body's memory or hold up all other threads. Unknown groups in protobuf are
+    refused. They are obsolete, and no client writes them.
     """
     dialect = choose_dialect(content_type)
-    return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)[0]
+    return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)
 
 
 # ==================================================================================================
@@ -5498,7 +5464,7 @@ def render_error(name: str, body: bytes, error: ExpositionError) -> str:
     """Return `file:line:column: message` and the place, for protobuf `file: byte N: message`."""
     if not error.line:
         return f"{name}: byte {error.offset}: {error.message}\n"
-    line = body[error.offset : find_line_end(body, error.offset)]
+    line = body[error.offset : error.offset + LINE_BYTES].partition(b"\n")[0]
     place = point_at(line, error.column)
     return f"{name}:{error.line}:{error.column}: {error.message}\n{place}"
 

@@ -60,10 +60,9 @@ try:
         ScrapeError,
         Source,
         choose_dialect,
-        compile_run,
+        compile_production,
         excerpt,
         expected,
-        find_line_end,
         is_openmetrics_body,
         is_utf8,
         no_tick,
@@ -72,8 +71,8 @@ try:
         read_input,
         read_line,
         read_quoted,
+        read_token,
         refuse,
-        scan,
         skip_blanks,
         tell,
         unescape,
@@ -115,10 +114,17 @@ class Reading(NamedTuple):
 
 
 STRICT_TEXT: Final = TEXT._replace(
-    label_value=compile_run(rb'[^"\\\n]{1,256}|\\[\\"n]'), after_name=re.compile(rb"[ \t\n]|\Z")
+    label_value=compile_production(rb'[^"\\\n]*+(?:\\[\\"n][^"\\\n]*+)*'),
+    after_name=re.compile(rb"[ \t\n]|\Z"),
 )
 FIRST_WORD: Final = re.compile(rb"[ \t]*#[ \t]*(?P<word>[A-Z]*\0)?")
 HELP_ESCAPE: Final = re.compile(rb"\\[\\n]|(?P<other>\\)")
+
+
+def find_line_end(body: bytes, pos: int) -> int:
+    """Return where the line at `pos` ends: at its newline, or with the body."""
+    end = body.find(b"\n", pos)
+    return end if end >= 0 else len(body)
 
 
 def to_finding(error: ExpositionError, strict: bool = False) -> Finding:
@@ -148,8 +154,8 @@ def check_commas(source: Source, pos: int, end: int) -> Iterator[ExpositionError
     """Yield the errors for labels without a comma between them or, in OpenMetrics, one too many."""
     quote = source.body.find(b'"', pos, end)
     while quote >= 0:
-        after, _ = read_quoted(source, quote, TEXT.label_value)  # also fits names
-        after = skip_blanks(source, scan(source, after, NULS))
+        after, _ = read_quoted(source, quote, TEXT.label_value, "a label")  # also fits names
+        after = skip_blanks(source, read_token(source, after, NULS, "NUL bytes"))
         if source.dialect.openmetrics:
             if source.body.startswith(b",}", after):
                 yield expected(source, after + 1, "a label name")
