@@ -628,7 +628,7 @@ class Dialect(NamedTuple):
     free: Pattern = BLANKS  #: what may stand anywhere
     separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
-    after_name: Pattern = re.compile(rb"[^\0]|\Z")  #: what follows it in metadata
+    after_name: Pattern = re.compile(rb"[^\0\n]|(?=\n)|\Z")  #: what follows it in metadata
     openmetrics: bool = False
 
 
@@ -775,7 +775,7 @@ def read_token(source: Source, pos: int, form: Pattern, what: str) -> int:
 
 def skip_blanks(source: Source, pos: int) -> int:
     """Return the position of the next byte that is no blank, where blanks are free."""
-    return read_token(source, pos, source.dialect.free, "blanks")
+    return read_token(source, pos, source.dialect.free, "a run of blanks")
 
 
 def read_quoted(source: Source, pos: int, form: Pattern, what: str) -> tuple[int, bytes]:
@@ -810,7 +810,7 @@ def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
     require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
     end, value = read_quoted(source, pos, source.dialect.label_value, "a label value")
     require(is_utf8(value), source, pos, "a label value in UTF-8", value)
-    return skip_blanks(source, read_token(source, end, NULS, "NUL bytes")), value
+    return skip_blanks(source, read_token(source, end, NULS, "a run of NUL bytes")), value
 
 
 def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
@@ -858,7 +858,7 @@ def find_wrong_label(
 
 def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
     """Return a number as it was written, and what separates it from what is before it."""
-    start = read_token(source, pos, source.dialect.separator, "blanks")
+    start = read_token(source, pos, source.dialect.separator, "a run of blanks")
     end = read_token(source, start, source.dialect.number, "a number")
     require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
     number = form.fullmatch(source.body, start, end)
@@ -872,7 +872,7 @@ def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> 
 def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
     """Return a timestamp, if there is one: int64 milliseconds in digits, or float seconds."""
     dialect = source.dialect
-    start = read_token(source, pos, dialect.separator, "blanks")
+    start = read_token(source, pos, dialect.separator, "a run of blanks")
     exemplar = start == pos or source.body.startswith(b"# {", start)
     if peek(source, start) in b"\n" or (exemplar and dialect.openmetrics):
         return pos, b""
@@ -927,9 +927,9 @@ def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
 def read_comment(source: Source, pos: int) -> tuple[int, Line]:
     """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
     body, dialect = source.body, source.dialect
-    word = read_token(source, pos + 1, dialect.separator, "blanks")
+    word = read_token(source, pos + 1, dialect.separator, "a run of blanks")
     after = read_token(source, word, WORD, "a word")
-    name = read_token(source, after, dialect.separator, "blanks")
+    name = read_token(source, after, dialect.separator, "a run of blanks")
     keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
     if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
         return read_metadata(source, pos, keyword, name)
@@ -953,15 +953,18 @@ def read_comment(source: Source, pos: int) -> tuple[int, Line]:
 def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
     """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
     pos, name = read_name(source, pos, METRIC_TOKEN, f"a metric name after {keyword.decode()}")
-    require(source.dialect.after_name.match(source.body, pos), source, pos, "a blank")
+    blank = source.dialect.after_name.match(source.body, pos)
+    if not blank:
+        raise expected(source, pos, "a blank")
+    pos = blank.end()
     end = read_token(source, pos, REST, "a text")
-    text = source.body[pos + 1 : end]
+    text = source.body[pos:end]
     what = "" if is_utf8(text) else "a text in UTF-8"
     if keyword == b"TYPE" and text not in source.dialect.types:
         what = "one of " + b", ".join(source.dialect.types).decode()
     elif keyword == b"UNIT" and text and not name.endswith(b"_" + text):
         what = "a unit that the metric's name ends in"
-    require(not what, source, min(pos + 1, end), what, text)
+    require(not what, source, pos, what, text)
     return read_line_end(source, end), Metadata(start, keyword, name, text)
 
 

@@ -115,7 +115,7 @@ class Reading(NamedTuple):
 
 STRICT_TEXT: Final = TEXT._replace(
     label_value=compile_production(rb'[^"\\\n]*+(?:\\[\\"n][^"\\\n]*+)*'),
-    after_name=re.compile(rb"[ \t\n]|\Z"),
+    after_name=re.compile(rb"[ \t]|(?=\n)|\Z"),
 )
 FIRST_WORD: Final = re.compile(rb"[ \t]*#[ \t]*(?P<word>[A-Z]*\0)?")
 HELP_ESCAPE: Final = re.compile(rb"\\[\\n]|(?P<other>\\)")
@@ -155,7 +155,7 @@ def check_commas(source: Source, pos: int, end: int) -> Iterator[ExpositionError
     quote = source.body.find(b'"', pos, end)
     while quote >= 0:
         after, _ = read_quoted(source, quote, TEXT.label_value, "a label")  # also fits names
-        after = skip_blanks(source, read_token(source, after, NULS, "NUL bytes"))
+        after = skip_blanks(source, read_token(source, after, NULS, "a run of NUL bytes"))
         if source.dialect.openmetrics:
             if source.body.startswith(b",}", after):
                 yield expected(source, after + 1, "a label name")
