@@ -468,8 +468,8 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # ==================================================================================================
 # 4  Exposition: grammar
 # ==================================================================================================
-# The two line formats as data: byte classes, productions made of them, and a `Dialect` for each.
-# The reader of section 5 goes by runs of the classes, its fast path is composed of the productions.
+# The two line formats as data: tokens for the reader of section 5, productions for its fast path,
+# and a `Dialect` for each.
 # Runs of one byte class are possessive (`++`, `*+`, `}+`). Python before 3.11 does not know that;
 # plain ones match the same, since nothing here is ambiguous. Of groups only the outermost is, and
 # not before 3.11.5: Debian 12's 3.11.2 takes half a group for a whole one then (gh-106052).
@@ -494,6 +494,7 @@ MAX_LABELS: Final = 10_000
 MAX_LABELS_BYTES: Final = 1_048_576
 TOO_MANY_LABELS: Final = "expected at most 10000 labels of 1 MiB together"
 
+# Names for the fast path.
 METRIC_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_:]{1,9999}+"
 LABEL_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_]{1,9999}+"
 
