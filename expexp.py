@@ -95,9 +95,7 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -2882,10 +2880,9 @@ class Loader:
 # ==================================================================================================
 # 12  HTTP/1.1 in both directions
 # ==================================================================================================
-# Clients and targets are read and written through a `Wire`: a connection that does not block, and
-# whose waits have a deadline. One parser reads the heads of requests and of answers. It is strict
-# towards clients. Towards targets it tolerates what Go's client tolerates, because Prometheus
-# scrapes the same targets directly with that client. IO.
+# A `Wire` reads and writes clients and targets: it does not block, and its waits have a deadline.
+# One parser reads the heads of requests and of answers. It is strict towards clients. Towards
+# targets it tolerates what Go's client does, with which Prometheus scrapes them directly. IO.
 
 Headers = Sequence[tuple[str, str]]
 
@@ -2896,11 +2893,8 @@ FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value goes on in 
 
 
 def header_grammar(name: str) -> re.Pattern[str]:
-    """Return the expression for one header: a name, a colon, and a value that may be folded.
-
-    The value has no control characters. No two parts of the expression match the same text, so
-    matching is linear: 26 ms for 256 KiB that fail at the last byte.
-    """
+    """Return the expression for one header, whose value may be folded."""
+    # No two parts match the same text, so it is linear: 26 ms for 256 KiB that fail at the end.
     return re.compile(rf"({name}):({LINE}(?:\r?\n[ \t]{LINE})*)\r?\n")
 
 
@@ -2910,10 +2904,7 @@ TOLERANT_HEADER: Final = header_grammar(rf"[{NAME_CHARACTERS}][ {NAME_CHARACTERS
 
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers of a block that ends in an empty line; RequestError if it is malformed.
-
-    A header with a blank in its name is dropped. Go keeps it under a name that no code looks up.
-    """
+    """Return the headers of a block that ends in an empty line. Raises RequestError."""
     text = block.decode("latin-1")
     headers = []
     end = 0
@@ -2921,7 +2912,7 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
         name, value = found.groups()
         if "\n" in value:
             value = FOLD.sub(" ", value)
-        if " " not in name:
+        if " " not in name:  # Go keeps it under a name that no code looks up
             headers.append((name, value.strip(" \t")))
         end = found.end()
     if text[end:] not in ("\r\n", "\n"):
@@ -2941,22 +2932,21 @@ def connection_options(headers: Headers) -> list[str]:
 
 
 def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
-    """Return the head of a request or an answer. No line breaks: `parse_headers` allows none."""
+    """Return the head of a request or an answer. `parse_headers` allows no line breaks in it."""
     fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
     return f"{first_line}\r\n{fields}\r\n".encode("latin-1", "replace")
 
 
 def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.inf) -> set[int]:
-    """Wait for events and return the descriptors that are ready, none after `longest` seconds.
+    """Return the descriptors that are ready, none after `longest` seconds.
 
-    Raises ScrapeError: "timeout" at the deadline, "aborted" if the client of the deadline has hung
-    up. A client that has shut down its sending side counts as gone, as in Go's server. Its
-    connection is polled for POLLRDHUP alone. With POLLIN, a pipelined request would end each wait.
+    Raises ScrapeError at the deadline, and if the client has hung up. A client that has shut down
+    its sending side counts as gone, as in Go's server.
     """
     poll = select.poll()
     for source, event in events.items():
         poll.register(source, event)
-    if deadline.client >= 0:
+    if deadline.client >= 0:  # not POLLIN: a pipelined request would end each wait
         poll.register(deadline.client, select.POLLRDHUP)
     seconds = min(deadline.remaining(), longest)
     ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
@@ -2968,25 +2958,23 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.in
 class Wire:
     """A connection, plain or over TLS, whose every wait ends at a deadline.
 
-    The socket must not block. Each operation is tried first, and `poll` runs only if the operation
-    would block. A timeout set before each read would cost a third more system calls.
+    The socket must not block. `poll` runs only if an operation would block. To set a timeout before
+    each read would cost a third more system calls.
     """
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
         self.deadline = deadline
         self._received = b""
-        self._taken = 0  # how many of these bytes were handed out
+        self._taken = 0  # bytes of it that were returned
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
-        """Run a socket operation and return its result. Wait for `event` while it would block.
+        """Return the result of a socket operation. Wait for `event`, or what TLS awaits.
 
-        Raises OSError, or the deadline's ScrapeError. TLS may have to read before it can write, or
-        write before it can read. The operation is repeated with the same arguments, because OpenSSL
-        fails with BAD_LENGTH if the retry sends another slice (measured on CPython 3.9 to 3.13).
+        Raises OSError or ScrapeError.
         """
         while True:
-            try:
+            try:  # with the same arguments: OpenSSL fails with BAD_LENGTH for another slice
                 return operation(*arguments)
             except ssl.SSLWantReadError:
                 awaited = select.POLLIN
@@ -2998,7 +2986,7 @@ class Wire:
                 raise TimeoutError("timed out")
 
     def start_tls(self, context: ssl.SSLContext, **settings: Any) -> ssl.SSLSocket:
-        """Shake hands on the connection. Raises OSError, ValueError or the deadline's error."""
+        """Shake hands and return the TLS socket. Raises OSError, ValueError or ScrapeError."""
         tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
         self.connection = tls
         self.attempt(tls.do_handshake, select.POLLIN)
@@ -3014,10 +3002,9 @@ class Wire:
         return self._taken < len(self._received) or self._fill()
 
     def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
-        """Return the bytes through the first match of `end`. A match is at most two bytes long.
+        """Return the bytes through the first match of `end`, which is at most two bytes long.
 
-        Without a match within `most` bytes, return `most` + 1 bytes, or everything received before
-        the peer closed.
+        Without a match, return `most` + 1 bytes, or all bytes if the peer closes before.
         """
         searched = self._taken
         while True:
@@ -3030,18 +3017,15 @@ class Wire:
             searched = max(0, count - 1)
 
     def _fill(self) -> bool:
-        """Receive one piece. Return False if the peer has closed.
-
-        The deadline counts also for a peer that always has something to read.
-        """
-        self.deadline.remaining()
+        """Receive one piece. Return False if the peer has closed."""
+        self.deadline.remaining()  # the peer may always have something to read
         piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
         self._received = self._received[self._taken :] + piece
         self._taken = 0
         return bool(piece)
 
     def _take(self, most: int) -> bytes:
-        """Return up to `most` of the bytes that were received and not handed out."""
+        """Return up to `most` bytes of those that were received."""
         taken = self._received[self._taken : self._taken + most]
         self._taken += len(taken)
         return taken
@@ -3059,10 +3043,7 @@ class Wire:
 
 
 def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers up to the next empty line. The block has at most `most` bytes.
-
-    Raises RequestError if it is malformed or too large, EOFError if the peer closes before its end.
-    """
+    """Return the headers up to an empty line. Raises RequestError; EOFError if the peer closes."""
     block = wire.read_through(EMPTY_LINE, most)
     if len(block) > most:
         raise RequestError(431, "the headers are too large")
@@ -3081,26 +3062,13 @@ NO_END: Final = "the target closed before the end of its body"
 
 
 class TargetExchange:
-    """One GET request to a target and its answer: status, headers and unread body.
+    """A GET request to a target and its answer: status, headers and unread body."""
 
-    The wire is connected. The head of the answer may have `most` bytes.
-
-    This object plays two roles for `urllib.request`: the connection and the response. urllib does
-    four things: it splits the URL into host and selector, adds `Connection: close`, capitalizes the
-    names of headers, and wraps an OSError in sending the request in a URLError.
-    """
-
-    sock = None  # urllib would close it before the body is read
-    reason = ""
     status: int
     headers: Headers
 
-    @property
-    def head_memory(self) -> int:
-        """Return how many bytes of memory the headers take, about 200 each besides their text."""
-        return sum(len(name) + len(value) + HEADER_MEMORY for name, value in self.headers)
-
-    def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
+    def __init__(self, wire: Wire, most: int) -> None:
+        """The wire is connected. The head of the answer may have `most` bytes."""
         self._wire = wire
         self._most = most
         self.close = wire.close
@@ -3108,36 +3076,30 @@ class TargetExchange:
         #: The bytes of the body; inf if a last chunk or the end of the connection ends it.
         self.length = math.inf
 
-    def set_debuglevel(self, _level: int) -> None:
-        """Ignore the debug level. urllib calls this for every connection."""
+    def request(self, selector: str, headers: Mapping[str, str]) -> None:
+        """Send the request. Raises OSError or ScrapeError."""
+        fields = (*headers.items(), ("Connection", "close"))
+        self._wire.send(render_head(f"GET {selector} HTTP/1.1", fields))
 
-    def request(
-        self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
-    ) -> None:
-        """Send the request. Raises OSError or the deadline's error."""
-        self._wire.send(render_head(f"{method} {selector} HTTP/1.1", headers.items()))
-
-    def getresponse(self) -> TargetExchange:
-        """Read the head of the answer, after at most five interim ones; ScrapeError or OSError."""
+    def read_answer(self) -> None:
+        """Read the head of the answer, after a few interim ones. Raises OSError or ScrapeError."""
         for _ in range(INTERIM_ANSWERS + 1):
             version = self._read_head()
             if self.status >= OK:
-                self._find_end(version)
-                return self
+                return self._find_end(version)
             if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
                 break
         raise ScrapeError("protocol", f"not HTTP: an answer with status {self.status}")
 
     def _read_head(self) -> bytes:
-        """Read a status line and headers; return the version of HTTP, such as b"1.1"."""
+        """Read a status line and headers. Return the version of HTTP, such as b"1.1"."""
         line = self._wire.read_through(LINE_END, self._most)
         if not line:
             raise ConnectionResetError("no answer")
         found = STATUS_LINE.fullmatch(line)
         if not found:
-            raise ScrapeError(
-                "protocol", f"not HTTP: {excerpt(line.strip(), 200) or 'an empty line'}"
-            )
+            shown = excerpt(line.strip(), 200) or "an empty line"
+            raise ScrapeError("protocol", f"not HTTP: {shown}")
         try:
             self.headers = read_header_block(self._wire, self._most - len(line), TOLERANT_HEADER)
         except RequestError as error:
@@ -3150,7 +3112,7 @@ class TargetExchange:
         return found[1]
 
     def _find_end(self, version: bytes) -> None:
-        """Find how the body ends: RFC 9112, 6.3. ScrapeError("protocol") on a contradiction."""
+        """Find how the body ends: RFC 9112, 6.3. Raises ScrapeError on a contradiction."""
         lengths = set(values_of(self.headers, "content-length"))
         codings = [value.lower() for value in values_of(self.headers, "transfer-encoding")]
         if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
@@ -3167,7 +3129,7 @@ class TargetExchange:
             self.length = int(lengths.pop())
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield the body; raises ScrapeError("truncated") if it is cut short."""
+        """Yield the body. Raises ScrapeError if it is cut short."""
         if self._is_chunked:
             yield from self._chunks()
             return
@@ -3204,14 +3166,13 @@ class TargetExchange:
 # ==================================================================================================
 # 13  Scraping targets
 # ==================================================================================================
-# One function a method, `scrape_http`, `scrape_exec`, `scrape_file`, in the table SCRAPERS: each
-# takes a Job and returns a Scrape or raises ScrapeError. Every wait ends at the job's deadline.
-# What is read is held in memory against a budget that all requests share; what is opened is closed
-# by the job's `cleanup`, which the server runs when the response has been written. IO.
+# SCRAPERS has a function for each method: it takes a Job and returns a Scrape or raises
+# ScrapeError. Every wait ends at the job's deadline. All requests share a budget of memory for
+# bodies. The server runs the job's `cleanup` when the response has been written. IO.
 
 
 class Scrape(NamedTuple):
-    """What a target answered; the body is read whole, or an iterator for an unverified target."""
+    """A target's answer. The body of an unverified http target is an iterator."""
 
     status: int
     headers: Headers
@@ -3220,7 +3181,7 @@ class Scrape(NamedTuple):
 
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
-    """The headers, with this one instead of all of its name."""
+    """Return the headers with this one in place of all of its name."""
     return [*(pair for pair in headers if pair[0].lower() != name.lower()), (name, value)]
 
 
@@ -3232,7 +3193,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def reserve(self, what: str, count: int, most: float, words: str) -> None:
-        """Use more of something. Raises ScrapeError("busy") if more than `most` were in use."""
+        """Use more of something. Raises ScrapeError("busy") beyond `most`."""
         with self._lock:
             used = self._used.get(what, 0) + count
             if used > most:
@@ -3240,10 +3201,10 @@ class Budget:
             self._used[what] = used
 
     def release(self, what: str, count: int) -> None:
-        """Use less of something. What is not used has no entry: names of modules come and go."""
+        """Use less of something."""
         with self._lock:
             left = self._used.pop(what, 0) - count
-            if left:
+            if left:  # or else no entry: names of modules come and go
                 self._used[what] = left
 
 
@@ -3256,19 +3217,19 @@ class Held:
         self._count = 0
 
     def add(self, count: int) -> None:
-        """Hold more bytes. Raises ScrapeError("busy") if all requests together held too many."""
+        """Reserve more bytes. Raises ScrapeError("busy") if all requests hold too many."""
         words = "too many bodies in memory, try again later"
         self._budget.reserve("bytes", count, self._most, words)
         self._count += count
 
     def release(self) -> None:
-        """Give all of them back."""
+        """Release all bytes."""
         self._budget.release("bytes", self._count)
         self._count = 0
 
 
 class Run:
-    """One scrape of a module with `cache`. Everybody who asks the same gets its answer."""
+    """One scrape of a module with `cache`. Equal requests share it."""
 
     task: Task
 
@@ -3288,7 +3249,7 @@ class Run:
                 raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
 
     def deadline(self, seconds: float, limits: Limits) -> Deadline:
-        """Return the deadline of the run; `seconds` remain for the request that began it."""
+        """Return the deadline of the run. `seconds` remain for the request that began it."""
         if self.sockets:
             return Deadline(seconds, time.monotonic, client=self.sockets[0].fileno())
         own = scrape_timeout(self.module.timeout, "", 0, limits)
@@ -3310,7 +3271,7 @@ class Cache:
         self._runs: dict[Any, Run] = {}  # of those that are made the oldest first
 
     def answer(self, job: Job, key: Any) -> Scrape:
-        """Return an answer that is fresh enough, or a new one. Raises ScrapeError."""
+        """Return a fresh answer, cached or new. Raises ScrapeError."""
         while True:
             asked = time.monotonic()
             run = self._join(job, key)
@@ -3344,7 +3305,7 @@ class Cache:
             return run
 
     def _leave(self, run: Run) -> None:
-        """Stop waiting for a run. End one that nobody waits for any more, except a command's."""
+        """Stop waiting for a run. End it without other waiters, unless it is a command's."""
         with self._lock:
             run.waiting -= 1
             if run.sockets and not run.waiting and run.made == math.inf:
@@ -3353,7 +3314,7 @@ class Cache:
                     del self._runs[run.key]  # the next request begins another one
 
     def _make(self, job: Job, run: Run, deadline: Deadline) -> Scrape | ScrapeError:
-        """Return what the target says, or what went wrong: without a trace, which keeps bodies."""
+        """Return the target's answer or a ScrapeError without a traceback, which keeps bodies."""
         found: Any = None
         held = Held(job.tools.budget, self._limits)
         with contextlib.ExitStack() as cleanup:
@@ -3366,7 +3327,7 @@ class Cache:
         return cast("Scrape | ScrapeError", found)
 
     def _keep(self, run: Run, outcome: Any) -> None:
-        """Keep an answer if it is good. Keep no more answers than allowed, the newest ones."""
+        """Cache a good answer. Evict the oldest ones beyond the bounds."""
         left = self._limits.cache_bytes
         with self._lock:
             if self._runs.get(run.key) is not run:  # nobody waits, or a later module has its place
@@ -3386,7 +3347,7 @@ class Cache:
 
 
 class Task:
-    """Work of a thread that can be left behind, and how it ends."""
+    """Work of a thread that can be left behind, and its outcome."""
 
     def __init__(self, done: Callable[[], None]) -> None:
         self._done = done
@@ -3398,7 +3359,7 @@ class Task:
         self._running.acquire()
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> None:
-        """Do the work, in the task's thread. What it raises is raised again by `result`."""
+        """Do the work in the task's thread. `result` raises its error again."""
         try:
             self._result = work(*arguments)
             self._is_good = True
@@ -3417,13 +3378,9 @@ class Task:
         return has_ended
 
     def result(self) -> Any:
-        """Return what the work has returned, or raise what it has raised.
-
-        The error is raised only once. A task that kept it would be in a cycle with its traceback,
-        and the frames of the traceback hold whole bodies.
-        """
+        """Return the result of the work, or raise its error."""
         error = self._error
-        self._error = None
+        self._error = None  # or else a cycle with its traceback, whose frames hold whole bodies
         if error:
             raise error
         if not self._is_good:
@@ -3431,24 +3388,24 @@ class Task:
         return self._result
 
     def abandon(self) -> None:
-        """Close the file that the work has opened, or is going to open."""
+        """Close the file that the work has opened or will open."""
         self._is_abandoned = True
         self._close()
 
     def _close(self) -> None:
-        """Close the file of a task that nobody waits for any more."""
+        """Close the file of an abandoned task."""
         if self._is_abandoned and isinstance(self._result, io.FileIO):
             self._result.close()
 
 
 def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> Task:
-    """Begin work in a thread and return its task. Raises ScrapeError("busy") without a thread.
+    """Start work in a thread and return its task. Raises ScrapeError("busy") without a thread.
 
-    `done` is called when the work has ended, or cannot begin. `threading.Thread` would wait for its
-    thread, which takes twice as long, and for ever if memory runs out just then.
+    The task calls `done` when the work has ended or cannot start.
     """
     try:
         task = Task(done)
+        # `threading.Thread.start` takes twice as long, and for ever if memory runs out just then.
         _thread.start_new_thread(task.run, (work, *arguments))
     except (MemoryError, RuntimeError):
         done()
@@ -3457,17 +3414,15 @@ def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: A
 
 
 def wait_for(task: Task, deadline: Deadline) -> Any:
-    """Return what a task finds. Raises what its work raises, or ScrapeError.
-
-    The client cannot be polled beside another thread, so it is looked at now and then.
-    """
+    """Return the result of a task. Raises the errors of its work, and ScrapeError."""
+    # Nothing waits for a thread and a client at once.
     while not task.wait(min(deadline.remaining(), Limits.hang_up_seconds)):
         wait(deadline, {}, 0)
     return task.result()
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
-    """Take a lock, or a slot of a semaphore. Raises ScrapeError."""
+    """Acquire a lock or a semaphore. Raises ScrapeError."""
     while not lock.acquire(timeout=min(deadline.remaining(), Limits.hang_up_seconds)):
         wait(deadline, {}, 0)
 
@@ -3477,26 +3432,21 @@ def numeric_addresses(host: str, port: int) -> Any:
     """Return the entries of getaddrinfo for localhost or a numeric address, [] for a name."""
     # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
     hosts = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
+    kind = socket.SOCK_STREAM
+    found: list[Any] = []
     with contextlib.suppress(socket.gaierror):
-        return [
-            entry
-            for each in hosts
-            for entry in socket.getaddrinfo(
-                each, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-            )
-        ]
-    return []
+        for each in hosts:
+            found += socket.getaddrinfo(each, port, type=kind, flags=socket.AI_NUMERICHOST)
+    return found
 
 
 def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
-    """Return getaddrinfo's entries; raises its errors, or ScrapeError at the deadline.
-
-    It cannot be interrupted, so a daemon thread asks, which can be left behind with its slot.
-    """
+    """Return getaddrinfo's entries. Raises OSError, UnicodeError or ScrapeError."""
     known = numeric_addresses(host, port)
     if known:
         return known
     acquire(slots, deadline)
+    # It cannot be interrupted. At the deadline its thread is left behind and keeps the slot.
     look_up = functools.partial(socket.getaddrinfo, type=socket.SOCK_STREAM)
     return wait_for(start_task(slots.release, look_up, host, port), deadline)
 
@@ -3510,7 +3460,7 @@ class Commands:
     """Runs commands in process groups of their own, and ends these groups."""
 
     def __init__(self, limits: Limits, soft_descriptors: int) -> None:
-        """`soft_descriptors` is the limit that commands get back, 0 if it was not raised."""
+        """Commands get back the limit `soft_descriptors`; 0 if expexp has not raised it."""
         self._limits, self._soft_descriptors = limits, soft_descriptors
         #: What every command inherits; it does not change while expexp runs.
         self.environment = {k: v for k, v in os.environb.items() if not OWN_VARIABLE.fullmatch(k)}
@@ -3521,11 +3471,8 @@ class Commands:
         threading.Thread(target=self._reap, daemon=True).start()
 
     def check_given_up(self, job: Job) -> None:
-        """Raise ScrapeError("busy") while as many of the module's commands end as may run.
-
-        A scrape that is given up frees its slot at once, but its command may ignore TERM, or hang
-        in the kernel. Without this bound, 10 clients that hung up kept 426 commands running.
-        """
+        """Raise ScrapeError("busy") if too many commands of earlier scrapes still run."""
+        # They may ignore TERM or hang. Without a bound, 10 clients that hung up kept 426 running.
         most = scrape_bound(job)
         commands = list(self.given_up.items())
         running = [p for p, name in commands if name == job.module.name and is_running(p)]
@@ -3533,18 +3480,14 @@ class Commands:
             raise ScrapeError("busy", f"{most} commands of earlier scrapes have not ended yet")
 
     def start(self, job: Job) -> Any:
-        """The job's command as a process; raises ScrapeError("command") if it cannot be started."""
-        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        """Start the job's command and return its process. Raises ScrapeError("command")."""
+        null = subprocess.DEVNULL
+        pipe = subprocess.PIPE
         try:
-            arguments, env = command_arguments(job), command_environment(job)
+            arguments = command_arguments(job)
+            env = command_environment(job)
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
-                arguments,
-                bufsize=0,
-                env=env,
-                stdin=null,
-                stdout=pipe,
-                stderr=pipe,
-                start_new_session=True,
+                arguments, 0, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
             no_text = isinstance(error, UnicodeError)
@@ -3559,36 +3502,31 @@ class Commands:
         return process
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
-        """Send TERM to a command's group. The reaper sends KILL later, outside the request.
-
-        The time of KILL is rounded up, so that the reaper wakes once for many groups.
-        """
+        """Send TERM to a command's group. The reaper sends KILL later, outside the request."""
         signal_group(process, signal.SIGTERM)
         due = time.monotonic() + self._limits.term_to_kill_seconds
+        # Rounded up: the reaper wakes once for many groups.
         self._ending.put((math.ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
 
     def _reap(self) -> None:
-        """KILL groups when it is time, then reap their leaders; in a thread of its own.
-
-        Only when a leader is reaped can its process id be another's. Without memory, the same
-        leader is tried again.
-        """
+        """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
+        # Until its leader is reaped, a group's id is its own.
         due, process = self._ending.get()
         while True:
             try:
                 time.sleep(max(0, due - time.monotonic()))
                 signal_group(process, signal.SIGKILL)
-                if process.poll() is None:  # it dies soon, or hangs in the kernel: others go on
+                if process.poll() is None:  # it dies soon, or hangs in the kernel
                     self._ending.put((time.monotonic() + REAPING_SECONDS, process))
                 else:
                     self._running.discard(process)
                     self.given_up.pop(process, None)
                 due, process = self._ending.get()
-            except (MemoryError, RuntimeError):  # noqa: PERF203 - this thread must not end
+            except (MemoryError, RuntimeError):  # noqa: PERF203 - the same leader is tried again
                 time.sleep(REAPING_SECONDS)
 
     def end_all(self) -> None:
-        """End the groups of all commands, at the end of the program."""
+        """End the groups of all commands at shutdown."""
         for process in list(self._running):
             self.end(process)
         end = time.monotonic() + 2 * self._limits.term_to_kill_seconds
@@ -3597,14 +3535,14 @@ class Commands:
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to the group of a leader that is not reaped yet."""
+    """Send a signal to the group of a process, unless the process has been reaped."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if process.returncode is None:
             os.killpg(process.pid, number)
 
 
 def is_running(process: subprocess.Popen[bytes]) -> bool:
-    """Return whether a process has not exited. One that has exited need not be reaped yet."""
+    """Return whether a process has not exited. Do not reap it."""
     with contextlib.suppress(ChildProcessError):
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
     return False
@@ -3618,8 +3556,7 @@ class Tools:
         self.budget, self.cache = Budget(), Cache(limits)
         self.resolver_slots = threading.Semaphore(limits.resolver_threads)
         self.fifos: dict[str, Fifo] = {}  # by the path without links
-        #: When an engine was asked for a container, what host and port it said; by engine, name
-        #: and port.
+        #: By engine, name and port: when the engine was asked, and the host and port it answered.
         self.containers: dict[tuple[str, str, int], Any] = {}
 
 
@@ -3648,23 +3585,21 @@ def scrape_bound(job: Job) -> int:
 def reserve_request(job: Job) -> None:
     """Count a request until it has been answered. Raises ScrapeError("busy") beyond the bounds.
 
-    A module whose target hangs must not take the connections of all others. Requests that wait for
-    another's answer count, too.
+    A target that hangs must not take all connections. Requests that wait for a cache count, too.
     """
-    budget = job.tools.budget
     limits = job.tools.limits
-    words = "too many requests to {} are being answered"
     for what, most, whom in (
         (f"requests to {job.module.name}", limits.module_requests, "it"),
         ("requests", limits.proxy_requests, "all modules"),
     ):
-        budget.reserve(what, 1, most, words.format(whom))
-        job.cleanup.callback(budget.release, what, 1)
+        words = f"too many requests to {whom} are being answered"
+        job.tools.budget.reserve(what, 1, most, words)
+        job.cleanup.callback(job.tools.budget.release, what, 1)
 
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
-    """Return all pieces as one body. Raises ScrapeError if there are too many bytes or too late."""
-    body = io.BytesIO()  # which hands out what it holds uncopied
+    """Return all pieces as one body. Raises ScrapeError if it is too large or too late."""
+    body = io.BytesIO()  # `getvalue` does not copy
     for piece in pieces:
         job.deadline.remaining()
         job.held.add(len(piece))
@@ -3674,7 +3609,7 @@ def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
 
 
 def check_size(limits: Limits, count: int) -> None:
-    """Raise ScrapeError("too_large") if a body has more bytes than it may."""
+    """Raise ScrapeError("too_large") if a body has too many bytes."""
     if count > limits.body_bytes:
         raise ScrapeError("too_large", f"more than {limits.body_bytes} bytes")
 
@@ -3682,35 +3617,35 @@ def check_size(limits: Limits, count: int) -> None:
 # --- http
 
 
-UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: what stands before a path
+UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: a path's entry as of getaddrinfo
 
 
-def connect_any(addresses: Any, deadline: Deadline) -> Wire:
-    """Connect to the first of getaddrinfo's addresses that accepts.
+def connect_any(job: Job, addresses: Any) -> Wire:
+    """Return a connection to the first of getaddrinfo's addresses that accepts.
 
-    They share what remains. Raises OSError, that of the first, or ScrapeError: if the deadline has
-    passed or the client has hung up, that is why.
+    They share the time that remains. Raises the OSError of the first address, or ScrapeError.
     """
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = deadline.share(len(addresses) - position)
+        share = job.deadline.share(len(addresses) - position)
         try:
             wire = connect_one(family, kind, protocol, address, share)
         except (OSError, ScrapeError) as error:
             errors.append(error)
         else:
-            wire.deadline = deadline
+            wire.deadline = job.deadline
+            job.cleanup.callback(wire.close)
             return wire
-    wait(deadline, {}, 0)
+    wait(job.deadline, {}, 0)  # a late connection or a client that hung up is the reason
     raise errors[0]
 
 
 def connect_one(family: int, kind: int, protocol: int, address: Any, deadline: Deadline) -> Wire:
-    """Connect to one address. Raises OSError, also if the host lacks the address family."""
+    """Return a connection to one address. Raises OSError or ScrapeError."""
     connection = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     wire = Wire(connection, deadline)
     try:
-        if family == socket.AF_UNIX:  # a full backlog is EAGAIN, for which poll does not wait
+        if family == socket.AF_UNIX:  # a full backlog is EAGAIN; poll does not wait for it
             connection.connect(address)
         else:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -3721,18 +3656,14 @@ def connect_one(family: int, kind: int, protocol: int, address: Any, deadline: D
     return wire
 
 
-#: Shared by all requests: the handler keeps no state.
-HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
-
-
 def connect_host(job: Job, host: str, port: int) -> Wire:
-    """A connection to a port; raises OSError or ScrapeError."""
-    return connect_any(resolve(host, port, job.deadline, job.tools.resolver_slots), job.deadline)
+    """Return a connection to a port. Raises OSError, UnicodeError or ScrapeError."""
+    return connect_any(job, resolve(host, port, job.deadline, job.tools.resolver_slots))
 
 
-#: What OpenSSL's codes for a certificate mean; all others say that its chain is not trusted.
-CERTIFICATE_FAULTS: Final = {9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
-#: Errors of sockets, ssl and urllib, most specific first, with reason and message.
+#: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
+TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
+#: Errors of sockets and ssl, most specific first, with reason and message.
 TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
     (TimeoutError, "timeout", "timed out"),
     ((ssl.SSLEOFError, ssl.SSLZeroReturnError), "truncated", NO_END),
@@ -3743,25 +3674,18 @@ TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
 )
 
 
-def tls_fault(error: Any) -> str:
-    """What went wrong in a handshake: name, chain or expiry of a certificate, or protocol."""
-    code = getattr(error, "verify_code", 0)
-    return CERTIFICATE_FAULTS.get(code, "chain") if code else "protocol"
-
-
-def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
-    """Return the ScrapeError for an error of a target's connection; raise it for a late one."""
+def target_failure(error: Any, deadline: Deadline) -> ScrapeError:
+    """Return the ScrapeError for an error of a target's connection. Raises it at the deadline."""
     deadline.remaining()
-    cause: Any = error.reason if isinstance(error, urllib.error.URLError) else error
-    if getattr(cause, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # so says Python 3.9
-        cause = ssl.SSLEOFError()
-    reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(cause, kinds))
-    shown = excerpt(words_of(cause), 200)
-    return ScrapeError(reason, words.format(shown, tls_fault(cause)))
+    if getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # Python 3.9
+        error = ssl.SSLEOFError()
+    reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(error, kinds))
+    fault = TLS_FAULTS.get(getattr(error, "verify_code", 0), "chain")
+    return ScrapeError(reason, words.format(excerpt(words_of(error), 200), fault))
 
 
 def request_headers(job: Job) -> dict[str, str]:
-    """The headers for a target: the client's, with what expexp and the module set instead."""
+    """Return the headers for a target: the client's, replaced by expexp's and the module's."""
     target = job.module.target
     headers: dict[str, str] = {}
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
@@ -3784,48 +3708,38 @@ def request_headers(job: Job) -> dict[str, str]:
 
 
 def end_to_end(headers: Headers) -> list[tuple[str, str]]:
-    """Return the headers without the hop-by-hop ones and those that Connection names."""
+    """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
     dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-def request_url(job: Job) -> str:
-    """The URL for a target: the client's parameters, then the path's own."""
-    target = job.module.target
+def request_selector(job: Job) -> str:
+    """Return path and query for a target: the client's parameters, then the path's own."""
+    path, _, own = job.module.target.path.partition("?")
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = (urllib.parse.urlencode(cast(Pairs, pairs)), target.path.partition("?")[2])
-    return "?".join(filter(None, (target.url, "&".join(filter(None, queries)))))
+    query = "&".join(filter(None, (urllib.parse.urlencode(cast(Pairs, pairs)), own)))
+    return f"{path}?{query}" if query else path
 
 
 def ask(
-    job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, str]
+    job: Job, connect: Callable[[Job], Wire], selector: str, headers: dict[str, str]
 ) -> TargetExchange:
-    """Send a GET on a new connection. Return the answer, its body unread; raises ScrapeError.
-
-    urllib's bare handler knows no proxies, redirects, `file:` or `ftp:`.
-    """
-    target, most = job.module.target, job.tools.limits.target_head_bytes
-    request = urllib.request.Request(url, None, headers, target.host)  # noqa: S310 - http(s)
-    request.timeout = None  # urllib's timeout applies to each read; the wire has a deadline
+    """Send a GET on a new connection. Return the answer, its body unread. Raises ScrapeError."""
     try:
-        wire = connect(job)
-        job.cleanup.callback(wire.close)
-        if request.type == "https":
-            name = target.server_name or target.host
-            # An attacker can cut a body short: an end without close_notify is an error.
-            context = job.credentials.value.context
-            wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
-        answer = HANDLER.do_open(TargetExchange, request, wire=wire, most=most)
+        exchange = TargetExchange(connect(job), job.tools.limits.target_head_bytes)
+        exchange.request(selector, headers)
+        exchange.read_answer()
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
-    job.held.add(answer.head_memory)
-    return cast(TargetExchange, answer)
+    job.held.add(sum(len(name) + len(value) + HEADER_MEMORY for name, value in exchange.headers))
+    return exchange
 
 
 def scrape_http(job: Job) -> Scrape:
-    """The answer of an http target. IO; raises ScrapeError."""
-    response = ask(job, connect_target, request_url(job), request_headers(job))
-    passed, pieces = end_to_end(response.headers), response_pieces(job, response)
+    """Return the answer of an http target. Raises ScrapeError."""
+    response = ask(job, connect_target, request_selector(job), request_headers(job))
+    passed = end_to_end(response.headers)
+    pieces = response_pieces(job, response)
     if job.module.verify:
         body = join_pieces(job, pieces)
         response.close()  # a client that reads slowly keeps no connection to the target
@@ -3836,7 +3750,7 @@ def scrape_http(job: Job) -> Scrape:
 
 
 def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
-    """Yield the body of an answer; raises ScrapeError if it is cut short or too large."""
+    """Yield the body of an answer. Raises ScrapeError if it is cut short or too large."""
     count = 0
     try:
         for piece in response.pieces():
@@ -3847,21 +3761,20 @@ def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
         raise target_failure(error, job.deadline) from None
 
 
-# --- containers: where one is is asked of its engine, over the API that Docker and podman share
+# --- containers: expexp asks the engine for a container's address, over Docker's and podman's API
 
 
-#: Whatever is wrong with a container or its engine, the target cannot be reached. The words do not
-#: name it: before them goes the target's URL, which does.
+#: For all failures of a container or its engine. The target's URL before the words names it.
 unreachable: Final = functools.partial(ScrapeError, "unreachable")
 
 
 def connect_engine(job: Job) -> Wire:
-    """A connection to a container's engine; raises ScrapeError, which names all that were tried."""
+    """Return a connection to a container's engine. Raises ScrapeError, which names all tried."""
     given, faults = job.module.target.container_host, []
     for place in ENGINES if given == ENGINES[0] else (given,):
         path = place.partition("://")[2]
         try:
-            return connect_any([(*UNIX, path)], job.deadline)
+            return connect_any(job, [(*UNIX, path)])
         except OSError as error:
             faults.append(f"{place}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
@@ -3870,11 +3783,10 @@ def connect_engine(job: Job) -> Wire:
 
 
 def ask_engine(job: Job) -> bytes:
-    """What an engine says of a container, in JSON; raises ScrapeError."""
-    name = job.module.target.container
+    """Return an engine's description of a container, in JSON. Raises ScrapeError."""
+    selector = f"/containers/{job.module.target.container}/json"
     try:
-        url, headers = f"http://localhost/containers/{name}/json", {"Host": "localhost"}
-        response = ask(job, connect_engine, url, headers)
+        response = ask(job, connect_engine, selector, {"Host": "localhost"})
         body = join_pieces(job, response_pieces(job, response))
         response.close()
     except ScrapeError as error:
@@ -3892,7 +3804,7 @@ ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # n
 
 
 def find_container(job: Job) -> tuple[str, int]:
-    """Host and port of a container's port: where it is published, or else its own address."""
+    """Return host and port of a container's port: published, or on its own address."""
     port, said = job.module.target.port, ask_engine(job)
     try:
         found = json.loads(said)
@@ -3905,9 +3817,8 @@ def find_container(job: Job) -> tuple[str, int]:
         places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
         places += [("", port)] if mode == "host" else []
         if not places:
-            raise unreachable(
-                f"the container publishes no port {port}, and has no address of its own"
-            )
+            words = f"the container publishes no port {port}, and has no address of its own"
+            raise unreachable(words)
         host, port = places[0]
         return str(ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}")), port
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -3916,7 +3827,7 @@ def find_container(job: Job) -> tuple[str, int]:
 
 
 def connect_container(job: Job) -> Wire:
-    """A socket that is connected to a container; where it is is asked again when that fails."""
+    """Return a connection to a container. Ask for its address again if the known one fails."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
     asked, *address = known.get(place, (-math.inf,))
@@ -3935,27 +3846,34 @@ def connect_container(job: Job) -> Wire:
 
 
 def connect_target(job: Job) -> Wire:
-    """A connection to a module's target; raises OSError or ScrapeError."""
+    """Return a connection to a target, over TLS for https. Raises like `Wire.start_tls`."""
     target = job.module.target
     if target.unix_socket:
-        return connect_any([(*UNIX, target.unix_socket)], job.deadline)
-    if target.container:
-        return connect_container(job)
-    return connect_host(job, target.address, target.port)
+        wire = connect_any(job, [(*UNIX, target.unix_socket)])
+    elif target.container:
+        wire = connect_container(job)
+    else:
+        wire = connect_host(job, target.address, target.port)
+    if target.scheme == "https":
+        name = target.server_name or target.host
+        context = job.credentials.value.context
+        # An attacker can cut a body short: an end without close_notify is an error.
+        wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
+    return wire
 
 
 # --- exec
 
 
 def command_arguments(job: Job) -> list[bytes]:
-    """The command, its configured arguments, then the client's in the order of the query."""
+    """Return the command, its configured arguments, then the client's in the query's order."""
     prefixes = {b"args": b"", b"params": b"--"}
     added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
     return [*map(os.fsencode, (job.module.target.command, *job.module.target.args)), *added]
 
 
 def command_environment(job: Job) -> dict[bytes, bytes]:
-    """The environment of a command."""
+    """Return the environment of a command."""
     target = job.module.target
     inherited = {} if target.clear_env else job.tools.commands.environment
     added = {os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()}
@@ -3963,7 +3881,7 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
 
 
 def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
-    """What a command writes on stdout until it has exited; its last words go to `words`.
+    """Yield a command's stdout until it exits. Keep the end of its stderr in `words`.
 
     Raises ScrapeError("command") in the end, unless the command has exited with 0.
     """
@@ -3973,9 +3891,8 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
         if exited:
             awaited[exited.fileno()] = select.POLLIN
         while True:
-            # Asked before the pipes are: what was written before the exit is in them by then. A
-            # grandchild may hold them open for ever, so their end is not waited for. The command
-            # is not reaped yet, so its id stays its own.
+            # First the exit, then the pipes: they hold all that was written before it. A grandchild
+            # may keep them open for ever. The command is not reaped: its id stays its own.
             over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
             longest = math.inf if exited else 0.02
             ready = wait(job.deadline, awaited, 0 if over else longest) & {stdout, stderr}
@@ -3989,7 +3906,7 @@ def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
 
 
 def check_exit(status: int, killed: bool) -> None:
-    """Raise ScrapeError("command") unless a command has exited with 0, which is no signal."""
+    """Raise ScrapeError("command") unless a command has exited with 0."""
     if status:
         killer = next((s.name for s in signal.Signals if s == status), f"signal {status}")
         how = f"was killed by {killer}" if killed else f"exited with status {status}"
@@ -3997,14 +3914,14 @@ def check_exit(status: int, killed: bool) -> None:
 
 
 def exit_descriptor(process_id: int) -> Any:
-    """A file that is ready to read when the process exits; a context of None if there is none."""
+    """Return a file that is readable when the process exits, or a context of None."""
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or before 5.3
         return io.FileIO(os.pidfd_open(process_id))
     return contextlib.nullcontext()
 
 
 def scrape_exec(job: Job) -> Scrape:
-    """Return what a command prints, if it then exits with 0. IO; raises ScrapeError."""
+    """Return the output of a command that exits with 0. Raises ScrapeError."""
     job.tools.commands.check_given_up(job)
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
     process, words = job.tools.commands.start(job), bytearray()
@@ -4023,7 +3940,7 @@ def scrape_exec(job: Job) -> Scrape:
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
-    """The scrape of a body that came without a content type."""
+    """Return the scrape of a body without a content type."""
     content_type = OPENMETRICS_CONTENT_TYPE if is_openmetrics_body(body) else TEXT_CONTENT_TYPE
     return Scrape(OK, [("Content-Type", content_type)], body, modified)
 
@@ -4032,7 +3949,7 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 
 def scrape_file(job: Job) -> Scrape:
-    """Return what is in a file or comes out of a FIFO. IO; raises ScrapeError."""
+    """Return the content of a file or FIFO. Raises ScrapeError."""
     try:
         found = call_aside(job, inspect_path)
         if isinstance(found, str):
@@ -4044,11 +3961,10 @@ def scrape_file(job: Job) -> Scrape:
 
 
 def call_aside(job: Job, function: Callable[[Job], Any]) -> Any:
-    """Call a function that uses the file system, in a thread. Return or raise what it does.
+    """Call a function that uses the file system in a thread. Return its result or raise its error.
 
-    A `stat`, `open` or `read` of a file system that hangs cannot be interrupted. Then the thread is
-    left behind. It counts until it returns, so that a module leaves no more threads behind than it
-    may run scrapes.
+    A `stat`, `open` or `read` that hangs cannot be interrupted. At the deadline its thread is left
+    behind. A module leaves behind at most as many threads as it may run scrapes.
     """
     budget = job.tools.budget
     most = scrape_bound(job)
@@ -4074,7 +3990,7 @@ def inspect_path(job: Job) -> Scrape | str:
     Raises OSError, UnicodeError or ScrapeError.
     """
     path = cast(str, job.module.target.path)
-    kind = stat.S_IFMT(stat_path(job).st_mode)  # before: to open a device may do things to it
+    kind = stat.S_IFMT(stat_path(job).st_mode)  # first: to open a device may act on it
     if kind == stat.S_IFIFO:
         return os.path.realpath(path)
     if kind != stat.S_IFREG:
@@ -4090,12 +4006,12 @@ def inspect_path(job: Job) -> Scrape | str:
 
 
 def open_without_waiting(path: str, _flags: int) -> int:
-    """Open a path for reading and return the descriptor. A FIFO without a writer does not block."""
+    """Return a descriptor to read a path. A FIFO without a writer does not block."""
     return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
-    """Return an open file's status; ScrapeError if it is too large or of another kind."""
+    """Return an open file's status. Raises ScrapeError if it is too large or of another kind."""
     found = os.fstat(file.fileno())
     if stat.S_IFMT(found.st_mode) != kind:
         raise ScrapeError("file", "replaced while it was opened")
@@ -4104,17 +4020,17 @@ def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
 
 
 class Fifo:
-    """A FIFO that scrapes read, one at a time: of two readers each would get a part."""
+    """A FIFO. One scrape at a time reads it: two readers would each get a part."""
 
     def __init__(self, path: str) -> None:
         self.path = path  # as the module has it
         self.lock = threading.Lock()
-        #: The open FIFO of which a scrape has read a part of an answer, but not its end.
+        #: The open FIFO whose answer a scrape has read in part, but not to its end.
         self.torn: io.FileIO | None = None
 
 
 def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
-    """Drop the FIFOs that no module has any more. `paths` are those that modules have."""
+    """Drop the FIFOs whose path is not in `paths`, those of all modules."""
     for key, fifo in list(fifos.items()):
         if fifo.path not in paths and fifo.lock.acquire(blocking=False):
             del fifos[key]
@@ -4140,7 +4056,7 @@ def scrape_fifo(job: Job, key: str) -> Scrape:
 
 
 def open_fifo(job: Job) -> io.FileIO:
-    """Open the FIFO of a module. Raises OSError, or ScrapeError if it is none any more."""
+    """Open a module's FIFO. Raises OSError, or ScrapeError if it is a FIFO no longer."""
     file = io.FileIO(job.module.target.path, opener=open_without_waiting)
     try:
         check_opened(job, file, stat.S_IFIFO)
@@ -4151,10 +4067,7 @@ def open_fifo(job: Job) -> io.FileIO:
 
 
 def torn_pieces(job: Job, fifo: Fifo, file: io.FileIO) -> Iterator[bytes]:
-    """Yield what a FIFO's writers write. From its first byte to its end the answer is torn.
-
-    The file of a torn answer stays open: nothing else tells the answer's rest from the next one.
-    """
+    """Yield the bytes of a FIFO. From its first byte to its end the answer is torn."""
     try:
         for piece in fifo_pieces(job, file):
             if piece:
@@ -4162,15 +4075,12 @@ def torn_pieces(job: Job, fifo: Fifo, file: io.FileIO) -> Iterator[bytes]:
             yield piece
         fifo.torn = None
     finally:
-        if not fifo.torn:
+        if not fifo.torn:  # or else it stays open: its end separates the rest from the next answer
             file.close()
 
 
 def finish_torn(job: Job, fifo: Fifo) -> None:
-    """Read away what a failed scrape has left in a FIFO: half an answer is none.
-
-    If another FIFO has its path by now, nothing of this one can be taken for the answer of that.
-    """
+    """Discard the rest of a torn answer, unless another FIFO has the path by now."""
     rest = cast(io.FileIO, fifo.torn)
     if os.path.samestat(os.fstat(rest.fileno()), call_aside(job, stat_path)):
         for _ in fifo_pieces(job, rest):
@@ -4194,7 +4104,7 @@ MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:]
 
 
 def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
-    """The body and, if it does not have that family, the time of the file's modification."""
+    """Return the body with the file's modification time, unless it has that family already."""
     # `in` comes first: the expression alone takes longer than the rest of the scrape.
     if MTIME_FAMILY in body and MTIME_LINE.search(body):
         return body
@@ -4211,7 +4121,7 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 
 
 def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> str:
-    """The content type to serve in place of the target's, if any; ScrapeError if ill-formed."""
+    """Return the content type that replaces the target's, or "". Raises ScrapeError."""
     encoding = (*values_of(headers, "content-encoding"), "")[0]
     content_type = configured or (*values_of(headers, "content-type"), "")[0]
     decoded = Held(job.tools.budget, job.tools.limits)
@@ -4237,14 +4147,14 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
-    """The decoded body, of one gzip member or several; raises zlib.error."""
+    """Yield the decoded body of one or more gzip members. Raises zlib.error."""
     member: Any = None
-    for start in range(0, len(body), PIECE_BYTES):  # in parts: what is left over is copied
+    for start in range(0, len(body), PIECE_BYTES):  # in parts: zlib copies unused input
         part = body[start : start + PIECE_BYTES]
         while part:
             member = member or zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
             yield member.decompress(part, 4 * PIECE_BYTES)
-            # Output that is still to come never uses up the input: the checksum follows it.
+            # While output is pending, input remains: at least the checksum.
             part = member.unused_data or member.unconsumed_tail
             member = None if member.eof else member
     if member or not body:
@@ -4257,7 +4167,7 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 
 def scrape_target(job: Job) -> Scrape:
-    """What the module's method scrapes, verified if the module wants that. Raises ScrapeError."""
+    """Return the module's scrape, verified if the module wants that. Raises ScrapeError."""
     module, budget = job.module, job.tools.budget
     what = f"scrapes of {module.name}"
     most = scrape_bound(job)
@@ -4267,7 +4177,7 @@ def scrape_target(job: Job) -> Scrape:
         result = SCRAPERS[module.method](job)
         is_streamed = not isinstance(result.body, bytes)
     finally:
-        if not is_streamed:  # a client that reads slowly keeps the slot only of a stream
+        if not is_streamed:  # a slow client keeps the slot only of a stream
             budget.release(what, 1)
     if is_streamed:
         job.cleanup.callback(budget.release, what, 1)
@@ -4284,12 +4194,12 @@ def scrape_target(job: Job) -> Scrape:
     return result._replace(headers=headers, body=body)
 
 
-#: Headers that are a client's own, but ask for nothing else; any other may change the answer.
+#: Headers that do not change the answer. Any other may.
 NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", TIMEOUT_FIELD)
 
 
 def answer_job(job: Job) -> Scrape:
-    """What the module's target says, or has said to the same question. Raises ScrapeError."""
+    """Return the target's answer, new or cached. Raises ScrapeError."""
     module = job.module
     if not module.cache:
         return scrape_target(job)
