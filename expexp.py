@@ -2938,15 +2938,13 @@ def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
 
 
 def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.inf) -> set[int]:
-    """Return the descriptors that are ready, none after `longest` seconds.
-
-    Raises ScrapeError at the deadline, and if the client has hung up. A client that has shut down
-    its sending side counts as gone, as in Go's server.
-    """
+    """Return the ready descriptors, none after `longest` seconds. Raises ScrapeError."""
     poll = select.poll()
     for source, event in events.items():
         poll.register(source, event)
-    if deadline.client >= 0:  # not POLLIN: a pipelined request would end each wait
+    if deadline.client >= 0:
+        # As in Go's server, a client that has shut down its sending side counts as gone. With
+        # POLLIN, a pipelined request would end each wait.
         poll.register(deadline.client, select.POLLRDHUP)
     seconds = min(deadline.remaining(), longest)
     ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
@@ -2969,10 +2967,7 @@ class Wire:
         self._taken = 0  # bytes of it that were returned
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
-        """Return the result of a socket operation. Wait for `event`, or what TLS awaits.
-
-        Raises OSError or ScrapeError.
-        """
+        """Return an operation's result. Wait for `event` or TLS. Raises OSError or ScrapeError."""
         while True:
             try:  # with the same arguments: OpenSSL fails with BAD_LENGTH for another slice
                 return operation(*arguments)
@@ -3350,7 +3345,7 @@ class Task:
     """Work of a thread that can be left behind, and its outcome."""
 
     def __init__(self, done: Callable[[], None]) -> None:
-        self._done = done
+        self._done = done  # called when the work has ended or cannot start
         self._result: Any = None
         self._error: Exception | None = None
         self._is_good = False
@@ -3399,10 +3394,7 @@ class Task:
 
 
 def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> Task:
-    """Start work in a thread and return its task. Raises ScrapeError("busy") without a thread.
-
-    The task calls `done` when the work has ended or cannot start.
-    """
+    """Start work in a thread and return its task. Raises ScrapeError("busy") without a thread."""
     try:
         task = Task(done)
         # `threading.Thread.start` takes twice as long, and for ever if memory runs out just then.
@@ -3583,10 +3575,8 @@ def scrape_bound(job: Job) -> int:
 
 
 def reserve_request(job: Job) -> None:
-    """Count a request until it has been answered. Raises ScrapeError("busy") beyond the bounds.
-
-    A target that hangs must not take all connections. Requests that wait for a cache count, too.
-    """
+    """Count a request until it has been answered. Raises ScrapeError("busy") beyond the bounds."""
+    # A target that hangs must not take all connections. Requests that wait for a cache count, too.
     limits = job.tools.limits
     for what, most, whom in (
         (f"requests to {job.module.name}", limits.module_requests, "it"),
@@ -3621,13 +3611,10 @@ UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: a path's entry as 
 
 
 def connect_any(job: Job, addresses: Any) -> Wire:
-    """Return a connection to the first of getaddrinfo's addresses that accepts.
-
-    They share the time that remains. Raises the OSError of the first address, or ScrapeError.
-    """
+    """Return a connection to the first address that accepts. Raises OSError or ScrapeError."""
     errors = []
     for position, (family, kind, protocol, _, address) in enumerate(addresses):
-        share = job.deadline.share(len(addresses) - position)
+        share = job.deadline.share(len(addresses) - position)  # of the time that remains
         try:
             wire = connect_one(family, kind, protocol, address, share)
         except (OSError, ScrapeError) as error:
@@ -3881,10 +3868,7 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
 
 
 def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
-    """Yield a command's stdout until it exits. Keep the end of its stderr in `words`.
-
-    Raises ScrapeError("command") in the end, unless the command has exited with 0.
-    """
+    """Yield a command's stdout, keep the end of its stderr in `words`. Raises ScrapeError."""
     stdout, stderr = process.stdout.fileno(), process.stderr.fileno()
     awaited = {stdout: select.POLLIN, stderr: select.POLLIN}
     with exit_descriptor(process.pid) as exited:
@@ -3961,11 +3945,9 @@ def scrape_file(job: Job) -> Scrape:
 
 
 def call_aside(job: Job, function: Callable[[Job], Any]) -> Any:
-    """Call a function that uses the file system in a thread. Return its result or raise its error.
-
-    A `stat`, `open` or `read` that hangs cannot be interrupted. At the deadline its thread is left
-    behind. A module leaves behind at most as many threads as it may run scrapes.
-    """
+    """Call a function that uses the file system in a thread. Return or raise its outcome."""
+    # A `stat`, `open` or `read` that hangs cannot be interrupted. At the deadline its thread is
+    # left behind. A module leaves behind at most as many threads as it may run scrapes.
     budget = job.tools.budget
     most = scrape_bound(job)
     what = f"calls of {job.module.name}"
@@ -3985,10 +3967,7 @@ def stat_path(job: Job) -> os.stat_result:
 
 
 def inspect_path(job: Job) -> Scrape | str:
-    """Return the scrape of a regular file, or the path without links of a FIFO.
-
-    Raises OSError, UnicodeError or ScrapeError.
-    """
+    """Return a file's scrape, or the real path of a FIFO. Raises OSError or ScrapeError."""
     path = cast(str, job.module.target.path)
     kind = stat.S_IFMT(stat_path(job).st_mode)  # first: to open a device may act on it
     if kind == stat.S_IFIFO:
@@ -4040,10 +4019,7 @@ def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
 
 
 def scrape_fifo(job: Job, key: str) -> Scrape:
-    """Read the FIFO whose path without links is `key` until its writers close it.
-
-    Raises OSError or ScrapeError.
-    """
+    """Return the scrape of the FIFO with the real path `key`. Raises OSError or ScrapeError."""
     fifo = job.tools.fifos.setdefault(key, Fifo(job.module.target.path))
     acquire(fifo.lock, job.deadline)
     try:
@@ -4172,15 +4148,11 @@ def scrape_target(job: Job) -> Scrape:
     what = f"scrapes of {module.name}"
     most = scrape_bound(job)
     budget.reserve(what, 1, most, f"already running {most} scrapes (max_concurrent)")
-    is_streamed = False
-    try:
+    with contextlib.ExitStack() as slot:
+        slot.callback(budget.release, what, 1)
         result = SCRAPERS[module.method](job)
-        is_streamed = not isinstance(result.body, bytes)
-    finally:
-        if not is_streamed:  # a slow client keeps the slot only of a stream
-            budget.release(what, 1)
-    if is_streamed:
-        job.cleanup.callback(budget.release, what, 1)
+        if not isinstance(result.body, bytes):  # a slow client keeps the slot only of a stream
+            job.cleanup.push(slot.pop_all())
     if result.status != OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -4214,15 +4186,15 @@ def answer_job(job: Job) -> Scrape:
 # ==================================================================================================
 # 14  Application
 # ==================================================================================================
-# A Request becomes a Response: who may ask, which route, which module, and every error an answer.
-# No sockets here. `handle` never raises: it catches Exception, as loading does, and nothing else.
+# A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
+# here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
 
 class Request(NamedTuple):
-    """What a client asked for; `target` is path and query, as latin-1 text."""
+    """The request of a client."""
 
     method: str
-    target: str
+    target: str  # path and query, as latin-1 text
     headers: Headers
     client: str
     scheme: str = "http"
@@ -4231,7 +4203,7 @@ class Request(NamedTuple):
 
     @property
     def path(self) -> str:
-        """The path without the query."""
+        """Return the path without the query."""
         return self.target.partition("?")[0]
 
     def header(self, name: str) -> str:
@@ -4247,7 +4219,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Response:
-    """What is sent; `cleanup` is run when it has been, or when that failed."""
+    """The answer to a client. `cleanup` runs when it has been sent, or when that failed."""
 
     status: int
     headers: Headers
@@ -4258,7 +4230,7 @@ class Response:
 
 
 def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
-    """A page of ours: one line of plain text, unless `more` headers give it another type."""
+    """Return a page of ours: plain text, unless `more` headers give it another type."""
     fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
     return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
 
@@ -4285,11 +4257,11 @@ class FailureLog:
         self._left_out = 0  # warnings since then
 
     def log(self, reason: str, text: str, hurried: bool = False) -> None:
-        """Log a failure, or a recovery if the reason is "". Without news this is at debug, or not.
+        """Log a failure, or a recovery if the reason is "". Without news, log at debug or nothing.
 
-        News is another reason, and a reminder of the same. A module that is busy is not ill: this
-        is a reminder, and there is no recovery from it. A client is hurried if its deadline is
-        shorter than the module's. This is news only if no scrape has succeeded for long.
+        News is a new reason, or a reminder of an old one. `busy` is no new reason: there is no
+        recovery from it. A client is hurried if its deadline is shorter than the module's. Its
+        failure is news only if no scrape has succeeded for long.
         """
         now, pause = self._clock(), self._limits.failure_reminder_seconds
         with self._lock:
@@ -4312,7 +4284,7 @@ class FailureLog:
 
 
 def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
-    """The module that a query names, or the default one, and the query without its name."""
+    """Return the module that a query names, or the default one, and the rest of the query."""
     given = next((value for name, value in pairs if name == b"module"), b"")
     name = given.decode("utf-8", "replace") or config.default_module
     if not name:
@@ -4329,7 +4301,7 @@ PARAMETER: Final = re.compile(rb"([A-Za-z][A-Za-z0-9_.-]*)=.*", re.DOTALL)
 
 
 def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
-    """Raise ScrapeError("bad_arguments") for what a client may not add to this module."""
+    """Raise ScrapeError("bad_arguments") for an argument that the module does not accept."""
     added = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
     if len(added) > limits.arguments:
         raise ScrapeError("bad_arguments", f"more than {limits.arguments} args and params")
@@ -4346,7 +4318,7 @@ def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
 
 
 def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
-    """Whether a module accepts an argument, or a parameter of that name."""
+    """Return whether a module accepts an argument, or a parameter of that name."""
     accepted = module.accept_args if kind == b"args" else module.accept_params
     if isinstance(accepted, bool):
         return accepted
@@ -4355,14 +4327,8 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
     return any(fnmatch.fnmatchcase(os.fsdecode(value), glob) for glob in accepted)
 
 
-def note_hang_up(metrics: SelfMetrics, module: Module) -> None:
-    """Count and log that a client has hung up before its answer. The module has not failed."""
-    metrics.increment("expexp_proxy_failures_total", module.name, "aborted")
-    LOGGER.debug("module %s: aborted: the client hung up", module.name)
-
-
 def log_access(request: Request, response: Response, seconds: float) -> None:
-    """Write the line of the access log."""
+    """Write a line of the access log."""
     line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
     phrase = http.client.responses.get(response.status, "")
     ended = f"{phrase}, aborted" if response.aborted else phrase
@@ -4373,10 +4339,9 @@ WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid 
 
 
 def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
-    """The request, less what was only for us; raises RequestError with 403 or 401.
+    """Return the request without credentials for expexp. Raises RequestError with 403 or 401.
 
-    Networks first, then the bearer token or a user's password. No networks: any. No token and no
-    users: nothing needs to be sent.
+    Without networks, all are allowed. Without a token and users, no credentials are needed.
     """
     if networks:
         address = parse_client_address(request.client)
@@ -4401,17 +4366,17 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
 
 
 class Application:
-    """Answers requests. Knows the configuration, the routes and what to count."""
+    """Answers requests by their routes. Counts and logs them."""
 
     def __init__(self, loader: Loader, options: Options, tools: Tools) -> None:
-        """Begin with what scrapers need. Raises ConfigError if two routes have one path."""
+        """Raises ConfigError if two routes have one path."""
         self.loader, self.options = loader, options
         self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
         new_log = functools.partial(FailureLog, tools.limits, time.monotonic)
         self._failures: dict[str, FailureLog] = collections.defaultdict(new_log)
         self._reloads = threading.BoundedSemaphore(self.limits.reload_requests)
         self._routes: dict[str, Callable[[Request], Response]] = {
-            "/": self._index,
+            "/": lambda request: list_modules(request, self.modules, options),
             "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
             "/-/ready": lambda _: own_response(200, "expexp is ready."),
             "/-/reload": self._reload,
@@ -4422,7 +4387,7 @@ class Application:
         self._take_config()
 
     def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
-        """Add the route of a flag; raises ConfigError if another one has its path."""
+        """Add the route of a flag. Raises ConfigError if another one has its path."""
         path = self.options[flag]
         taken = self._routes.setdefault(path, route)
         if taken != route:
@@ -4447,14 +4412,14 @@ class Application:
             self._failures.pop(gone, None)  # or another reload does it just now
 
     def reload(self) -> Sequence[Problem]:
-        """Read all files again. Return the problems. Raises RequestError."""
+        """Read all files again and return the problems. Raises RequestError."""
         problems = self.loader.reload()
         self._tools.containers.clear()  # a container may have moved
         self._take_config()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
-        """The response, whatever happens; `refusal` is why the server could not read a request."""
+        """Return the response, also if the server could not read the request (`refusal`)."""
         started = time.monotonic()
         self.metrics.increment("expexp_http_requests_in_flight")
         try:
@@ -4479,7 +4444,7 @@ class Application:
             log_access(request, response, seconds)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
-        """What the route's function answers; raises RequestError if it is not asked."""
+        """Return the route's response. Raises RequestError."""
         if refusal:
             raise refusal
         path = request.path
@@ -4493,7 +4458,7 @@ class Application:
         return self._routes[path](request)
 
     def _proxy(self, request: Request) -> Response:
-        """A module's exposition, or why there is none."""
+        """Return a module's exposition, or why there is none."""
         snapshot = self.loader.snapshot
         module, pairs = None, parse_query(request.target.partition("?")[2])
         hurried = False
@@ -4507,35 +4472,27 @@ class Application:
                 deadline = Deadline(seconds, time.monotonic, client=request.connection)
                 held = Held(self._tools.budget, self.limits)
                 cleanup.callback(held.release)
-                asked = (module, pairs, request.headers, request.client, deadline)
+                asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 credentials = snapshot.targets.get(module.name)
                 if credentials:
                     credentials = self.loader.target(module.name, credentials)
-                job = Job(*asked, cleanup, held, self._tools, credentials)
+                job = Job(*asked, held, self._tools, credentials)
                 reserve_request(job)
                 found = answer_job(job)
                 body = self._noted_body(module, found, hurried)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
-                response = self._failed(module, error, hurried)
+                who = f"module {excerpt(module.name)}: " if module else ""
+                words = self._note(module, error, hurried)
+                response = own_response(error.reason.status, who + words)
             response.module = module.name if module else ""
             return response
 
-    def _failed(self, module: Module | None, error: ScrapeError, hurried: bool) -> Response:
-        """Return the answer for a scrape that failed, counted and logged."""
-        who = f"module {excerpt(module.name)}: " if module else ""
-        words = error.message
-        if module and error.reason.name == "aborted":
-            note_hang_up(self.metrics, module)
-        else:
-            words = self._note(module, error, hurried and error.reason.name == "timeout")
-        return own_response(error.reason.status, who + words)
-
     def _noted_body(self, module: Module, result: Scrape, hurried: bool) -> Any:
-        """The body that a target answered with; the target's own failures are counted."""
+        """Return the body of a target's answer. Count a failure of the target's own."""
         if result.status != OK:
             message = f"the target answered with status {result.status}"
-            self._note(module, ScrapeError("status", message))
+            self._note(module, ScrapeError("status", message), hurried)
         if not isinstance(result.body, bytes):
             return self._streamed(module, result, hurried)
         self._note_success(module, result.status)
@@ -4547,37 +4504,41 @@ class Application:
             self._failures[module.name].log("", f"module {module.name}: recovered")
 
     def _streamed(self, module: Module, result: Scrape, hurried: bool) -> Iterator[bytes]:
-        """The body's pieces; a failure after the status was sent counts as aborted."""
+        """Yield the body's pieces. A failure after the status was sent counts as aborted."""
         try:
             yield from cast("Iterator[bytes]", result.body)
         except ScrapeError as error:
-            if error.reason.name == "aborted":
-                note_hang_up(self.metrics, module)
-            else:
-                hurried &= error.reason.name == "timeout"
-                self._note(module, ScrapeError("aborted", error.message), hurried)
+            self._note(module, error, hurried, REASONS["aborted"])
             raise
         self._note_success(module, result.status)
 
-    def _note(self, module: Module | None, error: ScrapeError, hurried: bool = False) -> str:
-        """Count a failure, and log it if it is news. Return what went wrong, and where."""
+    def _note(
+        self, module: Module | None, error: ScrapeError, hurried: bool, later: Reason | None = None
+    ) -> str:
+        """Count a failure and log it. Return its words, and the target's URL where it matters."""
         name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
-        self.metrics.fail(name, method, error.reason)
-        reason, words = error.reason.name, error.message
-        # Not where it is about the request, about what the body says or about ourselves.
-        if module and reason not in ("bad_arguments", "malformed", "busy"):
+        words = error.message
+        if error.reason.name == "aborted":  # the client hung up: the module has not failed
+            self.metrics.increment("expexp_proxy_failures_total", name, "aborted")
+            LOGGER.debug("module %s: aborted: the client hung up", name)
+            return words
+        reason = later or error.reason  # later: after the status was sent
+        self.metrics.fail(name, method, reason)
+        # The target's URL does not matter for the request, the body's text and our own limits.
+        if module and reason.name not in ("bad_arguments", "malformed", "busy"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
         place = f"module {name}" if module else "no module"
-        text = ": ".join(filter(None, (place, reason, words, error.detail)))
-        # What a client does wrong is no failure of the module, and must not fill the log.
-        if error.reason.status in range(400, 500):
+        text = ": ".join(filter(None, (place, reason.name, words, error.detail)))
+        # A client's mistake is no failure of the module, and must not fill the log.
+        if reason.status in range(400, 500):
             LOGGER.debug("%s", text)
         else:
-            self._failures[name].log(reason, text, hurried)
+            is_hurried = hurried and error.reason.name == "timeout"
+            self._failures[name].log(reason.name, text, is_hurried)
         return words
 
     def _telemetry(self, request: Request) -> Response:
-        """Our own metrics."""
+        """Return our own metrics."""
         collect_process(self.metrics)
         collect_reloads(self.metrics, self.loader.snapshot)
         # Not at a reload: requests for modules that are gone may have ended since.
@@ -4585,7 +4546,7 @@ class Application:
         return exposition_response(self.metrics.render(), request.header("accept-encoding"))
 
     def _reload(self, _request: Request) -> Response:
-        """Read everything again, if clients may ask for that."""
+        """Reload, if clients may ask for that. Return the problems."""
         if not self.options["web.enable-lifecycle"]:
             raise RequestError(403, "-web.enable-lifecycle is not set")
         if not self._reloads.acquire(blocking=False):
@@ -4598,13 +4559,9 @@ class Application:
         text = "\n".join(map(str, problems))
         return own_response(500 if problems else 200, text or "expexp has reloaded.")
 
-    def _index(self, request: Request) -> Response:
-        """Return the list of modules."""
-        return list_modules(self.modules, self.options, request.header("accept"))
-
 
 def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
-    """Return all modules for Prometheus's HTTP service discovery; RequestError without a host."""
+    """Return all modules for Prometheus's HTTP service discovery. Raises RequestError."""
     address = options["web.external-address"] or request.header("host")
     if not is_host(address):
         expected = "a header Host with a host and perhaps a port, or -web.external-address"
@@ -4630,7 +4587,7 @@ def list_targets(request: Request, modules: Mapping[str, Module], options: Optio
 
 
 def outline(module: Module) -> dict[str, Any]:
-    """What clients may know of a module: nothing in which there may be a secret."""
+    """Return what clients may know of a module: nothing that may hold a secret."""
     timeout, shown = module.timeout or None, module.target.shown
     return {"method": module.method, "timeout": timeout, "target": shown, "verify": module.verify}
 
@@ -4643,8 +4600,9 @@ PAGE: Final = """<!DOCTYPE html>
 
 
 def render_index(modules: Mapping[str, Module], options: Options) -> str:
-    """The page at /; its links are relative, so that they hold behind a reverse proxy."""
-    items, proxy = "", f".{options['web.proxy-path']}"
+    """Return the page at /. Its links are relative: they work behind a reverse proxy."""
+    items = ""
+    proxy = f".{options['web.proxy-path']}"
     for name, module in modules.items():
         link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
         shown = html.escape(f"{module.method} {module.target.shown}")
@@ -4652,10 +4610,10 @@ def render_index(modules: Mapping[str, Module], options: Options) -> str:
     return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
 
 
-def list_modules(modules: Mapping[str, Module], options: Options, accepted: str) -> Response:
-    """Return the modules, for people as HTML and for programs as JSON."""
+def list_modules(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
+    """Return the modules as HTML, or as JSON if the client accepts that."""
     vary = ("Vary", "Accept")
-    if accepts(accepted, "application/json"):
+    if accepts(request.header("accept"), "application/json"):
         text = json.dumps({name: outline(module) for name, module in modules.items()})
         return own_response(200, text, vary, ("Content-Type", "application/json"))
     text = render_index(modules, options)
@@ -4677,11 +4635,11 @@ def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
 
 
 def collect_process(metrics: SelfMetrics) -> None:
-    """Set the metrics of this process; what a system does not tell stays 0. IO."""
+    """Set the metrics of this process. Those that a system does not have stay 0. IO."""
     metrics.set("process_cpu_seconds_total", to=time.process_time())
     metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
-        # There on Linux. The program's name may contain blanks and brackets; proc(5) counts from 1.
+        # The program's name may contain blanks and brackets. proc(5) counts from 1.
         fields = file.read().rpartition(b")")[2].split()
         started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
@@ -4695,13 +4653,11 @@ def collect_process(metrics: SelfMetrics) -> None:
 # ==================================================================================================
 # 15  HTTP server
 # ==================================================================================================
-# Sockets in, Requests out, Responses back. A thread a connection, and no more connections than
-# there are slots. The thread shakes hands, where the listener speaks TLS: never the one that
-# accepts. No client that does not send, does not read, is refused or hangs up decides anything
-# here: reads have a deadline, writes must make progress, both cost one line at debug, and until a
-# request is there and allowed its connection makes room for others when all slots are taken.
+# Sockets in, Requests out, Responses back. Each connection has a slot and a thread, which also
+# shakes hands. A client cannot hold a thread for ever: reads have deadlines, writes must make
+# progress. Until its request is there and allowed, it makes room for others if all slots are taken.
 
-# Of an absolute form. The host has one end alone, so that no line makes the match backtrack.
+# Of an absolute form. The lookahead fixes the host's end: the match does not backtrack.
 URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n", re.ASCII)
 NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -4712,13 +4668,13 @@ class Connections:
 
     def __init__(self, most: int, metrics: SelfMetrics) -> None:
         self._most, self._metrics = most, metrics
-        #: Whether each is idle; of the idle ones that which has been so for longest comes first.
+        #: Whether each is idle. Of the idle ones, the one idle for longest comes first.
         self._open: dict[socket.socket, bool] = {}
         self._lock = threading.RLock()
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
-        """Give a connection a slot, if need be that of the oldest idle one; False if all work."""
+        """Give a connection a slot, or the oldest idle one's. Return False if none is idle."""
         with self._lock:
             if len(self._open) >= self._most and not self.evict():
                 self._metrics.increment("expexp_rejected_connections_total")
@@ -4734,7 +4690,7 @@ class Connections:
             self._metrics.set("expexp_open_connections", to=len(self._open))
 
     def mark(self, connection: socket.socket, *, idle: bool) -> bool:
-        """Note whether a connection waits for a request; False if it has been evicted."""
+        """Note whether a connection is idle. Return False if it has been evicted."""
         with self._lock:
             is_open = self._open.pop(connection, None) is not None
             if is_open:
@@ -4742,7 +4698,7 @@ class Connections:
             return is_open
 
     def evict(self) -> bool:
-        """Have the oldest idle connection end; its thread wakes from reading. False if none is."""
+        """End the oldest idle connection: its thread wakes. Return False without one."""
         with self._lock:
             connection = next(filter(self._open.get, self._open), None)
             if connection:
@@ -4752,8 +4708,9 @@ class Connections:
             return connection is not None
 
     def drain(self, seconds: float) -> bool:
-        """Wait until all connections have ended, the idle ones at once; False if some have not."""
-        end, self.draining = time.monotonic() + seconds, True
+        """End idle connections, wait for the others. Return whether all have ended in time."""
+        self.draining = True
+        end = time.monotonic() + seconds
         while self._open and time.monotonic() < end:
             if not self.evict():
                 time.sleep(0.01)
@@ -4767,7 +4724,7 @@ def handshake_fault(error: Exception) -> str:
     """Return which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    if isinstance(error, (CertificateError, UnicodeError)):  # UnicodeError: a name is no text
+    if isinstance(error, (CertificateError, UnicodeError)):  # UnicodeError: a name in it
         return "certificate"
     reason = str(getattr(error, "reason", "EOF"))
     if re.search("EOF|Closed before", reason):  # Python's words for a reset
@@ -4777,10 +4734,7 @@ def handshake_fault(error: Exception) -> str:
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
-    """Return the next request. Raises RequestError if it is malformed.
-
-    Raises OSError, EOFError or ScrapeError if it does not arrive.
-    """
+    """Return the next request. Raises RequestError; OSError, EOFError, ScrapeError without one."""
     most = limits.request_line_bytes
     line = wire.read_through(LINE_END, most)
     if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
@@ -4788,7 +4742,7 @@ def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Reques
     if len(line) > most:
         raise RequestError(414, "the request line is too long")
     found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
-    if not found:  # a bare `GET /` is HTTP/0.9, in which no status could be said
+    if not found:  # also for a bare `GET /` of HTTP/0.9
         raise RequestError(400, "malformed request line")
     method, target, version = found.groups()
     if version not in ("1.0", "1.1"):
@@ -4807,9 +4761,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
     server: Server
 
     def setup(self) -> None:
-        """Nothing that waits for the client."""
+        """Prepare the connection. Do not wait for the client."""
         self._client = str(parse_client_address(self.client_address[0]))
-        self._limits, self._application = self.server.limits, self.server.application
+        self._limits = self.server.limits
+        self._application = self.server.application
         self._snapshot = self._application.loader.current()
         self._slot: socket.socket = self.request
         self._slot.setblocking(False)
@@ -4818,7 +4773,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._wire = Wire(self._slot, Deadline(self._limits.handshake_seconds, time.monotonic))
 
     def handle(self) -> None:
-        """Shake hands where the listener speaks TLS, then answer request after request."""
+        """Shake hands if the listener speaks TLS, then answer requests."""
         try:
             if self.server.speaks_tls:
                 self._shake_hands()
@@ -4828,25 +4783,16 @@ class ClientConnection(socketserver.BaseRequestHandler):
             words = "no answer in time" if fault == "timeout" else words_of(error)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
             if self._wire.connection is not self._slot:
-                self._wire.close()  # without a goodbye OpenSSL forgets the session
+                self._wire.close()  # without close_notify OpenSSL forgets the session
             if fault not in ("timeout", "closed"):
-                self._discard()  # or else the alert that tells the client why could be lost
+                self._discard()  # or else the alert could be lost
             return
-        self._expect_request(self._limits.header_seconds)
+        self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
         while not self._is_closing:
             self._answer()
 
-    def _expect_request(self, seconds: float) -> None:
-        """Set the deadline for the next bytes of the client."""
-        self._wire.deadline = Deadline(seconds, time.monotonic)
-
     def _shake_hands(self) -> None:
-        """Have a TLS connection to a client that may ask; raises OSError or ScrapeError.
-
-        Here, in the connection's own thread, since it waits for the client. Plain HTTP stays as it
-        is, for an answer that says so. What is wrapped is a duplicate: the server ends a connection
-        by its socket, which wrapping would take away.
-        """
+        """Shake hands and check the client's certificate. Raises OSError or ScrapeError."""
         self.server.connections.mark(self._slot, idle=True)
         first = self._wire.attempt(self._slot.recv, select.POLLIN, 1, socket.MSG_PEEK)
         tls: Any = self._snapshot.credentials.value.tls
@@ -4854,27 +4800,25 @@ class ClientConnection(socketserver.BaseRequestHandler):
             raise ConnectionResetError("closed before the handshake")
         if first != HANDSHAKE:
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
-            return
+            return  # the answer in plain HTTP says so
+        # A duplicate: the server ends connections by their sockets, and wrapping detaches one.
         self._wire = Wire(self._slot.dup(), self._wire.deadline)
         certificate = self._wire.start_tls(tls.context, server_side=True).getpeercert() or {}
-        # A session of TLS 1.2 that goes on is not verified anew, and `ssl` cannot forbid it.
+        # OpenSSL does not verify a resumed session of TLS 1.2, and `ssl` cannot forbid these.
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise CertificateError("certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
         tls.check(certificate, pattern, self._limits.certmatch_seconds)
 
     def finish(self) -> None:
-        """End TLS in good form, so that nothing seems to be cut off. Close its duplicate socket.
-
-        The server closes the slot: it ends the sending side first, so that no answer is lost.
-        """
+        """Send close_notify and close the duplicate socket. The server shuts the slot down."""
         if isinstance(self._wire.connection, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self._wire.connection.unwrap()
             self._wire.close()
 
     def _discard(self) -> None:
-        """Read away what the client still sends: closing now would reset what we answered."""
+        """Discard what the client still sends: to close now would reset the answer."""
         wire = Wire(self._slot, Deadline(self._limits.unread_seconds, time.monotonic))
         left = self._limits.unread_bytes
         with contextlib.suppress(OSError, ScrapeError):
@@ -4884,18 +4828,19 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _answer(self) -> None:
         """Answer the next request, or return if the client has closed."""
-        self._is_closing, connections = True, self.server.connections
-        request, refusal = Request("-", "-", (), self._client), None
-        limits, scheme = self._limits, self.server.scheme
+        self._is_closing = True
+        connections = self.server.connections
+        request = Request("-", "-", (), self._client)
+        refusal = None
         connections.mark(self._slot, idle=True)
         arrived = self._wire.await_data()
         snapshot = self._application.loader.current()
         # No answer if the client has closed, or was admitted under rules that have changed since.
         if not arrived or (self.server.speaks_tls and snapshot.trust != self._snapshot.trust):
             return
-        self._expect_request(limits.header_seconds)
+        self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
-            request = read_request(self._wire, limits, self._client, scheme)
+            request = read_request(self._wire, self._limits, self._client, self.server.scheme)
             self._is_closing = not request.keeps_connection
         except RequestError as error:
             refusal = error
@@ -4910,17 +4855,17 @@ class ClientConnection(socketserver.BaseRequestHandler):
         stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
         self._is_closing |= unread or stale
         response = self._application.handle(request, refusal)
-        # A client that does not read must not keep a slot: the answer of a module alone is bounded.
+        # Only answers of modules are bounded. A client that does not read others keeps no slot.
         connections.mark(self._slot, idle=not response.module or response.status != OK)
         self._write(response, request)
         if unread:
             connections.mark(self._slot, idle=True)
             self.finish()
             self._discard()
-        self._expect_request(limits.idle_seconds)
+        self._wire.deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
     def _write(self, response: Response, request: Request) -> None:
-        """Send a response; the connection is reset if that fails after a part of it was sent."""
+        """Send a response. Reset the connection if that fails."""
         self._allowance = self._limits.write_stall_seconds  # seconds that sending may still take
         with response.cleanup:
             response.aborted = True
@@ -4934,7 +4879,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                     self._reset()
 
     def _reset(self) -> None:
-        """End the connection so that the client sees an error: to HTTP/1.0 an end completes."""
+        """Reset the connection: to an HTTP/1.0 client a plain close is a complete body."""
         self._is_closing = True
         with contextlib.suppress(OSError):
             linger = struct.pack("ii", 1, 0)
@@ -4943,7 +4888,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._slot.close()
 
     def _send_response(self, response: Response, request: Request) -> None:
-        """Send head and body, in one write if they are small."""
+        """Send head and body, in one write if they are small. Raises OSError or ScrapeError."""
         headers, body = list(response.headers), response.body
         given = [name.lower() for name, _ in headers]
         bodiless = response.status in BODILESS
@@ -4997,7 +4942,6 @@ class Watchdog:
     """Tells systemd that the loops of all listeners run: sd_watchdog_enabled(3)."""
 
     def __init__(self) -> None:
-        """Read from the environment how often systemd wants to hear from this process."""
         own = str(os.getpid())
         is_ours = os.environ.get("WATCHDOG_PID", own) == own
         microseconds = is_ours and os.environ.get("WATCHDOG_USEC")
@@ -5007,7 +4951,7 @@ class Watchdog:
         self._runs: dict[object, float] = {}
 
     def note_run(self, listener: object) -> None:
-        """Note that a listener's loop runs. Tell systemd if the loops of all have run lately."""
+        """Note that a listener's loop runs. Tell systemd if all have run lately."""
         now = time.monotonic()
         self._runs[listener] = now
         if now - self._sent >= self._seconds >= now - min(self._runs.values()):
@@ -5016,7 +4960,7 @@ class Watchdog:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A listener; several may share connections and application."""
+    """A listener. Several may share connections and application."""
 
     request_queue_size = 1024
     allow_reuse_port = False  # two that listen on one port would share its requests
@@ -5029,7 +4973,7 @@ class Server(http.server.ThreadingHTTPServer):
         connections: Connections,
         watchdog: Watchdog,
     ) -> None:
-        """Bind and listen, for no host and `::` to both families; raises OSError."""
+        """Bind and listen. No host and `::` are both families. Raises OSError."""
         self.application, self.connections, self.speaks_tls = application, connections, tls
         self.limits, self.scheme = application.limits, "https" if tls else "http"
         any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
@@ -5043,7 +4987,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
 
     def server_bind(self) -> None:
-        """Bind without the look-up of our own name that http.server would do; `::` to both."""
+        """Bind, `::` to both families. http.server would also look up our own name."""
         if self.address_family == socket.AF_INET6:
             only = self.server_address[0] != "::"
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only))
@@ -5058,11 +5002,11 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(self.limits.accept_pause_seconds)
 
     def service_actions(self) -> None:
-        """Note that the loop runs. `serve_forever` calls this after each wait for a client."""
+        """Note that the loop runs. `serve_forever` calls this."""
         self._watchdog.note_run(self)
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a client. Without file descriptors, make room and raise the OSError."""
+        """Accept a client. Make room if no file descriptor is left. Raises OSError."""
         try:
             return self.socket.accept()
         except OSError as error:
@@ -5082,14 +5026,11 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def _start_thread(self, request: Any, client_address: Any) -> bool:
-        """Start a connection's thread, after a few attempts. Return whether that was possible.
-
-        `threading.Thread.start` waits for ever if the new thread finds no memory. Such a connection
-        keeps its slot here, but is idle until its thread runs, so that it can be evicted.
-        """
+        """Start a connection's thread, with a few attempts. Return whether that was possible."""
+        # `threading.Thread.start` waits for ever if the new thread finds no memory.
         for _ in range(THREAD_ATTEMPTS):
             try:
-                self.connections.mark(request, idle=True)
+                self.connections.mark(request, idle=True)  # until it runs, it can be evicted
                 _thread.start_new_thread(self.process_request_thread, (request, client_address))
             except (MemoryError, RuntimeError):  # noqa: PERF203 - it is tried again
                 self.connections.mark(request, idle=False)
@@ -5108,7 +5049,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
-        """One line at debug for a client that hangs up; the trace of anything else to the log."""
+        """Log a client that hangs up at debug, any other error with its trace."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, EOFError, ScrapeError)):
             LOGGER.debug("%s: %s", client_address[0], error)
