@@ -2967,11 +2967,11 @@ class Wire:
         self._taken = 0  # bytes of it that were returned
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
-        """Return an operation's result. Wait for `event` or TLS. Raises OSError or ScrapeError."""
+        """Return an operation's result, after a wait for `event`. Raises OSError or ScrapeError."""
         while True:
             try:  # with the same arguments: OpenSSL fails with BAD_LENGTH for another slice
                 return operation(*arguments)
-            except ssl.SSLWantReadError:
+            except ssl.SSLWantReadError:  # TLS may have to read before it can write
                 awaited = select.POLLIN
             except ssl.SSLWantWriteError:
                 awaited = select.POLLOUT
@@ -3310,16 +3310,17 @@ class Cache:
 
     def _make(self, job: Job, run: Run, deadline: Deadline) -> Scrape | ScrapeError:
         """Return the target's answer or a ScrapeError without a traceback, which keeps bodies."""
-        found: Any = None
+        found: Scrape | ScrapeError | None = None
         held = Held(job.tools.budget, self._limits)
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(lambda: self._keep(run, found))
-            cleanup.callback(held.release)
-            try:
+        try:
+            with contextlib.ExitStack() as cleanup:
                 found = scrape_target(job._replace(deadline=deadline, cleanup=cleanup, held=held))
-            except ScrapeError as error:
-                found = ScrapeError(error.reason.name, error.message, error.detail)
-        return cast("Scrape | ScrapeError", found)
+        except ScrapeError as error:
+            found = ScrapeError(error.reason.name, error.message, error.detail)
+        finally:
+            held.release()
+            self._keep(run, found)
+        return found
 
     def _keep(self, run: Run, outcome: Any) -> None:
         """Cache a good answer. Evict the oldest ones beyond the bounds."""
@@ -3407,7 +3408,7 @@ def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: A
 
 def wait_for(task: Task, deadline: Deadline) -> Any:
     """Return the result of a task. Raises the errors of its work, and ScrapeError."""
-    # Nothing waits for a thread and a client at once.
+    # No call waits for a thread and for the client at once.
     while not task.wait(min(deadline.remaining(), Limits.hang_up_seconds)):
         wait(deadline, {}, 0)
     return task.result()
