@@ -2954,11 +2954,7 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.in
 
 
 class Wire:
-    """A connection, plain or over TLS, whose every wait ends at a deadline.
-
-    The socket must not block. `poll` runs only if an operation would block. To set a timeout before
-    each read would cost a third more system calls.
-    """
+    """A non-blocking connection, plain or over TLS, whose every wait ends at a deadline."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
@@ -2968,6 +2964,7 @@ class Wire:
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
         """Return an operation's result, after a wait for `event`. Raises OSError or ScrapeError."""
+        # First the operation, then `poll`: a timeout for each read costs a third more system calls.
         while True:
             try:  # with the same arguments: OpenSSL fails with BAD_LENGTH for another slice
                 return operation(*arguments)
@@ -2988,7 +2985,7 @@ class Wire:
         return tls
 
     def receive(self, most: int) -> bytes:
-        """Return up to `most` bytes; b"" if the peer has closed."""
+        """Return up to `most` bytes, b"" if the peer has closed. Raises OSError or ScrapeError."""
         self.await_data()
         return self._take(most)
 
@@ -3026,7 +3023,7 @@ class Wire:
         return taken
 
     def send(self, content: bytes | memoryview) -> None:
-        """Send all of it."""
+        """Send all bytes. Raises OSError or ScrapeError."""
         rest = memoryview(content)
         while rest:
             piece = rest[: 4 * PIECE_BYTES]
@@ -3057,15 +3054,14 @@ NO_END: Final = "the target closed before the end of its body"
 
 
 class TargetExchange:
-    """A GET request to a target and its answer: status, headers and unread body."""
+    """A GET request over a connected wire and its answer: status, headers and unread body."""
 
     status: int
     headers: Headers
 
     def __init__(self, wire: Wire, most: int) -> None:
-        """The wire is connected. The head of the answer may have `most` bytes."""
         self._wire = wire
-        self._most = most
+        self._most = most  # bytes of the answer's head
         self.close = wire.close
         self._is_chunked = False
         #: The bytes of the body; inf if a last chunk or the end of the connection ends it.
@@ -3453,8 +3449,8 @@ class Commands:
     """Runs commands in process groups of their own, and ends these groups."""
 
     def __init__(self, limits: Limits, soft_descriptors: int) -> None:
-        """Commands get back the limit `soft_descriptors`; 0 if expexp has not raised it."""
-        self._limits, self._soft_descriptors = limits, soft_descriptors
+        self._limits = limits
+        self._soft_descriptors = soft_descriptors  # that commands get back; 0: not raised
         #: What every command inherits; it does not change while expexp runs.
         self.environment = {k: v for k, v in os.environb.items() if not OWN_VARIABLE.fullmatch(k)}
         self._running: set[subprocess.Popen[bytes]] = set()  # each use of it is atomic
@@ -3771,7 +3767,7 @@ def connect_engine(job: Job) -> Wire:
 
 
 def ask_engine(job: Job) -> bytes:
-    """Return an engine's description of a container, in JSON. Raises ScrapeError."""
+    """Return the engine's description of a container, in JSON. Raises ScrapeError."""
     selector = f"/containers/{job.module.target.container}/json"
     try:
         response = ask(job, connect_engine, selector, {"Host": "localhost"})
@@ -3815,7 +3811,7 @@ def find_container(job: Job) -> tuple[str, int]:
 
 
 def connect_container(job: Job) -> Wire:
-    """Return a connection to a container. Ask for its address again if the known one fails."""
+    """Return a connection to a container, at its known address first. Raises ScrapeError."""
     target, known = job.module.target, job.tools.containers
     place = target.container_host, target.container, target.port
     asked, *address = known.get(place, (-math.inf,))
@@ -3934,7 +3930,7 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 
 def scrape_file(job: Job) -> Scrape:
-    """Return the content of a file or FIFO. Raises ScrapeError."""
+    """Return the scrape of a file or FIFO. Raises ScrapeError."""
     try:
         found = call_aside(job, inspect_path)
         if isinstance(found, str):
@@ -4675,7 +4671,7 @@ class Connections:
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
-        """Give a connection a slot, or the oldest idle one's. Return False if none is idle."""
+        """Give a connection a free slot, or the oldest idle one's. Return False without one."""
         with self._lock:
             if len(self._open) >= self._most and not self.evict():
                 self._metrics.increment("expexp_rejected_connections_total")
@@ -4920,7 +4916,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._send(b"0\r\n\r\n" if chunked else b"")
 
     def _send(self, content: bytes | memoryview) -> None:
-        """Send all of it. Raises TimeoutError or ScrapeError if the client reads too slowly."""
+        """Send all bytes. Raises OSError, or ScrapeError if the client reads too slowly."""
         begun, limits = time.monotonic(), self._limits
         self._allowance += len(content) / limits.write_bytes_per_second
         self._wire.deadline = Deadline(self._allowance, time.monotonic, limits.write_stall_seconds)
