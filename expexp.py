@@ -95,7 +95,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import warnings
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -3054,12 +3056,18 @@ NO_END: Final = "the target closed before the end of its body"
 
 
 class TargetExchange:
-    """A GET request over a connected wire and its answer: status, headers and unread body."""
+    """A GET request over a connected wire and its answer: status, headers and unread body.
 
+    It is the connection and the response of `urllib.request` at once. urllib splits the URL, adds
+    `Connection: close`, capitalizes the names of headers, and wraps an OSError in a URLError.
+    """
+
+    sock = None  # urllib would close it before the body is read
+    reason = ""
     status: int
     headers: Headers
 
-    def __init__(self, wire: Wire, most: int) -> None:
+    def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
         self._wire = wire
         self._most = most  # bytes of the answer's head
         self.close = wire.close
@@ -3067,17 +3075,22 @@ class TargetExchange:
         #: The bytes of the body; inf if a last chunk or the end of the connection ends it.
         self.length = math.inf
 
-    def request(self, selector: str, headers: Mapping[str, str]) -> None:
-        """Send the request. Raises OSError or ScrapeError."""
-        fields = (*headers.items(), ("Connection", "close"))
-        self._wire.send(render_head(f"GET {selector} HTTP/1.1", fields))
+    def set_debuglevel(self, _level: int) -> None:
+        """Ignore the level, which urllib sets."""
 
-    def read_answer(self) -> None:
+    def request(
+        self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
+    ) -> None:
+        """Send the request. Raises OSError or ScrapeError."""
+        self._wire.send(render_head(f"{method} {selector} HTTP/1.1", headers.items()))
+
+    def getresponse(self) -> TargetExchange:
         """Read the head of the answer, after a few interim ones. Raises OSError or ScrapeError."""
         for _ in range(INTERIM_ANSWERS + 1):
             version = self._read_head()
             if self.status >= OK:
-                return self._find_end(version)
+                self._find_end(version)
+                return self
             if self.status == http.HTTPStatus.SWITCHING_PROTOCOLS:
                 break
         raise ScrapeError("protocol", f"not HTTP: an answer with status {self.status}")
@@ -3661,6 +3674,8 @@ TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
 def target_failure(error: Any, deadline: Deadline) -> ScrapeError:
     """Return the ScrapeError for an error of a target's connection. Raises it at the deadline."""
     deadline.remaining()
+    if isinstance(error, urllib.error.URLError):
+        error = error.reason
     if getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # Python 3.9
         error = ssl.SSLEOFError()
     reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(error, kinds))
@@ -3697,22 +3712,26 @@ def end_to_end(headers: Headers) -> list[tuple[str, str]]:
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
-def request_selector(job: Job) -> str:
-    """Return path and query for a target: the client's parameters, then the path's own."""
-    path, _, own = job.module.target.path.partition("?")
+def request_url(job: Job) -> str:
+    """Return the URL for a target: the client's parameters, then the path's own."""
+    url: str = job.module.target.url
+    own = job.module.target.path.partition("?")[2]
     pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
     query = "&".join(filter(None, (urllib.parse.urlencode(cast(Pairs, pairs)), own)))
-    return f"{path}?{query}" if query else path
+    return f"{url}?{query}" if query else url
 
 
-def ask(
-    job: Job, connect: Callable[[Job], Wire], selector: str, headers: dict[str, str]
-) -> TargetExchange:
-    """Send a GET on a new connection. Return the answer, its body unread. Raises ScrapeError."""
+#: Knows no proxies, redirects, `file:` or `ftp:`. Keeps no state, so all requests share it.
+HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
+
+
+def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, str]) -> Any:
+    """Send a GET on a new connection. Return its TargetExchange. Raises ScrapeError."""
+    most = job.tools.limits.target_head_bytes
+    request = urllib.request.Request(url, None, headers, "localhost")  # noqa: S310 - http(s)
+    request.timeout = None  # urllib's timeout applies to each read; the wire has a deadline
     try:
-        exchange = TargetExchange(connect(job), job.tools.limits.target_head_bytes)
-        exchange.request(selector, headers)
-        exchange.read_answer()
+        exchange = HANDLER.do_open(TargetExchange, request, wire=connect(job), most=most)
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
     job.held.add(sum(len(name) + len(value) + HEADER_MEMORY for name, value in exchange.headers))
@@ -3721,7 +3740,7 @@ def ask(
 
 def scrape_http(job: Job) -> Scrape:
     """Return the answer of an http target. Raises ScrapeError."""
-    response = ask(job, connect_target, request_selector(job), request_headers(job))
+    response = ask(job, connect_target, request_url(job), request_headers(job))
     passed = end_to_end(response.headers)
     pieces = response_pieces(job, response)
     if job.module.verify:
@@ -3768,9 +3787,9 @@ def connect_engine(job: Job) -> Wire:
 
 def ask_engine(job: Job) -> bytes:
     """Return the engine's description of a container, in JSON. Raises ScrapeError."""
-    selector = f"/containers/{job.module.target.container}/json"
+    url = f"http://localhost/containers/{job.module.target.container}/json"
     try:
-        response = ask(job, connect_engine, selector, {"Host": "localhost"})
+        response = ask(job, connect_engine, url, {"Host": "localhost"})
         body = join_pieces(job, response_pieces(job, response))
         response.close()
     except ScrapeError as error:

@@ -7112,9 +7112,8 @@ def test_a_request_is_the_same_wherever_its_bytes_are_cut() -> None:
 
 def answer_of(*pieces: bytes) -> bytes:
     """The body of a target's answer that arrives in these pieces."""
-    exchange = expexp.TargetExchange(wire_of(*pieces), 1000)
-    exchange.read_answer()
-    return b"".join(exchange.pieces())
+    exchange = expexp.TargetExchange("", wire=wire_of(*pieces), most=1000)
+    return b"".join(exchange.getresponse().pieces())
 
 
 OK_LINE = b"HTTP/1.1 200 OK\r\n"
