@@ -1,30 +1,25 @@
 #!/usr/bin/env python3
-"""expexp puts every Prometheus exporter of a host behind one port.
+"""Put every Prometheus exporter of a host behind one port.
 
     python3 expexp.py -config expexp.yaml
-    curl 'http://localhost:9999/proxy?module=NAME'
 
 `GET /proxy?module=NAME` fetches that exporter over HTTP, runs that command or reads that file,
-verifies that the result is a Prometheus exposition, and answers with it. `up` then means what it
-would mean if the exporter were scraped directly. It takes over from exporter_exporter: same flags,
-same configuration, same metrics.
+verifies that the result is a Prometheus exposition, and answers with it. `up` means what it would
+mean without expexp. Flags, configuration and metrics are those of exporter_exporter.
 
-What this program does to your host: it listens on the ports you name, connects to the targets in
-its configuration (and asks a container engine where one is, if it is told to), runs the commands
-and reads the files in its configuration, and reads its own files again when they change. Nothing
-else: it writes no file, starts no shell, loads no plugin, follows no redirect and uses no proxy of
-the environment. Its one process that is not in the configuration is Python itself, which matches
--web.tls.certmatch. Every wait has a deadline and every quantity that comes from outside a limit.
+What expexp does to your host: it listens on the ports you name, connects to the targets in its
+configuration (and to the engine of a container among them), runs the commands and reads the files
+in its configuration, and reads its own files again when they change. It writes no file, starts no
+shell, loads no plugin, follows no redirect and uses no proxy of the environment. Its only other
+process is Python for -web.tls.certmatch. Every wait has a deadline, every outside quantity a limit.
 
-Endpoints: /proxy (flag -web.proxy-path), /metrics (-web.telemetry-path), / (the modules, as HTML or
-JSON), /sd (the modules, for Prometheus to discover), /-/healthy, /-/ready and /-/reload.
-
+Endpoints: /proxy, /metrics, / (the modules), /sd (discovery), /-/healthy, /-/ready, /-/reload.
 Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
-flags. With -config.check it only checks these; with -verify the expositions in files: 0
-well-formed, 1 not, 2 not readable.
-
-Needs Python 3.9 or later, and PyYAML for a configuration in YAML (one in JSON does without).
-To be read once, from top to bottom: nothing is used in a section above the one that defines it.
+flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable.
+Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON.
+Specifications: text format 0.0.4, OpenMetrics 1.0, client_model's metrics.proto, RFC 9110 and 9112.
+License: Apache License, Version 2.0.
+Read from top to bottom: no section uses a name of a later one.
 
 Contents:
   1  Constants and limits
@@ -43,12 +38,6 @@ Contents:
  14  Application
  15  HTTP server
  16  Command line
-
-Specifications: the text format 0.0.4 (prometheus.io/docs/instrumenting/exposition_formats) and
-OpenMetrics 1.0, both as Prometheus's own parsers read them; client_model's metrics.proto and the
-encoding of protobuf; HTTP/1.1 (RFC 9110 and 9112).
-
-Licensed under the Apache License, Version 2.0.
 """
 
 from __future__ import annotations
@@ -68,7 +57,6 @@ import functools
 import gzip
 import hmac
 import html
-import http
 import http.client
 import http.server
 import io
@@ -109,7 +97,7 @@ try:
 except ImportError:  # a host without PyYAML can still use a configuration in JSON
     yaml = None  # type: ignore[assignment]
 
-if sys.version_info < (3, 9):  # noqa: UP036 - says so instead of a trace, on a host that has less
+if sys.version_info < (3, 9):  # noqa: UP036 - a message instead of a traceback
     sys.exit("expexp needs Python 3.9 or later")
 
 __version__ = "1.0.0"
@@ -118,128 +106,119 @@ __all__ = ["ExpositionError", "main", "verify_exposition"]
 # ==================================================================================================
 # 1  Constants and limits
 # ==================================================================================================
-# Every quantity that comes from outside has its bound in `Limits`, with the reason beside it. The
-# table in docs/operation.md is checked against these values.
+# `Limits` has every bound with its reason. A test compares docs/operation.md with these values.
 
 TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PLAIN_CONTENT_TYPE: Final = "text/plain; charset=utf-8"
 SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
-TIMEOUT_FIELD: Final = "x-prometheus-scrape-timeout-seconds"  # as names of headers are compared
+TIMEOUT_FIELD: Final = "x-prometheus-scrape-timeout-seconds"  # names are compared in lower case
 MEBIBYTE: Final = 1 << 20
 PIECE_BYTES: Final = 1 << 16
 LAST_PORT: Final = 65535
 OK: Final = http.HTTPStatus.OK
-UNKNOWN_MODULE: Final = "unknown"  # one label value for all of them: clients create no series
-# RFC 9110, 7.6.1, and those that describe a body which is read and sent anew.
+UNKNOWN_MODULE: Final = "unknown"  # one label value: clients cannot create series
+# RFC 9110, 7.6.1, and the two that describe a body which expexp reads and sends anew.
 HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
-TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # RFC 9110, 5.6.2: a header's name
+TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Every bound on what comes from outside. The names end in their units."""
+    """Bounds on all that comes from outside. The names end in their units."""
 
-    connections: int = 512  # one thread each; idle ones make room when all are taken
+    connections: int = 512  # one thread each; if all are taken, an idle one is evicted
     file_descriptors: int = 8192  # the soft limit becomes this or the hard limit
     connection_descriptors: int = 5  # for a client, TLS and a command: fewer clients fit
-    accept_pause_seconds: float = 0.05  # without descriptors: accepting must not spin
+    accept_pause_seconds: float = 0.05  # without descriptors accepting must not spin
     request_line_bytes: int = 8192  # the longest sensible query names a blackbox target
     header_block_bytes: int = 32768  # all headers of a request
-    handshake_seconds: float = 10  # for a client's TLS handshake: silent ones must go
-    header_seconds: float = 10  # to send a request's line and headers: slow-loris
+    handshake_seconds: float = 10  # for a client's TLS handshake: slow-loris
+    header_seconds: float = 10  # for a request's line and headers: slow-loris
     write_stall_seconds: float = 30  # a client that does not read must not keep a slot
     write_bytes_per_second: int = 65536  # nor one that reads a byte at a time
     idle_seconds: float = 180  # an idle connection: longer than the usual scrape interval
     target_head_bytes: int = 262144  # status line and headers of a target's answer
-    unread_bytes: int = 262144  # a request's body, read away so that the answer arrives
-    unread_seconds: float = 2  # for reading it away
+    unread_bytes: int = 262144  # of a request's body: read, so that the answer arrives
+    unread_seconds: float = 2  # for reading that body
     body_bytes: int = 256 * MEBIBYTE  # a target's body, also decoded; output; a file
     held_bytes: int = 512 * MEBIBYTE  # the bodies of all requests together, then busy
     config_bytes: int = 16 * MEBIBYTE  # a configuration file
     rotation_seconds: float = 1  # between looks at files of certificates and secrets
-    retry_seconds: float = 300  # until files that were not usable are read again as they are
+    retry_seconds: float = 300  # until unusable files are read again without a change
     bcrypt_cost: int = 14  # of a user's hash: about a second of processor time
     bcrypt_waiting: int = 48  # requests that wait to hash a password: others need the slots
     bcrypt_seconds: float = 120  # for that wait: twice the time of the costliest hashes
-    certmatch_processes: int = 2  # that match such names at once: they must not take all cores
+    certmatch_processes: int = 2  # concurrent; more would take all cores
     certmatch_seconds: float = 2  # for the operator's pattern on a client's names
     secret_bytes: int = 65536  # a file with a password or token
-    cache_entries: int = 256  # answers of modules that have `cache`, kept at once
-    cache_bytes: int = 64 * MEBIBYTE  # all of them together
+    cache_entries: int = 256  # answers of modules with `cache`
+    cache_bytes: int = 64 * MEBIBYTE  # all these answers together
     exec_scrapes: int = 10  # running commands of one module without max_concurrent
     file_scrapes: int = 50  # running reads of one module without max_concurrent
-    container_seconds: float = 5  # what its engine said: another may get its address
+    container_seconds: float = 5  # a container's address: another one may get it
     arguments: int = 32  # `args` and `params` of one request
-    argument_bytes: int = 256  # one of them
-    resolver_threads: int = 8  # name look-ups under way at once
-    stderr_bytes: int = 4096  # a failing command's last words, for the log
-    log_line_bytes: int = 4096  # a log line: a pipe takes it as a whole
-    log_queue_lines: int = 1000  # that wait for a slow stderr, then lines are dropped
+    argument_bytes: int = 256  # one argument
+    resolver_threads: int = 8  # concurrent name look-ups
+    stderr_bytes: int = 4096  # the end of a failed command's stderr, for the log
+    log_line_bytes: int = 4096  # a log line: writing that many to a pipe is atomic
+    log_queue_lines: int = 1000  # that wait for a slow stderr; further lines are dropped
     log_flush_seconds: float = 0.5  # to write the queued log lines at the end
-    hang_up_seconds: float = (
-        0.5  # until a client is missed that hung up while another thread works for it
-    )
+    hang_up_seconds: float = 0.5  # between looks whether a waiting client has hung up
     reload_seconds: float = 60  # to wait for a reload to end, then 503
-    scrape_seconds: float = 60  # a scrape where neither module nor client says less
-    client_scrape_seconds: float = (
-        600  # a scrape where only the client says how long: a day would hold its slot for a day
-    )
-    longest_scrape_seconds: float = 86400  # a scrape, whatever module and client say
+    scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
+    client_scrape_seconds: float = 600  # with the client's alone: a day would hold a slot
+    longest_scrape_seconds: float = 86400  # a scrape with any timeout
     term_to_kill_seconds: float = 0.5  # for a command's group to end; off the request's path
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
-    failure_reminder_seconds: float = 300  # between warnings of a module that keeps failing
-    failure_pause_seconds: float = 10  # between warnings of a module, whatever happens to it
+    failure_reminder_seconds: float = 300  # between warnings about a module that keeps failing
+    failure_pause_seconds: float = 10  # between any two warnings about a module
 
     @property
     def module_requests(self) -> int:
-        """Return how many requests one module may have, those that wait for its cache included."""
+        """Return the most requests to one module, including those that wait for its cache."""
         return max(1, self.connections * 3 // 4)
 
     @property
     def proxy_requests(self) -> int:
-        """Return how many requests all modules may have together.
-
-        The others are left for `/`, `/metrics` and `/-/healthy`, even if all targets hang.
-        """
+        """Return the most requests to all modules. `/metrics` and `/-/healthy` get the rest."""
         return max(1, self.connections * 7 // 8)
 
     @property
     def reload_requests(self) -> int:
-        """Return how many requests for a reload may wait at once: one can hang in a file system."""
+        """Return the most requests that wait for a reload, which can hang in a file system."""
         return max(1, self.connections // 10)
 
 
 # ==================================================================================================
 # 2  What can go wrong
 # ==================================================================================================
-# Three errors, split by who must act: the operator (ConfigError), the client (RequestError), the
-# target (ScrapeError). What differs inside one of them is data, not a subclass. REASONS is the one
-# table from which statuses, counters and the list of failures in docs/operation.md come.
+# An error names who must act: operator (ConfigError), client (RequestError), target (ScrapeError).
+# REASONS decides statuses and counters. A test compares docs/operation.md with it.
 
 
 def rows(table: str) -> list[list[str]]:
-    """The cells of a table in a text, which two blanks or more separate."""
+    """Return the cells of each line of a table. Two or more blanks separate cells."""
     return [re.split(" {2,}", line) for line in table.strip().splitlines()]
 
 
 def names_of(cell: str) -> tuple[str, ...]:
-    """The names in a cell of such a table; `-` is none."""
+    """Return the names in a cell of a table, none for `-`."""
     return tuple(cell.strip("-").split())
 
 
 class Reason(NamedTuple):
-    """Why a proxied request failed: a value of the label `reason`, and what follows from it."""
+    """A cause of failed requests: a value of the label `reason`, and its consequences."""
 
     name: str
-    status: int  # of the answer; 0: the target's, or none any more
-    methods: tuple[str, ...]  # of the modules that can fail this way; none: there is no module
-    counters: tuple[str, ...]  # of the original, expexp_..._total, to be raised as well
+    status: int  # of the answer; 0: the target's
+    methods: tuple[str, ...]  # of the modules that can fail this way
+    counters: tuple[str, ...]  # of the original to raise, without expexp_ and _total
 
 
 REASONS: Final = {
@@ -263,7 +242,7 @@ aborted         502  http exec file  -                         client gone; or r
 
 
 def excerpt(text: str | bytes | memoryview, limit: int = 80) -> str:
-    """The beginning of a foreign text, fit for one line: escaped where not printable, bounded."""
+    """Return at most `limit` characters of a foreign text. Unprintable ones are escaped."""
     if not isinstance(text, str):
         text = bytes(text[: 4 * limit + 4]).decode("utf-8", "backslashreplace")
     shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
@@ -271,27 +250,27 @@ def excerpt(text: str | bytes | memoryview, limit: int = 80) -> str:
 
 
 class ExpexpError(Exception):
-    """The base of all errors that expexp raises on purpose."""
+    """Base of all errors that expexp raises on purpose."""
 
 
 class Problem(NamedTuple):
-    """One thing wrong with the configuration; line 0 where a place has no line (JSON)."""
+    """One fault of the configuration: `expexp.yaml:12:5: modules.node.http.prot: unknown key`."""
 
     file: str
-    line: int
+    line: int  # 0 in JSON
     column: int
     path: str
     message: str
 
     def __str__(self) -> str:
-        """`expexp.yaml:12:5: modules.node.http.prot: unknown key`."""
-        file, path = excerpt(self.file, 200), excerpt(self.path, 200)
-        place = f"{file}:{self.line}:{self.column}" if self.line else file
-        return ": ".join(part for part in (place, path, self.message) if part)
+        place = excerpt(self.file, 200)
+        if self.line:
+            place += f":{self.line}:{self.column}"
+        return ": ".join(filter(None, (place, excerpt(self.path, 200), self.message)))
 
 
 class ConfigError(ExpexpError):
-    """The configuration cannot be used; for the operator. `problems` has all of them, sorted."""
+    """The configuration cannot be used. `problems` has all its faults, sorted."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = sorted(problems)
@@ -299,7 +278,7 @@ class ConfigError(ExpexpError):
 
 
 class RequestError(ExpexpError):
-    """A request is refused before any module is asked; for the client."""
+    """A request is refused before any module is scraped."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
@@ -307,7 +286,7 @@ class RequestError(ExpexpError):
 
 
 class ScrapeError(ExpexpError):
-    """A scrape failed; `reason` is one of REASONS, `detail` is for the log alone."""
+    """A scrape failed. `reason` is one of REASONS. Only the log shows `detail`."""
 
     def __init__(self, reason: str, message: str, detail: str = "") -> None:
         super().__init__(message)
@@ -315,85 +294,66 @@ class ScrapeError(ExpexpError):
 
 
 class ExpositionError(ExpexpError):
-    """A body is no exposition. `line` and `column` are 1-based, 0 in protobuf; `message` says why.
-
-    `offset` is that of the line's first byte, in protobuf of the field's.
-    """
+    """A body is no exposition. `line` and `column` begin at 1, and are 0 in protobuf."""
 
     def __init__(self, message: str, line: int, column: int, offset: int) -> None:
-        super().__init__(
-            f"{f'line {line}, column {column}' if line else f'byte {offset}'}: {message}"
-        )
-        self.line, self.column, self.offset, self.message = line, column, offset, message
+        place = f"line {line}, column {column}" if line else f"byte {offset}"
+        super().__init__(f"{place}: {message}")
+        self.line, self.column, self.message = line, column, message
+        self.offset = offset  # of the line's first byte, in protobuf of the field's
 
 
 # ==================================================================================================
 # 3  Small values
 # ==================================================================================================
-# Values that several sections share. Pure: texts and numbers in, values out. A closed list.
+# Values that several sections share. Pure: texts and numbers in, values out.
+
+DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+DURATION_PART: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)")
+Pairs = Sequence[tuple[bytes, bytes]]  # names and values of a query
+Clock = Callable[[], float]
 
 
 class Secret:
-    """A text that shows itself only when asked to: never in a page, log, error, repr or metric."""
+    """A text that no page, log, error, repr or metric shows."""
 
     def __init__(self, text: str) -> None:
         self._text = text
 
     def reveal(self) -> str:
-        """The text itself."""
+        """Return the text."""
         return self._text
 
     def __bool__(self) -> bool:
-        """Whether there is any text."""
         return bool(self._text)
-
-    def __repr__(self) -> str:
-        """Always the same, whatever is inside."""
-        return "<secret>"
 
 
 class Deadline:
-    """The moment by which a scrape must be over; every wait of the scrape counts against it."""
+    """The moment by which a scrape must be over. No single wait exceeds `longest_wait` seconds."""
 
     def __init__(
-        self,
-        seconds: float,
-        clock: Callable[[], float],
-        longest_wait: float = math.inf,
-        client: int = -1,
+        self, seconds: float, clock: Clock, longest_wait: float = math.inf, client: int = -1
     ) -> None:
-        """Start now. The deadline is `seconds` away. No wait exceeds `longest_wait` seconds.
-
-        `client` is the descriptor of the connection that a client may close before. -1: none.
-        """
         self._seconds = seconds
         self._clock = clock
         self._at = clock() + seconds
         self._longest_wait = longest_wait
-        self.client = client
+        self.client = client  # descriptor of the connection that the client may close, or -1
 
     def share(self, count: int) -> Deadline:
         """Return a deadline for the first of `count` equal parts of what remains."""
         return Deadline(self.remaining() / count, self._clock, self._longest_wait, self.client)
 
     def remaining(self) -> float:
-        """Return the seconds that the next wait may take, always more than 0.
-
-        Raises ScrapeError("timeout") when the deadline has passed. A negative wait would mean "no
-        limit" to poll.
-        """
+        """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
         seconds = self._at - self._clock()
-        if seconds <= 0:
+        if seconds <= 0:  # poll would wait for ever with a negative timeout
             raise ScrapeError("timeout", f"timed out after {self._seconds:.3g} s")
         return min(seconds, self._longest_wait)
 
 
-DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-DURATION_PART: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)")
-
-
 def parse_duration(text: str) -> float:
-    """Seconds of a duration as Go writes it, such as `1m30s` or `0`; ValueError otherwise."""
+    """Return the seconds of a duration in Go's syntax, such as `1m30s`. Raise ValueError."""
     plain = re.sub("[\u00b5\u03bc]s", "us", text.removeprefix("+"))  # micro sign or Greek mu
     parts = DURATION_PART.findall(plain)
     if plain != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
@@ -402,7 +362,7 @@ def parse_duration(text: str) -> float:
 
 
 def parse_listen_address(text: str) -> tuple[str, int]:
-    """Host ("" for all) and port of `:9999`, `127.0.0.1:9999` or `[::1]:9999`; ValueError."""
+    """Return host ("" for all) and port of `:9999` or `[::1]:9999`. Raise ValueError."""
     found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^:\[\]\s/]*)):([0-9]{1,5})", text)
     if not found or int(found[3]) > LAST_PORT:
         example = 'an address such as ":9999" or "[::1]:9999"'
@@ -411,29 +371,26 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
 
 def is_host(text: str) -> bool:
-    """Whether it is a host and perhaps a port, as in the header Host."""
+    """Return whether this is a host with an optional port, as in the header Host."""
     host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
     found = re.fullmatch(rf"(?:{host})(?::([0-9]{{1,5}}))?", text)
     return found is not None and 1 <= int(found[1] or 1) <= LAST_PORT
 
 
 def render_address(address: tuple[str, int]) -> str:
-    """Host and port, as `parse_listen_address` reads them."""
+    """Return host and port as `parse_listen_address` reads them."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address of a client without its zone, as IPv4 where it is mapped to IPv6."""
+    """Return a client's address without its zone, IPv4 if it is mapped to IPv6."""
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
 
-Pairs = Sequence[tuple[bytes, bytes]]
-
-
 def parse_query(query: str) -> Pairs:
-    """Return names and values of a query in their order. The query is bytes read as latin-1."""
+    """Return the names and values of a query in order. The query is bytes read as Latin-1."""
     parts = query.encode("latin-1").replace(b"+", b" ").split(b"&")
     pairs = [part.partition(b"=") for part in parts if part]
     unquote = urllib.parse.unquote_to_bytes
@@ -441,7 +398,7 @@ def parse_query(query: str) -> Pairs:
 
 
 def accepts(header: str, wanted: str) -> bool:
-    """Whether a header such as Accept names the wanted value, and not with q=0."""
+    """Return whether a header such as Accept names the value without q=0."""
     for part in header.lower().replace(" ", "").split(","):
         value, *parameters = part.split(";")
         if value == wanted:
@@ -450,17 +407,14 @@ def accepts(header: str, wanted: str) -> bool:
 
 
 def scrape_timeout(module: float, header: str, offset: float, limits: Limits) -> float:
-    """Seconds that a scrape may take: the least of the module's (0: none), the client's, ours.
-
-    The client's header counts less the offset, so that our answer reaches it before it gives up;
-    where that leaves nothing, half of the header's value. Nonsense in the header is ignored.
-    """
+    """Return the seconds a scrape may take: the least of the module's (0: none), client's, ours."""
     try:
         client = float(header)
     except ValueError:
-        client = 0
+        client = 0  # ignored
     if 0 < client < math.inf:
         longest = min(module or limits.client_scrape_seconds, limits.longest_scrape_seconds)
+        # The offset is for the way back. Half of a short timeout remains.
         return min(longest, client - offset if client > offset else client / 2)
     return min(module or limits.scrape_seconds, limits.longest_scrape_seconds)
 
