@@ -1249,12 +1249,11 @@ def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> i
 # ==================================================================================================
 # 8  Self-metrics
 # ==================================================================================================
-# What expexp says about itself: the original's names and labels, and new ones that begin with
-# expexp_. Each is declared once, in SELF_METRICS; a name that is not there is a KeyError. No IO.
+# SELF_METRICS declares the original's families and ours. Any other name raises KeyError. No IO.
 
 
 class Declaration(NamedTuple):
-    """One of our families; `labels` in the order in which values are given."""
+    """One of our families. Values of labels come in the order of `labels`."""
 
     name: str
     kind: str
@@ -1295,27 +1294,24 @@ process_start_time_seconds             gauge    -  Start, in seconds since 1970.
 process_threads                        gauge    -  Threads.
     """)
 ]
-#: Why there was no request on a TLS connection: the values of the label `reason`.
 HANDSHAKE_FAULTS: Final = ("timeout", "closed", "plain_http", "certificate", "protocol")
-#: What every module has from the start, beside its failures.
 MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def render_labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
-    """`{name="value",...}`, escaped, or nothing."""
+    """Return `{name="value",...}` with escaped values, "" without labels."""
     escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
     pairs = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in zip(names, values))
     return f"{{{pairs}}}" if pairs else ""
 
 
 class SelfMetrics:
-    """Our counters, gauges and summaries; may be used by all threads at once."""
+    """Our counters, gauges and summaries, for all threads at once."""
 
     def __init__(self) -> None:
-        """Know every declared family; those without labels start at zero, but no time does."""
         self._lock = threading.Lock()
-        # A series, by its labels: its value, and the count that only a summary has.
+        # Labels to value and count. Series without labels start at zero, except timestamps.
         self._families: dict[str, dict[tuple[str, ...], tuple[float, int]]] = {
             name: {} if labels or "_timestamp_" in name else {(): (0, 0)}
             for name, _, labels, _ in SELF_METRICS
@@ -1324,30 +1320,30 @@ class SelfMetrics:
             self.increment("expexp_tls_handshake_failures_total", fault, by=0)
 
     def set(self, name: str, *labels: str, to: float) -> None:
-        """Set a gauge, or a counter that is kept elsewhere."""
+        """Set a gauge, or a counter whose value comes from elsewhere."""
         with self._lock:
             self._families[name][labels] = to, 0
 
     def increment(self, name: str, *labels: str, by: float = 1) -> None:
-        """Add to a counter or gauge; adding 0 makes the series appear."""
+        """Add to a counter or gauge. Adding 0 creates the series."""
         self.observe(name, *labels, seconds=by, count=0)
 
     def observe(self, name: str, *labels: str, seconds: float, count: int = 1) -> None:
-        """Count one event in a summary, and its length."""
+        """Add an event and its duration to a summary."""
         with self._lock:
             total, events = self._families[name].get(labels, (0, 0))
             self._families[name][labels] = total + seconds, events + count
 
     def forget_modules(self, known: Callable[[], Iterable[str]]) -> None:
-        """Drop the series of all modules but those that are known."""
-        with self._lock:  # asked for within it, so that none gets its first series meanwhile
+        """Drop the series of all modules except the known ones."""
+        with self._lock:  # `known` is called within: no module gets its first series meanwhile
             kept = {UNKNOWN_MODULE, *known()}
             for name in (*MODULE_COUNTERS, "expexp_proxy_failures_total"):
                 family = self._families[name].items()
                 self._families[name] = {labels: n for labels, n in family if labels[0] in kept}
 
     def create_module(self, module: str, method: str) -> None:
-        """Create all series of a module at zero: only the reasons that its method can have."""
+        """Create the series of a module at zero, with the reasons that its method can have."""
         for name in MODULE_COUNTERS:
             self.increment(name, module, by=0)
         for reason in REASONS.values():
@@ -1355,16 +1351,16 @@ class SelfMetrics:
                 self.increment("expexp_proxy_failures_total", module, reason.name, by=0)
 
     def fail(self, module: str, method: str, reason: Reason) -> None:
-        """Count one failure, wherever REASONS says."""
+        """Count a failure in the counters that REASONS names."""
         self.increment("expexp_proxy_errors_total", module)
         self.increment("expexp_proxy_failures_total", module, reason.name)
-        # As in the original, a command that had to be ended at the deadline has failed, too.
-        slow = ("command_fails",) if (method, reason.name) == ("exec", "timeout") else ()
-        for counter in (*reason.counters, *slow):
+        for counter in reason.counters:
             self.increment(f"expexp_{counter}_total", module)
+        if method == "exec" and reason.name == "timeout":  # as in the original
+            self.increment("expexp_command_fails_total", module)
 
     def render(self) -> str:
-        """All of it in the text format, families and series in stable order."""
+        """Return all series in the text format, sorted."""
         with self._lock:
             families = {name: sorted(family.items()) for name, family in self._families.items()}
         lines: list[str] = []
@@ -1381,30 +1377,28 @@ class SelfMetrics:
 # ==================================================================================================
 # 9  Flags
 # ==================================================================================================
-# The original's flags and ours, each declared once, in FLAGS. The rules are those of Go: `-name
-# value`, `-name=value`, one dash or two, exact names. argparse would abbreviate them. Pure: a list
-# of texts in, Options out, which are asked by the flags' names.
+# FLAGS declares the original's flags and ours. The syntax is Go's: `-name value` or `-name=value`,
+# one dash or two, exact names. argparse would accept abbreviations. Pure: texts in, Options out.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 LEVEL_NAMES: Final = ("panic", "fatal", "error", "warning", "warn", "info", "debug", "trace")
-#: The original's levels, as the numbers that Python's logging has for them.
 LOG_LEVELS: Final = dict(zip(LEVEL_NAMES, (50, 50, 40, 30, 30, 20, 10, 5)))
 BOOLEANS: Final = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 
 
 class FlagError(ExpexpError):
-    """The flags cannot be used; for whoever typed them."""
+    """The flags cannot be used."""
 
 
 def parse_word(what: str, words: Mapping[str, Any], text: str) -> Any:
-    """The value of one of some words, in any case; ValueError."""
+    """Return the value of a word in upper or lower case. Raise ValueError."""
     if text.lower() not in words:
         raise ValueError(f"expected {what}")
     return words[text.lower()]
 
 
 def parse_network(text: str) -> Network:
-    """A network of `10.0.0.0/8` or `fe80::/10`; ValueError for anything else, an address too."""
+    """Return the network of a text such as `10.0.0.0/8`. Raise ValueError, also for an address."""
     with contextlib.suppress(ValueError):
         if "/" in text:
             return ipaddress.ip_network(text, strict=False)
@@ -1412,14 +1406,14 @@ def parse_network(text: str) -> Network:
 
 
 def parse_host(text: str) -> str:
-    """A host and perhaps a port, "" for none; ValueError."""
+    """Return a host with an optional port, or "". Raise ValueError."""
     if text and not is_host(text):
         raise ValueError("expected a host, or a host and its port")
     return text
 
 
 def parse_offset(text: str) -> float:
-    """Seconds of a duration, or of a plain number, at most a day of them; ValueError."""
+    """Return the seconds of a duration or number, at most a day. Raise ValueError."""
     seconds = parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
     if seconds > Limits.longest_scrape_seconds:
         raise ValueError("expected a day at most")
@@ -1427,19 +1421,19 @@ def parse_offset(text: str) -> float:
 
 
 def parse_path(text: str) -> str:
-    """An absolute path without `.`, `..` and doubled slashes."""
+    """Return an absolute path without `.`, `..` and doubled slashes."""
     return "/" + os.path.normpath("/" + text).lstrip("/")
 
 
 def parse_pattern(text: str) -> str:
-    """A regular expression, "" for none; ValueError if Python reads it differently, or not."""
+    """Return a regular expression. Raise ValueError if Python rejects it or warns about it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # `[a&&b]` compiles, but might mean something else
+        warnings.simplefilter("error")  # `[a&&b]` compiles, but Go might read it differently
         try:
             re.compile(text, re.ASCII)
         except (re.error, Warning, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression of Python: {error}") from None
-    if re.search(r"\[:\^?\w+:]", text):  # not always warned of
+    if re.search(r"\[:\^?\w+:]", text):  # Python does not always warn
         raise ValueError("not a regular expression of Python: there are no classes of POSIX")
     return text
 
@@ -1461,7 +1455,7 @@ PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
 
 
 class Flag(NamedTuple):
-    """A flag; its first name is that by which Options are asked."""
+    """A flag. Its first name is its key in Options."""
 
     names: tuple[str, ...]
     parse: Callable[[str], Any]
@@ -1503,14 +1497,14 @@ web.tls.verify          boolean   false        Require clients' certificates, an
 winsvc                  none*     -            Not supported: there is no Windows service.
     """)
 ]
-#: Flags that a template may leave without a value: then anybody gets in.
+#: With an empty value, as a template may leave it, these flags let everybody in.
 GUARDS: Final = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
-WARNINGS: Final = "warnings"  #: the name under which Options have what is odd about the flags
+WARNINGS: Final = "warnings"  #: the key in Options of warnings about the flags
 Options = Mapping[str, Any]
 
 
 def parse_flags(arguments: Sequence[str]) -> Options:
-    """The options of a command line; raises FlagError with what is wrong."""
+    """Return the options of a command line. Raise FlagError."""
     flags, rest = {name: flag for flag in FLAGS for name in flag.names}, iter(arguments)
     options = {f.names[0]: () if f.is_repeatable else f.parse(f.typed) for f in FLAGS}
     options[WARNINGS] = ()
@@ -1540,7 +1534,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
 
 
 def render_usage() -> str:
-    """All flags with their defaults."""
+    """Return all flags with their defaults."""
     lines = ["Usage of expexp:"]
     for names, _, typed, is_repeatable, documentation in FLAGS:
         default = f" (default {typed})" if typed not in ("", "false") else ""
