@@ -1546,18 +1546,19 @@ def render_usage() -> str:
 # ==================================================================================================
 # 10  Configuration
 # ==================================================================================================
-# A document (YAML or JSON) becomes a tree of nodes with places, the tree frozen dataclasses. A key
-# is declared once, as a field of its dataclass: how it is read, its default, what it means.
-# Scalars keep their source text until a key says what it wants: YAML 1.1 would read `1.10`, `no`
-# and `010` as other things than their text. All problems are collected, then raised at once. Pure.
+# A document becomes a tree of nodes, the tree frozen dataclasses, whose fields declare the keys.
+# Scalars keep their source text: YAML 1.1 changes `1.10`, `no` and `010`. Pure.
 
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
 SCALARS: Final = "string|number|boolean|nothing"
-Place = tuple[int, int]  # line and column; 0 where there are none (JSON)
+#: A user and a password before a host, with or without the scheme of a URL.
+USERINFO: Final = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
+Place = tuple[int, int]  # line and column; JSON has none: 0
+Values = dict[str, Any]
 
 
 class NodeError(ExpexpError):
-    """A node is not what it should be; who reads the document adds its file and the path."""
+    """A node is not what it should be. DocumentReader adds the file and the path."""
 
     def __init__(self, message: str, place: Place | None = None) -> None:
         super().__init__(message)
@@ -1565,24 +1566,17 @@ class NodeError(ExpexpError):
 
 
 class Node(NamedTuple):
-    """A value of a document and where it stands; `kind` is what people call it in messages."""
+    """A value of a document and its place. Messages show `kind`."""
 
-    kind: str  # one of SCALARS, mapping, list
+    kind: str = "nothing"  # one of SCALARS, mapping or list
     text: str = ""  # the source text of a scalar
     place: Place = (0, 0)
     items: tuple[Node, ...] = ()
     entries: tuple[tuple[Node, Node], ...] = ()
 
 
-ABSENT: Final = Node("nothing")
-
-
-#: A user and perhaps a password before a host, behind the scheme of a URL or without one.
-USERINFO: Final = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
-
-
 def mismatch(what: str, node: Node) -> NodeError:
-    """Return the error for a node that is not what was expected. It shows no password of a URL."""
+    """Return the error for an unexpected node. It shows no password of a URL."""
     text = excerpt(USERINFO.sub(r"\1...@", node.text))
     shown = {"string": f'"{text}"', "nothing": "nothing"}
     found = shown.get(node.kind) or f"the {node.kind} {text}".strip()
@@ -1590,17 +1584,17 @@ def mismatch(what: str, node: Node) -> NodeError:
 
 
 def place_after(before: str) -> Place:
-    """Where the text stands that follows this one."""
+    """Return the place of what follows this text."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
 def build_yaml(loader: Any, raw: Any) -> Node:
-    """The node of PyYAML's; its loader builds each once, so that no bomb of aliases can grow."""
+    """Return the node of PyYAML's node. The loader builds aliases once, so none can explode."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
     build = loader.construct_object
     if raw.id == "scalar":
         kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
-        return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` is no text
+        return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` has no text
     if raw.id == "sequence":
         return Node("list", "", place, items=tuple(map(build, raw.value)))
     pairs = [(key.tag.endswith(":merge"), build(key), build(value)) for key, value in raw.value]
@@ -1615,7 +1609,7 @@ def build_yaml(loader: Any, raw: Any) -> Node:
 
 
 def parse_yaml(text: str) -> Node:
-    """The first document of a YAML text; raises NodeError."""
+    """Return the first document of a YAML text. Raise NodeError."""
     if yaml is None:
         raise NodeError(
             "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml "
@@ -1630,54 +1624,48 @@ def parse_yaml(text: str) -> Node:
         mark: Any = error.problem_mark
         words = " ".join(filter(None, (error.context, error.problem)))
         message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
-        if isinstance(error, yaml.constructor.ConstructorError):  # there is no other
+        if isinstance(error, yaml.constructor.ConstructorError):  # the only cause
             message = "an alias that contains itself"
         raise NodeError(message, (mark.line + 1, mark.column + 1)) from None
 
 
 def build_json(value: Any) -> Node:
-    """The node of a value in JSON, which has no place; numbers and objects are nodes already."""
+    """Return the node of a JSON value. An object is a tuple of pairs, a number already a node."""
     if isinstance(value, list):
         return Node("list", items=tuple(map(build_json, value)))
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
-    return Node("string", value) if isinstance(value, str) else value or ABSENT
-
-
-def build_object(pairs: Sequence[tuple[str, Any]]) -> Node:
-    """The node of an object in JSON."""
-    return Node("mapping", entries=tuple((Node("string", k), build_json(v)) for k, v in pairs))
+    if isinstance(value, str):
+        return Node("string", value)
+    if type(value) is tuple:
+        return Node("mapping", entries=tuple((Node("string", k), build_json(v)) for k, v in value))
+    return value or Node()
 
 
 def parse_json(text: str) -> Node:
-    """The tree of a JSON text; its nodes have no places; raises NodeError."""
+    """Return the tree of a JSON text, without places. Raise NodeError."""
     numbers = ("parse_int", "parse_float", "parse_constant")
     hooks: Any = dict.fromkeys(numbers, functools.partial(Node, "number"))
     try:
-        return build_json(json.loads(text, object_pairs_hook=build_object, **hooks))
+        return build_json(json.loads(text, object_pairs_hook=tuple, **hooks))
     except json.JSONDecodeError as error:
         raise NodeError(f"not JSON: {error.msg}", (error.lineno, error.colno)) from None
 
 
-# --- readers: what a key wants of its node; they raise NodeError
-
+# --- readers: they return the value of a key's node, or raise NodeError
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
-A_TEXT: Final = "[^\0\ud800-\udfff]*"  # escapes can spell half a character
+A_TEXT: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
 A_NAME: Final = "[^\0\ud800-\udfff]+"
 
 
 def scalar(
     what: str, pattern: str = A_TEXT, convert: Convert = str, kind: str = "", secret: bool = False
 ) -> Read:
-    """A reader of a scalar: its source text matches the pattern, `convert` makes the value of it.
-
-    Where `convert` raises a ValueError the text is not what was expected, either. No message shows
-    the text of a secret, only what kind of a node is there instead of a text.
-    """
+    """Return a reader of scalars whose source text matches `pattern`. `convert` makes the value."""
 
     def read(node: Node) -> Any:
-        """The value."""
+        """Return the value of a node. Raise NodeError, which never shows the text of a secret."""
         with contextlib.suppress(ValueError):
             if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
                 return convert(node.text)
@@ -1688,7 +1676,7 @@ def scalar(
 
 
 def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
-    """A mapping of names to secrets, which messages do not show."""
+    """Return a mapping of names to secrets. Messages do not show the secrets."""
     if node.kind != "mapping":
         raise NodeError(f"expected a mapping, found the {node.kind}", node.place)
     found: dict[str, Secret] = {}
@@ -1701,12 +1689,12 @@ def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, 
 
 
 def to_boolean(text: str) -> bool:
-    """Which of YAML's words for booleans it is."""
+    """Return the value of one of YAML's booleans."""
     return text.lower() in ("true", "yes", "on")
 
 
 def to_port(text: str) -> int:
-    """A port; `9_100`, `0x238c` and `9100.0` are whole numbers as well. ValueError."""
+    """Return a port, also of `9_100`, `0x238c` and `9100.0`. Raise ValueError."""
     port = int(text.partition(".")[0].replace("_", ""), 0)
     if not 1 <= port <= LAST_PORT:
         raise ValueError("no port")
@@ -1714,30 +1702,30 @@ def to_port(text: str) -> int:
 
 
 def to_address(text: str) -> str:
-    """A host name or an IP address, an IPv6 one without its brackets. ValueError."""
+    """Return a host name or an IP address without brackets. Raise ValueError."""
     address = text.strip("[]")
     return str(ipaddress.IPv6Address(address)) if ":" in address else address
 
 
 def to_path(text: str) -> str:
-    """Path and query of a URL, with a leading slash and escaped where a request line needs it."""
+    """Return path and query of a URL, escaped for a request line and with a leading slash."""
     path = urllib.parse.quote(text.partition("#")[0], safe="/%?&=+,;:@!$'()*~")
     return path if path.startswith("/") else "/" + path
 
 
 def to_interval(text: str) -> float:
-    """Seconds of a duration that Prometheus takes for an interval, or 0. ValueError."""
+    """Return the seconds of a scrape interval: 0, or 1 and more. Raise ValueError."""
     seconds = parse_duration(text)
     if 0 < seconds < 1:
         raise ValueError("too short")
     return seconds
 
 
-COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's own 4
+COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's least
 BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
-#: Nothing that looks like a password before a host: it would be shown with the target.
+#: No password before a host: it would be shown with the target.
 NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
 URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
 A_PATH: Final = "the path of a URL, without a host, with two hexadecimal digits after each %"
@@ -1765,12 +1753,11 @@ read_socket: Final = scalar("the path of a socket", NO_PASSWORD + A_NAME)
 read_server_name: Final = scalar("a host name", NO_PASSWORD + A_TEXT)
 read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
 read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
-
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
 A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
-# Not shown: behind a colon the password could follow.
+# Messages do not show these names: a password could follow a colon.
 read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*", secret=True)
 read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
 read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
@@ -1778,15 +1765,14 @@ read_users: Final = functools.partial(read_secrets, read_user, read_hash)
 
 
 def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
-    """Texts; entries that are nothing are dropped, as the original does."""
-    if node.kind != "list":
-        # Arguments may be secret: what was found is not shown.
+    """Return the texts of a list. Entries without a value are dropped, as in the original."""
+    if node.kind != "list":  # arguments may be secret: the message does not show the text
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
     return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
 
 
 def read_names(node: Node) -> tuple[str, ...]:
-    """Names of which one is needed; without any, as a template may leave them, all would do."""
+    """Return a list of names. Raise NodeError for an empty one, which would let everybody in."""
     names = read_list(node)
     if not names:
         raise NodeError("names nobody", node.place)
@@ -1794,7 +1780,7 @@ def read_names(node: Node) -> tuple[str, ...]:
 
 
 def read_verify(node: Node) -> Any:
-    """Return whether to verify. A module cannot be stricter than Prometheus any more."""
+    """Return whether to verify. Raise NodeError, also for the former `strict`."""
     if node.text == "strict":
         message = 'the strict level is gone: write "true", and run contrib/expolint.py instead'
         raise NodeError(message, node.place)
@@ -1802,39 +1788,32 @@ def read_verify(node: Node) -> Any:
 
 
 def read_accepted(node: Node) -> Any:
-    """Return whether clients may add anything, or the texts of a list of what they may add."""
+    """Return whether clients may add anything, or the list of what they may add."""
     if node.kind == "boolean":
         return read_boolean(node)
     return read_list(node, "true, false or a list")
 
 
-# --- sections: dataclasses whose fields declare the keys
-
+# --- sections: the fields of their dataclasses declare the keys
 REQUIRED: Final = "required"
+PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
+RIVAL_KEYS: Final = (("address", "unix_socket", "container"), (*PASSWORD_KEYS, "bearer_token_file"))
+#: Docker's socket, and podman's, which is tried if Docker's is missing.
+ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
+#: Keys of a module that its method's section may have instead, and the methods that refuse them.
+SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
 
 
 def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
-    """A field that is a key of the configuration; one that is REQUIRED has no default.
-
-    If keys are named that belong `beside` it, it makes no sense without one of them. What it is
-    read as may be a section, too.
-    """
+    """Return a field for a key, which needs one of the keys `beside` it, if there are any."""
     metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
     factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
     return dataclasses.field(default_factory=factory, metadata=metadata)
 
 
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
-ADDRESS_KEYS: Final = ("address", "unix_socket", "container")
-OPPOSED_KEYS: Final = (ADDRESS_KEYS, (*PASSWORD_KEYS, "bearer_token_file"))
-SUBSTITUTES: Final = {"port": "unix_socket"}  #: instead of a key that is required otherwise
-#: Where container engines listen: Docker, and podman, which is tried where Docker's is not there.
-ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
-
-
-@dataclass(frozen=True, repr=False)  # what it holds may be secret
+@dataclass(frozen=True, repr=False)  # it may hold secrets
 class HttpTarget:
-    """The section `http` of a module."""
+    """Section `http` of a module."""
 
     port: int = key(read_port, REQUIRED, "port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
@@ -1858,7 +1837,7 @@ class HttpTarget:
 
     @property
     def host(self) -> str:
-        """The name by which we call the target."""
+        """Return the host of the target's URL."""
         return self.container or ("localhost" if self.unix_socket else self.address)
 
     @functools.cached_property
@@ -1868,35 +1847,34 @@ class HttpTarget:
 
     @functools.cached_property
     def url(self) -> str:
-        """The URL without its query, in which there may be a token."""
+        """Return the URL without its query, which may hold a token."""
         return f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
 
     @functools.cached_property
     def shown(self) -> str:
-        """The URL, and where it leads to if that is no address."""
-        place = f" at {self.unix_socket}" if self.unix_socket else ""
-        return f"{self.url}{' in a container' if self.container else place}"
+        """Return the URL, and the socket or container behind it."""
+        if self.container:
+            return f"{self.url} in a container"
+        return f"{self.url} at {self.unix_socket}" if self.unix_socket else self.url
 
 
 @dataclass(frozen=True, repr=False)
 class ExecTarget:
-    """The section `exec` of a module; shown is its command alone: arguments may be secret."""
+    """Section `exec` of a module. `shown` is the command alone: arguments may be secret."""
 
     command: str = key(read_something, REQUIRED, "program to run, without a shell")
     args: tuple[str, ...] = key(read_list, (), "its arguments")
     env: Mapping[str, Secret] = key(read_environment, {}, "added to the command's environment")
     clear_env: bool = key(read_boolean, False, "give the command nothing but `env`")
-
-    shown = property(operator.attrgetter("command"), doc="The command.")
+    shown = property(operator.attrgetter("command"))
 
 
 @dataclass(frozen=True)
 class FileTarget:
-    """The section `file` of a module."""
+    """Section `file` of a module."""
 
     path: str = key(read_something, REQUIRED, "regular file or FIFO to read")
-
-    shown = property(operator.attrgetter("path"), doc="The path.")
+    shown = property(operator.attrgetter("path"))
 
 
 TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
@@ -1904,7 +1882,7 @@ TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "fi
 
 @dataclass(frozen=True)
 class Module:
-    """A module of the configuration."""
+    """A module."""
 
     method: str = key(read_method, REQUIRED, "`http`, `exec` or `file`")
     timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
@@ -1918,12 +1896,8 @@ class Module:
     target: Any = None
 
 
-#: Keys of a module that may stand in its method's section as well; and the methods without them.
-SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
-
-
 class Config(NamedTuple):
-    """A whole configuration."""
+    """The modules, and the name of the default module or ""."""
 
     modules: Mapping[str, Module]
     default_module: str
@@ -1931,7 +1905,7 @@ class Config(NamedTuple):
 
 @dataclass(frozen=True)
 class TlsServer:
-    """The section `tls_server_config` of a web configuration."""
+    """Section `tls_server_config` of a web configuration."""
 
     cert_file: str = key(read_something, REQUIRED, "certificate, and the chain behind it")
     key_file: str = key(read_something, REQUIRED, "its key")
@@ -1944,29 +1918,26 @@ class TlsServer:
 
 @dataclass(frozen=True, repr=False)
 class WebConfig:
-    """The file of -web.config.file: exporter-toolkit's, less what is refused as unknown."""
+    """File of -web.config.file, with a part of the keys of exporter-toolkit."""
 
     tls_server_config: Any = key(TlsServer, None, "how to serve TLS")  # noqa: RUF009 - frozen
     basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
 
 
-Values = dict[str, Any]
-
-
 def declared_keys(section: Any) -> Mapping[str, Mapping[str, Any]]:
-    """The keys of a section's dataclass, with what `key` said of them."""
+    """Return the keys of a section's dataclass, with the arguments of `key`."""
     return {f.name: f.metadata for f in dataclasses.fields(section) if "read" in f.metadata}
 
 
 def suggest(message: str, name: str, known: Iterable[str]) -> str:
-    """The message, with the nearest of the known names if one is near."""
-    # Like tls_server_config, but another thing: a key of exporter-toolkit that we do not have.
+    """Return the message, with the nearest of the known names if one is near."""
+    # This key of exporter-toolkit must not suggest tls_server_config.
     near = difflib.get_close_matches(name, ["http_server_config", *known], 1)
     return message + (f'; did you mean "{near[0]}"?' if near and near[0] in known else "")
 
 
 def words_of(error: BaseException) -> str:
-    """What an error of the system or of TLS says, without numbers and names of C."""
+    """Return the message of a system or TLS error, without numbers and names of C."""
     found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
     text = next((text for text in found if isinstance(text, str)), "")
     plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
@@ -1974,34 +1945,33 @@ def words_of(error: BaseException) -> str:
 
 
 class DocumentReader:
-    """Reads the tree of one document; notes problems, and remembers where every key stands."""
+    """Reads the tree of a document. Adds problems to a list that all documents share."""
 
     def __init__(self, filename: str, problems: list[Problem]) -> None:
-        """Begin; the problems of all documents come together in one list."""
         self.filename, self.problems = filename, problems
         self.places: dict[str, Place] = {"": (0, 0)}
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
-        """Note a problem, by default where the path or the nearest thing around it stands."""
-        around = path = path.lstrip(".")  # the paths of keys at the top begin with a dot
+        """Note a problem, by default at the place of the path or the nearest section around it."""
+        around = path = path.lstrip(".")  # paths of top-level keys begin with a dot
         while place is None:
             place, around = self.places.get(around), around.rpartition(".")[0]
         self.problems.append(Problem(self.filename, *place, path, message))
 
     @contextlib.contextmanager
     def noting(self, path: str, what: str = "cannot be read") -> Iterator[None]:
-        """Note what goes wrong inside; `what` says what an error of the system or of TLS means."""
+        """Note an error inside as a problem. `what` precedes the words of a system or TLS error."""
         try:
             yield
         except NodeError as error:
             self.problem(path, str(error), error.place)
-        except RecursionError:  # of a parser
+        except RecursionError:  # in a parser
             self.problem(path, "nested too deeply")
         except (OSError, ValueError, OverflowError) as error:  # ssl.SSLError is an OSError
             self.problem(path, f"{what}: {words_of(error)}")
 
     def entries(self, node: Node, path: str, known: Iterable[str] = ()) -> dict[str, Node]:
-        """Keys and values of a mapping; duplicates and, if some are known, others are problems."""
+        """Return keys and values of a mapping. Note duplicates, and keys that are not known."""
         found: dict[str, Node] = {}
         if node.kind != "mapping":
             self.problem(path, str(mismatch("a mapping", node)), node.place)
@@ -2020,15 +1990,15 @@ class DocumentReader:
         return found
 
     def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
-        """What the readers of declared keys make of the nodes; nothing is as good as absent."""
+        """Return the values of the declared keys. A key without a value counts as missing."""
         values: Values = {}
         for name, metadata in declared.items():
-            node, where = nodes.get(name, ABSENT), f"{path}.{name}"
+            node, where = nodes.get(name, Node()), f"{path}.{name}"
             if node.kind != "nothing":
                 with self.noting(where):
                     read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
                     values[name] = self.section(read, node, where) if nested else read(node)
-            elif nodes.get(SUBSTITUTES.get(name, ""), ABSENT).kind != "nothing":
+            elif name == "port" and nodes.get("unix_socket", Node()).kind != "nothing":
                 values[name] = 0
             elif metadata["default"] is REQUIRED:
                 self.problem(where, f"required: {metadata['documentation']}")
@@ -2037,40 +2007,44 @@ class DocumentReader:
             beside = declared[name]["beside"]
             if beside and not set(beside) & set(given):
                 self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
-        for group in OPPOSED_KEYS:
+        for group in RIVAL_KEYS:
             first, *others = [name for name in given if name in group] or [""]
             for name in others:
                 self.problem(f"{path}.{name}", f"does not go with {first}")
         return values
 
     def section(self, section: Any, node: Node, path: str) -> Any:
-        """What a mapping says, as an instance of a dataclass; None if that is unusable."""
+        """Return the instance of a dataclass for a mapping, or None after a problem."""
         before, declared = len(self.problems), declared_keys(section)
         values = self.values(declared, self.entries(node, path.lstrip("."), declared), path)
         return None if len(self.problems) > before else section(**values)
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
-        """The nodes of a whole file's modules, and the name of the default one."""
+        """Return the nodes of a file's modules, and the name of the default module or ""."""
         known = ("modules", "defaultModule", "global")
         nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
-        listed = nodes.get("modules", ABSENT)
+        listed = nodes.get("modules", Node())
         modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        default = {"defaultModule": key(read_text, "", "name of a module").metadata}
-        return modules, self.values(default, nodes, "").get("defaultModule", "")
+        default = ""
+        with self.noting("defaultModule"):
+            default = read_text(nodes.get("defaultModule", Node()))
+        return modules, default
 
     def module(self, name: str, node: Node) -> Module | None:
-        """One module; None if there are problems with it."""
+        """Return a module, or None after a problem."""
         path, before = f"modules.{name}", len(self.problems)
         self.places.setdefault(path, node.place)
         nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
-        values = self.values(declared_keys(Module), nodes, path) if node.kind == "mapping" else {}
+        if node.kind != "mapping":
+            return None
+        values = self.values(declared_keys(Module), nodes, path)
         target = self.target(nodes, values, path) if "method" in values else {}
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[values["method"]](**target))
 
     def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
-        """Values of the section of the module's method; shared ones join the module's values."""
+        """Return the values of the method's section. Shared keys join the module's values."""
         method = values["method"]
         where = f"{path}.{method}"
         shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
