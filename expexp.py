@@ -4998,12 +4998,11 @@ class Server(http.server.ThreadingHTTPServer):
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
-# Puts the parts together, waits for a signal, and takes them apart. Exit codes: 0, 1 and 2 as the
-# top of this file says. Nothing runs at import.
+# Builds the parts, waits for a signal, and stops them. Importing this file runs nothing.
 
 
 class LogFormatter(logging.Formatter):
-    """One line a record, `key=value` or JSON, of at most so many bytes without its line break."""
+    """Formats a record as one line, `key=value` or JSON, of at most `most_bytes`."""
 
     def __init__(self, as_json: bool, most_bytes: int) -> None:
         super().__init__()
@@ -5011,14 +5010,14 @@ class LogFormatter(logging.Formatter):
         self._most = most_bytes
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line. A message that is too long loses its middle: a trace ends in why."""
+        """Return the line. A long message loses its middle, because a trace ends in its cause."""
         message = super().format(record)
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
         level = record.levelname.lower()
         while True:
             if self._as_json:
                 line = json.dumps({"level": level, "msg": message, "time": created})
-            elif record.levelno == logging.CRITICAL:  # why expexp does not start, for people
+            elif record.levelno == logging.CRITICAL:  # why expexp does not start
                 line = message
             else:
                 quoted = json.dumps(message, ensure_ascii=not message.isprintable())
@@ -5030,15 +5029,11 @@ class LogFormatter(logging.Formatter):
 
 
 class LogWriter(logging.Handler):
-    """Queues log lines for a thread, which writes them to a file descriptor.
-
-    A pipe that nobody reads blocks each writer. It must not block the threads that log. The
-    descriptor is never made non-blocking, because other processes share it.
-    """
+    """Queues log lines for a thread that writes them. A full pipe must not block other threads."""
 
     def __init__(self, descriptor: int, limits: Limits, metrics: SelfMetrics) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._descriptor = descriptor  # it stays blocking: other processes share it
         self._limits = limits
         self._metrics = metrics
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -5046,7 +5041,7 @@ class LogWriter(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line of a record, or drop it. One thread at a time is in here."""
+        """Queue the line of a record, or drop it. The handler's lock admits one thread."""
         if self._lines.qsize() >= self._limits.log_queue_lines:
             self._drop()
             return
@@ -5056,12 +5051,12 @@ class LogWriter(logging.Handler):
             self._drop()
 
     def stop(self) -> None:
-        """Wait until all lines are written, or for `log_flush_seconds`."""
+        """Wait until all lines are written, at most `log_flush_seconds`."""
         self._lines.put(b"")
         self._thread.join(self._limits.log_flush_seconds)
 
     def _write_lines(self) -> None:
-        """Write lines until `stop`. Drop the rest of one that cannot be written."""
+        """Write lines until `stop`. Drop a line that cannot be written."""
         while line := self._lines.get():
             try:
                 while line:
@@ -5070,23 +5065,23 @@ class LogWriter(logging.Handler):
                 self._drop()
 
     def _drop(self) -> None:
-        """Count a line that is not written."""
+        """Count a dropped line."""
         with contextlib.suppress(MemoryError):
             self._metrics.increment("expexp_log_lines_dropped_total")
 
 
 def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -> None:
-    """Log to this handler, as the flags say."""
+    """Log to this handler with the level and format of the flags."""
     handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_bytes - 1))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
-    logging.logThreads = False  # to name a thread, `threading` would keep an object for each
+    logging.logThreads = False  # or `threading` keeps an object for each thread, to name it
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
 
 def log_thread_error(ended: Any) -> None:
-    """Log the error that ends a thread. By default Python waits for stderr to take its trace."""
+    """Log the error that ended a thread. Python's own hook would block on a full stderr."""
     LOGGER.error("unexpected error in a thread", exc_info=ended.exc_value)
 
 
@@ -5097,7 +5092,7 @@ def tell(text: str) -> None:
 
 
 def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
-    """Raise the soft limit of descriptors. Return limits that fit, and the former one or 0. IO."""
+    """Raise the soft limit of descriptors. Return fitting limits, and the former one or 0. IO."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = limits.file_descriptors
     wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
@@ -5109,27 +5104,20 @@ def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
     return limits, soft
 
 
-def set_constant_metrics(metrics: SelfMetrics) -> None:
-    """Set the metrics that never change."""
-    python, numbers = platform.python_version(), platform.python_version_tuple()
-    metrics.set("expexp_build_info", __version__, python, to=1)
-    metrics.set("build_info", __version__, "unknown", "unknown", f"python{python}", to=1)
-    metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
-
-
 class Program:
-    """All parts of a running expexp."""
+    """All parts of a running expexp. Raises ConfigError if something is wrong at the start."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load and check everything. Raises ConfigError."""
         metrics = SelfMetrics()
-        set_constant_metrics(metrics)
+        python, numbers = platform.python_version(), platform.python_version_tuple()
+        metrics.set("expexp_build_info", __version__, python, to=1)
+        metrics.set("build_info", __version__, "unknown", "unknown", f"python{python}", to=1)
+        metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
         limits, former_descriptors = fit_descriptors(limits)
         self._options, self._limits = options, limits
         self.loader = Loader(options, limits)
         self.commands = Commands(limits, former_descriptors)
-        tools = Tools(limits, self.commands, metrics)
-        self.application = Application(self.loader, options, tools)
+        self.application = Application(self.loader, options, Tools(limits, self.commands, metrics))
         self.connections = Connections(limits.connections, metrics)
         self.servers: list[Server] = []
         self._is_ending = False
@@ -5138,7 +5126,7 @@ class Program:
             LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
-        """Bind, and log what an operator should know. Raises ConfigError."""
+        """Bind all listeners, and log who has access. Raise ConfigError."""
         options, tls = self._options, self.loader.snapshot.credentials.value.tls
         own_tls = not options["web.tls.listen-address"] and bool(tls)
         listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
@@ -5154,7 +5142,7 @@ class Program:
         self._tell_access()
 
     def _tell_access(self) -> None:
-        """Log at start what an operator should know of who may ask for what."""
+        """Log who has access, and warn if anyone can add arguments to commands."""
         networks, modules = self._options["allow.net"], self.application.modules.values()
         for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
@@ -5175,33 +5163,28 @@ class Program:
             )
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then finish what runs."""
-        # The kernel may hand a signal to any thread. Python's handlers run in the main one only,
-        # which does not wake up then: so each signal is a byte to wait for.
+        """Serve until SIGTERM or SIGINT, then finish what runs. SIGHUP already has its handler."""
+        # A signal can reach any thread. Its byte wakes this one, where Python runs the handlers.
         signals, writer = socket.socketpair()
         writer.setblocking(False)
         signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGHUP, lambda *_: None)
-        for number in (signal.SIGTERM, signal.SIGINT):  # noted: in a full buffer is no byte of it
+        for number in (signal.SIGTERM, signal.SIGINT):  # a full buffer loses the byte
             signal.signal(number, self._note_end)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, children could not be waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no child can be waited for
         for server in self.servers:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             LOGGER.info("listening on %s", server.url)
         notify("READY=1")
-        # A reload can hang in a file system. It must not keep this thread from ending the program.
+        # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
         while signals.recv(PIECE_BYTES) and not self._is_ending:
             self._is_reload_wanted.set()
         self.stop()
-        signal.set_wakeup_fd(-1)  # closed now: a further signal would be an error on stderr
+        signal.set_wakeup_fd(-1)  # another signal would cause an error on stderr
 
     def _note_end(self, *_: Any) -> None:
-        """Note that a signal ends the program.
-
-        A second signal can interrupt this handler. The lock of a `threading.Event` would then wait
-        for the thread that holds it: 5 of 30 runs hung on SIGTERM and SIGINT close together.
-        """
+        """Note that a signal ends the program."""
+        # Not a `threading.Event`: a second signal could make it deadlock. 5 of 30 runs hung.
         self._is_ending = True
 
     def _keep_reloading(self) -> None:
@@ -5211,13 +5194,12 @@ class Program:
         while True:
             try:
                 is_wanted = self._is_reload_wanted.wait(seconds)
-                if is_wanted:  # otherwise a signal of just now would be lost
+                if is_wanted:  # otherwise a signal since then would be lost
                     self._is_reload_wanted.clear()
                 former = found
                 config = self.loader.snapshot.config
                 found = config.look()
-                # Not while a file is being written: two looks must be the same.
-                if is_wanted or (found == former and config.is_due()):
+                if is_wanted or (found == former and config.is_due()):  # no file is being written
                     self.application.reload()
             except (MemoryError, RuntimeError, RequestError):  # noqa: PERF203 - go on
                 time.sleep(self._limits.accept_pause_seconds)
@@ -5235,10 +5217,7 @@ class Program:
 
 
 def read_input(name: str, limits: Limits) -> bytes:
-    """Return the content of a file, of stdin for `-`. IO.
-
-    Raises OSError, and ScrapeError if a scrape would not take that many bytes.
-    """
+    """Return the content of a file, `-` for stdin. Raise OSError, ScrapeError if too large. IO."""
     with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
         body = file.read(limits.body_bytes + 1)
     check_size(limits, len(body))
@@ -5246,7 +5225,7 @@ def read_input(name: str, limits: Limits) -> bytes:
 
 
 def point_at(line: bytes, column: int) -> str:
-    """Return what is around a column of a line, escaped, and below it a caret."""
+    """Return the escaped text around a column of a line, and a caret below the column."""
     text = line.decode() if is_utf8(line) else line.decode("latin-1")  # columns are bytes then
     before = excerpt(text[max(0, column - 60) : column - 1], 200)
     rest = excerpt(text[column - 1 :], 60)
@@ -5254,31 +5233,27 @@ def point_at(line: bytes, column: int) -> str:
 
 
 def render_error(name: str, body: bytes, error: ExpositionError) -> str:
-    """Return `file:line:column: message` and the place, for protobuf `file: byte N: message`."""
+    """Return `file:line:column: message` and the text, for protobuf `file: byte N: message`."""
     if not error.line:
         return f"{name}: byte {error.offset}: {error.message}\n"
     line = body[error.offset : error.offset + LINE_BYTES].partition(b"\n")[0]
-    place = point_at(line, error.column)
-    return f"{name}:{error.line}:{error.column}: {error.message}\n{place}"
-
-
-def verify_body(name: str, body: bytes, content_type: str) -> tuple[str, int]:
-    """Return what to say of an exposition, and the exit code: 0, or 1 if it is ill-formed."""
-    try:
-        samples = verify_exposition(body, content_type)
-    except ExpositionError as error:
-        return render_error(name, body, error), 1
-    return f"{name}: well-formed, samples: {samples}\n", 0
+    return f"{name}:{error.line}:{error.column}: {error.message}\n{point_at(line, error.column)}"
 
 
 def verify_file(name: str, options: Options, limits: Limits) -> int:
-    """Verify the exposition in a file. Return the exit code, 2 if the file cannot be read. IO."""
+    """Verify a file, write the verdict to stdout, and return the exit code of -verify. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
     failure = f"{shown}: cannot be read"
+    code = 0
     try:
         body = read_input(name, limits)
         content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
-        text, code = verify_body(shown, body, content_type)
+        try:
+            samples = verify_exposition(body, content_type)
+            text = f"{shown}: well-formed, samples: {samples}\n"
+        except ExpositionError as error:
+            text = render_error(shown, body, error)
+            code = 1
         failure = "<stdout>: cannot be written"
         with open(1, "wb", closefd=False) as stdout:
             stdout.write(text.encode("utf-8", "replace"))
@@ -5288,18 +5263,10 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
     return code
 
 
-#: How long a thread may keep the interpreter's lock. While ten threads verify 50 MB each, the p99
-#: of a small scrape is 0.6 s with CPython's own 5 ms, and 0.2 s with this.
-SWITCH_SECONDS: Final = 0.0005
-
-
 def limit_memory() -> None:
-    """Make glibc return freed memory to the system. IO.
-
-    glibc keeps one arena per thread. After 40 bodies of 50 MB, 1.5 GB stayed allocated. With a
-    separate mapping for every block of 1 MiB or more, 50 MB stay. A threshold of 256 KiB would slow
-    `re` down on Python 3.9.
-    """
+    """Make glibc return freed memory to the system. IO."""
+    # It keeps an arena for each thread: 1.5 GB stayed after 40 bodies of 50 MB. With blocks from
+    # 1 MiB mapped apart, 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
     with contextlib.suppress(OSError, AttributeError):  # musl has neither
         library = ctypes.CDLL(None)
         library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
@@ -5307,7 +5274,7 @@ def limit_memory() -> None:
 
 
 def perform(options: Options, limits: Limits) -> int:
-    """Do what the flags ask for; return the exit code. Raises ConfigError."""
+    """Do what the flags ask for. Return the exit code. Raise ConfigError."""
     if options["help"]:
         tell(render_usage())
     elif options["version"]:
@@ -5317,16 +5284,17 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["config.check"]:
         tell(f"no problems, modules: {len(Program(options, limits).application.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
-        signal.signal(signal.SIGHUP, lambda *_: None)  # while starting: all is being read just now
+        signal.signal(signal.SIGHUP, lambda *_: None)  # it must not end expexp while it starts
         program = Program(options, limits)
         program.listen()
-        sys.setswitchinterval(SWITCH_SECONDS)
+        # While ten threads verify 50 MB, a small scrape's p99 is 0.2 s, and 0.6 s with the default.
+        sys.setswitchinterval(0.0005)
         limit_memory()
-        # Without a stderr, descriptor 2 may become that of a client.
+        # Without a stderr, descriptor 2 may become a client's.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
         set_up_logging(writer, options, limits)
         threading.excepthook = log_thread_error
-        sys.unraisablehook = log_thread_error  # for those that `threading` does not know
+        sys.unraisablehook = log_thread_error  # for threads that `threading` does not know
         program.run()
         writer.stop()
     else:
@@ -5335,7 +5303,7 @@ def perform(options: Options, limits: Limits) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run expexp with these arguments, or the command line's; returns the exit code."""
+    """Run expexp with these arguments, or the command line's. Return the exit code."""
     limits = Limits()
     try:
         options = parse_flags(sys.argv[1:] if argv is None else argv)
