@@ -2600,9 +2600,9 @@ TEXT_INVALID = [
     ),
     (
         "the column in a line of more than 1 MiB, in bytes",
-        b"#" + "é".encode() * 600_000 + b"\0\n",
+        b"##" + "é".encode() * 600_000 + b"\0\n",
         1,
-        1_200_002,
+        1_200_003,
         "a NUL byte here ends the body for Prometheus",
     ),
     (
@@ -3916,6 +3916,14 @@ def test_tick_is_called_however_the_body_is_made(name: str) -> None:
         expexp.verify_exposition(GROWING[name](2_000_000), PLAIN, tick=tick)
 
 
+@pytest.mark.parametrize("start", [b"# ", b"#"], ids=["after a blank", "at once"])
+def test_tick_is_called_at_each_window_of_a_comment(start: bytes) -> None:
+    ticks: list[None] = []
+    body = start + b"x" * (10 * expexp.WINDOW_BYTES)
+    assert expexp.verify_exposition(body, PLAIN, tick=lambda: ticks.append(None)) == 0
+    assert len(ticks) >= 10
+
+
 def longest_wait_of_another_thread(body: bytes) -> float:
     """Give how many seconds another thread did not run while a valid body was verified."""
     longest, done = 0.0, threading.Event()
@@ -4383,6 +4391,8 @@ GROWING_PROTOBUF: dict[str, Callable[[int], bytes]] = {
     "unknown numbers": lambda n: family(b"\x78\x01" * (n // 2)),
     "unknown fields of two bytes": lambda n: family(b"\x7a\0" * (n // 2)),
     "one unknown field": lambda n: family(part(15, b"\x0a" * n)),
+    "one long unknown field of a family": lambda n: family_of(part(99, b"x" * n) + b"\x22\0"),
+    "one long unknown field of a label": lambda n: family(part(1, part(99, b"x" * n))),
     "one long label value": lambda n: family(label("a", "x" * n) + GAUGE),
     "one long label value in UTF-8": lambda n: family(label("a", "é" * (n // 2)) + GAUGE),
     "one long label name": lambda n: family(label("x" * n, "a") + GAUGE),
