@@ -422,13 +422,12 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # ==================================================================================================
 # 4  Exposition: grammar
 # ==================================================================================================
-# The two line formats as data: tokens for the reader of section 5, productions for its fast path,
-# and a `Dialect` for each.
-# Runs of one byte class are possessive (`++`, `*+`, `}+`). Python before 3.11 does not know that;
-# plain ones match the same, since nothing here is ambiguous. Of groups only the outermost is, and
-# not before 3.11.5: Debian 12's 3.11.2 takes half a group for a whole one then (gh-106052).
-# `(?:x|)` is `x` or nothing, faster than `(?:x)?`; a class without `^` is faster than one with.
-# Authority for what is ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
+# The two line formats as data: tokens for the reader of section 5, productions for its fast path, a
+# `Dialect` for each. Runs of one byte class are possessive (`++`, `*+`, `}+`). Before Python 3.11,
+# plain ones match the same, since nothing is ambiguous. Of groups only the outermost is possessive,
+# from 3.11.5 on: Debian 12's 3.11.2 takes half a group for a whole one (gh-106052). `(?:x|)` is
+# faster than `(?:x)?`, and a class without `^` is faster than one with. Authority for what is
+# ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
 
 Pattern = re.Pattern[bytes]
 POSSESSIVE: Final = sys.version_info >= (3, 11)
@@ -608,12 +607,11 @@ OPENMETRICS: Final = Dialect(
 # 5  Exposition: reading lines
 # ==================================================================================================
 # The reader defines what is accepted and makes every message. Each `read_*` takes a source and a
-# position in it. It returns the position after what it read, and what it read. It raises only
-# ExpositionError, and what the caller's `tick` raises. `tick` is called at every line, every label,
-# and every window of a long comment, so that no body outlives a deadline. Time is linear in the
-# size of the body, whatever it holds.
+# position, and returns the position after what it read, and that. It raises only ExpositionError,
+# and what the caller's `tick` raises. `tick` is called at every line, every label and every window
+# of a long comment, so that no body outlives a deadline. Time is linear in the size of the body.
 # The fast path takes a run of canonical lines in one match. It accepts only what the reader accepts
-# without a word; without it every verdict and every count would be the same.
+# without a word. Without it every verdict and every count would be the same.
 
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
@@ -1001,11 +999,10 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: b
 # ==================================================================================================
 # A run of `io.prometheus.client.MetricFamily` messages, each after its length. The table says which
 # fields there are. Other fields are skipped. Wire types and lengths must fit, names and texts must
-# be UTF-8, label names unique, as in Prometheus's decoder. Nothing is kept but the labels of one
-# metric and the last field of each name: memory does not grow with the body.
-# Plain messages, as client libraries write them, are checked by expressions in one match each. The
-# expressions accept a subset of what the walk through the fields accepts.
-# Authority: client_model's metrics.proto, and the encoding page of the protobuf documentation.
+# be UTF-8, label names unique, as in Prometheus's decoder. Memory does not grow with the body: only
+# the labels of one metric are kept. One match of an expression checks a plain message, as client
+# libraries write them. It accepts a subset of what the walk through the fields accepts. Authority:
+# client_model's metrics.proto, and the encoding page of the protobuf documentation.
 
 #: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
 PROTOBUF: Final = {
@@ -1176,7 +1173,7 @@ def read_family(source: Source, pos: int, end: int) -> int:
         if field == "metric":
             check_metric(source, start, stop)
             metrics += 1
-        else:
+        elif field:
             last[field] = source.body[start:stop]
     name = last["name"]
     if not metrics:
@@ -1234,7 +1231,6 @@ def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> i
     """Return the number of samples in `body`, in protobuf the number of metrics.
 
     Raises ExpositionError where Prometheus would not ingest the body, and whatever `tick` raises.
-
     Differences from Prometheus: a NUL byte that its text parser takes for the end of the body is
     refused, since what follows would be lost in silence. A token (a name, a label value, a number,
     a text of metadata, a run of blanks or the first word of a comment) of more than 64 KiB is
@@ -2069,9 +2065,8 @@ class DocumentReader:
 # 11  Loading
 # ==================================================================================================
 # The files that expexp reads become one Snapshot: the configuration at start and on a reload,
-# certificates and secrets also when they change. A value is replaced as a whole or not at all. What
-# is wrong with a file is a problem: at start a ConfigError, later a line in the log. The part "who
-# may ask" decides who gets in. IO.
+# certificates and secrets also when they change. A value is replaced as a whole or not at all. A
+# problem with a file is a ConfigError at start, and a line in the log later. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
 CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
@@ -2402,8 +2397,7 @@ def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
 class PasswordChecks:
     """What all checks of passwords share, also over a reload: proofs, and the turn to hash.
 
-    One request hashes at a time. Requests with a known user name go before the others. Each kind
-    goes in its order of arrival.
+    One request hashes at a time: first those with a known user name, then in order of arrival.
     """
 
     def __init__(self) -> None:
@@ -2414,11 +2408,7 @@ class PasswordChecks:
 
     @contextlib.contextmanager
     def turn(self, is_known: bool) -> Iterator[None]:
-        """Wait for the turn to hash, and end it on exit.
-
-        If too many requests wait, the last one gets RequestError(503), when the present turn ends
-        at the latest. So does a request that waits too long.
-        """
+        """Wait for the turn to hash. Raises RequestError if too many wait, or one for too long."""
         own = (not is_known, time.monotonic(), threading.get_ident())
         try:
             with self._changed:
@@ -2450,10 +2440,7 @@ class Users:
         return len(self._hashes)
 
     def prove(self, given: str) -> bool:
-        """Return whether base64 of `user:password` is right. A right pair is hashed once.
-
-        Raises RequestError(503) if too many passwords wait to be hashed.
-        """
+        """Return whether base64 of `user:password` is right, hashed once. Raises RequestError."""
         try:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
@@ -2685,9 +2672,6 @@ def load_credentials(options: Options, reader: FileReader) -> Credentials:
     return credentials
 
 
-# --- all of it
-
-
 def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
     """Return the configuration that flags name. Note what is wrong with it as problems."""
     flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
@@ -2741,11 +2725,8 @@ class Loader:
             return self.snapshot
 
     def target(self, name: str, former: FileReader) -> FileReader:
-        """Return the credentials for a module's target, from files of a moment ago. IO.
-
-        A file system that hangs must stop the scrapes of no other module.
-        """
-        fresh = self._rotate(former)
+        """Return the credentials for a module's target, from files of a moment ago. IO."""
+        fresh = self._rotate(former)  # if it hangs, it stops the scrapes of no other module
         with self._swapping:
             targets = self.snapshot.targets
             if targets.get(name) is former:
@@ -2764,10 +2745,7 @@ class Loader:
             reader.looking.release()
 
     def reload(self) -> Sequence[Problem]:
-        """Read all files again, once for all callers that wait for it to begin.
-
-        Return the problems. Raises RequestError if another reload does not end.
-        """
+        """Read all files, once for all callers that wait. Return problems. Raises RequestError."""
         begun = self._begun
         if not self._lock.acquire(timeout=self._limits.reload_seconds):
             LOGGER.error("a reload does not end")
