@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 MINUTES ?= 30
+JOBS ?= 2
+EXCEPT ?=
 
 SHELL := /bin/sh
 .SHELLFLAGS := -eu -c
@@ -73,7 +75,7 @@ check: $(VENV)/.dev ## lint, format, types, and the gates of the two programs
 describe_python := import sys; v = sys.version_info; \
 	v >= (3, 9) and sys.implementation.name == "cpython" and print("3.%d" % v[1], sys.executable)
 
-matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv)
+matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv), JOBS=2 at once
 	@work=$$(mktemp -d)
 	trap 'rm -rf "$$work"' EXIT
 	{
@@ -86,26 +88,36 @@ matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv)
 		"$$python" -c '$(describe_python)' < /dev/null 2>/dev/null || :
 	done < "$$work/candidates" | awk '!seen[$$1]++' | sort -t . -k 2 -n > "$$work/pythons"
 	if [ ! -s "$$work/pythons" ]; then echo "no Python from 3.9 found" >&2; exit 1; fi
-	failed=0
-	while read -r version python; do
-		echo "Python $$version: $$python"
-		if $(MAKE) test VENV=.venv-$$version PYTHON="$$python" \
-			ARGS='-q -m "not peer and not load" $(ARGS)' < /dev/null > "$$work/log" 2>&1; then
+	run_one() {
+		log="$$work/log-$$1"
+		if $(MAKE) test VENV=.venv-$$1 PYTHON="$$2" \
+			ARGS="-q -o cache_dir=$$work/cache-$$1 -m 'not peer and not load' $(ARGS)" > "$$log" 2>&1; then
 			verdict=passed
-		elif cat "$$work/log" && $(MAKE) test VENV=.venv-$$version PYTHON="$$python" \
-			ARGS='-q --last-failed --last-failed-no-failures=none' < /dev/null > "$$work/log" 2>&1; then
+		elif cat "$$log" && $(MAKE) test VENV=.venv-$$1 PYTHON="$$2" \
+			ARGS="-q -o cache_dir=$$work/cache-$$1 --last-failed --last-failed-no-failures=none" > "$$log" 2>&1; then
 			verdict="passed at the second try, what had failed"
 		else
 			verdict=FAILED
-			failed=1
-			cat "$$work/log"
+			touch "$$work/failed"
+			cat "$$log"
 		fi
-		closing=$$(grep -E '^(=+ )?[0-9]+ .* in [0-9.]+s' "$$work/log" | tail -n 1 || :)
-		printf 'Python %-5s %s: %s\n' "$$version" "$$verdict" "$${closing:-no tests were run}" >> "$$work/summary"
+		closing=$$(grep -E '^(=+ )?[0-9]+ .* in [0-9.]+s' "$$log" | tail -n 1 || :)
+		printf 'Python %-5s %s: %s\n' "$$1" "$$verdict" "$${closing:-no tests were run}" > "$$work/summary-$$1"
+	}
+	running=0
+	while read -r version python; do
+		if [ "$$version" = "$(EXCEPT)" ]; then continue; fi
+		echo "Python $$version: $$python"
+		run_one "$$version" "$$python" < /dev/null &
+		running=$$((running + 1))
+		if [ $$running = $(JOBS) ]; then wait; running=0; fi
 	done < "$$work/pythons"
+	wait
 	echo
-	cat "$$work/summary"
-	exit $$failed
+	while read -r version _; do
+		if [ "$$version" != "$(EXCEPT)" ]; then cat "$$work/summary-$$version"; fi
+	done < "$$work/pythons"
+	if [ -e "$$work/failed" ]; then exit 1; fi
 
 bench: $(VENV)/.dev ## measure the verifier, what silent clients cost, and expexp beside its peers
 	@$(VENV)/bin/python bench/verify.py

@@ -616,7 +616,7 @@ OPENMETRICS: Final = Dialect(
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
 # A match that can go back is slower.
-WINDOW_BYTES: Final = 196_608 if POSSESSIVE else 65_536
+WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns are bytes
 
 

@@ -3616,7 +3616,7 @@ def test_too_many_labels_are_refused_with_and_without_the_fast_path() -> None:
 
 
 def test_a_window_that_is_not_utf8_costs_no_verdict() -> None:
-    line, lines = b'up{a="' + b"x" * 90 + b'"} 1\n', 3_000  # more than a window (192 KiB)
+    line, lines = b'up{a="' + b"x" * 90 + b'"} 1\n', 3_000  # more than a window (128 KiB)
     assert verdict(b"# \xff\n" + line * lines, PLAIN) == lines
     broken = verdict(line * lines + b'up{a="\xff"} 1\n', PLAIN)
     assert isinstance(broken, expexp.ExpositionError)
@@ -3727,7 +3727,7 @@ GROWING: dict[str, Callable[[int], bytes]] = {
 }
 
 
-#: What is so fast that both sizes are above a window (192 KiB); else both are within one, since the
+#: What is so fast that both sizes are above a window (128 KiB); else both are within one, since the
 #: way may change at its end.
 ABOVE_A_WINDOW = (
     *("one family of many series", "one series many times", "many families", "many exemplars"),
