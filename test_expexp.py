@@ -14254,6 +14254,24 @@ def test_after_all_answers_nothing_is_left_in_the_budget(tmp_path: Path) -> None
         wait_until(lambda: not served.program.application._tools.budget._used)
 
 
+@pytest.mark.parametrize("place", ["join_pieces", "verify_exposition", "gunzip_pieces"])
+def test_a_lack_of_memory_leaves_nothing_in_the_budget(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lack_memory(*_: object) -> None:
+        raise MemoryError
+
+    with (
+        target(ok(gzip.compress(EXPOSITION), "Content-Encoding: gzip")) as port,
+        running({"m": http_module(port)}) as served,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(expexp, place, lack_memory)
+            assert served.scrape("m").status == 500
+        wait_until(lambda: not served.program.application._tools.budget._used)
+        assert served.scrape("m").status == 200
+
+
 def test_a_decoded_body_is_given_back_as_soon_as_it_is_verified() -> None:
     job = scraping_job()
     body = gzip.compress(b"a 1\n" * 1000)
