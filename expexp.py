@@ -2720,7 +2720,7 @@ class Loader:
         ours = self.snapshot.credentials
         fresh = self._rotate(ours)
         with self._swapping:
-            if self.snapshot.credentials is ours:  # and not those of a reload
+            if fresh is not ours and self.snapshot.credentials is ours:  # and not a reload's
                 self.snapshot = self.snapshot._replace(credentials=fresh)
             return self.snapshot
 
@@ -2729,7 +2729,7 @@ class Loader:
         fresh = self._rotate(former)  # if it hangs, it stops the scrapes of no other module
         with self._swapping:
             targets = self.snapshot.targets
-            if targets.get(name) is former:
+            if fresh is not former and targets.get(name) is former:
                 self.snapshot = self.snapshot._replace(targets={**targets, name: fresh})
         return fresh
 
