@@ -47,9 +47,7 @@ try:
     from expexp import (
         NULS,
         NUMBER,
-        OPENMETRICS_CONTENT_TYPE,
         TEXT,
-        TEXT_CONTENT_TYPE,
         Dialect,
         ExpositionError,
         Label,
@@ -63,7 +61,6 @@ try:
         compile_production,
         excerpt,
         expected,
-        is_openmetrics_body,
         is_utf8,
         no_tick,
         peek,
@@ -75,6 +72,7 @@ try:
         refuse,
         skip_blanks,
         tell,
+        text_scrape,
         unescape,
         verify_exposition,
         words_of,
@@ -828,20 +826,13 @@ def render_findings(name: str, body: bytes, found: list[Finding]) -> str:
     return "".join(shown)
 
 
-def guess_content_type(body: bytes) -> str:
-    """Return the content type that the last line of a body shows."""
-    if is_openmetrics_body(body):
-        return OPENMETRICS_CONTENT_TYPE
-    return TEXT_CONTENT_TYPE
-
-
 def lint_file(name: str, arguments: argparse.Namespace) -> int:
     """Print the findings in a file. Return the exit code for it, 2 if it cannot be read. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
     failure = f"{shown}: cannot be read"
     try:
         body = read_input(name, Limits())
-        content_type = arguments.content_type or guess_content_type(body)
+        content_type = arguments.content_type or text_scrape(body).headers[0][1]
         found = findings(body, content_type)
         text = render_findings(shown, body, found)
         failure = "<stdout>: cannot be written"
