@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+PORT ?= 9999
 ARGS ?=
 MINUTES ?= 30
 JOBS ?= 2
@@ -19,7 +20,6 @@ help: ## list these commands
 	echo
 	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference and hostile)"
 
-# What `make run` and the virtual environment need to say when something is missing.
 define python_is_new_enough
 if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
 	echo "expexp needs Python 3.9 or newer, which '$(PYTHON)' is not." >&2
@@ -28,38 +28,39 @@ if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
 fi
 endef
 
-define say_what_is_missing
-echo >&2
-echo "No virtual environment could be made in $(VENV) with '$(PYTHON)': its modules venv and ensurepip" >&2
-echo "(which brings pip) are needed, and a package registry within reach." >&2
-echo "  Debian, Ubuntu:  apt install python3-venv" >&2
-echo "  RHEL, Fedora:    dnf install python3-pip" >&2
-echo "To run expexp no virtual environment is needed, only PyYAML:" >&2
-echo "  Debian, Ubuntu:  apt install python3-yaml" >&2
-echo "  RHEL, Fedora:    dnf install python3-pyyaml" >&2
-exit 1
+# Debian and Ubuntu keep venv and ensurepip in a package of their own.
+define venv_is_installed
+if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then
+	install="install the Python modules venv and ensurepip"
+	if command -v apt-get >/dev/null; then
+		install="apt-get update -qq && apt-get install -qq -y python3-venv"
+	elif command -v dnf >/dev/null; then
+		install="dnf install -q -y python3-pip"
+	fi
+	if [ "$$(id -u)" != 0 ] || [ "$${install#install}" != "$$install" ]; then
+		echo "'$(PYTHON)' lacks the modules venv and ensurepip; run as root: $$install" >&2
+		exit 1
+	fi
+	echo "'$(PYTHON)' lacks the modules venv and ensurepip; running: $$install"
+	eval "$$install"
+fi
 endef
 
-run: ## start expexp on port 9999 with expexp.yaml.example
+run: ## start expexp on PORT=9999 with expexp.yaml.example; needs only Python
 	@$(python_is_new_enough)
-	python="$(PYTHON)"
-	if ! $$python -c 'import yaml' 2>/dev/null; then
-		python="$(VENV)/bin/python"
-		$(MAKE) $(VENV)/bin/python
-		if ! $$python -c 'import yaml' 2>/dev/null; then
-			echo "PyYAML is missing: getting it into $(VENV)"
-			if ! $$python -m pip install -qq --disable-pip-version-check PyYAML; then
-				$(say_what_is_missing)
-			fi
-		fi
+	config=expexp.yaml.example
+	if ! $(PYTHON) -c 'import yaml' 2>/dev/null; then
+		config=contrib/example.json
+		echo "PyYAML is not installed: starting the same modules from $$config"
 	fi
-	echo "Addresses to try, with a browser or with curl (Ctrl-C ends):"
-	echo "  http://localhost:9999/                            all modules"
-	echo "  http://localhost:9999/proxy?module=demo_script    a command's output"
-	echo "  http://localhost:9999/proxy?module=demo_file      a file"
-	echo "  http://localhost:9999/proxy?module=self           an exporter over HTTP: expexp's own"
-	echo "  http://localhost:9999/metrics                     what expexp counts about itself"
-	exec $$python expexp.py -config expexp.yaml.example -log.level=info $(ARGS)
+	if [ "$(PORT)" != 9999 ]; then # the module self scrapes expexp's own port
+		work=$$(mktemp -d)
+		trap 'rm -rf "$$work"' EXIT INT TERM
+		sed 's/\<9999\>/$(PORT)/' "$$config" > "$$work/$${config##*/}"
+		config="$$work/$${config##*/}"
+	fi
+	echo "Starting expexp at http://localhost:$(PORT)/ with $$config (Ctrl-C ends it)"
+	$(PYTHON) expexp.py -config "$$config" -web.listen-address ":$(PORT)" -log.level=info $(ARGS)
 
 test: $(VENV)/.dev ## run the tests (ARGS='-k name' chooses some)
 	@$(VENV)/bin/python -m pytest $(ARGS)
@@ -152,13 +153,19 @@ clean: ## remove virtual environments and caches
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing the test tools into $(VENV)"
 	sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml > $(VENV)/dev-requirements.txt
-	$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r $(VENV)/dev-requirements.txt
+	if ! $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r $(VENV)/dev-requirements.txt; then
+		echo "The test tools could not be installed: pip needs a package registry within reach" >&2
+		echo "(PIP_INDEX_URL names another one). To run expexp, none is needed: make run" >&2
+		exit 1
+	fi
 	touch $@
 
 $(VENV)/bin/python:
 	@$(python_is_new_enough)
-	echo "Making the virtual environment $(VENV)"
-	if ! $(PYTHON) -m venv --clear $(VENV); then
-		rm -rf $(VENV)
-		$(say_what_is_missing)
+	if [ ! -w . ]; then
+		echo "The folder is not writable: copy the project to another one, or add VENV=/tmp/venv" >&2
+		exit 1
 	fi
+	$(venv_is_installed)
+	echo "Making the virtual environment $(VENV)"
+	$(PYTHON) -m venv --clear $(VENV)

@@ -1356,10 +1356,101 @@ def test_the_readme_lists_the_targets_of_the_makefile() -> None:
     assert listed == {f"make {name}" for name in re.findall(r"(?m)^([a-z]+):.*## ", makefile)}
 
 
-def test_the_readme_shows_what_make_run_prints() -> None:
-    shown = re.findall(r"(?m)^(Addresses to try.*|  http:.*)$", document_section("Two commands"))
-    makefile = (FOLDER / "Makefile").read_text(encoding="utf-8")
-    assert shown == re.findall(r'(?m)^\techo "(Addresses to try.*|  http:.*)"$', makefile)
+def test_the_example_without_pyyaml_has_the_modules_of_the_example() -> None:
+    text = (FOLDER / "contrib/example.json").read_text(encoding="utf-8")
+    assert load_configuration(FOLDER / "expexp.yaml.example") == load_configuration(
+        FOLDER / "contrib/example.json"
+    )
+    assert "9999" in text
+
+
+@contextmanager
+def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subprocess.Popen[str]]]]:
+    """A copy of the project with scripts that come first on PATH, and a start of `make` in it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in ("Makefile", "pyproject.toml", "expexp.py", "expexp.yaml.example"):
+            shutil.copy(FOLDER / file, folder)
+        shutil.copytree(FOLDER / "contrib", folder / "contrib")
+        (folder / "bin").mkdir()
+        for tool, script in tools.items():
+            place = folder / "bin" / tool.replace("_", "-")
+            place.write_text(f"#!/bin/sh\n{script}\n")
+            place.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+        def start() -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                ["make", *words],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                cwd=folder,
+                env=environment,
+                start_new_session=True,
+            )
+
+        yield folder, start
+
+
+@pytest.mark.parametrize(
+    ("options", "config"), [("", "expexp.yaml.example"), (" -S", "contrib/example.json")]
+)
+def test_make_run_answers_at_another_port_with_and_without_pyyaml(
+    options: str, config: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    python = f"PYTHON={sys.executable}{options}"
+    with made("run", f"PORT={port}", python) as (_, start), start() as make:
+        assert make.stdout
+        try:
+            log = iter(make.stdout)
+            said = list(itertools.takewhile(lambda line: "listening on" not in line, log))
+            assert bool(options) == any(f"same modules from {config}" in line for line in said)
+            assert fetch(port, "/proxy?module=self").status == 200
+            assert fetch(port, "/proxy?module=demo_script").status == 200
+        finally:
+            os.killpg(make.pid, signal.SIGTERM)
+        assert "stopping" in "".join(log)
+
+
+NO_VENV = f'case "$*" in *ensurepip*) test -e installed;; *) exec {sys.executable} "$@";; esac'
+
+
+@pytest.mark.parametrize(
+    ("user", "tools", "said"),
+    [
+        (
+            0,
+            {"apt_get": 'touch installed; echo "apt-get $*"'},
+            "apt-get install -qq -y python3-venv",
+        ),
+        (1000, {"apt_get": "exit 1"}, "run as root: apt-get update -qq && apt-get install -qq -y"),
+        (1000, {"apt_get": "exit 1"}, "lacks the modules venv and ensurepip"),
+    ],
+)
+def test_make_says_or_runs_what_installs_venv(user: int, tools: dict[str, str], said: str) -> None:
+    tools = {**tools, "id": f"echo {user}", "python": NO_VENV}
+    with made(".venv/bin/python", "PYTHON=python", **tools) as (folder, start), start() as make:
+        assert make.stdout
+        assert said in make.stdout.read()
+        assert make.wait() == (2 if user else 0)
+        assert (folder / ".venv/bin/python").exists() == (not user)
+
+
+def test_make_says_that_pip_needs_a_registry() -> None:
+    pip = 'case "$*" in *pip*) exit 1;; esac'
+    with made(".venv/.dev") as (folder, start):
+        (folder / ".venv/bin").mkdir(parents=True)
+        python = folder / ".venv/bin/python"
+        python.write_text(f"#!/bin/sh\n{pip}\n")
+        python.chmod(0o755)
+        with start() as make:
+            assert make.stdout
+            said = make.stdout.read()
+        assert "pip needs a package registry within reach" in said
+        assert not (folder / ".venv/.dev").exists()
 
 
 def test_every_code_block_of_the_documents_has_a_language_that_is_tested() -> None:
