@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import ast
+import asyncio
 import base64
 import codecs
 import collections
@@ -19487,6 +19488,305 @@ def test_the_contrib_alerts_are_tested_so_that_a_wrong_one_fails(tmp_path: Path)
     command = [peer_program("promtool"), "test", "rules", "alerts_test.yml"]
     done = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
+
+
+# ==================================================================================================
+# F  The fleet: contrib/fleet_sd.py
+# ==================================================================================================
+# One list of the targets of many hosts. What a host answers is foreign; what it said last is kept.
+
+FLEET_SD = CONTRIB / "fleet_sd.py"
+A_GROUP = {"targets": ["host1:9999"], "labels": {"__param_module": "a"}}
+AN_OLD_GROUP = {"targets": ["old:9999"], "labels": {}}
+
+
+def fleet_sd(*flags: str, folder: Path, hosts: str) -> subprocess.CompletedProcess[str]:
+    """fleet_sd.py run to its end, the hosts on its stdin."""
+    command = [sys.executable, str(FLEET_SD), *flags]
+    return subprocess.run(
+        command,
+        input=hosts,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=50,
+        cwd=folder,
+    )
+
+
+def keep_state(folder: Path, name: str, seconds_ago: float) -> None:
+    """The state of a run that had the old group of this host some time ago."""
+    known = {name: [time.time() - seconds_ago, [AN_OLD_GROUP]]}
+    (folder / "out.state").write_text(json.dumps(known))
+
+
+def test_fleet_sd_lists_the_modules_of_a_real_expexp_that_wants_a_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("hunter2\n")
+    config = {"a": exec_module("echo a 1"), "b": exec_module("echo b 1")}
+    with running(config, "-web.bearer.token=hunter2") as ours:
+        host = f"127.0.0.1:{ours.port}"
+        ended = fleet_sd("-token-file", "token", folder=tmp_path, hosts=f"# fleet\n\n{host}\n")
+        assert (ended.returncode, ended.stderr) == (0, "")
+        groups = json.loads(ended.stdout)
+        assert [group["labels"]["__param_module"] for group in groups] == ["a", "b"]
+        assert [group["targets"] for group in groups] == [[host], [host]]
+        ended = fleet_sd(folder=tmp_path, hosts=host)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"{host}: the answer has status 401; target groups kept: 0\n"
+        "no host has answered, and none has targets from before\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "fault"),
+    [
+        (b"HTTP/1.1 500 No\r\n\r\n[]", "the answer has status 500"),
+        (b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n", "the answer has status 302"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "the answer is not HTTP"),
+        (b"", "the answer is not HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[]", "was cut short: 2 of 9 bytes"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "the answer is not JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 90000, "the answer is not JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\n{}", "expected a list of target groups"),
+        (b"HTTP/1.1 200 OK\r\n\r\n[1]", "expected target groups with a list of targets"),
+        (b'HTTP/1.1 200 OK\r\n\r\n[{"targets": [1]}]', "a list of targets"),
+        (b'HTTP/1.1 200 OK\r\n\r\n[{"targets": [], "labels": {"a": 1}}]', "found 'a'"),
+        (b'HTTP/1.1 200 OK\r\n\r\n[{"targets": [], "labels": {"a-b": ""}}]', "found 'a-b'"),
+        (b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 2000000, "more than 1048576 bytes (-max-bytes)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_host_with_a_bad_answer_keeps_its_last_targets_and_is_named(
+    answer: bytes, fault: str, tmp_path: Path
+) -> None:
+    with target(answer) as port:
+        host = f"127.0.0.1:{port}"
+        keep_state(tmp_path, host, 60)
+        ended = fleet_sd("-output", "out", folder=tmp_path, hosts=host)
+    assert ended.returncode == 0
+    assert ended.stderr.startswith(f"{host}: ")
+    assert ended.stderr.endswith("; target groups kept: 1\n")
+    assert fault in ended.stderr
+    assert json.loads((tmp_path / "out").read_text()) == [AN_OLD_GROUP]
+
+
+def test_the_last_targets_of_a_silent_host_are_dropped_after_keep(tmp_path: Path) -> None:
+    with target(b"") as silent, target(ok(json.dumps([A_GROUP]).encode())) as port:
+        keep_state(tmp_path, f"127.0.0.1:{silent}", 7200)
+        hosts = f"127.0.0.1:{silent}\nhttp://127.0.0.1:{port}/sd\n"
+        flags = ("-output=out", "-keep=1h")
+        ended = fleet_sd(*flags, folder=tmp_path, hosts=hosts)
+    assert "the answer is not HTTP; target groups kept: 0" in ended.stderr
+    assert json.loads((tmp_path / "out").read_text()) == [A_GROUP]
+    assert list(json.loads((tmp_path / "out.state").read_text())) == [f"http://127.0.0.1:{port}/sd"]
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_damaged_state_is_named_and_a_list_that_cannot_be_made_leaves_the_last_one(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "out").write_text("[]")
+    (tmp_path / "out.state").write_text('{"a": 1}')
+    with target(b"") as port:
+        ended = fleet_sd("-output", "out", folder=tmp_path, hosts=f"127.0.0.1:{port}")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("out.state: cannot be used, hosts that are silent now have no")
+    assert (tmp_path / "out").read_text() == "[]"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.state"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts", "code", "said"),
+    [
+        (["-bogus"], "", 2, "unknown flag '-bogus': see -help"),
+        (["x"], "", 2, "unknown flag 'x': see -help"),
+        (["-output"], "", 2, "flag -output needs a value"),
+        (["-timeout=5"], "", 2, '-timeout \'5\': expected a duration such as "30s" or "24h"'),
+        (["-concurrency=0"], "", 2, "-concurrency '0': expected a whole number above 0"),
+        (["-serve=9998"], "", 2, 'expected an address such as "127.0.0.1:9998"'),
+        (["-cert=a"], "", 2, "-cert needs -key"),
+        (["-user=a"], "", 2, "-user needs -password-file"),
+        (["-ca=missing"], "", 1, "-ca, -cert or -key cannot be used: No such file or directory"),
+        (["-token-file=missing"], "", 1, "missing: cannot be read: No such file or directory"),
+        (["-hosts=missing"], "", 1, "missing: cannot be read: "),
+        ([], "ftp://a/", 1, "'ftp://a/': expected host:port, or a URL with http or https"),
+        ([], "http://u:pw@a/", 1, "expected host:port, or a URL with http or https"),
+        ([], "a b:1", 1, "'a b:1': "),
+        ([], "a:99999", 1, "'a:99999': "),
+        (["-output=no/such/folder/a"], "", 1, "cannot be written: No such file or directory"),
+    ],
+)
+def test_fleet_sd_says_what_is_wrong_with(
+    flags: list[str], hosts: str, code: int, said: str, tmp_path: Path
+) -> None:
+    ended = fleet_sd(*flags, folder=tmp_path, hosts=hosts)
+    assert ended.returncode == code
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert "Traceback" not in ended.stderr
+
+
+def test_fleet_sd_prints_its_flags_and_the_documents_list_them(tmp_path: Path) -> None:
+    ended = fleet_sd("-help", folder=tmp_path, hosts="")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    flags = set(re.findall(r"(?m)^  (-[a-z-]+) ", ended.stdout))
+    listed = {
+        name for names, *_ in document_table("The list of a fleet") for name in names_in(names)
+    }
+    assert listed == flags
+
+
+def test_fleet_sd_serves_the_list_of_its_last_good_round(tmp_path: Path) -> None:
+    answers = [b"", ok(json.dumps([A_GROUP]).encode()), b""]
+    rounds = itertools.count()
+
+    def answer(connection: socket.socket, _: bytes) -> None:
+        connection.sendall(answers[min(next(rounds), 2)])
+
+    with target(answer) as port:
+        (tmp_path / "hosts").write_text(f"127.0.0.1:{port}\n")
+        flags = ["-hosts=hosts", "-serve=127.0.0.1:0", "-interval=1s"]
+        started = subprocess.Popen(
+            [sys.executable, str(FLEET_SD), *flags], stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+        try:
+            assert started.stderr
+            log = started.stderr.readline()
+            found = re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)/\n", log)
+            assert found
+            served = int(found[1])
+            assert "is not HTTP; target groups kept: 0" in started.stderr.readline()
+            assert "no host has answered" in started.stderr.readline()
+            assert fetch(served, "/sd").status == 503
+            assert "is not HTTP; target groups kept: 1" in started.stderr.readline()
+            answered = fetch(served, "/sd")
+            assert (answered.status, json.loads(answered.body)) == (200, [A_GROUP])
+            assert answered.headers["Content-Type"] == "application/json"
+        finally:
+            started.kill()
+            started.communicate()
+
+
+#: How the hosts of the large fleet behave; all others answer well.
+FLEET_FAULTS = {"refuse": 100, "hang": 50, "drip": 20, "endless": 10, "html": 10}
+
+
+async def behave(kind: str, address: str, writer: asyncio.StreamWriter) -> None:
+    """Answer one request as a host of this kind does."""
+    head = b"HTTP/1.0 200 OK\r\n\r\n"
+    body = json.dumps([{"targets": [f"{address}:9999"], "labels": {}}]).encode()
+    if kind == "hang":
+        await asyncio.sleep(60)
+    elif kind == "drip":
+        for byte in head + body:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(1)
+    elif kind == "endless":
+        writer.write(head)
+        while not writer.transport.is_closing():
+            writer.write(b" " * 65536)
+            await writer.drain()
+    else:
+        writer.write(head + (body if kind == "good" else b"<html>"))
+        await writer.drain()
+
+
+async def ask_a_fleet(folder: Path, kinds: Mapping[str, str]) -> tuple[list[str], float]:
+    """The lines and the peak memory in MB of fleet_sd.py, that asks hosts of these kinds."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(*list(kinds)[1::2]).configure_cert(context)
+    servers, urls, writers = [], [], []
+
+    async def serve(address: str, kind: str, tls: ssl.SSLContext | None) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writers.append(writer)
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                await reader.readuntil(b"\r\n\r\n")
+                await behave(kind, address, writer)
+            writer.transport.abort() if kind in ("hang", "drip", "endless") else writer.close()
+
+        server = await asyncio.start_server(answer, address, 0, ssl=tls)
+        port = server.sockets[0].getsockname()[1]
+        urls.append(f"{'https' if tls else 'http'}://{address}:{port}/sd")
+        servers.append(server)
+        if kind == "refuse":
+            server.close()
+
+    for place, (address, kind) in enumerate(kinds.items()):
+        await serve(address, kind, context if place % 2 else None)
+    (folder / "hosts").write_text("\n".join(urls))
+    known = {url: [time.time() - 60, [AN_OLD_GROUP]] for url in urls}
+    (folder / "out.state").write_text(json.dumps(known))
+    flags = ["-hosts=hosts", "-output=out", "-ca=ca.pem", "-timeout=5s"]
+    # Not ru_maxrss: a child begins with that of its parent.
+    script = "import runpy, sys, os; sys.argv = sys.argv[1:]; os._exit = sys.exit\n"
+    script += "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    script += "finally: print(*[x.split()[1] for x in open('/proc/self/status') if 'VmHWM' in x])"
+    command = [sys.executable, "-c", script, str(FLEET_SD), *flags]
+    asked = await asyncio.create_subprocess_exec(
+        *command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder
+    )
+    said, errors = await asked.communicate()
+    for server in servers:
+        server.close()
+    for writer in writers:
+        writer.transport.abort()
+    others = asyncio.all_tasks() - {cast("asyncio.Task[Any]", asyncio.current_task())}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    return errors.decode().splitlines(), int(said) / 1024
+
+
+@pytest.mark.load
+def test_fleet_sd_asks_two_thousand_hosts_of_which_many_are_ill(tmp_path: Path) -> None:
+    addresses = [f"127.{1 + place // 250}.0.{1 + place % 250}" for place in range(2000)]
+    kinds = dict.fromkeys(addresses, "good")
+    ill = [kind for kind, count in FLEET_FAULTS.items() for _ in range(count)]
+    kinds.update(zip(addresses[:: len(addresses) // len(ill)], ill))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 16384), hard))
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(lambda *_: None)  # for hosts that were cancelled
+    try:
+        started = time.monotonic()
+        lines, peak = loop.run_until_complete(ask_a_fleet(tmp_path, kinds))
+        seconds = time.monotonic() - started
+        loop.run_until_complete(asyncio.sleep(0.2))
+    finally:
+        loop.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    groups = json.loads((tmp_path / "out").read_text())
+    new = {group["targets"][0] for group in groups if group != AN_OLD_GROUP}
+    assert new == {f"{address}:9999" for address, kind in kinds.items() if kind == "good"}
+    assert len(new) == 1810
+    assert groups.count(AN_OLD_GROUP) == len(ill) == len(lines)
+    faults = collections.Counter(line.split(": ", 1)[1].split(";")[0] for line in lines)
+    assert faults == {
+        "Connection refused": 100,
+        "no answer within 5 s": 70,
+        "the answer has more than 1048576 bytes (-max-bytes)": 10,
+        "the answer is not JSON": 10,
+    }
+    assert seconds < 5 + 10 + 5  # the last five: for starting 2,000 servers
+    assert peak < 150
+
+
+@pytest.mark.peer
+def test_a_real_prometheus_scrapes_the_list_of_fleet_sd(
+    discovery: Discovery, tmp_path: Path
+) -> None:
+    host = discovery.expexp.url.partition("://")[2]
+    ended = fleet_sd("-output", "out.json", folder=tmp_path, hosts=host)
+    assert ended.returncode == 0, ended.stderr
+    with discovery.prometheus_config.open("a") as config:
+        files = f"    file_sd_configs:\n      - files: [{tmp_path}/out.json]\n"
+        config.write(f"  - job_name: fleet\n{files}")
+    discovery.prometheus.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: discovery.up("fleet").get((host, "script")) == "1", 30)
 
 
 # ==================================================================================================
