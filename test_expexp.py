@@ -8122,6 +8122,46 @@ def test_a_budget_forgets_what_is_not_in_use_and_stays_as_it_is_when_it_refuses(
     assert budget._used == {}
 
 
+def test_a_large_verification_waits_for_two_others_and_a_small_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    verify, go_on, begun = expexp.verify_exposition, threading.Event(), threading.Semaphore(0)
+
+    def hold_up(body: bytes, *rest: Any) -> int:
+        if len(body) > expexp.MEBIBYTE:
+            begun.release()
+            go_on.wait(5)
+        return verify(body, *rest)
+
+    monkeypatch.setattr(expexp, "verify_exposition", hold_up)
+    large = b"a 1\n" * 300_000
+    with (
+        target(ok(large)) as port,
+        target(ok(gzip.compress(large, 1), "Content-Encoding: gzip")) as packed,
+        target(ok(b"a 1\n" * 262_144)) as small,  # of 1 MiB
+        running(
+            {"m": http_module(port), "p": http_module(packed), "n": http_module(small)}
+        ) as served,
+        ThreadPoolExecutor() as pool,
+    ):
+        first = [pool.submit(served.scrape, "m"), pool.submit(served.scrape, "p")]
+        assert begun.acquire(timeout=5)
+        assert begun.acquire(timeout=5)
+        late = served.scrape("p", {expexp.SCRAPE_TIMEOUT_HEADER: "0.8"})
+        assert (late.status, late.text) == (
+            504,
+            f"module p: http://localhost:{packed}/metrics: timed out after 0.3 s\n",
+        )
+        third = pool.submit(served.scrape, "m")
+        wait_until(lambda: being_answered(served, 3))
+        assert served.scrape("n").status == 200
+        assert not begun.acquire(blocking=False)
+        go_on.set()
+        assert begun.acquire(timeout=5)
+        assert [one.result().status for one in (*first, third)] == [200, 200, 200]
+        assert served.scrape("m").status == 200  # those that failed have taken nothing with them
+
+
 @pytest.mark.parametrize("end", ["in time", "broken", "too late"])
 def test_a_body_gives_its_part_of_the_budget_back(end: str) -> None:
     answers = {"in time": ok(b"a 1\n" * 2000), "broken": ok(b"a !\n" * 2000)}
@@ -9705,7 +9745,7 @@ def test_a_command_is_killed_and_reaped_although_there_was_an_error_in_that(
     with running({"m": exec_module("(trap '' TERM; exec sleep 30) & echo a $!")}) as served:
         process_ids = [int(served.scrape("m").text.split()[1]) for _ in range(2)]
         wait_until(lambda: all(map(is_gone, process_ids)), 2)
-        wait_until(lambda: not served.program.commands._running)
+        wait_until(lambda: not served.program.commands.running)
     assert not errors
 
 
