@@ -423,12 +423,12 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
 # ==================================================================================================
 # 4  Exposition: grammar
 # ==================================================================================================
-# The two line formats as data: tokens for the reader of section 5, productions for its fast path, a
-# `Dialect` for each. Runs of one byte class are possessive (`++`, `*+`, `}+`). Before Python 3.11,
-# plain ones match the same, since nothing is ambiguous. Of groups only the outermost is possessive,
-# from 3.11.5 on: Debian 12's 3.11.2 takes half a group for a whole one (gh-106052). `(?:x|)` is
-# faster than `(?:x)?`, and a class without `^` is faster than one with. Authority for what is
-# ingested: Prometheus's lexers, model/textparse/{promlex,openmetricslex}.l.
+# The two line formats as data: tokens for the reader of section 5, productions for its fast path,
+# and a `Dialect` for each. Runs of one byte class are possessive (`++`, `*+`, `}+`). Plain ones
+# match the same before Python 3.11, since nothing is ambiguous. Only the outermost group is
+# possessive, from 3.11.5 on: Python 3.11.2 takes half a group for a whole one (gh-106052). `(?:x|)`
+# is faster than `(?:x)?`, and a class is faster without `^`. Authority: Prometheus's lexers,
+# model/textparse/{promlex,openmetricslex}.l.
 
 Pattern = re.Pattern[bytes]
 POSSESSIVE: Final = sys.version_info >= (3, 11)
@@ -441,26 +441,23 @@ def compile_production(pattern: bytes) -> Pattern:
     return re.compile(pattern)
 
 
-# Prometheus would ingest more. A token is a name, a label value, a number, a text of metadata or a
-# run of blanks: one match takes it in less than 1 ms, and a copy of it is small.
+# Prometheus ingests more. A token is a name, a label value, a number, a text of metadata or a run
+# of blanks: one match takes it in less than 1 ms, and a copy of it is small.
 MAX_TOKEN_BYTES: Final = 65_536
 MAX_LABELS: Final = 10_000
 MAX_LABELS_BYTES: Final = 1_048_576
 TOO_MANY_LABELS: Final = "expected at most 10000 labels of 1 MiB together"
 
-# Names for the fast path.
 METRIC_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_:]{1,9999}+"
 LABEL_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_]{1,9999}+"
-
-# What Go's ParseFloat reads, less hexadecimal and underscores, which Prometheus refuses.
+# What Go's ParseFloat reads, without hexadecimal and underscores: Prometheus refuses both.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
 NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
-# A backslash takes the next byte with it, but no line end. Other escapes than these mean nothing.
+# Tokens for the reader. A backslash takes the next byte with it, except a newline. Only three
+# escapes have a meaning. Prometheus's lexer skips NUL in a label value, even after a backslash, and
+# behind a label value. It stops at NUL in a quoted name.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-
-# Tokens for the reader. Prometheus's lexer skips NUL in a label value, even after a backslash, and
-# after one, but stops at it in a quoted name.
 NOTHING: Final = re.compile(rb"(?!)")
 BLANKS: Final = re.compile(rb"[ \t]+")
 NOT_IN_EXEMPLAR: Final = re.compile(rb"[\0\n]")
@@ -472,9 +469,9 @@ METRIC_TOKEN: Final = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
-# Canonical forms for the fast path, those of Go's libraries. Digits are bounded so that no literal
-# can overflow, runs so that no token is too long, and groups so that a match is short: `re` keeps
-# 100 bytes for each repetition.
+# Canonical forms for the fast path: what Go's libraries write. Digits are bounded so that no number
+# overflows, runs so that no token is too long, and groups so that a match is short: `re` keeps 100
+# bytes for each repetition.
 CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 VALUE_FORM: Final = rb'"%b{0,9999}+(?:"|(?:\\%b%b{0,800}+){1,64}")'  # at most 61,327 bytes
 CANONICAL_VALUE: Final = VALUE_FORM % (CANONICAL_BYTE, rb'[\\"n]', CANONICAL_BYTE)
@@ -482,7 +479,7 @@ FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9
 CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
 MAX_FAST_LABELS: Final = 20  # node_os_info has 12; with more, a match of names takes too long
 
-# Wide forms, those of all other libraries. A label name is in quotes only if it has to be, so that
+# Wide forms: what all other libraries write. Only a label name that needs quotes has them, so that
 # no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
@@ -491,46 +488,41 @@ WIDE_NUMBER: Final = (
     rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)"
     rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|(?i:inf(?:inity|)))|(?i:nan))"
 )
-#: A pair in a line that the wide forms take. Its group is the name.
+#: A pair in a line that the wide forms match. The group is the name.
 LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
-    """Return pairs from the `depth`-th on, the first 20 with names that none before them has.
+    """Return pairs from the `depth`-th on. Each of the first 20 has a name of its own.
 
-    The group `more` says that a line has more pairs. Their names are not compared.
+    The group `more` matches in a line with more pairs. Their names are not compared.
     """
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    # Python 3.11 and 3.13 raise a SystemError where a group that matched in a line before begins to
-    # match in vain, and the line goes on. So none begins at the brace after a last comma.
+    # Python 3.11 and 3.13 raise a SystemError if a group that matched in an earlier line begins to
+    # match in vain, and the line goes on. So no group begins at the brace after a last comma.
     pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
         return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b){0,200}" % (comma, name, value)
     return pair + rb"(?:%b%b|)" % (comma, compose_labels(name, value, comma, depth + 1))
 
 
-CANONICAL_SERIES: Final = rb"%b(?:\{%b\}|)" % (
-    METRIC_NAME,
-    compose_labels(LABEL_NAME, CANONICAL_VALUE, b","),
-)
+CANONICAL_LABELS: Final = compose_labels(LABEL_NAME, CANONICAL_VALUE, b",")
+CANONICAL_SERIES: Final = rb"%b(?:\{%b\}|)" % (METRIC_NAME, CANONICAL_LABELS)
 
 
 def compose_wide_series(comma: bytes) -> bytes:
-    """Return a series whose name may stand in quotes in the braces, with these commas."""
+    """Return a series with these commas. Its name may be quoted in the braces."""
     labels = compose_labels(WIDE_NAME, WIDE_VALUE, comma)
     opening = rb"(?:%b\{|\{%b(?:%b|(?=\})))" % (METRIC_NAME, QUOTED, comma)
     return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
-TIMESTAMP_AND_EXEMPLAR: Final = rb"(?: %b|)(?: # \{(?:%b=%b(?:,|(?=\}))){0,64}\} %b(?: %b|)|)" % (
-    FINITE,
-    LABEL_NAME,
-    CANONICAL_VALUE,
-    CANONICAL_NUMBER,
-    FINITE,
-)
-#: The base units of OpenMetrics. Any other is the reader's: to compare it with the name by a group
-#: would take time in the square of its length.
+SECONDS: Final = rb"(?: %b|)" % FINITE
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR: Final = rb"(?: # %b %b%b|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+AFTER_VALUE: Final = SECONDS + EXEMPLAR
+#: The base units of OpenMetrics. The reader reads others: to compare a unit with the name by a
+#: group takes time in the square of its length.
 UNIT: Final = (
     rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
@@ -539,13 +531,11 @@ UNIT: Final = (
 
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
 OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
-
-
 RUN_SAMPLES: Final = 200
 
 
 def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
-    """Return a line of HELP or TYPE, or what `more` is."""
+    """Return a line of HELP or TYPE, or the alternative `more`."""
     forms = METRIC_NAME, METRIC_NAME, b"|".join(types), more
     return rb"# (?:HELP %b [^\n]{0,9999}+|TYPE %b (?:%b)%b)\n" % forms
 
@@ -556,11 +546,7 @@ TEXT_TIMESTAMP: Final = rb"(?: [0-9]{1,18}+|)"
 
 
 def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
-    """Return a run of samples with the metadata before them.
-
-    At most RUN_SAMPLES, since a match holds the interpreter lock; and always that many, where
-    another run can follow: so those of a whole run need no counting.
-    """
+    """Return a run of at most RUN_SAMPLES with metadata: a match holds the interpreter lock."""
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
     block = rb"(?:%b){0,6}%b %b%b\n" % (metadata, series, number, after)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
@@ -569,21 +555,23 @@ def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> 
 class Dialect(NamedTuple):
     """What distinguishes the two line formats. The defaults are those of the text format."""
 
-    types: tuple[bytes, ...] = TEXT_TYPES  #: the first one is that of a family without a type
-    number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: or what stands in place of one
+    types: tuple[bytes, ...] = TEXT_TYPES  #: a family without a type has the first one
+    number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: or what is in its place
     label_value: Pattern = compile_production(rb'[^"\\]*+(?:\\\0*+[^\n\0][^"\\]*+)*')
     fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIMESTAMP)
-    #: with comments, the blank lines of prom-client, and VictoriaMetrics's blanks after commas
+    #: with comments, prom-client's blank lines, and VictoriaMetrics's blanks after commas
     wide: Pattern = compose_run(
         TEXT_METADATA + rb"|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n)",
         compose_wide_series(b", {0,9999}+"),
         WIDE_NUMBER,
         TEXT_TIMESTAMP + rb"[ \t]{0,9999}+",
     )
-    free: Pattern = BLANKS  #: what may stand anywhere
-    separator: Pattern = BLANKS  #: what stands before a value, a timestamp, a keyword
+    free: Pattern = BLANKS  #: may be anywhere
+    separator: Pattern = BLANKS  #: before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
-    after_name: Pattern = re.compile(rb"[^\0\n]|(?=\n)|\Z")  #: what follows it in metadata
+    after_name: Pattern = re.compile(rb"[^\0\n]|(?=\n)|\Z")  #: in metadata
+    timestamp_unit: str = "milliseconds"
+    keywords: tuple[bytes, ...] = (b"HELP", b"TYPE")
     openmetrics: bool = False
 
 
@@ -596,44 +584,110 @@ OPENMETRICS: Final = Dialect(
     label_value=compile_production(rb'[^"\\\n]*+(?:\\\0*+[^\n\0][^"\\\n]*+)*'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     after_name=re.compile(b" "),
-    fast=compose_run(
-        OPENMETRICS_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TIMESTAMP_AND_EXEMPLAR
-    ),
-    wide=compose_run(
-        OPENMETRICS_METADATA, compose_wide_series(b","), WIDE_NUMBER, TIMESTAMP_AND_EXEMPLAR
-    ),
+    fast=compose_run(OPENMETRICS_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, AFTER_VALUE),
+    wide=compose_run(OPENMETRICS_METADATA, compose_wide_series(b","), WIDE_NUMBER, AFTER_VALUE),
+    timestamp_unit="seconds",
+    keywords=(b"HELP", b"TYPE", b"UNIT"),
     openmetrics=True,
 )
+
 # ==================================================================================================
 # 5  Exposition: reading lines
 # ==================================================================================================
-# The reader defines what is accepted and makes every message. Each `read_*` takes a source and a
-# position, and returns the position after what it read, and that. It raises only ExpositionError,
-# and what the caller's `tick` raises. `tick` is called at every line, every label and every window
-# of a long comment, so that no body outlives a deadline. Time is linear in the size of the body.
-# The fast path takes a run of canonical lines in one match. It accepts only what the reader accepts
-# without a word. Without it every verdict and every count would be the same.
+# The reader defines what is accepted and makes every message. Each `read_*` reads at the position
+# of its source and moves it. It raises only ExpositionError, and what the caller's `tick` raises.
+# Every line, label and window of a long comment calls `tick`, so that no body outlives a deadline.
+# Time is linear in the size of the body. The fast path reads a run of lines in one match. It takes
+# only what the reader takes: verdicts and counts are the same without it.
 
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
-# Copied to be checked for UTF-8, and the longest single match: 2 ms for labels that begin alike.
-# A match that can go back is slower.
+# The longest match, 2 ms for labels that begin alike, and the copy that is checked for UTF-8.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns are bytes
 
 
 def no_tick() -> None:
-    """Return nothing: the body may take as long as it takes."""
+    """Do nothing: the body may take any time."""
 
 
 Tick = Callable[[], object]
 
 
-class Source(NamedTuple):
-    """A body to read. NamedTuples here, since most of them are made for every line."""
+def is_utf8(text: bytes) -> bool:
+    """Return whether `text` is UTF-8."""
+    try:
+        return text.isascii() or bool(text.decode())
+    except UnicodeDecodeError:
+        return False
+
+
+def quote(text: bytes) -> str:
+    """Return a foreign text in quotes, for a message."""
+    return f'"{excerpt(text)}"'
+
+
+@dataclass
+class Source:
+    """A body, and the position of the next byte to read."""
 
     body: bytes
     dialect: Dialect
-    tick: Tick
+    tick: Tick = no_tick
+    pos: int = 0
+
+    def refuse(self, pos: int, message: str) -> ExpositionError:
+        """Return the error to raise for what stands at `pos`."""
+        line = 1
+        start = 0
+        for window in range(0, pos, WINDOW_BYTES):
+            self.tick()
+            end = min(window + WINDOW_BYTES, pos)
+            line += self.body.count(b"\n", window, end)
+            start = max(start, self.body.rfind(b"\n", window, end) + 1)
+        text = self.body[start : start + LINE_BYTES].partition(b"\n")[0]
+        before = pos - start
+        if len(text) < LINE_BYTES and is_utf8(text):
+            before = len(text[:before].decode(errors="ignore"))
+        return ExpositionError(message, line, before + 1, start)
+
+    def describe(self, pos: int) -> str:
+        """Return what stands at `pos`, in words or in quotes."""
+        found = FOUND.match(self.body, pos)
+        if found:
+            return quote(found[0])
+        names = {b"": "the end of the body", b"\n": "the end of the line", b"\t": "a tab"}
+        return names.get(self.body[pos : pos + 1], "a blank")
+
+    def expected(self, pos: int, what: str, found: str = "") -> ExpositionError:
+        """Return the error for `what` missing at `pos`. It shows `found`, or what stands there."""
+        return self.refuse(pos, f"expected {what}, found {found or self.describe(pos)}")
+
+    def require(self, fits: object, pos: int, what: str, found: bytes | None = None) -> None:
+        """Raise the error for `what` missing at `pos` unless it `fits`."""
+        if not fits:
+            raise self.expected(pos, what, "" if found is None else quote(found))
+
+    def peek(self) -> bytes:
+        """Return the next byte, nothing at the end of the body."""
+        return self.body[self.pos : self.pos + 1]
+
+    def take(self, form: Pattern, what: str) -> bytes:
+        """Return the next token, nothing if there is none. A message calls it `what`."""
+        pos = self.pos
+        found = form.match(self.body, pos, pos + MAX_TOKEN_BYTES + 2)  # an escape is not cut
+        token = found[0] if found else b""
+        if len(token) > MAX_TOKEN_BYTES:
+            raise self.refuse(pos, f"expected {what} of at most {MAX_TOKEN_BYTES} bytes")
+        self.pos += len(token)
+        return token
+
+    def skip_blanks(self) -> None:
+        """Skip the blanks that may stand anywhere. OpenMetrics has none."""
+        self.take(self.dialect.free, "a run of blanks")
+
+    def skip_separator(self) -> bytes:
+        """Return and skip what separates two tokens, nothing if it is missing."""
+        return self.take(self.dialect.separator, "a run of blanks")
 
 
 class Label(NamedTuple):
@@ -648,7 +702,7 @@ Labels = list[Label]
 
 
 class Sample(NamedTuple):
-    """One line with a value, the name unescaped, the rest as it was written."""
+    """One line with a value. The name is unescaped, the rest is as it was written."""
 
     pos: int
     name: bytes
@@ -667,79 +721,7 @@ class Metadata(NamedTuple):
     text: bytes
 
 
-Line = Union[Sample, Metadata, None]
-
-
-def is_utf8(text: bytes) -> bool:
-    """Return whether `text` is UTF-8."""
-    try:
-        return text.isascii() or bool(text.decode())
-    except UnicodeDecodeError:
-        return False
-
-
-def refuse(source: Source, pos: int, message: str) -> ExpositionError:
-    """Return the error to raise for what stands at `pos`."""
-    body = source.body
-    line, start = 1, 0
-    for window in range(0, pos, WINDOW_BYTES):
-        source.tick()
-        stop = min(window + WINDOW_BYTES, pos)
-        line += body.count(b"\n", window, stop)
-        start = max(start, body.rfind(b"\n", window, stop) + 1)
-    column = pos - start + 1
-    text = body[start : start + LINE_BYTES].partition(b"\n")[0]
-    if len(text) < LINE_BYTES and is_utf8(text):
-        column = len(text[: pos - start].decode(errors="ignore")) + 1
-    return ExpositionError(message, line, column, start)
-
-
-def peek(source: Source, pos: int) -> bytes:
-    """Return the byte at `pos`, nothing at the end of the body."""
-    return source.body[pos : pos + 1]
-
-
-def describe(source: Source, pos: int) -> str:
-    """Return what stands at `pos`, in words or in quotes."""
-    found = FOUND.match(source.body, pos)
-    names = {b"": "the end of the body", b"\n": "the end of the line", b"\t": "a tab"}
-    return f'"{excerpt(found[0])}"' if found else names.get(peek(source, pos), "a blank")
-
-
-def expected(source: Source, pos: int, what: str, found: bytes | None = None) -> ExpositionError:
-    """Return the error for `what` missing at `pos`; it quotes `found`, or what stands there."""
-    shown = describe(source, pos) if found is None else f'"{excerpt(found)}"'
-    return refuse(source, pos, f"expected {what}, found {shown}")
-
-
-def require(fits: object, source: Source, pos: int, what: str, found: bytes | None = None) -> None:
-    """Return nothing; raise the error for `what` missing at `pos` unless it `fits`."""
-    if not fits:
-        raise expected(source, pos, what, found)
-
-
-def read_token(source: Source, pos: int, form: Pattern, what: str) -> int:
-    """Return the end of the token from `pos` on, which is `pos` if there is none."""
-    found = form.match(source.body, pos, pos + MAX_TOKEN_BYTES + 2)  # an escape is not cut
-    end = found.end() if found else pos
-    if end - pos > MAX_TOKEN_BYTES:
-        raise refuse(source, pos, f"expected {what} of at most {MAX_TOKEN_BYTES} bytes")
-    return end
-
-
-def skip_blanks(source: Source, pos: int) -> int:
-    """Return the position of the next byte that is no blank, where blanks are free."""
-    return read_token(source, pos, source.dialect.free, "a run of blanks")
-
-
-def read_quoted(source: Source, pos: int, form: Pattern, what: str) -> tuple[int, bytes]:
-    """Return what stands between the quote at `pos` and the one that closes it, not unescaped."""
-    end = read_token(source, pos + 1, form, what)
-    require(peek(source, end) != b"\\", source, end, r"one of the escapes \\, \" and \n")
-    if peek(source, end) != b'"':
-        found = describe(source, end)
-        raise refuse(source, pos, f"expected a second quote to close this one, found {found}")
-    return end + 1, source.body[pos + 1 : end]
+Line = Union[Sample, Metadata, None]  # None: a line that says nothing
 
 
 def unescape(text: bytes) -> bytes:
@@ -747,268 +729,290 @@ def unescape(text: bytes) -> bytes:
     return ESCAPE.sub(lambda found: b"\n" if found[1] == b"n" else found[1], text)
 
 
-def read_name(source: Source, pos: int, form: Pattern, what: str) -> tuple[int, bytes]:
+def read_quoted(source: Source, form: Pattern, what: str) -> bytes:
+    """Return what stands between the next quote and the one that closes it, not unescaped."""
+    opening = source.pos
+    source.pos += 1
+    text = source.take(form, what)
+    source.require(source.peek() != b"\\", source.pos, r"one of the escapes \\, \" and \n")
+    if source.peek() != b'"':
+        found = source.describe(source.pos)
+        raise source.expected(opening, "a second quote to close this one", found)
+    source.pos += 1
+    return text
+
+
+def read_name(source: Source, form: Pattern, what: str) -> bytes:
     """Return a name, bare or quoted. A quoted one may hold anything, UTF-8 or not."""
-    if peek(source, pos) == b'"':
-        end, name = read_quoted(source, pos, QUOTED_NAME, "a name")
-        return end, unescape(name)
-    end = read_token(source, pos, form, "a name")
-    require(end > pos, source, pos, what)
-    return end, source.body[pos:end]
+    if source.peek() == b'"':
+        return unescape(read_quoted(source, QUOTED_NAME, "a name"))
+    name = source.take(form, "a name")
+    source.require(name, source.pos, what)
+    return name
 
 
-def read_label_value(source: Source, pos: int) -> tuple[int, bytes]:
+def read_label_value(source: Source) -> bytes:
     """Return a label's value as it was written, from the equals sign on."""
-    require(peek(source, pos) == b"=", source, pos, '"="')
-    pos = skip_blanks(source, pos + 1)
-    require(peek(source, pos) == b'"', source, pos, "a label value in double quotes")
-    end, value = read_quoted(source, pos, source.dialect.label_value, "a label value")
-    require(is_utf8(value), source, pos, "a label value in UTF-8", value)
-    return skip_blanks(source, read_token(source, end, NULS, "a run of NUL bytes")), value
+    source.require(source.peek() == b"=", source.pos, '"="')
+    source.pos += 1
+    source.skip_blanks()
+    start = source.pos
+    source.require(source.peek() == b'"', start, "a label value in double quotes")
+    value = read_quoted(source, source.dialect.label_value, "a label value")
+    source.require(is_utf8(value), start, "a label value in UTF-8", value)
+    source.take(NULS, "a run of NUL bytes")
+    source.skip_blanks()
+    return value
 
 
-def read_labels(source: Source, pos: int, name: bytes | None) -> tuple[int, bytes | None, Labels]:
-    """Return what stands in the braces that open at `pos`: the metric's name, and the pairs."""
+def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Labels]:
+    """Return what stands in the braces: the metric's name, which `name` may be, and the pairs."""
     labels = Labels()
-    opening = pos
-    pos = skip_blanks(source, pos + 1)
-    while peek(source, pos) != b"}":
+    opening = source.pos
+    source.pos += 1
+    source.skip_blanks()
+    while source.peek() != b"}":
         source.tick()
-        start, quoted = pos, peek(source, pos) == b'"'
-        pos, label = read_name(source, pos, LABEL_TOKEN, 'a label name or "}"')
-        pos = skip_blanks(source, pos)
-        if quoted and name is None and peek(source, pos) in (b",", b"}"):
+        start = source.pos
+        is_quoted = source.peek() == b'"'
+        label = read_name(source, LABEL_TOKEN, 'a label name or "}"')
+        source.skip_blanks()
+        if is_quoted and name is None and source.peek() in (b",", b"}"):
             name = label
         else:
-            pos, value = read_label_value(source, pos)
-            labels.append(Label(start, label, value))
-        if len(labels) > MAX_LABELS or pos - opening > MAX_LABELS_BYTES:
-            raise refuse(source, start, TOO_MANY_LABELS)
-        if peek(source, pos) == b",":
-            pos = skip_blanks(source, pos + 1)
+            labels.append(Label(start, label, read_label_value(source)))
+        if len(labels) > MAX_LABELS or source.pos - opening > MAX_LABELS_BYTES:
+            raise source.refuse(start, TOO_MANY_LABELS)
+        if source.peek() == b",":
+            source.pos += 1
+            source.skip_blanks()
         elif source.dialect.openmetrics:
-            require(peek(source, pos) == b"}", source, pos, '"," or "}"')
-    return pos + 1, name, labels
+            source.require(source.peek() == b"}", source.pos, '"," or "}"')
+    source.pos += 1
+    return name, labels
 
 
 def find_wrong_label(
-    source: Source, labels: Labels, taken: set[bytes], needed: tuple[bytes, ...]
+    tick: Tick, labels: Labels, taken: set[bytes], needed: tuple[bytes, ...]
 ) -> Label | None:
     """Return the first label that is not in UTF-8, or whose name is bad or `taken`.
 
-    Prometheus first drops each name that has an empty value anywhere, with all its values. A name
-    that is `needed` must not go.
+    Prometheus first drops all labels of a name that has an empty value, unless it is `needed`.
     """
     dropped = {name for _, name, value in labels if not value}.difference(needed)
     for label in labels:
-        source.tick()
+        tick()
         _, name, value = label
-        bad = not name or name in taken or not is_utf8(name)
-        if not is_utf8(value) or (bad and name not in dropped):
+        is_bad = not name or name in taken or not is_utf8(name)
+        if not is_utf8(value) or (is_bad and name not in dropped):
             return label
         taken.add(name)
     return None
 
 
-def read_number(source: Source, pos: int, what: str, form: Pattern = NUMBER) -> tuple[int, bytes]:
-    """Return a number as it was written, and what separates it from what is before it."""
-    start = read_token(source, pos, source.dialect.separator, "a run of blanks")
-    end = read_token(source, start, source.dialect.number, "a number")
-    require(start > pos or not source.dialect.openmetrics, source, pos, "a blank")
-    number = form.fullmatch(source.body, start, end)
-    if not number:
-        raise expected(source, start, what)
-    if number[1] and math.isinf(float(number[1])):
-        raise expected(source, start, "a number within the range of float64")
-    return end, number[0]
+def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
+    """Return a number as it was written. What separates it from the token before is skipped."""
+    before = source.pos
+    source.skip_separator()
+    start = source.pos
+    number = source.take(source.dialect.number, "a number")
+    source.require(start > before or not source.dialect.openmetrics, start, "a blank")
+    found = form.fullmatch(number)
+    if not found:
+        raise source.expected(start, what)
+    if found[1] and math.isinf(float(found[1])):
+        raise source.expected(start, "a number within the range of float64")
+    return number
 
 
-def read_timestamp(source: Source, pos: int) -> tuple[int, bytes]:
+def read_timestamp(source: Source) -> bytes:
     """Return a timestamp, if there is one: int64 milliseconds in digits, or float seconds."""
     dialect = source.dialect
-    start = read_token(source, pos, dialect.separator, "a run of blanks")
-    exemplar = start == pos or source.body.startswith(b"# {", start)
-    if peek(source, start) in b"\n" or (exemplar and dialect.openmetrics):
-        return pos, b""
-    what = f"a timestamp in {'' if dialect.openmetrics else 'milli'}seconds, or a newline"
-    end, number = read_number(source, pos, what, dialect.timestamp)
+    before = source.pos
+    blank = source.skip_separator()
+    start = source.pos
+    is_missing = source.peek() in b"\n"
+    if dialect.openmetrics:
+        is_missing |= not blank or source.body.startswith(b"# {", start)
+    source.pos = before
+    if is_missing:
+        return b""
+    what = f"a timestamp in {dialect.timestamp_unit}, or a newline"
+    number = read_number(source, what, dialect.timestamp)
     if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
-        raise expected(source, start, "a timestamp within the range of int64")
-    return end, number
+        raise source.expected(start, "a timestamp within the range of int64")
+    return number
 
 
-def read_exemplar(source: Source, pos: int) -> tuple[int, Labels | None]:
+def read_exemplar(source: Source) -> Labels | None:
     """Return the labels of an exemplar, if there is one."""
-    if not (source.dialect.openmetrics and source.body.startswith(b" # {", pos)):
-        return pos, None
-    end, _, labels = read_labels(source, pos + 3, b"")
-    if NOT_IN_EXEMPLAR.search(source.body, pos, end):
-        raise refuse(source, pos + 1, "expected no NUL and no newline in an exemplar")
-    end, _ = read_number(source, end, "an exemplar's value")
-    return read_timestamp(source, end)[0], labels
+    start = source.pos
+    if not source.dialect.openmetrics or not source.body.startswith(b" # {", start):
+        return None
+    source.pos += 3
+    _, labels = read_labels(source, b"")
+    if NOT_IN_EXEMPLAR.search(source.body, start, source.pos):
+        raise source.refuse(start + 1, "expected no NUL and no newline in an exemplar")
+    read_number(source, "an exemplar's value")
+    read_timestamp(source)
+    return labels
 
 
-def read_line_end(source: Source, pos: int) -> int:
-    """Return the start of the next line. Only the text format may end without a newline."""
-    pos = skip_blanks(source, pos)
-    over = pos == len(source.body) and not source.dialect.openmetrics
-    require(over or peek(source, pos) == b"\n", source, pos, "a newline")
-    return pos + 1
-
-
-def read_sample(source: Source, pos: int) -> tuple[int, Sample]:
+def read_sample(source: Source) -> Sample:
     """Return a sample."""
-    start, name, labels = pos, None, Labels()
-    if peek(source, pos) not in (b"{", b'"'):
-        pos, name = read_name(source, pos, METRIC_TOKEN, "a metric name")
-        pos = skip_blanks(source, pos)
-    if peek(source, pos) == b"{":
-        pos, name, labels = read_labels(source, pos, name)
+    start = source.pos
+    name = None
+    labels = Labels()
+    if source.peek() not in (b"{", b'"'):
+        name = read_name(source, METRIC_TOKEN, "a metric name")
+        source.skip_blanks()
+    if source.peek() == b"{":
+        name, labels = read_labels(source, name)
     if name is None:
-        raise expected(source, start, "a metric name, before the braces or quoted in them")
-    require(name and is_utf8(name), source, start, "a name in UTF-8", name)
-    wrong = find_wrong_label(source, labels, {b"__name__"}, (b"__name__",))
+        raise source.expected(start, "a metric name, before the braces or quoted in them")
+    source.require(name and is_utf8(name), start, "a name in UTF-8", name)
+    wrong = find_wrong_label(source.tick, labels, {b"__name__"}, (b"__name__",))
     if wrong:
         label = wrong.name
-        require(label and is_utf8(label), source, wrong.pos, "a name in UTF-8", label)
-        raise refuse(source, wrong.pos, f'found the label "{excerpt(label)}" twice')
-    pos, value = read_number(source, pos, "a value")
-    pos, timestamp = read_timestamp(source, pos)
-    pos, exemplar = read_exemplar(source, pos)
-    return read_line_end(source, pos), Sample(start, name, labels, value, timestamp, exemplar)
+        source.require(label and is_utf8(label), wrong.pos, "a name in UTF-8", label)
+        raise source.refuse(wrong.pos, f"found the label {quote(label)} twice")
+    value = read_number(source, "a value")
+    timestamp = read_timestamp(source)
+    exemplar = read_exemplar(source)
+    return Sample(start, name, labels, value, timestamp, exemplar)
 
 
-def read_comment(source: Source, pos: int) -> tuple[int, Line]:
-    """Return the line that the `#` at `pos` starts: metadata, a comment or the end."""
-    body, dialect = source.body, source.dialect
-    word = read_token(source, pos + 1, dialect.separator, "a run of blanks")
-    after = read_token(source, word, WORD, "a word")
-    name = read_token(source, after, dialect.separator, "a run of blanks")
-    keyword = body[word:after].replace(b"\0", b"") if word > pos + 1 else b""
-    if name > after and keyword in (b"HELP", b"TYPE", b"UNIT")[: 3 if dialect.openmetrics else 2]:
-        return read_metadata(source, pos, keyword, name)
-    if dialect.openmetrics:
-        line = body[pos : pos + WINDOW_BYTES].partition(b"\n")[0]
-        require(keyword == b"EOF", source, pos, 'HELP, TYPE, UNIT or "# EOF"', line)
-        if body[after : after + 2] not in (b"", b"\n"):
-            raise refuse(source, after, 'expected nothing after "# EOF"')
-        return len(body) + 1, None
+def read_comment(source: Source) -> Metadata | None:
+    """Return the metadata in a line that begins with `#`, None for a comment or the end."""
+    start = source.pos
+    source.pos += 1
+    blank = source.skip_separator()
+    rest = REST if blank and source.peek() != b"\0" else UP_TO_NUL
+    keyword = source.take(WORD if blank else NOTHING, "a word").replace(b"\0", b"")
+    end = source.pos
+    if source.skip_separator() and keyword in source.dialect.keywords:
+        return read_metadata(source, start, keyword)
+    if source.dialect.openmetrics:
+        line = source.body[start : start + WINDOW_BYTES].partition(b"\n")[0]
+        source.require(keyword == b"EOF", start, 'HELP, TYPE, UNIT or "# EOF"', line)
+        if source.body[end : end + 2] not in (b"", b"\n"):
+            raise source.refuse(end, 'expected nothing after "# EOF"')
+        source.pos = len(source.body) + 1
+    while found := rest.match(source.body, source.pos, source.pos + WINDOW_BYTES):
+        source.tick()
+        source.pos = found.end()
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
-    rest = UP_TO_NUL if word == pos + 1 or peek(source, word) == b"\0" else REST
-    end = word
-    while found := rest.match(body, end, end + WINDOW_BYTES):
-        source.tick()
-        end = found.end()
-    if peek(source, end) == b"\0":
-        raise refuse(source, end, "a NUL byte here ends the body for Prometheus")
-    return read_line_end(source, end), None
+    if source.peek() == b"\0":
+        raise source.refuse(source.pos, "a NUL byte here ends the body for Prometheus")
+    return None
 
 
-def read_metadata(source: Source, start: int, keyword: bytes, pos: int) -> tuple[int, Metadata]:
-    """Return the HELP, TYPE or UNIT line from `start` on, of which the name begins at `pos`."""
-    pos, name = read_name(source, pos, METRIC_TOKEN, f"a metric name after {keyword.decode()}")
-    blank = source.dialect.after_name.match(source.body, pos)
+def read_metadata(source: Source, start: int, keyword: bytes) -> Metadata:
+    """Return the HELP, TYPE or UNIT line that begins at `start`. Its name is next."""
+    dialect = source.dialect
+    name = read_name(source, METRIC_TOKEN, f"a metric name after {keyword.decode()}")
+    blank = dialect.after_name.match(source.body, source.pos)
     if not blank:
-        raise expected(source, pos, "a blank")
-    pos = blank.end()
-    end = read_token(source, pos, REST, "a text")
-    text = source.body[pos:end]
-    what = "" if is_utf8(text) else "a text in UTF-8"
-    if keyword == b"TYPE" and text not in source.dialect.types:
-        what = "one of " + b", ".join(source.dialect.types).decode()
-    elif keyword == b"UNIT" and text and not name.endswith(b"_" + text):
-        what = "a unit that the metric's name ends in"
-    require(not what, source, pos, what, text)
-    return read_line_end(source, end), Metadata(start, keyword, name, text)
+        raise source.expected(source.pos, "a blank")
+    source.pos = blank.end()
+    text_start = source.pos
+    text = source.take(REST, "a text")
+    if keyword == b"TYPE" and text not in dialect.types:
+        types = b", ".join(dialect.types).decode()
+        raise source.expected(text_start, f"one of {types}", quote(text))
+    if keyword == b"UNIT" and text and not name.endswith(b"_" + text):
+        raise source.expected(text_start, "a unit that the metric's name ends in", quote(text))
+    source.require(is_utf8(text), text_start, "a text in UTF-8", text)
+    return Metadata(start, keyword, name, text)
 
 
-def read_line(source: Source, pos: int) -> tuple[int, Line]:
-    """Return the line at `pos`, None for one that says nothing, and the start of the next."""
-    pos = skip_blanks(source, pos)
-    # OpenMetrics has no blank lines, and ends with `# EOF`. Prometheus takes an empty body anyway.
-    must_end = source.dialect.openmetrics and source.body
-    if peek(source, pos) in b"\n" and not must_end:
-        return pos + 1, None
-    require(pos < len(source.body), source, pos, '"# EOF"')
-    return (read_comment if peek(source, pos) == b"#" else read_sample)(source, pos)
+def read_line(source: Source) -> Line:
+    """Return the next line. OpenMetrics has no blank lines and ends with `# EOF`."""
+    source.skip_blanks()
+    must_end = bool(source.dialect.openmetrics and source.body)  # Prometheus takes an empty body
+    last = len(source.body) + must_end
+    line: Line = None
+    if source.peek() == b"#":
+        line = read_comment(source)
+    elif must_end or source.peek() not in b"\n":
+        source.require(source.peek(), source.pos, '"# EOF"')
+        line = read_sample(source)
+    source.skip_blanks()
+    source.require(source.pos >= last or source.peek() == b"\n", source.pos, "a newline")
+    source.pos += 1
+    return line
 
 
-def find_repetition(source: Source, pos: int, end: int) -> int:
-    """Return where the first line begins that has a label twice, or `end`.
-
-    What stands outside the quotes of a line is its shape. It has all names, if none is in quotes.
-    """
-    known: set[bytes] = set()
-    while pos < end:
-        source.tick()
-        line_end = source.body.find(b"\n", pos) + 1
-        pairs = source.body[source.body.find(b"{", pos, line_end) : line_end]
-        if pairs.count(b'="') > MAX_FAST_LABELS:
-            in_quotes = b'"=' in pairs or b"\\" in pairs
-            shape = pairs if in_quotes else b"".join(pairs.split(b'"')[:-1:2])
-            names = [] if shape in known else LABEL_PAIR.findall(pairs)
+def find_repetition(body: bytes, pos: int, end: int) -> int:
+    """Return where the first of the lines up to `end` begins that has a label twice, or `end`."""
+    for line in body[pos:end].split(b"\n"):
+        if line.count(b'="') > MAX_FAST_LABELS:
+            pairs = b"," + line.partition(b"{")[2]
+            names = pairs.split(b'"')[:-1:2]  # all of them are written alike in most lines
+            if b"\\" in pairs or b'"=' in pairs or b", " in pairs:
+                names = LABEL_PAIR.findall(pairs)
             if len(set(names)) < len(names):
-                break
-            known.add(shape)
-        pos = line_end
-    return pos
+                return pos
+        pos += len(line) + 1
+    return end
 
 
-def read_runs(source: Source, pos: int, end: int, fast: Pattern) -> tuple[int, int]:
-    """Return where the lines from `pos` on end that `fast` takes, and how many samples they have.
-
-    Only those of the last run need counting: another could follow on all before it.
-    """
-    body, samples, last = source.body, -RUN_SAMPLES, pos
-    while run := fast.match(body, pos, end):
+def read_runs(source: Source, end: int, fast: Pattern) -> int:
+    """Read the lines up to `end` that `fast` takes. Return how many samples they have."""
+    body = source.body
+    samples = 0
+    last = source.pos
+    while run := fast.match(body, source.pos, end):
         source.tick()
-        samples, last, pos = samples + RUN_SAMPLES, pos, run.end()
+        samples += RUN_SAMPLES  # only the last run may have fewer
+        last = source.pos
+        source.pos = run.end()
         if run["more"]:
-            pos = end = find_repetition(source, last, pos)
-    others = body.count(b"\n#", last, pos) + body.startswith((b"#", b"\n"), last, pos)
+            source.pos = find_repetition(body, last, run.end())
+            if source.pos < run.end():
+                break
+    lines = b"\n" + body[last : source.pos]
+    others = lines.count(b"\n#")
     if fast is source.dialect.wide:
-        others += body.count(b"\n\n", last, pos)
-    return pos, max(samples, 0) + body.count(b"\n", last, pos) - others
+        others += lines.count(b"\n\n")
+    return max(samples - RUN_SAMPLES, 0) + lines.count(b"\n", 1) - others
 
 
-def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick, fast: bool = True) -> int:
-    """Return how many samples the whole body has: run by run, and what is between them by line.
+def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
+    """Return the number of samples. Runs are read in one match, what is between them by line.
 
-    The fast path is for UTF-8 only, so that no label value or help text need be looked at again.
-    That is decided window by window: a Latin-1 comment costs its own window the fast path. A window
-    begins with canonical lines, and goes on with wide ones where those end.
+    The fast path needs UTF-8, window by window: a Latin-1 comment costs its own window that path.
     """
-    source, run = Source(body, dialect, tick), NOTHING
-    pos = window = samples = 0
-    while pos <= len(body):
-        if pos >= window:
-            window = body.rfind(b"\n", pos, pos + WINDOW_BYTES) + 1 or pos + WINDOW_BYTES
-            run = dialect.fast if fast and is_utf8(body[pos:window]) else NOTHING
+    source = Source(body, dialect, tick)
+    forms: tuple[Pattern, ...] = ()
+    window = 0
+    samples = 0
+    while source.pos <= len(body):
+        start = source.pos
+        if start >= window:
+            window = body.rfind(b"\n", start, start + WINDOW_BYTES) + 1 or start + WINDOW_BYTES
+            forms = (dialect.fast, dialect.wide) if is_utf8(body[start:window]) else ()
         tick()
-        pos, found = read_runs(source, pos, window, run)
-        samples += found
-        if pos < window and run is dialect.fast:
-            run = dialect.wide
-        elif pos < window:  # measured: one line more a window by the reader took 5 % longer
-            pos, line = read_line(source, pos)
-            samples += isinstance(line, Sample)
+        for form in forms:
+            samples += read_runs(source, window, form)
+        if source.pos < window:  # measured: one line more a window by the reader took 5 % longer
+            samples += isinstance(read_line(source), Sample)
     return samples
 
 
 # ==================================================================================================
 # 6  Exposition: protobuf
 # ==================================================================================================
-# A run of `io.prometheus.client.MetricFamily` messages, each after its length. The table says which
-# fields there are. Other fields are skipped. Wire types and lengths must fit, names and texts must
-# be UTF-8, label names unique, as in Prometheus's decoder. Memory does not grow with the body: only
-# the labels of one metric are kept. One match of an expression checks a plain message, as client
-# libraries write them. It accepts a subset of what the walk through the fields accepts. Authority:
-# client_model's metrics.proto, and the encoding page of the protobuf documentation.
+# A run of `io.prometheus.client.MetricFamily` messages, each after its length. PROTOBUF has the
+# known fields. Others are skipped. Wire types and lengths must fit, names and texts must be UTF-8,
+# label names unique, as in Prometheus's decoder. Only the labels of one metric are kept in memory.
+# One match checks a plain message. It takes only what the walk through the fields takes. Authority:
+# client_model's metrics.proto, protobuf's encoding page.
 
 #: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
 PROTOBUF: Final = {
     "MetricFamily": "name text, help text, type int, metric message, unit text",
-    "Metric": "label message, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
+    "Metric": "label LabelPair, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
     "timestamp_ms int, histogram Histogram",
     "LabelPair": "name text, value text",
     "Gauge": "value double",
@@ -1031,16 +1035,17 @@ FIELDS: Final = {
 }
 CONTINUED: Final = 0x80  # this bit of a number's byte says that another one follows
 LENGTH_DELIMITED: Final = 2
-#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All else has 2: a length and as many bytes.
+FIXED_BYTES: Final = {1: 8, 5: 4}  # by wire type
+#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. Other contents have 2: a length and the bytes.
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 LAST_TYPE: Final = 5  # of a family
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
-#: What makes a histogram native. To the others Prometheus adds the label `le`.
+#: Fields that make a histogram native. Prometheus adds the label `le` to other histograms.
 NATIVE: Final = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
 VARINT: Final = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
-#: A short text, with each length that it may have.
+#: A text of 1 to 127 bytes after its length.
 SHORT: Final = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
-#: Fields that need no look, by message.
+#: Fields that need no further check, by message.
 PLAIN: Final = {
     "Bucket": compile_production(rb"(?s)\x08%b\x11.{8}" % VARINT.pattern),
     "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
@@ -1052,6 +1057,9 @@ LABELS: Final = re.compile(LABEL)
 PLAIN_METRIC: Final = compile_production(
     rb"(?s)(?:%b){0,30}+[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, VARINT.pattern)
 )
+
+
+Field = tuple[str, int, int]  # path, start and end of the content
 
 
 def garbled(path: str, pos: int, message: str) -> ExpositionError:
@@ -1073,41 +1081,35 @@ def read_varint(body: bytes, pos: int, end: int, path: str) -> tuple[int, int]:
 
 
 def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple[int, int]:
-    """Return where the content of a field begins and ends.
-
-    Raises ExpositionError for a content that does not fit, and for groups, which are obsolete.
-    """
+    """Return where the content of a field begins and ends. Groups are refused as obsolete."""
     if wire == 0:
         return pos, read_varint(body, pos, end, path)[0]
     start = pos
-    length = {1: 8, 5: 4}.get(wire)
     if wire == LENGTH_DELIMITED:
         start, length = read_varint(body, pos, end, path)
-    if length is None:
+    elif wire in FIXED_BYTES:
+        length = FIXED_BYTES[wire]
+    else:
         raise garbled(path, pos, f"expected a wire type, found {wire}")
     if start + length > end:
         raise garbled(path, pos, f"expected {length} bytes, found {end - start}")
     return start, start + length
 
 
-def read_fields(
-    source: Source, pos: int, end: int, path: str, kind: str
-) -> Iterator[tuple[str, int, int]]:
-    """Yield the name of each field of a message, and where its content begins and ends.
-
-    After a field of a metric come those in it. Plain fields are left out. Unknown ones have no
-    name.
-    """
-    body, fields, plain = source.body, FIELDS[kind], PLAIN.get(kind)
+def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Iterator[Field]:
+    """Yield the known fields of a message, each before the fields in it, without plain ones."""
+    body = source.body
+    fields = FIELDS[kind]
+    plain = PLAIN.get(kind, NOTHING)
     while pos < end:
         source.tick()
-        if plain and (run := plain.match(body, pos, end)):
+        run = plain.match(body, pos, end)
+        if run:
             pos = run.end()
             continue
-        start, tag = pos + 1, body[pos]
-        if tag >= CONTINUED:
-            start, tag = read_varint(body, pos, end, path)
-        number, wire = tag >> 3 & 0xFFFF_FFFF, tag & 7
+        start, tag = read_varint(body, pos, end, path)
+        number = tag >> 3 & 0xFFFF_FFFF
+        wire = tag & 7
         name, content = fields.get(number, ("", "any"))
         here = f"{path}.{name or number}"
         if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
@@ -1115,15 +1117,12 @@ def read_fields(
         start, pos = read_content(body, start, end, here, wire)
         if content == "text" and pos - start > MAX_TOKEN_BYTES:
             raise garbled(here, start, f"expected at most {MAX_TOKEN_BYTES} bytes")
-        yield name, start, pos
-        inner = read_fields(source, start, pos, here, content)
-        if content in FIELDS and kind == "Metric":
-            yield from inner
-        elif content in FIELDS:
-            for _ in inner:
-                pass
-        elif content == "doubles" and (pos - start) % 8:
+        if content == "doubles" and (pos - start) % 8:
             raise garbled(here, start, "expected a multiple of 8 bytes")
+        if name:
+            yield here, start, pos
+        if content in FIELDS:
+            yield from read_fields(source, start, pos, here, content)
 
 
 def is_plain_metric(body: bytes, pos: int, end: int) -> bool:
@@ -1140,57 +1139,60 @@ def check_metric(source: Source, pos: int, end: int) -> None:
     """Raise ExpositionError for a metric that Prometheus refuses."""
     if is_plain_metric(source.body, pos, end):
         return
-    path = "metric_family.metric"
     labels = Labels()
     found = set()
     size = 0
-    for field, start, stop in read_fields(source, pos, end, path, "Metric"):
-        found.add(field)
-        if field == "label":
-            pairs = read_fields(source, start, stop, f"{path}.label", "LabelPair")
-            last = {name: source.body[begin:over] for name, begin, over in pairs if name}
-            labels.append(Label(start, last.get("name", b""), last.get("value", b"")))
+    for path, start, stop in read_fields(source, pos, end, "metric_family.metric", "Metric"):
+        found.add(path.rpartition(".")[2])
+        if path == "metric_family.metric.label":
+            labels.append(Label(start, b"", b""))
             size += stop - start
-        if len(labels) > MAX_LABELS or size > MAX_LABELS_BYTES:
-            raise garbled(path, start, TOO_MANY_LABELS)
+            if len(labels) > MAX_LABELS or size > MAX_LABELS_BYTES:
+                raise garbled("metric_family.metric", start, TOO_MANY_LABELS)
+        elif path == "metric_family.metric.label.name":
+            labels[-1] = labels[-1]._replace(name=source.body[start:stop])
+        elif path == "metric_family.metric.label.value":
+            labels[-1] = labels[-1]._replace(value=source.body[start:stop])
     taken = {b"__name__"}
     if "quantile" in found:
         taken.add(b"quantile")
     if "histogram" in found and NATIVE.isdisjoint(found):
         taken.add(b"le")
-    wrong = find_wrong_label(source, labels, taken, (b"__name__", b""))
+    wrong = find_wrong_label(source.tick, labels, taken, (b"__name__", b""))
     if wrong:
-        pos, name, value = wrong
-        shown = f'"{excerpt(name)}"="{excerpt(value)}"'
-        raise garbled(f"{path}.label", pos, f"expected UTF-8 and a name of its own, found {shown}")
+        shown = f"{quote(wrong.name)}={quote(wrong.value)}"
+        message = f"expected UTF-8 and a name of its own, found {shown}"
+        raise garbled("metric_family.metric.label", wrong.pos, message)
 
 
 def read_family(source: Source, pos: int, end: int) -> int:
     """Return how many metrics a family has. Without any, Prometheus asks no more of it."""
-    path = "metric_family"
-    last = {"name": b"", "help": b"", "type": b"\0"}
+    last = {"metric_family.type": b"\0"}
     metrics = 0
-    for field, start, stop in read_fields(source, pos, end, path, "MetricFamily"):
-        if field == "metric":
+    for path, start, stop in read_fields(source, pos, end, "metric_family", "MetricFamily"):
+        if path == "metric_family.metric":
             check_metric(source, start, stop)
             metrics += 1
-        elif field:
-            last[field] = source.body[start:stop]
-    name = last["name"]
+        else:
+            last[path] = source.body[start:stop]
     if not metrics:
         return 0
-    if not (name and is_utf8(name) and is_utf8(last["help"])):
-        raise garbled(path, pos, f'expected name and help in UTF-8, found "{excerpt(name)}"')
-    family_type = read_varint(last["type"], 0, 10, path)[1] & 0xFFFF_FFFF
+    name = last.get("metric_family.name", b"")
+    if not name or not is_utf8(name) or not is_utf8(last.get("metric_family.help", b"")):
+        message = f"expected name and help in UTF-8, found {quote(name)}"
+        raise garbled("metric_family", pos, message)
+    _, number = read_varint(last["metric_family.type"], 0, 10, "metric_family")
+    family_type = number & 0xFFFF_FFFF
     if family_type > LAST_TYPE:
-        raise garbled(path, pos, f"expected a type up to 5, found {family_type}")
+        raise garbled("metric_family", pos, f"expected a type up to 5, found {family_type}")
     return metrics
 
 
 def read_protobuf(body: bytes, tick: Tick) -> int:
     """Return how many metrics the whole body has."""
     source = Source(body, TEXT, tick)
-    pos = metrics = 0
+    pos = 0
+    metrics = 0
     while pos < len(body):
         tick()
         start, end = read_content(body, pos, len(body), "metric_family", LENGTH_DELIMITED)

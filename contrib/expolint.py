@@ -33,6 +33,7 @@ Licensed under the Apache License, Version 2.0.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import math
 import re
@@ -60,17 +61,12 @@ try:
         choose_dialect,
         compile_production,
         excerpt,
-        expected,
         is_utf8,
-        no_tick,
-        peek,
         point_at,
+        quote,
         read_input,
         read_line,
         read_quoted,
-        read_token,
-        refuse,
-        skip_blanks,
         tell,
         text_scrape,
         unescape,
@@ -103,9 +99,8 @@ class Finding(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a line says, where the next one begins, and what is wrong with this one."""
+    """What a line says, and what is wrong with it."""
 
-    end: int
     line: Line
     is_readable: bool
     findings: list[Finding]
@@ -134,9 +129,8 @@ def check_keyword(source: Source, pos: int) -> Iterator[ExpositionError]:
     """Yield the error for a NUL byte in the first word of a comment."""
     found = FIRST_WORD.match(source.body, pos)
     if found and found["word"]:
-        yield refuse(
-            source, found.start("word"), "expected no NUL byte in the first word of a comment"
-        )
+        message = "expected no NUL byte in the first word of a comment"
+        yield source.refuse(found.start("word"), message)
 
 
 def check_help(source: Source, metadata: Metadata) -> Iterator[ExpositionError]:
@@ -144,22 +138,25 @@ def check_help(source: Source, metadata: Metadata) -> Iterator[ExpositionError]:
     start = find_line_end(source.body, metadata.pos) - len(metadata.text)
     for found in HELP_ESCAPE.finditer(metadata.text):
         if found["other"]:
-            yield expected(source, start + found.start(), r"one of the escapes \\ and \n")
+            yield source.expected(start + found.start(), r"one of the escapes \\ and \n")
             return
 
 
 def check_commas(source: Source, pos: int, end: int) -> Iterator[ExpositionError]:
     """Yield the errors for labels without a comma between them or, in OpenMetrics, one too many."""
-    quote = source.body.find(b'"', pos, end)
-    while quote >= 0:
-        after, _ = read_quoted(source, quote, TEXT.label_value, "a label")  # also fits names
-        after = skip_blanks(source, read_token(source, after, NULS, "a run of NUL bytes"))
+    opening = source.body.find(b'"', pos, end)
+    while opening >= 0:
+        source.pos = opening
+        read_quoted(source, TEXT.label_value, "a label")  # also fits names
+        source.take(NULS, "a run of NUL bytes")
+        source.skip_blanks()
+        after = source.pos
         if source.dialect.openmetrics:
             if source.body.startswith(b",}", after):
-                yield expected(source, after + 1, "a label name")
-        elif peek(source, after) not in (b",", b"}", b"="):
-            yield expected(source, after, '"," or "}"')
-        quote = source.body.find(b'"', after, end)
+                yield source.expected(after + 1, "a label name")
+        elif source.peek() not in (b",", b"}", b"="):
+            yield source.expected(after, '"," or "}"')
+        opening = source.body.find(b'"', after, end)
 
 
 def check_line(source: Source, pos: int, end: int, line: Line) -> Iterator[ExpositionError]:
@@ -173,32 +170,38 @@ def check_line(source: Source, pos: int, end: int, line: Line) -> Iterator[Expos
         yield from check_help(source, line)
     last = len(source.body)
     if end > last and source.body[pos:].strip(b" \t"):
-        yield expected(source, last, "a newline")
+        yield source.expected(last, "a newline")
 
 
-def try_line(source: Source, pos: int) -> tuple[int, Line] | ExpositionError:
+def try_line(source: Source) -> Line | ExpositionError:
     """Return what `read_line` returns or raises."""
     try:
-        return read_line(source, pos)
+        return read_line(source)
     except ExpositionError as error:
         return error
 
 
-def read_strictly(source: Source, pos: int) -> Reading:
-    """Return the line at `pos` with what is wrong with it."""
+def read_strictly(source: Source) -> Reading:
+    """Return the next line with what is wrong with it."""
+    start = source.pos
     findings = []
-    strict = source if source.dialect.openmetrics else source._replace(dialect=STRICT_TEXT)
-    read = try_line(strict, pos)
-    if isinstance(read, ExpositionError):
-        stricter = to_finding(read, strict=True)
-        read = try_line(source, pos)
-        if isinstance(read, ExpositionError):
-            next_line = find_line_end(source.body, pos) + 1
-            return Reading(next_line, None, False, [to_finding(read)])
+    reader = source
+    if not source.dialect.openmetrics:
+        reader = dataclasses.replace(source, dialect=STRICT_TEXT)
+    line = try_line(reader)
+    if isinstance(line, ExpositionError):
+        stricter = to_finding(line, strict=True)
+        source.pos = start
+        reader = source
+        line = try_line(reader)
+        if isinstance(line, ExpositionError):
+            source.pos = find_line_end(source.body, start) + 1
+            return Reading(None, False, [to_finding(line)])
         findings.append(stricter)
-    end, line = read
-    findings += [to_finding(error, strict=True) for error in check_line(source, pos, end, line)]
-    return Reading(end, line, True, findings)
+    end = reader.pos
+    findings += [to_finding(error, strict=True) for error in check_line(source, start, end, line)]
+    source.pos = end
+    return Reading(line, True, findings)
 
 
 # ==================================================================================================
@@ -346,10 +349,10 @@ class Family:
 def read_families(source: Source) -> Iterator[Finding | Family]:
     """Yield what is wrong with lines, and the families except those with an unreadable line."""
     family = None
-    pos = 0
     number = 1
-    while pos <= len(source.body):
-        reading = read_strictly(source, pos)
+    while source.pos <= len(source.body):
+        pos = source.pos
+        reading = read_strictly(source)
         yield from reading.findings
         line = reading.line
         if not reading.is_readable:
@@ -361,8 +364,7 @@ def read_families(source: Source) -> Iterator[Finding | Family]:
                 family = None
             family = family or Family(line, number, source.dialect)
             family.add(line, number)
-        number += source.body.count(b"\n", pos, reading.end)
-        pos = reading.end
+        number += source.body.count(b"\n", pos, source.pos)
     if family:
         yield family
 
@@ -376,11 +378,6 @@ def read_families(source: Source) -> Iterator[Finding | Family]:
 
 Complaints = Iterator[tuple[int, str]]
 Check = Callable[[Family, list[Row]], Complaints]
-
-
-def quote(text: bytes) -> str:
-    """Return a foreign text in quotes."""
-    return f'"{excerpt(text)}"'
 
 
 def explain_names(family: Heading) -> str:
@@ -729,7 +726,7 @@ def judge_families(source: Source) -> Iterator[Finding]:
         if len(found.rows) <= MAX_JUDGED_SAMPLES:
             complaints += check_family(found)
         for pos, message in sorted(complaints, key=lambda complaint: complaint[0]):
-            yield to_finding(refuse(source, pos, message), strict=True)
+            yield to_finding(source.refuse(pos, message), strict=True)
         heading = found.heading()
         for name in (found.name, *found.names):
             above.setdefault(name, heading)
@@ -749,9 +746,9 @@ def find_all(body: bytes, content_type: str) -> Iterator[Finding]:
     dialect = choose_dialect(content_type)
     if dialect is None:  # protobuf: what follows a fault cannot be read
         return
-    source = Source(body, dialect, no_tick)
+    source = Source(body, dialect)
     if dialect.openmetrics and not body:
-        error = expected(source, 0, '"# EOF"')
+        error = source.expected(0, '"# EOF"')
         yield to_finding(error, strict=True)
     yield from judge_families(source)
 
