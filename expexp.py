@@ -528,7 +528,6 @@ UNIT: Final = (
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
     rb"|(?<=_celsius) celsius)" % METRIC_NAME
 )
-
 TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
 OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
 RUN_SAMPLES: Final = 200
@@ -604,13 +603,11 @@ FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # The longest match, 2 ms for labels that begin alike, and the copy that is checked for UTF-8.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns are bytes
+Tick = Callable[[], object]
 
 
 def no_tick() -> None:
     """Do nothing: the body may take any time."""
-
-
-Tick = Callable[[], object]
 
 
 def is_utf8(text: bytes) -> bool:
@@ -698,9 +695,6 @@ class Label(NamedTuple):
     value: bytes
 
 
-Labels = list[Label]
-
-
 class Sample(NamedTuple):
     """One line with a value. The name is unescaped, the rest is as it was written."""
 
@@ -721,6 +715,7 @@ class Metadata(NamedTuple):
     text: bytes
 
 
+Labels = list[Label]
 Line = Union[Sample, Metadata, None]  # None: a line that says nothing
 
 
@@ -930,7 +925,6 @@ def read_line(source: Source) -> Line:
     """Return the next line. OpenMetrics has no blank lines and ends with `# EOF`."""
     source.skip_blanks()
     must_end = bool(source.dialect.openmetrics and source.body)  # Prometheus takes an empty body
-    last = len(source.body) + must_end
     line: Line = None
     if source.peek() == b"#":
         line = read_comment(source)
@@ -938,7 +932,8 @@ def read_line(source: Source) -> Line:
         source.require(source.peek(), source.pos, '"# EOF"')
         line = read_sample(source)
     source.skip_blanks()
-    source.require(source.pos >= last or source.peek() == b"\n", source.pos, "a newline")
+    is_over = source.pos >= len(source.body) + must_end
+    source.require(is_over or source.peek() == b"\n", source.pos, "a newline")
     source.pos += 1
     return line
 
@@ -1057,8 +1052,6 @@ LABELS: Final = re.compile(LABEL)
 PLAIN_METRIC: Final = compile_production(
     rb"(?s)(?:%b){0,30}+[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, VARINT.pattern)
 )
-
-
 Field = tuple[str, int, int]  # path, start and end of the content
 
 
@@ -1085,11 +1078,10 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
     if wire == 0:
         return pos, read_varint(body, pos, end, path)[0]
     start = pos
+    length = FIXED_BYTES.get(wire)
     if wire == LENGTH_DELIMITED:
         start, length = read_varint(body, pos, end, path)
-    elif wire in FIXED_BYTES:
-        length = FIXED_BYTES[wire]
-    else:
+    if length is None:
         raise garbled(path, pos, f"expected a wire type, found {wire}")
     if start + length > end:
         raise garbled(path, pos, f"expected {length} bytes, found {end - start}")
@@ -1179,10 +1171,9 @@ def read_family(source: Source, pos: int, end: int) -> int:
         return 0
     name = last.get("metric_family.name", b"")
     if not name or not is_utf8(name) or not is_utf8(last.get("metric_family.help", b"")):
-        message = f"expected name and help in UTF-8, found {quote(name)}"
-        raise garbled("metric_family", pos, message)
-    _, number = read_varint(last["metric_family.type"], 0, 10, "metric_family")
-    family_type = number & 0xFFFF_FFFF
+        found = quote(name)
+        raise garbled("metric_family", pos, f"expected name and help in UTF-8, found {found}")
+    family_type = read_varint(last["metric_family.type"], 0, 10, "metric_family")[1] & 0xFFFF_FFFF
     if family_type > LAST_TYPE:
         raise garbled("metric_family", pos, f"expected a type up to 5, found {family_type}")
     return metrics
