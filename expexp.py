@@ -493,10 +493,7 @@ LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, W
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
-    """Return pairs from the `depth`-th on. Each of the first 20 has a name of its own.
-
-    The group `more` matches in a line with more pairs. Their names are not compared.
-    """
+    """Return pairs from the `depth`-th on: 20 with different names, then `more` with any names."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
     # Python 3.11 and 3.13 raise a SystemError if a group that matched in an earlier line begins to
     # match in vain, and the line goes on. So no group begins at the brace after a last comma.
@@ -519,8 +516,7 @@ def compose_wide_series(comma: bytes) -> bytes:
 
 SECONDS: Final = rb"(?: %b|)" % FINITE
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
-EXEMPLAR: Final = rb"(?: # %b %b%b|)" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
-AFTER_VALUE: Final = SECONDS + EXEMPLAR
+AFTER_VALUE: Final = rb"%b(?: # %b %b%b|)" % (SECONDS, EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
 #: The base units of OpenMetrics. The reader reads others: to compare a unit with the name by a
 #: group takes time in the square of its length.
 UNIT: Final = (
@@ -974,10 +970,7 @@ def read_runs(source: Source, end: int, fast: Pattern) -> int:
 
 
 def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
-    """Return the number of samples. Runs are read in one match, what is between them by line.
-
-    The fast path needs UTF-8, window by window: a Latin-1 comment costs its own window that path.
-    """
+    """Return the number of samples. A window that is not UTF-8 is read line by line."""
     source = Source(body, dialect, tick)
     forms: tuple[Pattern, ...] = ()
     window = 0
@@ -1006,31 +999,48 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 
 #: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
 PROTOBUF: Final = {
-    "MetricFamily": "name text, help text, type int, metric message, unit text",
-    "Metric": "label LabelPair, gauge Gauge, counter Counter, summary Summary, untyped Gauge, "
-    "timestamp_ms int, histogram Histogram",
-    "LabelPair": "name text, value text",
-    "Gauge": "value double",
-    "Counter": "value double, exemplar Exemplar, created Timestamp",
-    "Summary": "count int, sum double, quantile Quantile, created Timestamp",
-    "Quantile": "quantile double, value double",
-    "Histogram": "count int, sum double, bucket Bucket, count_float double, schema int, "
-    "zero_threshold double, zero_count int, zero_count_float double, negative_span Span, "
-    "negative_delta ints, negative_count doubles, positive_span Span, positive_delta ints, "
-    "positive_count doubles, created Timestamp, exemplar Exemplar",
-    "Bucket": "count int, bound double, exemplar Exemplar, count_float double",
-    "Span": "offset int, length int",
-    "Exemplar": "label LabelPair, value double, timestamp Timestamp",
-    "Timestamp": "seconds int, nanos int",
-    "ints": "",  # a run of numbers, all of them plain
+    "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
+    "Metric": {
+        "label": "LabelPair",
+        "gauge": "Gauge",
+        "counter": "Counter",
+        "summary": "Summary",
+        "untyped": "Gauge",
+        "timestamp_ms": "int",
+        "histogram": "Histogram",
+    },
+    "LabelPair": {"name": "text", "value": "text"},
+    "Gauge": {"value": "double"},
+    "Counter": {"value": "double", "exemplar": "Exemplar", "created": "Timestamp"},
+    "Summary": {"count": "int", "sum": "double", "quantile": "Quantile", "created": "Timestamp"},
+    "Quantile": {"quantile": "double", "value": "double"},
+    "Histogram": {
+        "count": "int",
+        "sum": "double",
+        "bucket": "Bucket",
+        "count_float": "double",
+        "schema": "int",
+        "zero_threshold": "double",
+        "zero_count": "int",
+        "zero_count_float": "double",
+        "negative_span": "Span",
+        "negative_delta": "ints",
+        "negative_count": "doubles",
+        "positive_span": "Span",
+        "positive_delta": "ints",
+        "positive_count": "doubles",
+        "created": "Timestamp",
+        "exemplar": "Exemplar",
+    },
+    "Bucket": {"count": "int", "bound": "double", "exemplar": "Exemplar", "count_float": "double"},
+    "Span": {"offset": "int", "length": "int"},
+    "Exemplar": {"label": "LabelPair", "value": "double", "timestamp": "Timestamp"},
+    "Timestamp": {"seconds": "int", "nanos": "int"},
+    "ints": {},  # a run of numbers, all of them plain
 }
-FIELDS: Final = {
-    message: {number: tuple(field.split()) for number, field in enumerate(fields.split(","), 1)}
-    for message, fields in PROTOBUF.items()
-}
+FIELDS: Final = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.items()}
 CONTINUED: Final = 0x80  # this bit of a number's byte says that another one follows
 LENGTH_DELIMITED: Final = 2
-FIXED_BYTES: Final = {1: 8, 5: 4}  # by wire type
 #: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. Other contents have 2: a length and the bytes.
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 LAST_TYPE: Final = 5  # of a family
@@ -1078,7 +1088,7 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
     if wire == 0:
         return pos, read_varint(body, pos, end, path)[0]
     start = pos
-    length = FIXED_BYTES.get(wire)
+    length = {1: 8, 5: 4}.get(wire)
     if wire == LENGTH_DELIMITED:
         start, length = read_varint(body, pos, end, path)
     if length is None:
@@ -1171,8 +1181,7 @@ def read_family(source: Source, pos: int, end: int) -> int:
         return 0
     name = last.get("metric_family.name", b"")
     if not name or not is_utf8(name) or not is_utf8(last.get("metric_family.help", b"")):
-        found = quote(name)
-        raise garbled("metric_family", pos, f"expected name and help in UTF-8, found {found}")
+        raise garbled("metric_family", pos, f"expected name and help in UTF-8, found {quote(name)}")
     family_type = read_varint(last["metric_family.type"], 0, 10, "metric_family")[1] & 0xFFFF_FFFF
     if family_type > LAST_TYPE:
         raise garbled("metric_family", pos, f"expected a type up to 5, found {family_type}")
