@@ -3535,6 +3535,42 @@ def test_a_label_given_twice_is_found_at_every_distance(count: int, before: byte
         assert found.message == f'found the label "l{first}" twice'
 
 
+@pytest.mark.parametrize(
+    "again",
+    [b',l3="x"', b', l3="x"', b',l3="\\n"', b',"l.3"="x","l.3"="y"', b',l3="a\rb"', b',l3="=\r="'],
+)
+def test_a_label_given_twice_in_a_long_line_is_found_however_it_is_written(again: bytes) -> None:
+    long = line_with(30)[:-4].encode()
+    body = b"up 1\n" * 3 + long + b"} 1\n" + long + again + b"} 1\n" + b"up 1\n" * 3
+    found = read(body, expexp.TEXT, fast=True)
+    assert found == read(body, expexp.TEXT, fast=False)
+    assert isinstance(found, tuple)
+    assert found[0] == 5
+    assert found[2].startswith('found the label "l')
+
+
+def test_the_reader_sees_no_line_among_those_with_many_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = b"".join(line_with(30 if place % 10 else 12).encode() for place in range(1_000))
+    seen = []
+    read_line = expexp.read_line
+
+    def note_line(source: expexp.Source) -> expexp.Line:
+        seen.append(source.pos)
+        return read_line(source)
+
+    monkeypatch.setattr(expexp, "read_line", note_line)
+    assert expexp.verify_exposition(body, PLAIN) == 1_000
+    assert seen == [len(body)]
+
+
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "by line"])
+def test_a_comment_of_one_word_without_a_blank_may_be_long(fast: bool) -> None:
+    body = b"#" + b"X" * (expexp.MAX_TOKEN_BYTES + 1) + b"\nup 1\n"
+    assert read(body, expexp.TEXT, fast=fast) == 1
+
+
 def taken(run: re.Pattern[bytes], body: bytes) -> int:
     """Give how many bytes one match takes."""
     found = run.match(body)
