@@ -2072,221 +2072,6 @@ class DocumentReader:
 # problem with a file is a ConfigError at start, and a line in the log later. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
-CERTIFICATE: Final = re.compile("-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
-
-
-def log_problems(problems: Iterable[Problem]) -> None:
-    """Log why files are not used."""
-    for problem in problems:
-        LOGGER.error("reload failed, keeping the previous configuration: %s", problem)
-
-
-class FileReader(DocumentReader):
-    """Reads a value from files, noting their fingerprints. Problems leave the former value."""
-
-    def __init__(
-        self,
-        load: Callable[[FileReader], Any],
-        source: DocumentReader,
-        former: FileReader | None = None,
-        again: bool = True,
-    ) -> None:
-        """Load the value. `source` knows the places of settings. Pass `again=False` at start."""
-        super().__init__(source.filename, [])
-        self.places.update(source.places)
-        self._load, self._source, self.again = load, source, again
-        self.files: dict[str, Any] = {}
-        self.warnings: list[str] = []
-        self.targets: dict[str, FileReader] = {}  # credentials for them, by module
-        self._tried = time.monotonic()
-        self.looking = threading.Lock()
-        self.looked = self._tried  # when the files were looked at last, monotonic
-        self.value: Any = former and former.value  # until the new one has no problems
-        value = None
-        try:
-            value = load(self)
-        except Exception:  # an error of ours must not end a service that works
-            LOGGER.exception("unexpected error in loading")
-            self.problem("", "unexpected error: see the log")
-        if self.problems:
-            self.problems.sort()
-            return
-        self.value = value
-        for warning in self.warnings:
-            LOGGER.warning("%s", warning)
-
-    def reload(self) -> FileReader:
-        """Load the value again. IO."""
-        return FileReader(self._load, self._source, self)
-
-    def look(self) -> dict[str, Any]:
-        """Return what the files are like now. IO."""
-        return {name: fingerprint(name) for name in self.files}
-
-    def is_due(self) -> bool:
-        """Return whether files have changed, or a failed load is to be retried. IO."""
-        # It may have failed for lack of descriptors.
-        is_late = time.monotonic() - self._tried >= Limits.retry_seconds
-        return bool(self.problems and is_late) or self.look() != self.files
-
-    def rotate(self) -> FileReader:
-        """Return the credentials, loaded again if they are due. Log what is new. IO."""
-        if not self.is_due():
-            return self
-        found = self.reload()
-        log_problems(problem for problem in found.problems if problem not in self.problems)
-        if not found.problems:
-            LOGGER.info("credentials reloaded: %s", excerpt(", ".join(found.files), 400))
-        return found
-
-    def watched(self, filename: str) -> str:
-        """Return the name of a file to be read. Raises NodeError if that could wait for ever."""
-        self.files[filename] = fingerprint(filename)
-        mode = os.stat(filename).st_mode if os.path.exists(filename) else 0
-        if self.again and stat.S_ISFIFO(mode):
-            raise NodeError("a pipe, which can be read but once")
-        if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and filename != os.devnull:
-            raise NodeError("a device, which could be read forever")
-        return filename
-
-    def warn_of_readers(self, filename: str) -> None:
-        """Add a warning, one for each file, if everybody can read a file with secrets."""
-        warning = f"{excerpt(filename, 200)} holds secrets and can be read by everybody"
-        with contextlib.suppress(OSError):
-            if os.stat(filename).st_mode & stat.S_IROTH and warning not in self.warnings:
-                self.warnings.append(warning)
-
-    def text(self, filename: str, most_bytes: int = Limits.config_bytes) -> str:
-        """Return the text of a file. Raises OSError, or NodeError if too large or not UTF-8."""
-        with open(self.watched(filename), "rb") as file:
-            content = file.read(most_bytes + 1)
-        if len(content) > most_bytes:
-            raise NodeError(f"larger than {most_bytes} bytes")
-        try:
-            return content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            before = error.object[: error.start].decode("latin-1")  # the column counts bytes
-            raise NodeError("not UTF-8", place_after(before)) from None
-
-    def document(self, filename: str, most_bytes: int = Limits.config_bytes) -> Node:
-        """Return the tree of a file, JSON if it is named so, else YAML. Raises as `noting` says."""
-        parse = parse_json if filename.endswith(".json") else parse_yaml
-        return parse(self.text(filename, most_bytes))
-
-    def secret(self, filename: str) -> Secret:
-        """Return the content of a file without blanks around it. Raises OSError or NodeError."""
-        self.warn_of_readers(filename)
-        try:
-            text = self.text(filename, Limits.secret_bytes).strip()
-        except NodeError as error:  # its place is one in that file
-            raise NodeError(f"the file is {error}") from None
-        if not text:
-            raise NodeError("the file should not be empty")
-        return Secret(text)
-
-    def certificates(self, filename: str) -> list[str]:
-        """Return the certificates in a file, in PEM. Raises OSError, ValueError or NodeError."""
-        found = CERTIFICATE.findall(self.text(filename))
-        if not found:
-            raise ValueError("there is no certificate in it")
-        return found
-
-    def key_pair(self, context: ssl.SSLContext, path: str, *files: str) -> None:
-        """Load a certificate and its key into a context. Note what is wrong with them."""
-        what = ["cannot use certificate {} with key {}".format(*files)]
-        what += [file for file in files if not os.access(file, os.R_OK)]  # or not there
-        with self.noting(path, ": ".join(what[:2])):  # OpenSSL does not say which it cannot read
-            self.warn_of_readers(files[1])
-            certificate, private = map(self.watched, files)
-            context.load_cert_chain(certificate, private, password=no_password)
-
-
-def fingerprint(filename: str) -> Any:
-    """Return what changes when a file or folder is written or replaced, also behind a link. IO."""
-    with contextlib.suppress(OSError):
-        found = os.stat(filename)
-        if not stat.S_ISFIFO(found.st_mode):  # which can be read but once
-            return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-    return None
-
-
-class ConfigLoader:
-    """Loads a configuration from its file and folders."""
-
-    def __init__(self, limits: Limits, reader: FileReader) -> None:
-        """Begin without modules. Problems and warnings go to the reader."""
-        self._limits, self._reader, self._problems = limits, reader, reader.problems
-        self._document = functools.partial(reader.document, most_bytes=limits.config_bytes)
-        self._modules: dict[str, Module] = {}
-        self._origins: dict[str, str] = {}
-
-    def load(self, filename: str, folders: Sequence[str], skip_missing: bool) -> Config:
-        """Return the configuration, without the modules that have problems."""
-        reader, default = DocumentReader(filename, self._problems), ""
-        if filename:
-            with reader.noting(""):
-                nodes, default = reader.config(self._document(filename))
-                for name, node in nodes.items():
-                    self._add(reader, name, node)
-        for folder in folders:
-            with DocumentReader(folder, self._problems).noting("", "failed reading directory"):
-                self._load_folder(folder, skip_missing)
-        if default and default not in self._origins:
-            message = suggest(f'no module "{excerpt(default)}"', default, self._modules)
-            reader.problem("defaultModule", message)
-        return Config(dict(sorted(self._modules.items())), default)
-
-    def _load_folder(self, folder: str, skip_missing: bool) -> None:
-        """Add a module for each document in a folder, in sorted order. Raises OSError."""
-        if skip_missing and not os.path.exists(self._reader.watched(folder)):
-            self._reader.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
-            return
-        for name in sorted(os.listdir(self._reader.watched(folder))):
-            filename = os.path.join(folder, name)
-            found = re.fullmatch(r"(?!\.#)(.+)\.(?:yml|yaml|json)", name)  # `.#`: Emacs's locks
-            if not found or os.path.isdir(filename):
-                self._reader.warnings.append(f"skipping non-yaml file {filename}")
-                continue
-            reader = DocumentReader(filename, self._problems)
-            with reader.noting(""):
-                module = read_module_name(Node("string", found[1]))  # bytes might be no text
-                if os.path.exists(filename) and not os.path.isfile(filename):
-                    raise NodeError("not a regular file")  # a pipe would be waited for
-                self._add(reader, module, self._document(filename))
-
-    def _add(self, reader: DocumentReader, name: str, node: Node) -> None:
-        """Add a module if it has no problems. Check it against what is on this host."""
-        module = reader.module(name, node)
-        file, line = excerpt(reader.filename, 200), node.place[0]
-        here = f"{file}:{line}" if line else file
-        first = self._origins.setdefault(name, here)
-        if first != here:
-            message = f"module {excerpt(name)} is already defined in {first}"
-            reader.problem(f"modules.{name}", message)
-        elif module:
-            self._modules[name] = module
-            self._check_host(module, reader)
-
-    def _check_host(self, module: Module, reader: DocumentReader) -> None:
-        """Load what a module needs of this host. What is not there yet is a warning."""
-        target, missing = module.target, ""
-        if isinstance(target, HttpTarget):
-            if target.basic_auth_password or "Authorization" in target.headers:
-                self._reader.warn_of_readers(reader.filename)
-            load = functools.partial(load_target_credentials, target, f"modules.{module.name}.http")
-            credentials = FileReader(load, reader, None, self._reader.again)
-            self._problems += credentials.problems
-            if credentials.problems:  # the configuration is due when these files change, too
-                self._reader.files.update(credentials.files)
-            self._reader.targets[module.name] = credentials
-        elif isinstance(target, ExecTarget):
-            path = target.env.get("PATH", Secret(os.defpath if target.clear_env else "")).reveal()
-            missing = "" if shutil.which(target.command, path=path or None) else "executable"
-        else:
-            missing = "" if os.path.exists(target.path) else "file"
-        if missing:
-            lacking = f"module {module.name}: no {missing} {excerpt(target.shown)}"
-            self._reader.warnings.append(lacking)
 
 
 def notify(state: str, seconds: float = 1) -> None:
@@ -2298,17 +2083,49 @@ def notify(state: str, seconds: float = 1) -> None:
             channel.sendto(state.encode(), re.sub("^@", "\0", address))
 
 
-# --- certificates and secrets
+def log_problems(problems: Iterable[Problem]) -> None:
+    """Log why files are not used."""
+    for problem in problems:
+        LOGGER.error("reload failed, keeping the previous configuration: %s", problem)
 
-IGNORE_UNEXPECTED_EOF: Final = 0x80  # of OpenSSL 3; Python names it from 3.12 on
+
+# --- files
+
+CERTIFICATE: Final = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
+PRIVATE_KEY: Final = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
+#: What a file holds instead of the PEM of a certificate or key, and what to do about it.
+PEM_MISTAKES: Final = (
+    (rb"\A\s*\Z", "nothing", "write it again"),
+    (rb"BEGIN ENCRYPTED|4,ENCRYPTED", "an encrypted key", "decrypt it with openssl pkey"),
+    (rb"BEGIN OPENSSH", "a key of OpenSSH", "make a new one with openssl genpkey"),
+    (rb"BEGIN.* REQUEST", "a certificate request", "name the certificate that its authority made"),
+    (rb"BEGIN PKCS7", "PKCS#7", "convert it with openssl pkcs7 -print_certs"),
+    (rb"BEGIN CERTIFICATE-(?!.*END)", "a part of a certificate", "write it again"),
+    (rb"BEGIN CERTIFICATE", "a certificate", "name the file of its key here"),
+    (rb"PRIVATE KEY-----", "a private key", "name the file of its certificate here"),
+    (rb"\A\x30(\x80|\x82..)\x02\x01\x03", "PKCS#12", "convert it with openssl pkcs12 -nodes"),
+    (rb"\A\x30.{1,3}\x02\x01[\0\1]", "a key in DER", "convert it with openssl pkey -inform der"),
+    (rb"\A\x30\x82..\x30", "DER", "convert it with openssl x509 -inform der"),
+    (rb"", "something else", "PEM begins with -----BEGIN"),
+)
+#: DER of an RSA key whose length takes one byte: it has fewer than 2048 bits (1920 to be exact).
+SHORT_RSA: Final = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
+#: By their names in configurations. RFC 8446, 4.1.2: TLS 1.0 is 0x0301.
+TLS_VERSIONS: Final = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
+IGNORE_UNEXPECTED_EOF: Final = 0x80  # with it a body cut short looks whole; named from 3.12 on
+# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([0-9]{12,14})Z")
 
 
-def new_context(protocol: int) -> ssl.SSLContext:
-    """Return a TLS context with what both directions have in common."""
-    context = ssl.SSLContext(protocol)
-    # With OpenSSL 3 Python 3.9 takes any end for a proper one: a body cut short would look whole.
-    context.options &= ~IGNORE_UNEXPECTED_EOF
-    return context
+def fingerprint(filename: str) -> list[int]:
+    """Return a file's mode (0: missing), and what changes when it is written or replaced. IO."""
+    try:
+        found = os.stat(filename)  # of the file behind a link
+    except OSError:
+        return [0]
+    if stat.S_ISFIFO(found.st_mode):  # it can be read but once
+        return [found.st_mode]
+    return [*found[:7], found.st_mtime_ns, found.st_ctime_ns]  # up to the size, without st_atime
 
 
 def no_password() -> str:
@@ -2316,74 +2133,165 @@ def no_password() -> str:
     raise ValueError("the key is encrypted")
 
 
-@dataclass(frozen=True, repr=False)
-class TargetCredentials:
-    """How expexp and an http target authenticate each other."""
-
-    context: ssl.SSLContext | None
-    authorization: str
-
-
-def given(section: Any, *names: str) -> dict[str, Any]:
-    """Return those of some keys of a section that have a value, with their values."""
-    return {name: getattr(section, name) for name in names if getattr(section, name)}
+def certificate_end(certificate: str) -> float:
+    """Return when a certificate in PEM expires, Unix time. Raise ValueError if it does not say."""
+    found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
+    if not found:
+        raise ValueError("no certificate")
+    year = "%Y" if found[1] == b"\x18" else "%y"
+    return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
 
 
-def load_target_credentials(target: HttpTarget, path: str, reader: FileReader) -> TargetCredentials:
-    """Return the credentials for a target. Note unusable files as problems. IO."""
-    secret, authorization = target.basic_auth_password, ""
-    for name, file in given(target, "basic_auth_password_file", "bearer_token_file").items():
-        with reader.noting(f"{path}.{name}"):
-            secret = reader.secret(file)
-    if target.basic_auth_username:
-        pair = f"{target.basic_auth_username}:{secret.reveal()}"
-        authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
-    elif target.bearer_token_file:
-        authorization = f"Bearer {secret.reveal()}"
-        if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
-            message = "token file should hold one line of Latin-1 text"
-            reader.problem(f"{path}.bearer_token_file", message)
-    return TargetCredentials(load_target_context(target, path, reader), authorization)
+class NamedFile(NamedTuple):
+    """A file, and the key or flag that names it."""
+
+    setting: str
+    name: str
 
 
-@functools.lru_cache(maxsize=1)
-def system_context() -> ssl.SSLContext:
-    """Return one context that trusts the system's authorities: they take 35 ms and 1 MB. IO."""
-    context = new_context(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_default_certs()
-    return context
+class FileReader(DocumentReader):
+    """A value loaded from files, with its problems and the fingerprints of the files."""
 
+    def __init__(self, source: DocumentReader, at_start: bool, *arguments: Any) -> None:
+        """Load the value. After problems, keep that of `source`, which has places of settings."""
+        super().__init__(source.filename, [])
+        self.places = source.places
+        self.value: Any = getattr(source, "value", None)
+        self.at_start = at_start
+        self.files: dict[str, list[int]] = {}
+        self.warnings: list[str] = []
+        self.looked = time.monotonic()  # when the files were looked at; infinite during a look
+        self._tried = self.looked
+        self._arguments = arguments
+        try:
+            value = cast(Any, self).load(*arguments)  # of the class that knows the value
+        except Exception:  # an error of ours must not end a service that works
+            LOGGER.exception("unexpected error in loading")
+            self.problem("", "unexpected error: see the log")
+        self.problems.sort()
+        if not self.problems:
+            self.value = value
+            for warning in self.warnings:
+                LOGGER.warning("%s", warning)
 
-def load_target_context(target: HttpTarget, path: str, reader: FileReader) -> ssl.SSLContext | None:
-    """Return the TLS settings towards a target, if any. Note unusable files as problems. IO."""
-    authorities = given(target, "tls_ca_cert_file", "tls_root_ca_file")
-    if target.scheme == "http" and not (authorities or target.tls_cert_file):
-        return None
-    if not (authorities or target.tls_cert_file or target.tls_insecure_skip_verify):
-        return system_context()
-    context = new_context(ssl.PROTOCOL_TLS_CLIENT)
-    if not (target.tls_ca_cert_file or target.tls_insecure_skip_verify):
-        context.load_default_certs()
-    for name, file in authorities.items():
-        with reader.noting(f"{path}.{name}", f"cannot use certificates in {file}"):
-            context.load_verify_locations(reader.watched(file))
-    if target.tls_cert_file:
-        reader.key_pair(context, f"{path}.tls_cert_file", target.tls_cert_file, target.tls_key_file)
-    if target.tls_insecure_skip_verify:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
+    def look(self) -> dict[str, list[int]]:
+        """Return the fingerprints of the files now. IO."""
+        return {name: fingerprint(name) for name in self.files}
+
+    def is_due(self) -> bool:
+        """Return whether files have changed, or a failed load is to be retried. IO."""
+        is_late = time.monotonic() - self._tried >= Limits.retry_seconds  # descriptors can lack
+        return bool(self.problems and is_late) or self.look() != self.files
+
+    def rotate(self) -> FileReader:
+        """Return the credentials, loaded again if they are due. Log what is new. IO."""
+        if not self.is_due():
+            return self
+        fresh = type(self)(self, False, *self._arguments)
+        log_problems(problem for problem in fresh.problems if problem not in self.problems)
+        if not fresh.problems:
+            LOGGER.info("credentials reloaded: %s", excerpt(", ".join(fresh.files), 400))
+        return fresh
+
+    def using(self, named: NamedFile) -> contextlib.AbstractContextManager[None]:
+        """Note an error inside as a problem with a file."""
+        return self.noting(named.setting, f"cannot use {excerpt(named.name, 200)}")
+
+    def watch(self, filename: str) -> int:
+        """Note a file's fingerprint and return its mode. Raise ValueError for a late pipe. IO."""
+        was_read = filename in self.files
+        self.files[filename] = fingerprint(filename)
+        mode = self.files[filename][0]
+        if stat.S_ISFIFO(mode) and (was_read or not self.at_start):
+            raise ValueError("a pipe, which can be read but once")
+        return mode
+
+    def read(self, filename: str, most_bytes: int = Limits.config_bytes) -> bytes:
+        """Return the content of a file. Raise OSError, or ValueError if it is too large. IO."""
+        self.watch(filename)
+        with open(filename, "rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise ValueError(f"larger than {most_bytes} bytes")
+        return content
+
+    def document(self, filename: str) -> Node:
+        """Return the tree of a file, JSON if it is named so, else YAML. Raise as `noting` says."""
+        # What is not UTF-8 becomes surrogates, which no reader of nodes takes.
+        text = self.read(filename).decode("utf-8-sig", "surrogateescape")
+        return parse_json(text) if filename.endswith(".json") else parse_yaml(text)
+
+    def secret(self, named: NamedFile) -> Secret:
+        """Return the content of a file, if one is named, without blanks around it. IO."""
+        if named.name:
+            with self.using(named):
+                content = self.read(named.name, Limits.secret_bytes)
+                self.warn_of_readers(named.name)
+                text = content.decode("utf-8-sig", "surrogateescape").strip()
+                if not re.fullmatch(A_NAME, text):
+                    raise ValueError("expected text in UTF-8, not empty and without a NUL")
+                return Secret(text)
+        return Secret("")
+
+    def warn_of_readers(self, filename: str) -> None:
+        """Add a warning, one for each file, if everybody can read a file with secrets."""
+        warning = f"{excerpt(filename, 200)} holds secrets and can be read by everybody"
+        if self.files[filename][0] & stat.S_IROTH and warning not in self.warnings:
+            self.warnings.append(warning)
+
+    def pem(self, pattern: re.Pattern[bytes], what: str, filename: str) -> list[str]:
+        """Return what matches in a PEM file. Raise OSError, or ValueError if nothing does. IO."""
+        content = self.read(filename)
+        blocks = [block.decode() for block in pattern.findall(content)]
+        if not blocks:
+            rows = (row for row in PEM_MISTAKES if re.search(row[0], content, re.DOTALL))
+            _, found, advice = next(rows)  # the last row matches anything
+            raise ValueError(f"expected {what} in PEM, found {found}: {advice}")
+        return blocks
+
+    def certificates(self, context: ssl.SSLContext, filename: str) -> list[str]:
+        """Return the certificates in a PEM file. Raise OSError or ValueError. IO."""
+        found = self.pem(CERTIFICATE, "a certificate", filename)
+        is_strict = context.minimum_version >= ssl.TLSVersion.TLSv1_2
+        if is_strict and any(SHORT_RSA.search(ssl.PEM_cert_to_DER_cert(pem)) for pem in found):
+            raise ValueError("expected RSA keys from 2048 bits, found fewer: make a new one")
+        return found
+
+    def trust(self, context: ssl.SSLContext, named: NamedFile) -> str:
+        """Let a context trust the certificates in a file. Return them. Note problems. IO."""
+        if named.name:
+            with self.using(named):
+                authorities = "\n".join(self.certificates(context, named.name))
+                context.load_verify_locations(cadata=authorities)
+                return authorities
+        return ""
+
+    def show(self, context: ssl.SSLContext, certificate: NamedFile, key: NamedFile) -> float:
+        """Let a context show a certificate. Return its chain's earliest end, Unix time. IO."""
+        expires = 0.0
+        with self.using(certificate):
+            expires = min(map(certificate_end, self.certificates(context, certificate.name)))
+            self.watch(certificate.name)  # OpenSSL reads it again, which a pipe does not allow
+            with self.using(key):
+                mode = self.watch(key.name)
+                self.warn_of_readers(key.name)
+                if not stat.S_ISFIFO(mode):  # OpenSSL reads a pipe itself
+                    self.pem(PRIVATE_KEY, "a private key", key.name)
+                context.load_cert_chain(certificate.name, key.name, password=no_password)
+        if 0 < expires < time.time():
+            self.warnings.append(f"a certificate in {excerpt(certificate.name, 200)} has expired")
+        return expires
 
 
 # --- who may ask
 
 
 def load_bcrypt() -> Any:
-    """The function crypt_rn of the system's libxcrypt; NodeError where none knows bcrypt. IO."""
-    for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is there for compilers only
+    """Return the function crypt_rn of libxcrypt. Raise NodeError if it is missing. IO."""
+    for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is for compilers only
         with contextlib.suppress(OSError, AttributeError):
             function = ctypes.CDLL(name).crypt_rn
             function.restype = ctypes.c_char_p
-            function.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_int,)
             if hash_password(function, b"", "$2b$04$" + "." * 53):
                 return function
     raise NodeError(
@@ -2391,27 +2299,24 @@ def load_bcrypt() -> Any:
     )
 
 
-def hash_password(crypt_rn: Any, password: bytes, stored: str) -> bytes | None:
+def hash_password(crypt_rn: Any, password: bytes, stored: str) -> Any:
     """Return the password's bcrypt hash with cost and salt of a stored one. Its cost takes time."""
     buffer = ctypes.create_string_buffer(32768)  # one a call: crypt() has one for all threads
-    return cast("bytes | None", crypt_rn(password, stored.encode(), buffer, len(buffer)))
+    return crypt_rn(password, stored.encode(), buffer, len(buffer))
 
 
 class PasswordChecks:
-    """What all checks of passwords share, also over a reload: proofs, and the turn to hash.
-
-    One request hashes at a time: first those with a known user name, then in order of arrival.
-    """
+    """Proofs, and the turn to hash: known users first, then by arrival. They outlive a reload."""
 
     def __init__(self) -> None:
         self.key = os.urandom(32)
-        self.proved: dict[str, bytes] = {}  # keyed hashes by user: no password is kept
+        self.proofs: dict[str, bytes] = {}  # keyed hashes by user: no password is kept
         self._changed = threading.Condition()
         self._line: list[tuple[bool, float, int]] = []  # the first request hashes
 
     @contextlib.contextmanager
     def turn(self, is_known: bool) -> Iterator[None]:
-        """Wait for the turn to hash. Raises RequestError if too many wait, or one for too long."""
+        """Wait for the turn to hash. Raise RequestError if too many wait, or one for too long."""
         own = (not is_known, time.monotonic(), threading.get_ident())
         try:
             with self._changed:
@@ -2428,47 +2333,40 @@ class PasswordChecks:
                     self._changed.notify_all()
 
 
-class Users:
-    """The users of a web configuration."""
+class Users(NamedTuple):
+    """The users of a web configuration, at least one."""
 
-    def __init__(self, hashes: Mapping[str, Secret], crypt_rn: Any, checks: PasswordChecks) -> None:
-        self._hashes = {name: secret.reveal() for name, secret in hashes.items()}
-        self._crypt_rn = crypt_rn
-        self.checks = checks
-        # An unknown name costs as much as the costliest user: time must not tell them apart.
-        self._stranger = max(self._hashes.values(), key=lambda text: text[4:6], default="")
-
-    def __len__(self) -> int:
-        """Return how many there are."""
-        return len(self._hashes)
+    hashes: Mapping[str, Secret]
+    crypt_rn: Any
+    checks: PasswordChecks
 
     def prove(self, given: str) -> bool:
-        """Return whether base64 of `user:password` is right, hashed once. Raises RequestError."""
+        """Return whether base64 of `user:password` is right, hashed once. Raise RequestError."""
         try:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
             return False
         raw_name, colon, password = pair.partition(b":")
         name = raw_name.decode("utf-8", "replace")
-        known = self._hashes.get(name, "")
-        # The proof is void when the user's hash has changed.
-        proof = hmac.digest(self.checks.key, known.encode() + pair, "sha256")
-
-        def is_proved() -> bool:
-            """Return whether this proof is the one of a password that was right."""
-            return hmac.compare_digest(self.checks.proved.get(name, b""), proof)
-
-        if is_proved():
+        stored = self.hashes.get(name, Secret("")).reveal()
+        # The proof is void when the user's hash has changed. Without the key `==` tells nothing.
+        proofs = self.checks.proofs
+        proof = hmac.digest(self.checks.key, stored.encode() + pair, "sha256")
+        if proofs.get(name) == proof:
             return True
-        with self.checks.turn(known != ""):
-            if not is_proved():  # by a request that waited beside this one
-                hashed = hash_password(self._crypt_rn, password, known or self._stranger) or b""
-                # A NUL would end the password for bcrypt.
-                is_right = hmac.compare_digest(hashed, known.encode()) and b"\0" not in password
-                if is_right and colon and known:
-                    self.checks.proved[name] = proof
-                    return True
-        return is_proved()
+        with self.checks.turn(stored != ""):
+            if proofs.get(name) == proof:  # by a request that waited beside this one
+                return True
+            # An unknown name costs as much as the costliest user: time must not tell them apart.
+            others = [secret.reveal() for secret in self.hashes.values()]
+            like = stored or max(others, key=lambda text: text[4:6])
+            hashed = hash_password(self.crypt_rn, password, like) or b""
+            is_right = hmac.compare_digest(hashed, stored.encode())
+            # A NUL would end the password for bcrypt.
+            if is_right and stored and colon and b"\0" not in password:
+                proofs[name] = proof
+                return True
+        return False
 
 
 class CertificateError(OSError):
@@ -2484,10 +2382,10 @@ MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 @functools.lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
-    """Return whether one of a certificate's names matches; CertificateError if this is unknown.
+    """Return whether a name matches. Raise CertificateError if that is unknown. IO.
 
-    In a process of its own, for new names only: on 29 bytes of a client's text an innocent pattern
-    like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
+    New names are matched in a process of its own: on 29 bytes of a client's text an innocent
+    pattern like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
     """
     command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
     null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
@@ -2498,43 +2396,23 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     except subprocess.TimeoutExpired:
         raise CertificateError("matching -web.tls.certmatch takes too long") from None
     except OSError as error:  # it did not start
-        message = f"matching -web.tls.certmatch failed: {words_of(error)}"
-        raise CertificateError(message) from None
+        raise CertificateError(f"matching -web.tls.certmatch failed: {words_of(error)}") from None
     finally:
         MATCHING.release()
-    if status not in (0, 3):  # it was killed or did not start: that is no answer to remember
+    if status not in (0, 3):  # killed or not started: no verdict to remember
         raise CertificateError("matching -web.tls.certmatch failed")
     return status == 0
 
 
 def canonical_name(text: str) -> str:
-    """Return an IP address in its one short form, any other name as it is."""
+    """Return an IP address in its one short form, any other name unchanged."""
     with contextlib.suppress(ValueError):
         return str(ipaddress.ip_address(text))
     return text
 
 
-# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
-VALIDITY: Final = re.compile(
-    rb"\x30[\x1e\x20\x22](?:\x17\r|\x18\x0f)[0-9]{12,14}Z(\x17\r|\x18\x0f)([0-9]{12,14})Z"
-)
-
-
-def certificate_end(certificate: str) -> float:
-    """Return when a certificate in PEM expires, Unix time. Raises ValueError if it does not say."""
-    found = VALIDITY.search(ssl.PEM_cert_to_DER_cert(certificate))
-    if not found:
-        raise ValueError("no certificate")
-    year = "%Y" if found[1].startswith(b"\x18") else "%y"
-    return calendar.timegm(time.strptime(found[2].decode(), f"{year}%m%d%H%M%S"))
-
-
-NAME_KINDS: Final = ("DNS", "IP Address", "email", "URI")
-
-
-@dataclass(frozen=True, repr=False)
-class ServerTls:
-    """How to serve TLS, and to which clients."""
+class LoadedTls(NamedTuple):
+    """How to serve TLS, and to which clients, with all files loaded."""
 
     settings: TlsServer
     context: ssl.SSLContext
@@ -2545,24 +2423,31 @@ class ServerTls:
         """Raise CertificateError if no name in a client's verified certificate lets it in."""
         subject = itertools.chain.from_iterable(certificate.get("subject", ()))
         common = [text for kind, text in subject if kind == "commonName"]
-        others = certificate.get("subjectAltName", ())
-        names = [canonical_name(text) for kind, text in others if kind in NAME_KINDS]
-        allowed = [*map(canonical_name, self.settings.client_allowed_sans)]
+        pairs = certificate.get("subjectAltName", ())
+        kinds = ("DNS", "IP Address", "email", "URI")
+        names = [canonical_name(text) for kind, text in pairs if kind in kinds]
+        allowed = {*map(canonical_name, self.settings.client_allowed_sans)}
         # Behind a line break a name could go on where the `$` of a pattern has matched.
-        shown = tuple(name for name in (*common, *names) if name.isprintable())
-        good = not (certificate and allowed) or set(names) & set(allowed)
-        if not good or (certmatch and not match_names(certmatch, shown, seconds)):
+        shown = tuple(filter(str.isprintable, common + names))
+        is_wrong = bool(certificate and allowed) and allowed.isdisjoint(names)
+        if certmatch and not is_wrong:
+            is_wrong = not match_names(certmatch, shown, seconds)
+        if is_wrong:
             found = excerpt(", ".join(shown), 200) or "it has none"
             raise CertificateError(f"no name in the certificate is allowed: {found}")
 
 
-@dataclass(frozen=True, repr=False)
-class Credentials:
+PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
+SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
+TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
+
+
+class Credentials(NamedTuple):
     """What decides who gets in, and how we show ourselves. Replaced as a whole."""
 
     token: Secret
-    users: Users
-    tls: ServerTls | None
+    users: Users | None
+    tls: LoadedTls | None
 
     def is_token(self, given: str) -> bool:
         """Return whether a client has sent the token, compared in constant time."""
@@ -2571,119 +2456,252 @@ class Credentials:
     @property
     def demands(self) -> set[str]:
         """Return what clients must do to get in."""
-        tls = self.tls
-        demands = {
-            "TLS": tls,
-            "client certificates": tls and tls.context.verify_mode == ssl.CERT_REQUIRED,
-            "client_allowed_sans": tls and tls.settings.client_allowed_sans,
-            "authentication": self.token or self.users,
-        }
-        return {what for what, demanded in demands.items() if demanded}
+        demands = {"authentication"} if self.token or self.users else set()
+        if self.tls:
+            demands.add("TLS")
+            if self.tls.settings.client_auth_type == AUTH_TYPES[-1]:
+                demands.add("client certificates")
+            if self.tls.settings.client_allowed_sans:
+                demands.add("client_allowed_sans")
+        return demands
 
 
-def load_web_config(options: Options, reader: FileReader) -> WebConfig:
-    """Return the content of -web.config.file. Note what is unusable as problems. IO."""
-    filename, web = options["web.config.file"], WebConfig()
-    if filename:
-        with reader.noting(""):
+class CredentialsLoader(FileReader):
+    """Loads our credentials from flags and files."""
+
+    def load(self, options: Options, checks: PasswordChecks) -> Credentials:
+        """Return the credentials. Note what is unusable as problems. IO."""
+        self.warnings += options[WARNINGS]
+        web = self._web_config(options)
+        token = options["web.bearer.token"]
+        file = NamedFile("-web.bearer.token-file", options["web.bearer.token-file"])
+        if token and file.name:
+            self.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
+        users = None
+        if web.basic_auth_users:
+            with self.noting("basic_auth_users"):
+                users = Users(web.basic_auth_users, load_bcrypt(), checks)
+        settings = web.tls_server_config
+        if options["web.tls.listen-address"]:
+            settings = TlsServer("", "", AUTH_TYPES[-1 if options["web.tls.verify"] else 0])
+        tls = self._tls(options, settings) if settings else None
+        credentials = Credentials(token or self.secret(file), users, tls)
+        if options["web.tls.certmatch"] and "client certificates" not in credentials.demands:
+            self.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
+        if self.value and not self.problems:
+            # A file that is just being written, or gone by mistake, must not open the door.
+            for what in self.value.demands - credentials.demands:
+                self.problem("", f"{what} cannot be given up without a restart")
+            if tls and not self.value.tls:  # its listener is plain
+                self.problem("", "TLS cannot be turned on without a restart")
+        return credentials
+
+    def _web_config(self, options: Options) -> WebConfig:
+        """Return the content of -web.config.file. Note problems. IO."""
+        web = WebConfig()
+        if not self.filename:
+            return web
+        with self.noting(""):
             # A file that is no mapping but a password, named by mistake, is not shown.
-            node = reader.document(filename)._replace(text="")
-            web = reader.section(WebConfig, node, "") or web
+            node = self.document(self.filename)._replace(text="")
+            web = self.section(WebConfig, node, "") or web
             if web.basic_auth_users:
-                reader.warn_of_readers(filename)
-            elif not (web.tls_server_config or reader.problems):
+                self.warn_of_readers(self.filename)
+            elif not (web.tls_server_config or self.problems):
                 raise NodeError("neither tls_server_config nor basic_auth_users is set")
-    if web.tls_server_config and options["web.tls.listen-address"]:
-        reader.problem("tls_server_config", "does not go with -web.tls.listen-address")
-    if web.tls_server_config and options["web.tls.verify"]:  # ignored, it would let anybody in
-        message = "does not go with -web.tls.verify: set client_auth_type and client_ca_file"
-        reader.problem("tls_server_config", message)
-    return web
+        advice = "remove the flag, and set client_auth_type to ask for certificates"
+        for flag in ("web.tls.listen-address", "web.tls.verify"):
+            if web.tls_server_config and options[flag]:  # ignored, -verify would let anybody in
+                self.problem("tls_server_config", f"does not go with -{flag}: {advice}")
+        return web
+
+    def _tls(self, options: Options, settings: TlsServer) -> LoadedTls:
+        """Return how to serve TLS with these settings. Note problems. IO."""
+        folder = os.path.dirname(self.filename)
+        files = [NamedFile(f"-{flag}", options[flag]) for flag in TLS_FLAGS]
+        if not options["web.tls.listen-address"]:
+            files = [
+                NamedFile(f"tls_server_config.{key}", os.path.join(folder, getattr(settings, key)))
+                for key in ("cert_file", "key_file", "client_ca_file")
+            ]
+        certificate, key, ca = files
+        if settings.min_version > settings.max_version:
+            self.problem("tls_server_config.min_version", "is above max_version")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.options &= ~IGNORE_UNEXPECTED_EOF
+        context.set_ciphers(SERVER_SUITES)
+        context.minimum_version = TLS_VERSIONS[settings.min_version]
+        context.maximum_version = TLS_VERSIONS[settings.max_version]
+        # No connection gets in by a ticket of an earlier one: each proves itself.
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
+        context.num_tickets = 0
+        expires = self.show(context, certificate, key)
+        context.verify_flags |= PARTIAL_CHAIN
+        # AUTH_TYPES has the order of these modes: none, optional, required.
+        context.verify_mode = ssl.VerifyMode(AUTH_TYPES.index(settings.client_auth_type))
+        authorities = self.trust(context, ca) if context.verify_mode else ""
+        return LoadedTls(settings, context, expires, authorities)
 
 
-def choose_tls(options: Options, web: WebConfig) -> tuple[str, TlsServer | None]:
-    """Return where the settings for serving TLS come from (file or flags), and the settings."""
-    tls = web.tls_server_config
-    if tls:
-        folder = os.path.dirname(options["web.config.file"])
-        files = given(tls, "cert_file", "key_file", "client_ca_file")
-        paths = {name: os.path.join(folder, file) for name, file in files.items()}
-        return "tls_server_config", dataclasses.replace(tls, **paths)
-    if not options["web.tls.listen-address"]:
-        return "", None
-    clients = (AUTH_TYPES[-1], options["web.tls.ca"]) if options["web.tls.verify"] else ()
-    return "-web.tls", TlsServer(options["web.tls.cert"], options["web.tls.key"], *clients)
+# --- modules and their targets
+
+#: Up to TLS 1.2, as of Go's client since 1.22: without RSA key exchange. Python's own list differs.
+TARGET_SUITES: Final = (
+    "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE-ECDSA-AES128-SHA:ECDHE-RSA-AES128-SHA:"
+    "ECDHE-ECDSA-AES256-SHA:ECDHE-RSA-AES256-SHA"
+)
 
 
-PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
-SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
-TLS_VERSIONS: Final = {"TLS12": ssl.TLSVersion.TLSv1_2, "TLS13": ssl.TLSVersion.TLSv1_3}
-VERIFY_MODES: Final = dict(zip(AUTH_TYPES, (ssl.CERT_NONE, ssl.CERT_OPTIONAL, ssl.CERT_REQUIRED)))
+@functools.cache
+def client_context(version: str, trusts_system: bool, is_verified: bool) -> ssl.SSLContext:
+    """Return a TLS context towards targets. The system's authorities take 35 ms and 1 MB. IO."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.options &= ~IGNORE_UNEXPECTED_EOF
+    # Versions below 1.2 sign with SHA-1, which OpenSSL has at level 0 only.
+    context.set_ciphers(f"{TARGET_SUITES}:@SECLEVEL={0 if version < 'TLS12' else 2}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of these versions
+        context.minimum_version = TLS_VERSIONS[version]
+    if trusts_system:
+        context.load_default_certs()
+    if not is_verified:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
-def load_server_tls(path: str, tls: TlsServer, reader: FileReader) -> ServerTls:
-    """Return how to serve TLS with these settings. Note what is unusable as problems. IO."""
-    context, authorities, ends = new_context(ssl.PROTOCOL_TLS_SERVER), "", [0.0]
-    if tls.min_version > tls.max_version:
-        reader.problem(f"{path}.min_version", "is above max_version")
-    context.set_ciphers(SERVER_SUITES)
-    context.minimum_version = TLS_VERSIONS[tls.min_version]
-    context.maximum_version = TLS_VERSIONS[tls.max_version]
-    # No connection gets in by a ticket of an earlier one: each proves itself.
-    context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
-    context.num_tickets = 0
-    reader.key_pair(context, path, tls.cert_file, tls.key_file)
-    if not reader.problems:
-        with reader.noting(path, f"cannot use {tls.cert_file}"):
-            ends = [*map(certificate_end, reader.certificates(tls.cert_file))]
-        if 0 < min(ends) < time.time():
-            reader.warnings.append(f"a certificate in {excerpt(tls.cert_file, 200)} has expired")
-    if tls.client_ca_file:
-        with reader.noting(path, f"cannot use the authorities in {tls.client_ca_file}"):
-            authorities = "\n".join(reader.certificates(tls.client_ca_file))
-            context.load_verify_locations(cadata=authorities)
-    context.verify_flags |= PARTIAL_CHAIN
-    context.verify_mode = VERIFY_MODES[tls.client_auth_type]
-    return ServerTls(tls, context, min(ends), authorities)
+@dataclass(frozen=True, repr=False)
+class TargetCredentials:
+    """How expexp and an http target authenticate each other."""
+
+    context: ssl.SSLContext | None
+    authorization: str
 
 
-def load_credentials(options: Options, reader: FileReader) -> Credentials:
-    """Return what flags and files say of who gets in. Note what is unusable as problems. IO."""
-    former: Credentials | None = reader.value
-    web, filename = load_web_config(options, reader), options["web.bearer.token-file"]
-    token, crypt_rn = cast(Secret, options["web.bearer.token"]), None
-    reader.warnings += options[WARNINGS]
-    if token and filename:
-        reader.problem("", "-web.bearer.token and -web.bearer.token-file are mutually exclusive")
-    elif filename:
-        with DocumentReader(filename, reader.problems).noting(""):
-            token = reader.secret(filename)
-    with reader.noting("basic_auth_users"):
-        crypt_rn = load_bcrypt() if web.basic_auth_users else None
-    path, tls = choose_tls(options, web)
-    if options["web.tls.certmatch"] and not (tls and tls.client_auth_type == AUTH_TYPES[-1]):
-        reader.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
-    served = load_server_tls(path, tls, reader) if tls else None
-    checks = former.users.checks if former else PasswordChecks()
-    credentials = Credentials(token, Users(web.basic_auth_users, crypt_rn, checks), served)
-    if former and not reader.problems:
-        # A file that is just being written, or gone by mistake, must not open the door.
-        for what in former.demands - credentials.demands:
-            reader.problem("", f"{what} cannot be given up without a restart")
-        if served and not former.tls:  # its listener is plain
-            reader.problem("", "TLS cannot be turned on without a restart")
-    return credentials
+class TargetLoader(FileReader):
+    """Loads the credentials for a module's target."""
+
+    def load(self, target: HttpTarget, path: str) -> TargetCredentials:
+        """Return the credentials. Note unusable files as problems. IO."""
+        authorization = ""
+        if target.bearer_token_file:
+            file = NamedFile(f"{path}.bearer_token_file", target.bearer_token_file)
+            authorization = f"Bearer {self.secret(file).reveal()}"
+            if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
+                self.problem(file.setting, "token file should hold one line of Latin-1 text")
+        elif target.basic_auth_username:
+            file = NamedFile(f"{path}.basic_auth_password_file", target.basic_auth_password_file)
+            password = target.basic_auth_password or self.secret(file)
+            pair = f"{target.basic_auth_username}:{password.reveal()}"
+            authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
+        return TargetCredentials(self._context(target, path), authorization)
+
+    def _context(self, target: HttpTarget, path: str) -> ssl.SSLContext | None:
+        """Return the TLS settings towards a target, if any. Note problems. IO."""
+        keys = ("tls_ca_cert_file", "tls_root_ca_file", "tls_cert_file", "tls_key_file")
+        own, more, certificate, key = (NamedFile(f"{path}.{k}", getattr(target, k)) for k in keys)
+        has_files = bool(own.name or more.name or certificate.name)
+        if target.scheme == "http" and not has_files:
+            return None
+        version = getattr(target, "tls_min_version", "TLS12")
+        if version < "TLS12":
+            self.warnings.append(f"{target.shown}: others can read and alter what {version} sends")
+        is_verified = not target.tls_insecure_skip_verify
+        build = client_context.__wrapped__ if has_files else client_context  # shared if unchanged
+        context = None
+        with self.noting(f"{path}.tls_min_version", f"OpenSSL here has no {version}"):
+            context = build(version, is_verified and not own.name, is_verified)
+            self.trust(context, own)
+            self.trust(context, more)
+            if certificate.name:
+                self.show(context, certificate, key)
+        return context
 
 
-def load_config(options: Options, limits: Limits, reader: FileReader) -> Config:
-    """Return the configuration that flags name. Note what is wrong with it as problems."""
-    flags = options["config.file"], options["config.dirs"], options["config.skip-dirs"]
-    system_context.cache_clear()  # the system's authorities may have changed, too
-    config = ConfigLoader(limits, reader).load(*flags)
-    if reader.value and reader.value.modules and not (config.modules or reader.problems):
-        # A file that is just being written.
-        reader.problem("", "no modules are left: that needs a restart")
-    return config
+class ConfigLoader(FileReader):
+    """Loads the modules from a file and from folders."""
+
+    def load(self, web: DocumentReader, options: Options, checks: PasswordChecks) -> Config:
+        """Return the configuration, without the modules that have problems. IO."""
+        credentials = CredentialsLoader(web, self.at_start, options, checks)
+        self.credentials = self._included(credentials)
+        client_context.cache_clear()  # the system's authorities may have changed, too
+        self.modules: dict[str, Module] = {}
+        self.origins: dict[str, str] = {}
+        self.targets: dict[str, FileReader] = {}
+        source = DocumentReader(options["config.file"], self.problems)
+        default = ""
+        if source.filename:
+            with source.noting(""):
+                nodes, default = source.config(self.document(source.filename))
+                for name, node in nodes.items():
+                    self._add(source, name, node)
+        for folder in options["config.dirs"]:
+            with DocumentReader(folder, self.problems).noting("", "failed reading directory"):
+                self._load_folder(folder, options["config.skip-dirs"])
+        if default and default not in self.origins:
+            message = suggest(f'no module "{excerpt(default)}"', default, self.modules)
+            source.problem("defaultModule", message)
+        if self.value and self.value.modules and not (self.modules or self.problems):
+            self.problem("", "no modules are left: that needs a restart")  # it is being written
+        return Config(dict(sorted(self.modules.items())), default)
+
+    def _included(self, credentials: FileReader) -> FileReader:
+        """Return credentials. Take over their problems."""
+        self.problems += credentials.problems
+        if credentials.problems:  # the configuration is due when these files change, too
+            self.files.update(credentials.files)
+        return credentials
+
+    def _load_folder(self, folder: str, skip_missing: bool) -> None:
+        """Add a module for each document in a folder, in sorted order. Raise OSError."""
+        if not self.watch(folder) and skip_missing:
+            self.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
+            return
+        for name in sorted(os.listdir(folder)):
+            filename = os.path.join(folder, name)
+            found = re.fullmatch(r"(?!\.#)(.+)\.(?:yml|yaml|json)", name)  # `.#`: Emacs's locks
+            if not found or os.path.isdir(filename):
+                self.warnings.append(f"skipping non-yaml file {filename}")
+                continue
+            source = DocumentReader(filename, self.problems)
+            with source.noting(""):
+                module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                if os.path.exists(filename) and not os.path.isfile(filename):
+                    raise NodeError("not a regular file")  # a pipe would be waited for
+                self._add(source, module, self.document(filename))
+
+    def _add(self, source: DocumentReader, name: str, node: Node) -> None:
+        """Add a module if it has no problems. A missing command or file is a warning. IO."""
+        module = source.module(name, node)
+        here = str(Problem(source.filename, *node.place, "", ""))
+        first = self.origins.setdefault(name, here)
+        if first != here:
+            message = f"module {excerpt(name)} is already defined in {first}"
+            source.problem(f"modules.{name}", message)
+            return
+        if not module:
+            return
+        self.modules[name] = module
+        target = module.target
+        is_missing = False
+        if isinstance(target, HttpTarget):
+            if target.basic_auth_password or "Authorization" in target.headers:
+                self.warn_of_readers(source.filename)
+            path = f"modules.{module.name}.http"
+            credentials = TargetLoader(source, self.at_start, target, path)
+            self.targets[module.name] = self._included(credentials)
+        elif isinstance(target, ExecTarget):
+            search = target.env.get("PATH", Secret("")).reveal()
+            is_missing = not shutil.which(target.command, path=search or None)
+        else:
+            is_missing = not os.path.exists(target.path)
+        if is_missing:
+            what = "executable" if module.method == "exec" else "file"
+            self.warnings.append(f"module {module.name}: no {what} {excerpt(target.shown)}")
+
+
+# --- what is in use
 
 
 class Snapshot(NamedTuple):
@@ -2691,7 +2709,7 @@ class Snapshot(NamedTuple):
 
     config: FileReader  # the value is a Config
     credentials: FileReader  # ours: the value is a Credentials
-    targets: Mapping[str, FileReader]  # by module: the values are TargetCredentials
+    targets: dict[str, FileReader]  # by module: the values are TargetCredentials
     loaded: float  # when the configuration was, Unix time
 
     @property
@@ -2705,81 +2723,65 @@ class Loader:
     """Holds the snapshot in use. Replaces it when credentials change, and on a reload."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load everything. Raises ConfigError."""
+        """Load everything. Raise ConfigError."""
+        self._arguments = options, PasswordChecks()
         self._limits = limits
-        self._lock = threading.Lock()
-        self._swapping = threading.Lock()  # of the snapshot, never held while files are read
-        self._begun = 0  # reloads so far
-        load: Any = functools.partial(load_config, options, limits)
-        config = FileReader(load, DocumentReader("", []), again=False)
-        load, source = functools.partial(load_credentials, options), options["web.config.file"]
-        credentials = FileReader(load, DocumentReader(source, []), again=False)
-        if config.problems or credentials.problems:
-            raise ConfigError(*config.problems, *credentials.problems)
-        self.snapshot = Snapshot(config, credentials, config.targets, time.time())
+        self._reloading = threading.Lock()
+        self._reloads = 0  # begun so far
+        self._swapping = threading.Lock()  # of what is in use, never held while files are read
+        web = DocumentReader(options["web.config.file"], [])
+        config = ConfigLoader(DocumentReader("", []), True, web, *self._arguments)
+        if config.problems:
+            raise ConfigError(*config.problems)
+        self.snapshot = Snapshot(config, config.credentials, config.targets, time.time())
 
     def current(self) -> Snapshot:
         """Return the snapshot, with credentials of ours from files of a moment ago. IO."""
-        ours = self.snapshot.credentials
-        fresh = self._rotate(ours)
-        with self._swapping:
-            if fresh is not ours and self.snapshot.credentials is ours:  # and not a reload's
-                self.snapshot = self.snapshot._replace(credentials=fresh)
-            return self.snapshot
+        self.target("", self.snapshot.credentials)
+        return self.snapshot
 
     def target(self, name: str, former: FileReader) -> FileReader:
         """Return the credentials for a module's target, from files of a moment ago. IO."""
-        fresh = self._rotate(former)  # if it hangs, it stops the scrapes of no other module
         with self._swapping:
-            targets = self.snapshot.targets
-            if fresh is not former and targets.get(name) is former:
-                self.snapshot = self.snapshot._replace(targets={**targets, name: fresh})
+            if time.monotonic() - former.looked < self._limits.rotation_seconds:
+                return former
+            former.looked = math.inf  # while this thread looks, others go on with what there is
+        try:
+            fresh = former.rotate()
+        finally:
+            former.looked = time.monotonic()
+        with self._swapping:
+            if self.snapshot.credentials is former:  # there was no reload since
+                self.snapshot = self.snapshot._replace(credentials=fresh)
+            elif self.snapshot.targets.get(name) is former:
+                self.snapshot.targets[name] = fresh
         return fresh
 
-    def _rotate(self, reader: FileReader) -> FileReader:
-        """Return credentials, loaded again if their files have changed, by one thread at a time."""
-        is_due = time.monotonic() - reader.looked >= self._limits.rotation_seconds
-        if not is_due or not reader.looking.acquire(blocking=False):
-            return reader
-        try:
-            reader.looked = time.monotonic()
-            return reader.rotate()
-        finally:
-            reader.looking.release()
-
     def reload(self) -> Sequence[Problem]:
-        """Read all files, once for all callers that wait. Return problems. Raises RequestError."""
-        begun = self._begun
-        if not self._lock.acquire(timeout=self._limits.reload_seconds):
+        """Read all files, once for all callers that wait. Return problems. Raise RequestError."""
+        reloads = self._reloads
+        if not self._reloading.acquire(timeout=self._limits.reload_seconds):
             LOGGER.error("a reload does not end")
             raise RequestError(503, "a reload does not end")
         try:
-            if self._begun == begun:
-                self._begun += 1
-                self._reload()
-            return self.snapshot.config.problems
-        finally:
-            self._lock.release()
-
-    def _reload(self) -> None:
-        """Replace the configuration and our credentials, if they have no problems."""
-        notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-        former = self.snapshot
-        try:
-            credentials = former.credentials.reload()  # must not expire because of a module
-            config = former.config.reload()
-        finally:
+            if self._reloads != reloads:  # another thread has read all files since
+                return self.snapshot.config.problems
+            self._reloads += 1
+            notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            former = self.snapshot
+            config = ConfigLoader(former.config, False, former.credentials, *self._arguments)
             notify("READY=1")
-        if credentials.problems:  # then the new configuration is not used either
-            config.problems += credentials.problems
-            config.files.update(credentials.files)
-            config.value = former.config.value
-        log_problems(config.problems)
-        with self._swapping:
-            self.snapshot = self.snapshot._replace(config=config, credentials=credentials)
-            if not config.problems:
-                self.snapshot = Snapshot(config, credentials, config.targets, time.time())
-                LOGGER.info("configuration reloaded: %d modules", len(config.value.modules))
+            log_problems(config.problems)
+            with self._swapping:
+                if config.problems:
+                    new = self.snapshot._replace(config=config, credentials=config.credentials)
+                else:
+                    new = Snapshot(config, config.credentials, config.targets, time.time())
+                    LOGGER.info("configuration reloaded: %d modules", len(config.modules))
+                self.snapshot = new
+            return config.problems
+        finally:
+            self._reloading.release()
 
 
 # ==================================================================================================
