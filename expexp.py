@@ -2125,7 +2125,7 @@ def fingerprint(filename: str) -> list[int]:
         return [0]
     if stat.S_ISFIFO(found.st_mode):  # it can be read but once
         return [found.st_mode]
-    return [*found[:7], found.st_mtime_ns, found.st_ctime_ns]  # up to the size, without st_atime
+    return [*found[:7], found.st_mtime_ns, found.st_ctime_ns]  # not st_atime
 
 
 def no_password() -> str:
@@ -2252,8 +2252,8 @@ class FileReader(DocumentReader):
     def certificates(self, context: ssl.SSLContext, filename: str) -> list[str]:
         """Return the certificates in a PEM file. Raise OSError or ValueError. IO."""
         found = self.pem(CERTIFICATE, "a certificate", filename)
-        is_strict = context.minimum_version >= ssl.TLSVersion.TLSv1_2
-        if is_strict and any(SHORT_RSA.search(ssl.PEM_cert_to_DER_cert(pem)) for pem in found):
+        is_short = SHORT_RSA.search(ssl.PEM_cert_to_DER_cert(found[0]))  # the others do no harm
+        if is_short and context.minimum_version >= ssl.TLSVersion.TLSv1_2:
             raise ValueError("expected RSA keys from 2048 bits, found fewer: make a new one")
         return found
 
@@ -2684,7 +2684,7 @@ class ConfigLoader(FileReader):
             return
         self.modules[name] = module
         target = module.target
-        is_missing = False
+        missing = ""
         if isinstance(target, HttpTarget):
             if target.basic_auth_password or "Authorization" in target.headers:
                 self.warn_of_readers(source.filename)
@@ -2693,12 +2693,12 @@ class ConfigLoader(FileReader):
             self.targets[module.name] = self._included(credentials)
         elif isinstance(target, ExecTarget):
             search = target.env.get("PATH", Secret("")).reveal()
-            is_missing = not shutil.which(target.command, path=search or None)
-        else:
-            is_missing = not os.path.exists(target.path)
-        if is_missing:
-            what = "executable" if module.method == "exec" else "file"
-            self.warnings.append(f"module {module.name}: no {what} {excerpt(target.shown)}")
+            if not shutil.which(target.command, path=search or None):
+                missing = "executable"
+        elif not os.path.exists(target.path):
+            missing = "file"
+        if missing:
+            self.warnings.append(f"module {module.name}: no {missing} {excerpt(target.shown)}")
 
 
 # --- what is in use

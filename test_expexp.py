@@ -6869,6 +6869,17 @@ def test_an_rsa_key_of_1024_bits_is_refused_at_the_start_also_in_a_file_of_autho
 
 
 @pytest.mark.usefixtures("here_with_pems")
+def test_a_certificate_that_comes_through_a_pipe_is_refused_and_not_waited_for() -> None:
+    os.mkfifo("pipe")
+    with ThreadPoolExecutor() as pool, taking(0, 5):
+        writer = pool.submit(Path("pipe").write_bytes, Path("cert.pem").read_bytes())
+        with pytest.raises(expexp.ConfigError) as caught:
+            web_program(*OWN_TLS, "-web.tls.cert=pipe", name="")
+        assert writer.result(5)
+    assert str(caught.value) == f"-web.tls.cert: cannot use pipe: {A_PIPE}"
+
+
+@pytest.mark.usefixtures("here_with_pems")
 @pytest.mark.parametrize("flag", ["web.tls.cert", "web.tls.key", "web.tls.ca"])
 def test_a_file_of_tls_that_is_missing_is_named_with_its_flag(flag: str) -> None:
     with pytest.raises(expexp.ConfigError) as caught:
