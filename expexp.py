@@ -83,12 +83,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Final, NamedTuple, Union, cast
 
@@ -2788,64 +2787,54 @@ class Loader:
 # 12  HTTP/1.1 in both directions
 # ==================================================================================================
 # A `Wire` reads and writes clients and targets: it does not block, and its waits have a deadline.
-# One parser reads the heads of requests and of answers. It is strict towards clients. Towards
-# targets it tolerates what Go's client does, with which Prometheus scrapes them directly. IO.
+# One parser reads the heads of requests and answers. The parser is strict towards clients. Towards
+# targets it tolerates the same as Go's client, with which Prometheus scrapes them directly. IO.
 
 Headers = Sequence[tuple[str, str]]
 
 BODILESS: Final = (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
-FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value goes on in the next line
-
-
-def header_grammar(name: str) -> re.Pattern[str]:
-    """Return the expression for one header, whose value may be folded."""
-    # No two parts match the same text, so it is linear: 26 ms for 256 KiB that fail at the end.
-    return re.compile(rf"({name}):({LINE}(?:\r?\n[ \t]{LINE})*)\r?\n")
-
-
-STRICT_HEADER: Final = header_grammar(TOKEN.pattern)
+FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
+# No two parts match the same text, so both are linear: 30 ms for 256 KiB that fail at the end.
+STRICT_HEADER: Final = re.compile(rf"(?m)^({TOKEN.pattern}):({LINE})\r?\n")
 #: Also with blanks in the name, as in `Content-Length : 4`.
-TOLERANT_HEADER: Final = header_grammar(rf"[{NAME_CHARACTERS}][ {NAME_CHARACTERS}]*")
+TOLERANT_HEADER: Final = re.compile(
+    rf"(?m)^([{NAME_CHARACTERS}][ {NAME_CHARACTERS}]*):({LINE})\r?\n"
+)
 
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers of a block that ends in an empty line. Raises RequestError."""
-    text = block.decode("latin-1")
-    headers = []
-    end = 0
-    while found := grammar.match(text, end):
-        name, value = found.groups()
-        if "\n" in value:
-            value = FOLD.sub(" ", value)
-        if " " not in name:  # Go keeps it under a name that no code looks up
-            headers.append((name, value.strip(" \t")))
-        end = found.end()
-    if text[end:] not in ("\r\n", "\n"):
+    """Return the headers of a block that ends in an empty line. Raise RequestError."""
+    text = FOLD.sub(" ", block.decode("latin-1"))
+    parts = grammar.split(text)  # a text between headers, a name, a value, and so on
+    if "".join(parts[::3]) not in ("\r\n", "\n"):
         raise RequestError(400, "malformed headers")
-    return headers
+    pairs = zip(parts[1::3], parts[2::3])
+    # Go keeps a name with a blank under a key that no code looks up.
+    return [(name, value.strip(" \t")) for name, value in pairs if " " not in name]
 
 
 def values_of(headers: Headers, name: str) -> list[str]:
-    """Return the values of a header, whose name is given in lower case."""
+    """Return the values of the headers with a name. Pass the name in lower case."""
     return [value for given, value in headers if given.lower() == name]
 
 
 def connection_options(headers: Headers) -> list[str]:
-    """Return what the header Connection lists, in lower case: RFC 9110, 7.6.1."""
-    listed = ",".join(values_of(headers, "connection")).lower().split(",")
-    return [option.strip(" \t") for option in listed]
+    """Return the options in the header Connection, in lower case: RFC 9110, 7.6.1."""
+    listed = ",".join(values_of(headers, "connection")).lower()
+    return [option.strip(" \t") for option in listed.split(",")]
 
 
 def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """Return the head of a request or an answer. `parse_headers` allows no line breaks in it."""
-    fields = "".join([f"{name}: {value}\r\n" for name, value in headers])
-    return f"{first_line}\r\n{fields}\r\n".encode("latin-1", "replace")
+    lines = [f"{name}: {value}" for name, value in headers]
+    text = "\r\n".join([first_line, *lines, "\r\n"])
+    return text.encode("latin-1", "replace")
 
 
 def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.inf) -> set[int]:
-    """Return the ready descriptors, none after `longest` seconds. Raises ScrapeError."""
+    """Return the ready descriptors, none after `longest` seconds. Raise ScrapeError."""
     poll = select.poll()
     for source, event in events.items():
         poll.register(source, event)
@@ -2861,16 +2850,16 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.in
 
 
 class Wire:
-    """A non-blocking connection, plain or over TLS, whose every wait ends at a deadline."""
+    """A non-blocking connection, plain or over TLS. All its waits end at one deadline."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
         self.deadline = deadline
         self._received = b""
-        self._taken = 0  # bytes of it that were returned
+        self._taken = 0  # bytes at the beginning of `_received` that were returned
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
-        """Return an operation's result, after a wait for `event`. Raises OSError or ScrapeError."""
+        """Return an operation's result, after a wait for `event`. Raise OSError or ScrapeError."""
         # Measured: a timeout set before each read costs a third more system calls than this `poll`.
         # On CPython 3.9 to 3.13, OpenSSL fails with BAD_LENGTH if a retry sends another slice.
         while True:
@@ -2886,14 +2875,14 @@ class Wire:
                 raise TimeoutError("timed out")
 
     def start_tls(self, context: ssl.SSLContext, **settings: Any) -> ssl.SSLSocket:
-        """Shake hands and return the TLS socket. Raises OSError, ValueError or ScrapeError."""
+        """Shake hands and return the TLS socket. Raise OSError, ValueError or ScrapeError."""
         tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
         self.connection = tls
         self.attempt(tls.do_handshake, select.POLLIN)
         return tls
 
     def receive(self, most: int) -> bytes:
-        """Return up to `most` bytes, b"" if the peer has closed. Raises OSError or ScrapeError."""
+        """Return up to `most` bytes, b"" if the peer has closed. Raise OSError or ScrapeError."""
         self.await_data()
         return self._take(most)
 
@@ -2931,11 +2920,12 @@ class Wire:
         return taken
 
     def send(self, content: bytes | memoryview) -> None:
-        """Send all bytes. Raises OSError or ScrapeError."""
+        """Send all bytes. Raise OSError or ScrapeError."""
         rest = memoryview(content)
         while rest:
             piece = rest[: 4 * PIECE_BYTES]
-            rest = rest[self.attempt(self.connection.send, select.POLLOUT, piece) :]
+            sent = self.attempt(self.connection.send, select.POLLOUT, piece)
+            rest = rest[sent:]
 
     def close(self) -> None:
         """Close the connection."""
@@ -2943,7 +2933,7 @@ class Wire:
 
 
 def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers up to an empty line. Raises RequestError; EOFError if the peer closes."""
+    """Return the headers up to an empty line. Raise RequestError; EOFError if the peer closes."""
     block = wire.read_through(EMPTY_LINE, most)
     if len(block) > most:
         raise RequestError(431, "the headers are too large")
@@ -2962,24 +2952,26 @@ NO_END: Final = "the target closed before the end of its body"
 
 
 class TargetExchange:
-    """A GET request over a connected wire and its answer: status, headers and unread body.
+    """A GET request on a connected wire, and its answer: status, headers and unread body.
 
-    It is the connection and the response of `urllib.request` at once. urllib splits the URL, adds
-    `Connection: close`, capitalizes the names of headers, and wraps an OSError in a URLError.
+    For `urllib.request` it is both connection and response. urllib splits the URL, adds
+    `Connection: close` and capitalizes the names of headers.
     """
 
     sock = None  # urllib would close it before the body is read
     reason = ""
     status: int
     headers: Headers
+    pieces: Iterator[bytes]  # of the body; raises ScrapeError if the body is cut short
 
     def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
         self._wire = wire
         self._most = most  # bytes of the answer's head
+        self._request = b""
         self.close = wire.close
-        self._is_chunked = False
         #: The bytes of the body; inf if a last chunk or the end of the connection ends it.
         self.length = math.inf
+        self.count = 0  # bytes of the body that were read
 
     def set_debuglevel(self, _level: int) -> None:
         """Ignore the level, which urllib sets."""
@@ -2987,11 +2979,13 @@ class TargetExchange:
     def request(
         self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
     ) -> None:
-        """Send the request. Raises OSError or ScrapeError."""
-        self._wire.send(render_head(f"{method} {selector} HTTP/1.1", headers.items()))
+        """Keep the request. urllib would wrap an OSError from sending it in a URLError."""
+        line = f"{method} {selector} HTTP/1.1"
+        self._request = render_head(line, headers.items())
 
     def getresponse(self) -> TargetExchange:
-        """Read the head of the answer, after a few interim ones. Raises OSError or ScrapeError."""
+        """Send the request, and read the answer's head. Raise OSError or ScrapeError."""
+        self._wire.send(self._request)
         for _ in range(INTERIM_ANSWERS + 1):
             version = self._read_head()
             if self.status >= OK:
@@ -3015,48 +3009,43 @@ class TargetExchange:
         except RequestError as error:
             raise ScrapeError("protocol", f"not HTTP: {error.message}") from None
         except EOFError:
-            raise ScrapeError(
-                "truncated", "the target closed in the middle of its headers"
-            ) from None
+            words = "the target closed in the middle of its headers"
+            raise ScrapeError("truncated", words) from None
         self.status = int(found[2])
         return found[1]
 
     def _find_end(self, version: bytes) -> None:
-        """Find how the body ends: RFC 9112, 6.3. Raises ScrapeError on a contradiction."""
+        """Find how the body ends: RFC 9112, 6.3. Raise ScrapeError on a contradiction."""
         lengths = set(values_of(self.headers, "content-length"))
-        codings = [value.lower() for value in values_of(self.headers, "transfer-encoding")]
-        if len(lengths) > 1 or not all(map(LENGTH.fullmatch, lengths)):
+        length = ", ".join(lengths)
+        if lengths and not LENGTH.fullmatch(length):
             raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
-        if version < b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
-            codings = []
-        if codings not in ([], ["chunked"]):
+        codings = []
+        if version >= b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
+            codings = values_of(self.headers, "transfer-encoding")
+        if codings and ", ".join(codings).lower() != "chunked":
             raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
         if self.status in BODILESS:
             self.length = 0
         elif codings:
-            self._is_chunked = True
-        elif lengths:
-            self.length = int(lengths.pop())
-
-    def pieces(self) -> Iterator[bytes]:
-        """Yield the body. Raises ScrapeError if it is cut short."""
-        if self._is_chunked:
-            yield from self._chunks()
+            self.pieces = self._chunks()
             return
-        left = yield from self._read(self.length)
-        if 0 < left < math.inf:
-            message = f"the target closed after {self.length - left} bytes of its body"
-            raise ScrapeError("truncated", message)
+        elif lengths:
+            self.length = int(length)
+        self.pieces = self._read(self.length)
 
-    def _read(self, left: Any) -> Generator[bytes, None, Any]:
-        """Yield up to `left` bytes in pieces. Return how many bytes the target did not send."""
+    def _read(self, left: float) -> Iterator[bytes]:
+        """Yield `left` bytes of the body in pieces. inf: all bytes until the target closes."""
         while left:
-            piece = self._wire.receive(min(left, PIECE_BYTES))
+            piece = self._wire.receive(int(min(left, PIECE_BYTES)))
             if not piece:
                 break
+            self.count += len(piece)
             left -= len(piece)
             yield piece
-        return left
+        if 0 < left < math.inf:
+            words = f"the target closed after {self.count} bytes of its body"
+            raise ScrapeError("truncated", words)
 
     def _chunks(self) -> Iterator[bytes]:
         """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
@@ -3331,23 +3320,23 @@ def numeric_addresses(host: str, port: int) -> Any:
     """Return the entries of getaddrinfo for localhost or a numeric address, [] for a name."""
     # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
     hosts = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-    kind = socket.SOCK_STREAM
     found: list[Any] = []
     with contextlib.suppress(socket.gaierror):
         for each in hosts:
-            found += socket.getaddrinfo(each, port, type=kind, flags=socket.AI_NUMERICHOST)
+            flags = socket.AI_NUMERICHOST
+            found += socket.getaddrinfo(each, port, type=socket.SOCK_STREAM, flags=flags)
     return found
 
 
 def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
-    """Return getaddrinfo's entries. Raises OSError, UnicodeError or ScrapeError."""
+    """Return getaddrinfo's entries. Raise OSError, UnicodeError or ScrapeError."""
     known = numeric_addresses(host, port)
     if known:
         return known
     acquire(slots, deadline)
-    # It cannot be interrupted. At the deadline its thread is left behind and keeps the slot.
-    look_up = functools.partial(socket.getaddrinfo, type=socket.SOCK_STREAM)
-    return wait_for(start_task(slots.release, look_up, host, port), deadline)
+    # The call cannot be interrupted. At the deadline its thread is left behind and keeps the slot.
+    query = (host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)
+    return wait_for(start_task(slots.release, socket.getaddrinfo, *query), deadline)
 
 
 #: Variables that a service manager sets for expexp alone.
@@ -3523,16 +3512,13 @@ def check_size(limits: Limits, count: int) -> None:
 # --- http
 
 
-UNIX: Final = (socket.AF_UNIX, socket.SOCK_STREAM, 0, "")  #: a path's entry as of getaddrinfo
-
-
 def connect_any(job: Job, addresses: Any) -> Wire:
-    """Return a connection to the first address that accepts. Raises OSError or ScrapeError."""
+    """Return a connection to the first address that accepts. Raise OSError or ScrapeError."""
     errors = []
-    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+    for position, entry in enumerate(addresses):
         share = job.deadline.share(len(addresses) - position)  # of the time that remains
         try:
-            wire = connect_one(family, kind, protocol, address, share)
+            wire = connect_one(entry, share)
         except (OSError, ScrapeError) as error:
             errors.append(error)
         else:
@@ -3543,8 +3529,9 @@ def connect_any(job: Job, addresses: Any) -> Wire:
     raise errors[0]
 
 
-def connect_one(family: int, kind: int, protocol: int, address: Any, deadline: Deadline) -> Wire:
-    """Return a connection to one address. Raises OSError or ScrapeError."""
+def connect_one(entry: Any, deadline: Deadline) -> Wire:
+    """Return a connection to one of getaddrinfo's entries. Raise OSError or ScrapeError."""
+    family, kind, protocol, _, address = entry
     connection = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
     wire = Wire(connection, deadline)
     try:
@@ -3560,33 +3547,37 @@ def connect_one(family: int, kind: int, protocol: int, address: Any, deadline: D
 
 
 def connect_host(job: Job, host: str, port: int) -> Wire:
-    """Return a connection to a port. Raises OSError, UnicodeError or ScrapeError."""
-    return connect_any(job, resolve(host, port, job.deadline, job.tools.resolver_slots))
+    """Return a connection to a port. Raise OSError, UnicodeError or ScrapeError."""
+    addresses = resolve(host, port, job.deadline, job.tools.resolver_slots)
+    return connect_any(job, addresses)
+
+
+def connect_unix(job: Job, path: str) -> Wire:
+    """Return a connection to a unix socket. Raise OSError or ScrapeError."""
+    return connect_any(job, [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", path)])
 
 
 #: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
-#: Errors of sockets and ssl, most specific first, with reason and message.
-TARGET_ERRORS: Final[Sequence[tuple[Any, str, str]]] = (
-    (TimeoutError, "timeout", "timed out"),
-    ((ssl.SSLEOFError, ssl.SSLZeroReturnError), "truncated", NO_END),
-    ((ConnectionResetError, BrokenPipeError), "unreachable", "the target closed the connection"),
-    (ssl.SSLError, "unreachable", "TLS: {1}: {0}"),
-    (OSError, "unreachable", "{}"),
-    (ValueError, "unreachable", "not a host name"),
-)
 
 
-def target_failure(error: Any, deadline: Deadline) -> ScrapeError:
-    """Return the ScrapeError for an error of a target's connection. Raises it at the deadline."""
+def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
+    """Return the ScrapeError for an error of a target's connection. Raise ScrapeError if late."""
     deadline.remaining()
-    if isinstance(error, urllib.error.URLError):
-        error = error.reason
-    if getattr(error, "reason", "") == "UNEXPECTED_EOF_WHILE_READING":  # Python 3.9
-        error = ssl.SSLEOFError()
-    reason, words = next((r, w) for kinds, r, w in TARGET_ERRORS if isinstance(error, kinds))
-    fault = TLS_FAULTS.get(getattr(error, "verify_code", 0), "chain")
-    return ScrapeError(reason, words.format(excerpt(words_of(error), 200), fault))
+    words = excerpt(words_of(error), 200)
+    if isinstance(error, TimeoutError):
+        return ScrapeError("timeout", "timed out")
+    if isinstance(error, (ConnectionResetError, BrokenPipeError)):
+        words = "the target closed the connection"
+    elif isinstance(error, ssl.SSLError):
+        fault = TLS_FAULTS.get(getattr(error, "verify_code", 0), "chain")
+        # The class of the error depends on the versions of Python and OpenSSL.
+        if fault == "protocol" and "EOF" in str(error):
+            return ScrapeError("truncated", NO_END)
+        words = f"TLS: {fault}: {words}"
+    elif isinstance(error, ValueError):
+        words = "not a host name"
+    return ScrapeError("unreachable", words)
 
 
 def request_headers(job: Job) -> dict[str, str]:
@@ -3595,16 +3586,15 @@ def request_headers(job: Job) -> dict[str, str]:
     headers: dict[str, str] = {}
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
         title = name.title()
-        known = headers.get(title)
         separator = "; " if title == "Cookie" else ", "
-        headers[title] = separator.join(filter(None, (known, value))) if known else value
+        known = headers.get(title)
+        headers[title] = f"{known}{separator}{value}" if known else value
     headers["Host"] = target.netloc
     headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
-    headers.setdefault("Accept-Encoding", "identity")
+    codings = headers.setdefault("Accept-Encoding", "identity")
     if job.module.verify:
-        compressed = accepts(headers["Accept-Encoding"], "gzip")
-        headers["Accept-Encoding"] = "gzip" if compressed else "identity"
+        headers["Accept-Encoding"] = "gzip" if accepts(codings, "gzip") else "identity"
     if authorization := job.credentials.value.authorization:
         headers["Authorization"] = authorization
     for name, secret in target.headers.items():
@@ -3622,8 +3612,10 @@ def request_url(job: Job) -> str:
     """Return the URL for a target: the client's parameters, then the path's own."""
     url: str = job.module.target.url
     own = job.module.target.path.partition("?")[2]
-    pairs = [tuple(v.split(b"=", 1)) if n == b"params" else (n, v) for n, v in job.pairs]
-    query = "&".join(filter(None, (urllib.parse.urlencode(cast(Pairs, pairs)), own)))
+    # `params=name=value` is a parameter of that name.
+    pairs = [v.partition(b"=")[::2] if n == b"params" else (n, v) for n, v in job.pairs]
+    given = urllib.parse.urlencode(pairs)
+    query = "&".join(filter(None, (given, own)))
     return f"{url}?{query}" if query else url
 
 
@@ -3632,7 +3624,7 @@ HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
 
 
 def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, str]) -> Any:
-    """Send a GET on a new connection. Return its TargetExchange. Raises ScrapeError."""
+    """Send a GET on a new connection. Return its TargetExchange. Raise ScrapeError."""
     most = job.tools.limits.target_head_bytes
     request = urllib.request.Request(url, None, headers, "localhost")  # noqa: S310 - http(s)
     request.timeout = None  # urllib's timeout applies to each read; the wire has a deadline
@@ -3645,26 +3637,23 @@ def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, s
 
 
 def scrape_http(job: Job) -> Scrape:
-    """Return the answer of an http target. Raises ScrapeError."""
+    """Return the answer of an http target. Raise ScrapeError."""
     response = ask(job, connect_target, request_url(job), request_headers(job))
-    passed = end_to_end(response.headers)
-    pieces = response_pieces(job, response)
+    headers = end_to_end(response.headers)
+    body: Any = response_pieces(job, response)
     if job.module.verify:
-        body = join_pieces(job, pieces)
+        body = join_pieces(job, body)
         response.close()  # a client that reads slowly keeps no connection to the target
-        return Scrape(response.status, passed, body)
-    if response.length < math.inf and response.status not in BODILESS:  # RFC 9110, 8.6
-        passed.append(("Content-Length", f"{response.length:d}"))
-    return Scrape(response.status, passed, pieces)
+    elif response.length < math.inf and response.status not in BODILESS:  # RFC 9110, 8.6
+        headers.append(("Content-Length", f"{response.length:d}"))
+    return Scrape(response.status, headers, body)
 
 
 def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
-    """Yield the body of an answer. Raises ScrapeError if it is cut short or too large."""
-    count = 0
+    """Yield the body of an answer. Raise ScrapeError if it is cut short or too large."""
     try:
-        for piece in response.pieces():
-            count += len(piece)
-            check_size(job.tools.limits, count)
+        for piece in response.pieces:
+            check_size(job.tools.limits, response.count)
             yield piece
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
@@ -3673,26 +3662,24 @@ def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
 # --- containers: expexp asks the engine for a container's address, over Docker's and podman's API
 
 
-#: For all failures of a container or its engine. The target's URL before the words names it.
-unreachable: Final = functools.partial(ScrapeError, "unreachable")
-
-
 def connect_engine(job: Job) -> Wire:
-    """Return a connection to a container's engine. Raises ScrapeError, which names all tried."""
-    given, faults = job.module.target.container_host, []
-    for place in ENGINES if given == ENGINES[0] else (given,):
-        path = place.partition("://")[2]
+    """Return a connection to a container's engine. Raise ScrapeError, which names all tried."""
+    engines: Sequence[str] = (job.module.target.container_host,)
+    if engines[0] == ENGINES[0]:
+        engines = ENGINES
+    faults = []
+    for engine in engines:
         try:
-            return connect_any(job, [(*UNIX, path)])
-        except OSError as error:
-            faults.append(f"{place}: {words_of(error)}")
+            return connect_unix(job, engine.partition("://")[2])
+        except OSError as error:  # noqa: PERF203 - two at most
+            faults.append(f"{engine}: {words_of(error)}")
             if not isinstance(error, FileNotFoundError):
                 break
-    raise unreachable("; ".join(faults))
+    raise ScrapeError("unreachable", "; ".join(faults))
 
 
 def ask_engine(job: Job) -> bytes:
-    """Return the engine's description of a container, in JSON. Raises ScrapeError."""
+    """Return the engine's description of a container, in JSON. Raise ScrapeError."""
     url = f"http://localhost/containers/{job.module.target.container}/json"
     try:
         response = ask(job, connect_engine, url, {"Host": "localhost"})
@@ -3701,64 +3688,72 @@ def ask_engine(job: Job) -> bytes:
     except ScrapeError as error:
         if error.reason.name in ("timeout", "busy", "aborted"):
             raise
-        raise unreachable(f"cannot ask the container engine: {error.message}") from None
+        words = f"cannot ask the container engine: {error.message}"
+        raise ScrapeError("unreachable", words) from None
     if response.status == http.HTTPStatus.NOT_FOUND:
-        raise unreachable("there is no such container")
+        raise ScrapeError("unreachable", "there is no such container")
     if response.status != OK:
-        raise unreachable(f"the container engine answers with status {response.status}")
+        words = f"the container engine answers with status {response.status}"
+        raise ScrapeError("unreachable", words)
     return body
 
 
-ANY_ADDRESS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
+def container_place(described: Any, port: int) -> tuple[Any, int]:
+    """Return host and port of a container's port: published, or on its own address."""
+    network = described["NetworkSettings"]
+    if not described["State"]["Running"]:
+        raise ScrapeError("unreachable", "the container is not running")
+    published = (network.get("Ports") or {}).get(f"{port}/tcp")
+    if published:
+        return published[0]["HostIp"], to_port(published[0]["HostPort"])
+    networks = [network, *(network.get("Networks") or {}).values()]
+    addresses = [each["IPAddress"] for each in networks if each.get("IPAddress")]
+    if described["HostConfig"]["NetworkMode"] == "host":
+        addresses.append("127.0.0.1")
+    if not addresses:
+        words = f"the container publishes no port {port}, and has no address of its own"
+        raise ScrapeError("unreachable", words)
+    return addresses[0], port
 
 
 def find_container(job: Job) -> tuple[str, int]:
-    """Return host and port of a container's port: published, or on its own address."""
-    port, said = job.module.target.port, ask_engine(job)
+    """Return host and port of a container's port. Raise ScrapeError."""
+    said = ask_engine(job)
     try:
-        found = json.loads(said)
-        network, mode = found["NetworkSettings"], found["HostConfig"]["NetworkMode"]
-        if not found["State"]["Running"]:
-            raise unreachable("the container is not running")
-        ports = (network.get("Ports") or {}).get(f"{port}/tcp") or ()
-        places = [(one["HostIp"], to_port(one["HostPort"])) for one in ports]
-        networks = (network, *(network.get("Networks") or {}).values())
-        places += [(each["IPAddress"], port) for each in networks if each.get("IPAddress")]
-        places += [("", port)] if mode == "host" else []
-        if not places:
-            words = f"the container publishes no port {port}, and has no address of its own"
-            raise unreachable(words)
-        host, port = places[0]
-        return str(ipaddress.ip_address(ANY_ADDRESS.get(host) or f"{host}")), port
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        host, port = container_place(json.loads(said), job.module.target.port)
+        # podman has an empty host for all addresses of this one.
+        return str(ipaddress.ip_address(f"{host}" or "127.0.0.1")), port
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of it: {error!r}"
-        raise unreachable(excerpt(words, 200)) from None
+        raise ScrapeError("unreachable", excerpt(words, 200)) from None
 
 
 def connect_container(job: Job) -> Wire:
-    """Return a connection to a container, at its known address first. Raises ScrapeError."""
-    target, known = job.module.target, job.tools.containers
-    place = target.container_host, target.container, target.port
-    asked, *address = known.get(place, (-math.inf,))
+    """Return a connection to a container, at its known address first. Raise ScrapeError."""
+    target = job.module.target
+    known = job.tools.containers
+    name = (target.container_host, target.container, target.port)
+    asked, address = known.get(name, (-math.inf, ()))
     if time.monotonic() - asked < job.tools.limits.container_seconds:
         with contextlib.suppress(OSError, ScrapeError):
             return connect_host(job, *address)
-    known.pop(place, None)  # now: an address that does not answer has used up all the time
-    asked, (host, port) = time.monotonic(), find_container(job)
-    known[place] = asked, host, port
+    known.pop(name, None)  # now: an address that does not answer has used up all the time
+    asked = time.monotonic()
+    address = find_container(job)
+    known[name] = asked, address
     try:
-        return connect_host(job, host, port)
+        return connect_host(job, *address)
     except OSError as error:
-        job.deadline.remaining()
-        where = f"the container is not reachable at {render_address((host, port))}"
-        raise unreachable(f"{where}: {words_of(error)}") from None
+        words = target_failure(error, job.deadline).message
+        where = f"the container is not reachable at {render_address(address)}"
+        raise ScrapeError("unreachable", f"{where}: {words}") from None
 
 
 def connect_target(job: Job) -> Wire:
-    """Return a connection to a target, over TLS for https. Raises like `Wire.start_tls`."""
+    """Return a connection to a target, over TLS for https. Raise like `Wire.start_tls`."""
     target = job.module.target
     if target.unix_socket:
-        wire = connect_any(job, [(*UNIX, target.unix_socket)])
+        wire = connect_unix(job, target.unix_socket)
     elif target.container:
         wire = connect_container(job)
     else:
