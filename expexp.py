@@ -2792,7 +2792,7 @@ class Loader:
 
 Headers = Sequence[tuple[str, str]]
 
-BODILESS: Final = (http.HTTPStatus.NO_CONTENT, http.HTTPStatus.NOT_MODIFIED)
+BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
@@ -2855,8 +2855,7 @@ class Wire:
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
         self.deadline = deadline
-        self._received = b""
-        self._taken = 0  # bytes at the beginning of `_received` that were returned
+        self._received = bytearray()  # and not yet returned
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
         """Return an operation's result, after a wait for `event`. Raise OSError or ScrapeError."""
@@ -2883,40 +2882,41 @@ class Wire:
 
     def receive(self, most: int) -> bytes:
         """Return up to `most` bytes, b"" if the peer has closed. Raise OSError or ScrapeError."""
-        self.await_data()
-        return self._take(most)
+        if self._received:
+            return self._take(most)
+        self.deadline.remaining()  # the peer may always have something to read
+        return bytes(self.attempt(self.connection.recv, select.POLLIN, most))
 
     def await_data(self) -> bool:
         """Return True as soon as there is a byte to read, False when the peer has closed."""
-        return self._taken < len(self._received) or self._fill()
+        return bool(self._received) or self._fill()
 
     def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
         """Return the bytes through the first match of `end`, which is at most two bytes long.
 
         Without a match, return `most` + 1 bytes, or all bytes if the peer closes before.
         """
-        searched = self._taken
+        searched = 0
         while True:
             found = end.search(self._received, searched)
             if found:
-                return self._take(min(found.end() - self._taken, most + 1))
-            count = len(self._received) - self._taken
+                return self._take(min(found.end(), most + 1))
+            count = len(self._received)
             if count > most or not self._fill():
                 return self._take(most + 1)
             searched = max(0, count - 1)
 
     def _fill(self) -> bool:
-        """Receive one piece. Return False if the peer has closed."""
-        self.deadline.remaining()  # the peer may always have something to read
+        """Receive one more piece. Return False if the peer has closed."""
+        self.deadline.remaining()
         piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
-        self._received = self._received[self._taken :] + piece
-        self._taken = 0
+        self._received += piece
         return bool(piece)
 
     def _take(self, most: int) -> bytes:
         """Return up to `most` received bytes."""
-        taken = self._received[self._taken : self._taken + most]
-        self._taken += len(taken)
+        taken = bytes(self._received[:most])
+        del self._received[:most]
         return taken
 
     def send(self, content: bytes | memoryview) -> None:
@@ -2924,8 +2924,7 @@ class Wire:
         rest = memoryview(content)
         while rest:
             piece = rest[: 4 * PIECE_BYTES]
-            sent = self.attempt(self.connection.send, select.POLLOUT, piece)
-            rest = rest[sent:]
+            rest = rest[self.attempt(self.connection.send, select.POLLOUT, piece) :]
 
     def close(self) -> None:
         """Close the connection."""
@@ -2960,16 +2959,14 @@ class TargetExchange:
 
     sock = None  # urllib would close it before the body is read
     reason = ""
-    status: int
-    headers: Headers
-    pieces: Iterator[bytes]  # of the body; raises ScrapeError if the body is cut short
+    pieces: Iterator[bytes] = iter(())  # of the body; raises ScrapeError if it is cut short
 
     def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
         self._wire = wire
         self._most = most  # bytes of the answer's head
         self._request = b""
         self.close = wire.close
-        #: The bytes of the body; inf if a last chunk or the end of the connection ends it.
+        #: The bytes of the body; inf if its length is not announced.
         self.length = math.inf
         self.count = 0  # bytes of the body that were read
 
@@ -2999,7 +2996,7 @@ class TargetExchange:
         """Read a status line and headers. Return the version of HTTP, such as b"1.1"."""
         line = self._wire.read_through(LINE_END, self._most)
         if not line:
-            raise ConnectionResetError("no answer")
+            raise ConnectionResetError("closed without an answer")
         found = STATUS_LINE.fullmatch(line)
         if not found:
             shown = excerpt(line.strip(), 200) or "an empty line"
@@ -3026,11 +3023,11 @@ class TargetExchange:
         if codings and ", ".join(codings).lower() != "chunked":
             raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
         if self.status in BODILESS:
-            self.length = 0
-        elif codings:
+            return
+        if codings:
             self.pieces = self._chunks()
             return
-        elif lengths:
+        if lengths:
             self.length = int(length)
         self.pieces = self._read(self.length)
 
@@ -3557,6 +3554,7 @@ def connect_unix(job: Job, path: str) -> Wire:
     return connect_any(job, [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", path)])
 
 
+TLS_END: Final = re.compile(r"EOF[ _)]")  # its class depends on the versions of Python and OpenSSL
 #: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 
@@ -3565,18 +3563,11 @@ def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
     """Return the ScrapeError for an error of a target's connection. Raise ScrapeError if late."""
     deadline.remaining()
     words = excerpt(words_of(error), 200)
-    if isinstance(error, TimeoutError):
-        return ScrapeError("timeout", "timed out")
-    if isinstance(error, (ConnectionResetError, BrokenPipeError)):
-        words = "the target closed the connection"
-    elif isinstance(error, ssl.SSLError):
-        fault = TLS_FAULTS.get(getattr(error, "verify_code", 0), "chain")
-        # The class of the error depends on the versions of Python and OpenSSL.
-        if fault == "protocol" and "EOF" in str(error):
+    if isinstance(error, ssl.SSLError):
+        if TLS_END.search(str(error)):
             return ScrapeError("truncated", NO_END)
+        fault = TLS_FAULTS.get(getattr(error, "verify_code", 0), "chain")
         words = f"TLS: {fault}: {words}"
-    elif isinstance(error, ValueError):
-        words = "not a host name"
     return ScrapeError("unreachable", words)
 
 
@@ -3644,7 +3635,7 @@ def scrape_http(job: Job) -> Scrape:
     if job.module.verify:
         body = join_pieces(job, body)
         response.close()  # a client that reads slowly keeps no connection to the target
-    elif response.length < math.inf and response.status not in BODILESS:  # RFC 9110, 8.6
+    elif response.length < math.inf:
         headers.append(("Content-Length", f"{response.length:d}"))
     return Scrape(response.status, headers, body)
 
@@ -3655,7 +3646,7 @@ def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
         for piece in response.pieces:
             check_size(job.tools.limits, response.count)
             yield piece
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise target_failure(error, job.deadline) from None
 
 
@@ -3690,39 +3681,36 @@ def ask_engine(job: Job) -> bytes:
             raise
         words = f"cannot ask the container engine: {error.message}"
         raise ScrapeError("unreachable", words) from None
+    if response.status == OK:
+        return body
+    words = f"the container engine answers with status {response.status}"
     if response.status == http.HTTPStatus.NOT_FOUND:
-        raise ScrapeError("unreachable", "there is no such container")
-    if response.status != OK:
-        words = f"the container engine answers with status {response.status}"
-        raise ScrapeError("unreachable", words)
-    return body
-
-
-def container_place(described: Any, port: int) -> tuple[Any, int]:
-    """Return host and port of a container's port: published, or on its own address."""
-    network = described["NetworkSettings"]
-    if not described["State"]["Running"]:
-        raise ScrapeError("unreachable", "the container is not running")
-    published = (network.get("Ports") or {}).get(f"{port}/tcp")
-    if published:
-        return published[0]["HostIp"], to_port(published[0]["HostPort"])
-    networks = [network, *(network.get("Networks") or {}).values()]
-    addresses = [each["IPAddress"] for each in networks if each.get("IPAddress")]
-    if described["HostConfig"]["NetworkMode"] == "host":
-        addresses.append("127.0.0.1")
-    if not addresses:
-        words = f"the container publishes no port {port}, and has no address of its own"
-        raise ScrapeError("unreachable", words)
-    return addresses[0], port
+        words = "there is no such container"
+    raise ScrapeError("unreachable", words)
 
 
 def find_container(job: Job) -> tuple[str, int]:
-    """Return host and port of a container's port. Raise ScrapeError."""
+    """Return host and port of a container's port: published, or on its own address."""
+    port = job.module.target.port
     said = ask_engine(job)
     try:
-        host, port = container_place(json.loads(said), job.module.target.port)
+        described = json.loads(said)
+        network = described["NetworkSettings"]
+        networks = [network, *(network.get("Networks") or {}).values()]
+        addresses = [each["IPAddress"] for each in networks if each.get("IPAddress")]
+        if described["HostConfig"]["NetworkMode"] == "host":
+            addresses.append("127.0.0.1")
+        published = (network.get("Ports") or {}).get(f"{port}/tcp")
+        if published:
+            addresses.insert(0, published[0]["HostIp"])
+            port = to_port(published[0]["HostPort"])
+        if not described["State"]["Running"]:
+            raise ScrapeError("unreachable", "the container is not running")
+        if not addresses:
+            words = f"the container publishes no port {port}, and has no address of its own"
+            raise ScrapeError("unreachable", words)
         # podman has an empty host for all addresses of this one.
-        return str(ipaddress.ip_address(f"{host}" or "127.0.0.1")), port
+        return str(ipaddress.ip_address(f"{addresses[0]}" or "127.0.0.1")), port
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         words = f"cannot understand what the container engine says of it: {error!r}"
         raise ScrapeError("unreachable", excerpt(words, 200)) from None

@@ -7316,8 +7316,11 @@ class Pieces:
     def __init__(self, *pieces: bytes) -> None:
         self._pieces = [piece for piece in pieces if piece]
 
-    def recv(self, _most: int) -> bytes:
-        return self._pieces.pop(0) if self._pieces else b""
+    def recv(self, most: int) -> bytes:
+        piece = self._pieces.pop(0) if self._pieces else b""
+        if len(piece) > most:
+            self._pieces.insert(0, piece[most:])
+        return piece[:most]
 
     def fileno(self) -> int:
         return -1
@@ -7623,7 +7626,7 @@ INTERIM = b"HTTP/1.1 100 Continue\r\n\r\n"
 ENDLESS = HEAD + b"\r\n"
 GZIP = "Content-Encoding: gzip"
 GZIPPED = gzip.compress(EXPOSITION)
-NO_ANSWER = "the target closed the connection"
+NO_ANSWER = "closed without an answer"
 NO_END = "the target closed before the end of its body"
 TOO_MUCH = "more than 65536 bytes"
 LATE = "timed out after 0.2 s"
@@ -7660,7 +7663,7 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         LATE,
     ),
     "closes without an answer": (b"", 502, "unreachable", NO_ANSWER),
-    "resets the connection": (reset_after(b""), 502, "unreachable", NO_ANSWER),
+    "resets the connection": (reset_after(b""), 502, "unreachable", "connection reset by peer"),
     "cuts its body short": (
         HUNDRED + b"a 1\n",
         502,
