@@ -2795,6 +2795,7 @@ Headers = Sequence[tuple[str, str]]
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
+TLS_END: Final = re.compile(r"EOF[ _)]")  # its class depends on the versions of Python and OpenSSL
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # No two parts match the same text, so both are linear: 30 ms for 256 KiB that fail at the end.
 STRICT_HEADER: Final = re.compile(rf"(?m)^({TOKEN.pattern}):({LINE})\r?\n")
@@ -2877,7 +2878,12 @@ class Wire:
         """Shake hands and return the TLS socket. Raise OSError, ValueError or ScrapeError."""
         tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
         self.connection = tls
-        self.attempt(tls.do_handshake, select.POLLIN)
+        try:
+            self.attempt(tls.do_handshake, select.POLLIN)
+        except ssl.SSLError as error:
+            if TLS_END.search(str(error)):
+                raise ConnectionResetError("closed during the TLS handshake") from None
+            raise
         return tls
 
     def receive(self, most: int) -> bytes:
@@ -3554,7 +3560,6 @@ def connect_unix(job: Job, path: str) -> Wire:
     return connect_any(job, [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", path)])
 
 
-TLS_END: Final = re.compile(r"EOF[ _)]")  # its class depends on the versions of Python and OpenSSL
 #: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 
@@ -3571,6 +3576,9 @@ def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
     return ScrapeError("unreachable", words)
 
 
+DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
+
+
 def request_headers(job: Job) -> dict[str, str]:
     """Return the headers for a target: the client's, replaced by expexp's and the module's."""
     target = job.module.target
@@ -3580,7 +3588,7 @@ def request_headers(job: Job) -> dict[str, str]:
         separator = "; " if title == "Cookie" else ", "
         known = headers.get(title)
         headers[title] = f"{known}{separator}{value}" if known else value
-    headers["Host"] = target.netloc
+    headers["Host"] = target.netloc.removesuffix(DEFAULT_PORTS[target.scheme])
     headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
     codings = headers.setdefault("Accept-Encoding", "identity")
@@ -3747,7 +3755,7 @@ def connect_target(job: Job) -> Wire:
     else:
         wire = connect_host(job, target.address, target.port)
     if target.scheme == "https":
-        name = target.server_name or target.host
+        name = (target.server_name or target.host).removesuffix(".")  # for the resolver alone
         context = job.credentials.value.context
         # An attacker can cut a body short: an end without close_notify is an error.
         wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)

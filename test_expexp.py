@@ -8478,6 +8478,31 @@ def test_headers_of_the_module_replace_those_of_the_client_in_any_case(echo: Ech
     assert (headers["host"], headers["x-one"], headers["x-two"]) == ("other:1", "ours", "2")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "address", "port", "host"),
+    [
+        ("http", "db.example", 80, "db.example"),
+        ("https", "db.example", 443, "db.example"),
+        ("http", "::1", 80, "[::1]"),
+        ("http", "db.example", 443, "db.example:443"),
+        ("https", "db.example", 80, "db.example:80"),
+        ("http", "db.example", 8080, "db.example:8080"),
+    ],
+)
+def test_the_header_host_has_no_default_port(
+    scheme: str, address: str, port: int, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    echo, connect = Echo(), expexp.connect_host
+    with contextlib.ExitStack() as stack:
+        real = stack.enter_context(target(echo.answer))
+        monkeypatch.setattr(expexp, "connect_host", lambda job, *_: connect(job, "127.0.0.1", real))
+        monkeypatch.setattr(expexp.Wire, "start_tls", lambda *_, **__: None)
+        module = http_module(port, scheme=scheme, address=address)
+        served = stack.enter_context(running({"m": module}))
+        assert served.scrape("m").body == EXPOSITION
+    assert f"\r\nHost: {host}\r\n".encode() in echo.heads[0]
+
+
 def test_basic_auth_replaces_the_credentials_of_the_client(echo: Echo) -> None:
     assert echo.headers("basic", "Authorization: Bearer x")["authorization"] == "Basic dTpw"
 
@@ -8651,6 +8676,62 @@ def test_server_name_is_asked_for_and_verified_instead_of_the_address(
     ):
         assert served.scrape("m").body == EXPOSITION
     assert asked == ["db.example"]
+
+
+@pytest.mark.parametrize(
+    ("address", "settings"),
+    [
+        ("db.example.", {}),
+        ("localhost", {"server_name": "db.example."}),
+        ("db.example.", {"server_name": "db.example."}),
+        ("other.example.", {"server_name": "db.example"}),
+    ],
+    ids=["the address", "server_name", "both", "the address, with another server_name"],
+)
+def test_a_final_dot_is_for_the_resolver_alone_in(
+    address: str, settings: dict[str, str], certificates: Certificates, names: dict[str, Resolve]
+) -> None:
+    shown: list[str | None] = []
+    context = certificates.server("db.example")
+    context.sni_callback = lambda _socket, name, _context: shown.append(name)
+    with tls_target(context, ok(EXPOSITION)) as port:
+        entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        names[address] = lambda *_, **__: [entry]
+        settings = {"tls_ca_cert_file": certificates.ca_file, "address": address, **settings}
+        with running({"m": https_module(port, **settings)}) as served:
+            assert served.scrape("m").body == EXPOSITION
+    assert shown == ["db.example"]
+
+
+#: What ends a handshake after the client's hello, and what is said of it.
+HANDSHAKE_ENDS: dict[str, tuple[bytes | Answerer, str]] = {
+    "at once": (b"", "closed during the TLS handshake"),
+    "in its hello": (b"\x16\x03\x03\x40\x00\x02\x00", "closed during the TLS handshake"),
+    "with close_notify": (b"\x15\x03\x03\x00\x02\x01\x00", "closed during the TLS handshake"),
+    "with a reset": (reset_after(b""), "connection reset by peer"),
+}
+
+
+@pytest.mark.parametrize("how", HANDSHAKE_ENDS)
+def test_a_target_is_unreachable_that_ends_the_handshake(how: str) -> None:
+    answer, words = HANDSHAKE_ENDS[how]
+
+    def talk(connection: socket.socket) -> None:
+        connection.recv(65536)
+        if callable(answer):
+            answer(connection, b"")
+        else:
+            connection.sendall(answer)
+
+    with (
+        listening(talk) as port,
+        running({"m": https_module(port)}) as served,
+        taking(*QUICK_SOCKET),
+    ):
+        answered = served.scrape("m")
+        message = f"module m: https://localhost:{port}/metrics: {words}\n"
+        assert (answered.status, answered.text) == (502, message)
+        assert served.failures("m") == {"unreachable": 1}
 
 
 def test_insecure_skip_verify_takes_any_certificate(certificates: Certificates) -> None:
@@ -10419,10 +10500,11 @@ def socket_module(path: object, /, **settings: object) -> dict[str, object]:
     [
         ({}, "GET /metrics localhost"),
         ({"port": 9100}, "GET /metrics localhost:9100"),
+        ({"port": 80}, "GET /metrics localhost"),
         ({"path": "/m?a=b"}, "GET /m?x=1&a=b localhost"),
         ({"headers": {"Host": "db.example"}}, "GET /metrics db.example"),
     ],
-    ids=["without a port", "with a port", "with a path and a query", "with a name"],
+    ids=["without a port", "with a port", "with 80", "with a path and a query", "with a name"],
 )
 def test_a_target_on_a_unix_socket_is_asked(
     tmp_path: Path, settings: dict[str, object], asked: str
