@@ -2809,8 +2809,10 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
     """Return the headers of a block that ends in an empty line. Raise RequestError."""
     text = FOLD.sub(" ", block.decode("latin-1"))
     parts = grammar.split(text)  # a text between headers, a name, a value, and so on
-    if "".join(parts[::3]) not in ("\r\n", "\n"):
-        raise RequestError(400, "malformed headers")
+    rest = "".join(parts[::3])
+    if rest not in ("\r\n", "\n"):
+        name = re.split("[:\r\n]", rest)[0]  # the value may be secret
+        raise RequestError(400, f'malformed header "{excerpt(name)}"')
     pairs = zip(parts[1::3], parts[2::3])
     # Go keeps a name with a blank under a key that no code looks up.
     return [(name, value.strip(" \t")) for name, value in pairs if " " not in name]
@@ -2950,7 +2952,8 @@ def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Header
 STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
 INTERIM_ANSWERS: Final = 5  # as many as Go's client reads before it gives up
 LENGTH: Final = re.compile("[0-9]{1,19}")  # 19 digits are enough for 64 bits
-CHUNK_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
+CHUNK_SIZE: Final = re.compile(rb"\A([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
+LINE_BREAK: Final = re.compile(rb"\A\r\n")  # after a chunk's data
 HEADER_MEMORY: Final = 200  # measured: two short texts and their pair
 CHUNK_LINE_BYTES: Final = 4096  # also for all trailers together, as in Go
 NO_END: Final = "the target closed before the end of its body"
@@ -3020,14 +3023,15 @@ class TargetExchange:
     def _find_end(self, version: bytes) -> None:
         """Find how the body ends: RFC 9112, 6.3. Raise ScrapeError on a contradiction."""
         lengths = set(values_of(self.headers, "content-length"))
-        length = ", ".join(lengths)
+        length = excerpt(", ".join(sorted(lengths)))
         if lengths and not LENGTH.fullmatch(length):
-            raise ScrapeError("protocol", "not HTTP: an invalid Content-Length")
+            raise ScrapeError("protocol", f'not HTTP: an invalid Content-Length "{length}"')
         codings = []
         if version >= b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
             codings = values_of(self.headers, "transfer-encoding")
-        if codings and ", ".join(codings).lower() != "chunked":
-            raise ScrapeError("protocol", "not HTTP: an unknown Transfer-Encoding")
+        coding = excerpt(", ".join(codings))
+        if codings and coding.lower() != "chunked":
+            raise ScrapeError("protocol", f'not HTTP: an unknown Transfer-Encoding "{coding}"')
         if self.status in BODILESS:
             return
         if codings:
@@ -3054,15 +3058,21 @@ class TargetExchange:
         """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
         size = 1
         while size:
-            found = CHUNK_SIZE.fullmatch(self._wire.read_through(LINE_END, CHUNK_LINE_BYTES))
-            if not found:
-                raise ScrapeError("truncated", NO_END)
-            size = int(found[1], 16)
+            size = int(self._read_match(LINE_END, CHUNK_SIZE)[1], 16)
             yield from self._read(size)
-            if size and self._wire.read_through(LINE_END, 2) != b"\r\n":
-                raise ScrapeError("truncated", NO_END)
-        if not EMPTY_LINE.search(self._wire.read_through(EMPTY_LINE, CHUNK_LINE_BYTES)):
-            raise ScrapeError("truncated", NO_END)
+            if size:
+                self._read_match(LINE_END, LINE_BREAK)
+        self._read_match(EMPTY_LINE, EMPTY_LINE)
+
+    def _read_match(self, end: re.Pattern[bytes], part: re.Pattern[bytes]) -> re.Match[bytes]:
+        """Read through `end` and return the match of the whole `part`. Raise ScrapeError."""
+        read = self._wire.read_through(end, CHUNK_LINE_BYTES)
+        found = part.search(read)
+        if found:
+            return found
+        is_cut = not end.search(read) and len(read) <= CHUNK_LINE_BYTES
+        words = NO_END if is_cut else f'an invalid chunk: "{excerpt(read)}"'
+        raise ScrapeError("truncated", words)
 
 
 # ==================================================================================================
