@@ -10,8 +10,8 @@ mean without expexp. Flags, configuration and metrics are those of exporter_expo
 What expexp does to your host: it listens on the ports you name, connects to the targets in its
 configuration (and to the engine of a container among them), runs the commands and reads the files
 in its configuration, and reads its own files again when they change. It writes no file, starts no
-shell, loads no plugin, follows no redirect and uses no proxy of the environment. Its only other
-process is Python for -web.tls.certmatch. Every wait has a deadline, every outside quantity a limit.
+shell, loads no plugin, follows no redirect elsewhere and uses no proxy of the environment. Its only
+other process is Python for -web.tls.certmatch. Every wait has a deadline, every quantity a limit.
 
 Endpoints: /proxy, /metrics, / (the modules), /sd (discovery), /-/healthy, /-/ready, /-/reload.
 Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
@@ -90,6 +90,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Final, NamedTuple, Union, cast
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 try:
     import yaml
@@ -235,7 +236,7 @@ protocol        502  http            -                         not HTTP, endless
 too_large       502  http exec file  -                         body, decoded body, output over limit
 busy            503  http exec file  -                         max_concurrent, bodies in memory
 timeout         504  http exec file  proxy_timeout_errors      the deadline, wherever it struck
-status            0  http            -                         other than 200: passed on as it is
+status            0  http            -                         other than 200; 502: a redirect
 aborted         502  http exec file  -                         client gone; or reset after status
     """)
 }
@@ -2795,7 +2796,8 @@ Headers = Sequence[tuple[str, str]]
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
-TLS_END: Final = re.compile(r"EOF[ _)]")  # its class depends on the versions of Python and OpenSSL
+#: In errors of a peer's end. Their class depends on the versions of Python and OpenSSL.
+TLS_END: Final = re.compile(r"EOF[ _)]")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # No two parts match the same text, so both are linear: 30 ms for 256 KiB that fail at the end.
 STRICT_HEADER: Final = re.compile(rf"(?m)^({TOKEN.pattern}):({LINE})\r?\n")
@@ -2986,7 +2988,7 @@ class TargetExchange:
         self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
     ) -> None:
         """Keep the request. urllib would wrap an OSError from sending it in a URLError."""
-        line = f"{method} {selector} HTTP/1.1"
+        line = f"{method} {selector or '/'} HTTP/1.1"
         self._request = render_head(line, headers.items())
 
     def getresponse(self) -> TargetExchange:
@@ -3628,7 +3630,7 @@ def request_url(job: Job) -> str:
     return f"{url}?{query}" if query else url
 
 
-#: Knows no proxies, redirects, `file:` or `ftp:`. Keeps no state, so all requests share it.
+#: Knows no proxies, `file:` or `ftp:`. Keeps no state, so all requests share it.
 HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
 
 
@@ -3645,10 +3647,45 @@ def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, s
     return exchange
 
 
+REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
+TARGET_REQUESTS: Final = 10  # of one scrape, redirects included: as many as Go's client sends
+#: Other characters of a Location are escaped. Brackets make urllib refuse a URL.
+URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
+
+
+def origin_of(url: str) -> str:
+    """Return scheme and address of a URL, without user, final dot and default port."""
+    parts = urlsplit(url)
+    address = unquote(parts.netloc).rpartition("@")[2].lower()
+    host = address.removesuffix(DEFAULT_PORTS.get(parts.scheme, ""))
+    return f"{parts.scheme}://{host.replace('.:', ':').removesuffix('.')}"
+
+
+def fetch(job: Job) -> Any:
+    """Return a target's TargetExchange, after redirects within its origin. Raise ScrapeError."""
+    url = request_url(job)
+    origin = origin_of(url)
+    for _ in range(TARGET_REQUESTS):
+        response = ask(job, connect_target, url, request_headers(job))
+        location = "".join(values_of(response.headers, "location")[:1])
+        if response.status not in REDIRECTS or not location:
+            return response
+        response.close()  # its body is not read
+        url = urljoin(url, quote(location, URL_CHARACTERS, "latin-1"))
+        if origin_of(url) != origin:
+            break
+    # Prometheus would follow it on our address, and take other metrics for the target's.
+    path = urlsplit(url).path.rpartition("@")[2]  # user, password and query may be secret
+    words = f"redirect {response.status} not followed: it leads to {origin_of(url)}{path}"
+    raise ScrapeError("status", f"{excerpt(words, 300)}; set path, port or scheme")
+
+
 def scrape_http(job: Job) -> Scrape:
     """Return the answer of an http target. Raise ScrapeError."""
-    response = ask(job, connect_target, request_url(job), request_headers(job))
+    response = fetch(job)
     headers = end_to_end(response.headers)
+    if response.status in range(300, 400):  # clients would look for it on our address
+        headers = [pair for pair in headers if pair[0].lower() != "location"]
     body: Any = response_pieces(job, response)
     if job.module.verify:
         body = join_pieces(job, body)
@@ -3765,7 +3802,8 @@ def connect_target(job: Job) -> Wire:
     else:
         wire = connect_host(job, target.address, target.port)
     if target.scheme == "https":
-        name = (target.server_name or target.host).removesuffix(".")  # for the resolver alone
+        # The final dot of a name is for the resolver: SNI and certificates have none.
+        name = (target.server_name or target.host).removesuffix(".")
         context = job.credentials.value.context
         # An attacker can cut a body short: an end without close_notify is an error.
         wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
@@ -4407,7 +4445,7 @@ class Application:
             except ScrapeError as error:
                 who = f"module {excerpt(module.name)}: " if module else ""
                 words = self._note(module, error, hurried)
-                response = own_response(error.reason.status, who + words)
+                response = own_response(error.reason.status or 502, who + words)
             response.module = module.name if module else ""
             return response
 

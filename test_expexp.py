@@ -8203,9 +8203,7 @@ def test_a_text_is_served_with_a_content_type_that_prometheus_takes(
         assert (answer.status, answer.headers.get_all("Content-Type")) == (200, [served])
 
 
-@pytest.mark.parametrize(
-    "status", ["204 No Content", "302 Found", "401 No", "404 Not Found", "599 X"]
-)
+@pytest.mark.parametrize("status", ["204 No Content", "401 No", "404 Not Found", "599 X"])
 def test_a_status_other_than_200_goes_on_with_its_body(status: str) -> None:
     body = b"" if status.startswith("204") else b"<not an exposition>"
     head = (
@@ -9813,6 +9811,226 @@ def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Eng
             answer = served.scrape("m")
     words = f"{docker.address}: no such file or directory; {podman.address}: permission denied"
     assert (answer.status, answer.text) == (502, f"{WEB}: {NO_ENGINE}{words}\n")
+
+
+# --- http: redirects
+
+
+class Redirects:
+    """A target that redirects some paths, and answers all others with EXPOSITION."""
+
+    def __init__(self) -> None:
+        self.heads: list[str] = []
+        self.answers: dict[str, bytes] = {}
+
+    def answer(self, connection: socket.socket, head: bytes) -> None:
+        self.heads.append(head.decode())
+        connection.sendall(self.answers.get(self.asked[-1], ok(EXPOSITION)))
+
+    def add(self, path: str, location: bytes, status: int = 302) -> None:
+        """Redirect a path; the body that is announced never comes."""
+        fields = b"Location: %b\r\nContent-Length: 99\r\n\r\n" % location
+        self.answers[path] = b"HTTP/1.1 %d Moved\r\n%b" % (status, fields)
+
+    @property
+    def asked(self) -> list[str]:
+        """The paths and queries of all requests."""
+        return [head.split()[1] for head in self.heads]
+
+
+#: What a target redirects to on its own address, where PORT is its port, and what it is asked for.
+FOLLOWED: dict[str, tuple[bytes, str]] = {
+    "a URL": (b"http://localhost:PORT/ok", "/ok"),
+    "a path": (b"/ok", "/ok"),
+    "a path and a query": (b"/ok?a=b&c", "/ok?a=b&c"),
+    "a relative path": (b"ok", "/ok"),
+    "a path with dots": (b"/a/../ok", "/ok"),
+    "a query alone": (b"?a=b", "/metrics?a=b"),
+    "an address without a scheme": (b"//localhost:PORT/ok", "/ok"),
+    "an address without a path": (b"http://localhost:PORT", "/"),
+    "an address and a query": (b"http://localhost:PORT?a=b", "/?a=b"),
+    "other letters of the same host": (b"HTTP://LocalHost:PORT/ok", "/ok"),
+    "a host with a final dot": (b"http://localhost.:PORT/ok", "/ok"),
+    "a user's name and password": (b"http://u:p@localhost:PORT/ok", "/ok"),
+    "a fragment": (b"/ok#part", "/ok"),
+    "a blank": (b"/o k", "/o%20k"),
+    "bytes beyond ASCII": (b"/\xe9\xff", "/%E9%FF"),
+    "an escape": (b"/o%2Fk%20", "/o%2Fk%20"),
+    "characters that no URL has": (b'/"<>\\^`{|}[]', "/%22%3C%3E%5C%5E%60%7B%7C%7D%5B%5D"),
+    "two places": (b"/ok\r\nLocation: http://127.0.0.1:1/", "/ok"),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("to", FOLLOWED)
+def test_a_redirect_is_followed_to(to: str, verify: bool) -> None:
+    location, asked = FOLLOWED[to]
+    redirects = Redirects()
+    with (
+        target(redirects.answer) as port,
+        running({"m": http_module(port, verify=verify)}) as served,
+    ):
+        redirects.add("/metrics", location.replace(b"PORT", b"%d" % port))
+        answer = served.scrape("m")
+        assert (answer.status, answer.body) == (200, EXPOSITION)
+        assert answer.headers["Location"] is None
+        assert served.failures("m") == {}
+    assert redirects.asked == ["/metrics", asked]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_followed_with_all_that_the_module_sends(status: int) -> None:
+    redirects = Redirects()
+    redirects.add("/a?x=1&b=2", b"/next", status)
+    redirects.add("/next", b"/ok", status)
+    sent: dict[str, Any] = {"basic_auth_username": "u", "basic_auth_password": "p"}
+    with target(redirects.answer) as port:
+        module = http_module(port, path="/a?b=2", headers={"X-Own": "y"}, **sent)
+        with running({"m": module}) as served:
+            assert served.scrape("m&x=1", {"X-Client": "z"}).body == EXPOSITION
+    assert redirects.asked == ["/a?x=1&b=2", "/next", "/ok"]
+    for head in redirects.heads:
+        assert head.startswith("GET ")
+        for line in (f"Host: localhost:{port}", "Authorization: Basic dTpw", "X-Own: y"):
+            assert f"\r\n{line}\r\n" in head
+        assert "\r\nX-Client: z\r\n" in head
+    left = [float(re.findall("Timeout-Seconds: (.*)\r", head)[0]) for head in redirects.heads]
+    assert left == sorted(left, reverse=True)
+
+
+#: What a target redirects to elsewhere, and what the message says of it.
+ELSEWHERE: dict[str, tuple[bytes, str]] = {
+    "another scheme": (b"https://localhost:PORT/ok", "https://localhost:PORT/ok"),
+    "another port": (b"http://localhost:1/ok", "http://localhost:1/ok"),
+    "the default port": (b"http://localhost/ok", "http://localhost/ok"),
+    "another host": (b"http://other.example:PORT/ok", "http://other.example:PORT/ok"),
+    "another host, without a scheme": (b"//other.example/ok", "http://other.example/ok"),
+    "the same host by its number": (b"http://127.0.0.1:PORT/ok", "http://127.0.0.1:PORT/ok"),
+    "a host that begins like it": (b"http://localhost:PORT.x/ok", "http://localhost:PORT.x/ok"),
+    "its name as a user": (b"http://localhost:PORT@other.example/", "http://other.example/"),
+    "another protocol": (b"ftp://localhost:PORT/ok", "ftp://localhost:PORT/ok"),
+    "a file": (b"file:///etc/passwd", "file:///etc/passwd"),
+    "a broken address": (b"http://[::1/ok", "http://[::1/ok"),
+    "a port that is none": (b"http://localhost:x/ok", "http://localhost:x/ok"),
+    "a place with secrets": (
+        b"https://u:s3cret@other.example/ok?token=s3cret#s3cret",
+        "https://other.example/ok",
+    ),
+    "a place with secrets and no scheme": (b"u:s3cret@other.example/ok", "u://other.example/ok"),
+    "itself": (b"/metrics", "http://localhost:PORT/metrics"),
+    "a long place": (b"http://other.example/" + b"x" * 400, "http://other.example/" + "x" * 400),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("to", ELSEWHERE)
+def test_a_redirect_is_a_failure_to(to: str, verify: bool, log: list[str]) -> None:
+    location, shown = ELSEWHERE[to]
+    redirects = Redirects()
+    with (
+        target(redirects.answer) as port,
+        running({"m": http_module(port, verify=verify)}) as served,
+    ):
+        log.clear()
+        redirects.add("/metrics", location.replace(b"PORT", b"%d" % port), 307)
+        answer = served.scrape("m")
+        said = f"redirect 307 not followed: it leads to {shown.replace('PORT', str(port))}"
+        said = said if len(said) <= 300 else said[:300] + "..."
+        words = f"{served.shown('m')}: {said}; set path, port or scheme"
+        assert (answer.status, answer.text) == (502, f"module m: {words}\n")
+        assert answer.headers["Location"] is None
+        assert served.failures("m") == {"status": 1}
+        assert counters(served, "m") == {ERRORS}
+    assert log == [f"module m: status: {words}"]
+    assert len(redirects.asked) == (10 if to == "itself" else 1)
+
+
+@pytest.mark.parametrize(("count", "status"), [(9, 200), (10, 502)])
+def test_as_many_redirects_are_followed_as_prometheus_follows(count: int, status: int) -> None:
+    redirects = Redirects()
+    redirects.add("/metrics", b"/1")
+    for number in range(1, count):
+        redirects.add(f"/{number}", b"/%d" % (number + 1))
+    with target(redirects.answer) as port, running({"m": http_module(port)}) as served:
+        assert served.scrape("m").status == status
+    assert redirects.asked == ["/metrics", *(f"/{number}" for number in range(1, 10))]
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("status", "location"),
+    [
+        *((status, "Location: /ok") for status in (300, 304, 305, 306, 399)),
+        (302, "X-Location: /ok"),
+        (302, "Location:"),
+        (308, "URI: /ok"),
+    ],
+)
+def test_a_status_that_leads_nowhere_goes_on_without_a_location(
+    status: int, location: str, verify: bool
+) -> None:
+    sent = f"HTTP/1.1 {status} X\r\n{location}\r\nETag: z\r\nContent-Length: 0\r\n\r\n".encode()
+    with target(sent) as port, running({"m": http_module(port, verify=verify)}) as served:
+        answer = served.scrape("m")
+        assert (answer.status, answer.body, answer.headers["ETag"]) == (status, b"", "z")
+        assert answer.headers["Location"] is None
+        assert served.failures("m") == {"status": 1}
+
+
+def test_redirects_meet_the_deadline() -> None:
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        time.sleep(SHORT / 5)
+        connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n")
+
+    with (
+        target(answer) as port,
+        running({"m": http_module(port) | {"timeout": f"{SHORT}s"}}) as served,
+        taking(*AT_DEADLINE),
+    ):
+        assert served.scrape("m").text == f"module m: {served.shown('m')}: {LATE}\n"
+
+
+@pytest.mark.parametrize(
+    ("port", "location", "is_followed"),
+    [
+        (0, "http://localhost/ok", True),
+        (0, "http://localhost:80/ok", True),
+        (9100, "http://localhost:9100/ok", True),
+        (9100, "http://localhost/ok", False),
+        (80, "http://localhost./ok", True),
+    ],
+)
+def test_a_redirect_on_a_unix_socket_stays_there(
+    port: int, location: str, is_followed: bool, tmp_path: Path
+) -> None:
+    redirects = Redirects()
+    redirects.add("/metrics", location.encode())
+    module = socket_module(tmp_path / "x.sock", **({"port": port} if port else {}))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "x.sock"))
+        listener.listen()
+        with (
+            accepting(listener, lambda client: redirects.answer(client, read_head(client))),
+            running({"m": module}) as served,
+        ):
+            assert served.scrape("m").status == (200 if is_followed else 502)
+    assert redirects.asked == ["/metrics", "/ok"][: 2 if is_followed else 1]
+
+
+@pytest.mark.parametrize(
+    ("location", "is_followed"),
+    [("http://web:9100/ok", True), ("http://127.0.0.1:9100/ok", False), ("/ok", True)],
+)
+def test_a_redirect_in_a_container_stays_there(
+    location: str, is_followed: bool, engine: Engine
+) -> None:
+    redirects = Redirects()
+    redirects.add("/metrics", location.encode())
+    with target(redirects.answer) as port:
+        engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+        with running({"m": engine.module("web")}) as served:
+            assert served.scrape("m").status == (200 if is_followed else 502)
+    assert redirects.asked == ["/metrics", "/ok"][: 2 if is_followed else 1]
 
 
 # --- exec
@@ -21683,6 +21901,81 @@ def test_prometheus_finds_the_jobs_of_the_original_up(world: ScrapedWorld, job: 
 @pytest.mark.parametrize("module", ["node", "mtail", "cadvisor", "http", "broken", "slow"])
 def test_up_means_through_expexp_what_it_means_directly(world: ScrapedWorld, module: str) -> None:
     assert world.value("up", module) == world.value("up", f"direct_{module}"), world.explain()
+
+
+#: Redirects on a target's own address, by the path where a scrape begins; NUMBER tells how many.
+DIRECTED: dict[str, bytes] = {
+    **{f"status{code}": b"%d /ok" % code for code in (300, 301, 302, 303, 304, 305, 307, 308)},
+    "absolute": b"302 http://127.0.0.1:PORT/ok",
+    "letters": b"302 HTTP://127.0.0.1:PORT/ok",
+    "fragment": b"302 /ok#part",
+    "blank": b"302 /o k",
+    "bytes": b"302 /\xe9",
+    "nowhere": b"302 ",
+    "itself": b"302 /itself",
+    "https": b"302 https://127.0.0.1:PORT/ok",
+    "protocol": b"302 ftp://127.0.0.1:PORT/ok",
+    "broken": b"302 http://[::1/ok",
+    "nine": b"302 /chain8",
+    "ten": b"302 /chain9",
+    **{f"chain{number}": b"302 /chain%d" % (number - 1) for number in range(1, 10)},
+    "chain0": b"302 /ok",
+}
+DIRECTED_JOBS = [name for name in DIRECTED if not name.startswith("chain")]
+
+
+@pytest.fixture(scope="module")
+def directed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[float, float]]]:
+    """For each of DIRECTED, what `up` a real Prometheus has for it directly and through expexp."""
+    program, folder = peer_program("prometheus"), tmp_path_factory.mktemp("redirects")
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        found = DIRECTED.get(head.split()[1].decode()[1:])
+        sent = ok(COUNTED_BODY)
+        if found:
+            status, _, location = found.replace(b"PORT", b"%d" % port).partition(b" ")
+            sent = b"HTTP/1.1 %b X\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % (
+                status,
+                location,
+            )
+        connection.sendall(sent)
+
+    with ExitStack() as stack:
+        port = stack.enter_context(target(answer))
+        modules = {
+            name: http_module(port, address="127.0.0.1", path=f"/{name}") for name in DIRECTED_JOBS
+        }
+        (folder / "c.json").write_text(json.dumps({"modules": modules}))
+        expexp = stack.enter_context(running_expexp(folder, "-config", str(folder / "c.json")))
+        own = urllib.parse.urlsplit(expexp.url).netloc
+        jobs = "scrape_configs:\n"
+        for name in DIRECTED_JOBS:
+            jobs += scrape_job(name, own, name)
+            direct = scrape_job(f"direct_{name}", f"127.0.0.1:{port}")
+            jobs += direct.replace("/metrics", f"/{name}")
+        (folder / "prometheus.yaml").write_text(jobs)
+        address = f"127.0.0.1:{free_port()}"
+        command = [program, f"--config.file={folder / 'prometheus.yaml'}"]
+        command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+        server = peer_running(command, f"http://{address}", "/-/ready", folder)
+        world = ScrapedWorld(stack.enter_context(server), expexp, expexp)
+
+        def all_scraped() -> dict[str, float] | None:
+            up = world.query("up")
+            return up if len(up) == 2 * len(DIRECTED_JOBS) else None
+
+        up = eventually(all_scraped, "Prometheus to scrape every job", 45)
+        yield {name: (up[f"direct_{name}"], up[name]) for name in DIRECTED_JOBS}
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", DIRECTED_JOBS)
+def test_up_means_after_a_redirect_what_it_means_directly(
+    name: str, directed: dict[str, tuple[float, float]]
+) -> None:
+    direct, through = directed[name]
+    assert through == direct
 
 
 @pytest.mark.peer
