@@ -3100,75 +3100,57 @@ def with_header(headers: Headers, name: str, value: str) -> Headers:
 
 
 class Budget:
-    """Counts what all requests share: bytes of bodies, requests and scrapes of a module."""
+    """Counts what all requests hold: bytes of bodies, requests and scrapes of a module."""
 
     def __init__(self) -> None:
-        self._used: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def reserve(self, what: str, count: int, most: float, words: str) -> None:
-        """Use more of something. Raises ScrapeError("busy") beyond `most`."""
-        with self._lock:
-            used = self._used.get(what, 0) + count
-            if used > most:
-                raise ScrapeError("busy", words)
-            self._used[what] = used
-
-    def release(self, what: str, count: int) -> None:
-        """Use less of something."""
-        with self._lock:
-            left = self._used.pop(what, 0) - count
-            if left:  # or else no entry: names of modules come and go
-                self._used[what] = left
+        self.used: dict[str, int] = collections.Counter()
+        self.lock = threading.Lock()
 
 
 class Held:
-    """The bytes that one request holds in memory, reserved in the budget of all requests."""
+    """What one request, or a part of it, holds of the budget of all requests."""
 
-    def __init__(self, budget: Budget, limits: Limits) -> None:
-        self._budget = budget
-        self._most = limits.held_bytes
-        self._count = 0
+    def __init__(self, tools: Tools) -> None:
+        self._budget = tools.budget
+        self._most = tools.limits.held_bytes
+        self._counts: dict[str, int] = collections.Counter()
+
+    def reserve(self, what: str, most: float, words: str, count: int = 1) -> None:
+        """Hold more of something. Raises ScrapeError("busy") with the words beyond `most`."""
+        with self._budget.lock:
+            used = self._budget.used[what] + count
+            if used > most:
+                raise ScrapeError("busy", words)
+            self._budget.used[what] = used
+            self._counts[what] += count
 
     def add(self, count: int) -> None:
-        """Reserve more bytes. Raises ScrapeError("busy") if all requests hold too many."""
-        words = "too many bodies in memory, try again later"
-        self._budget.reserve("bytes", count, self._most, words)
-        self._count += count
+        """Hold more bytes of bodies. Raises ScrapeError("busy") if all requests hold too many."""
+        self.reserve("bytes", self._most, "too many bodies in memory, try again later", count)
 
     def release(self) -> None:
-        """Release all bytes."""
-        self._budget.release("bytes", self._count)
-        self._count = 0
+        """Release everything."""
+        used = self._budget.used
+        with self._budget.lock:
+            while self._counts:
+                what, count = self._counts.popitem()
+                used[what] -= count
+                if not used[what]:  # names of modules come and go
+                    del used[what]
 
 
+@dataclass(eq=False)
 class Run:
     """One scrape of a module with `cache`. Equal requests share it."""
 
-    task: Task
-
-    def __init__(self, key: Any, module: Module) -> None:
-        self.key = key
-        self.module = module  # a reload may have changed it since
-        self.made = math.inf  # completion time (monotonic); inf while running
-        self.size = 0  # of the body, in bytes
-        self.waiting = 0  # requests that wait for the outcome
-        #: The scrape polls the first of two connected sockets as its client. Without the second one
-        #: it ends. A command has none: if it is too slow for one scrape, it answers the next.
-        self.sockets: Sequence[socket.socket] = ()
-        self.closing = contextlib.ExitStack()  # of the sockets
-        if module.method != "exec":
-            try:
-                self.sockets = [*map(self.closing.enter_context, socket.socketpair())]
-            except OSError as error:
-                raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
-
-    def deadline(self, seconds: float, limits: Limits) -> Deadline:
-        """Return the deadline of the run. `seconds` remain for the request that began it."""
-        if self.sockets:
-            return Deadline(seconds, time.monotonic, client=self.sockets[0].fileno())
-        own = scrape_timeout(self.module.timeout, "", 0, limits)
-        return Deadline(max(own, seconds), time.monotonic)
+    module: Module  # a reload may have changed it since
+    task: Any = None
+    made: float = math.inf  # completion time (monotonic); inf while running
+    size: int = -1  # of a good answer's body, in bytes
+    waiting: int = 0  # requests that wait for the outcome
+    #: The scrape polls the other end of this socket as its client, and ends when it is closed. A
+    #: command has none: if it is too slow for one scrape, it answers the next.
+    client: socket.socket | None = None
 
 
 class Cache:
@@ -3177,7 +3159,7 @@ class Cache:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
-        self._runs: dict[Any, Run] = {}  # of those that are made the oldest first
+        self._runs: dict[Any, Run] = {}  # of the completed ones the oldest first
 
     def answer(self, job: Job, key: Any) -> Scrape:
         """Return a fresh answer, cached or new. Raises ScrapeError."""
@@ -3185,18 +3167,18 @@ class Cache:
             asked = time.monotonic()
             run = self._join(job, key)
             try:
-                scrape = wait_for(run.task, job.deadline)
+                outcome = wait_for(run.task, job.deadline)
             finally:
-                self._leave(run)
-            if isinstance(scrape, Scrape):
+                self._leave(key, run)
+            if isinstance(outcome, Scrape):
                 break
-            if scrape.reason.name != "timeout":  # of a run that began before us
-                raise ScrapeError(scrape.reason.name, scrape.message, scrape.detail)
-        job.held.add(len(cast(bytes, scrape.body)))  # it may be evicted while it is sent
+            if outcome[0] != "timeout":  # of a run that began before this request
+                raise ScrapeError(*outcome)
+        job.held.add(len(cast(bytes, outcome.body)))  # it may be evicted while it is sent
         if asked < run.made:
-            return scrape
-        aged = with_header(scrape.headers, "Age", str(int(asked - run.made)))
-        return scrape._replace(headers=aged)
+            return outcome
+        aged = with_header(outcome.headers, "Age", str(int(asked - run.made)))
+        return outcome._replace(headers=aged)
 
     def _join(self, job: Job, key: Any) -> Run:
         """Return a run whose answer is fresh enough or still to come. Raises ScrapeError."""
@@ -3204,103 +3186,108 @@ class Cache:
         with self._lock:
             run = self._runs.get(key)
             if not run or run.module != module or time.monotonic() - run.made >= module.cache:
-                run = Run(key, module)
-                deadline = run.deadline(job.deadline.remaining(), self._limits)
-                # Not a method of the run: the cycle would keep bodies and descriptors.
-                run.task = start_task(run.closing.close, self._make, job, run, deadline)
+                run = self._start(job, key)
                 self._runs[key] = run
             run.waiting += 1
             return run
 
-    def _leave(self, run: Run) -> None:
+    def _start(self, job: Job, key: Any) -> Run:
+        """Start a run for a request in a thread of its own. Raises ScrapeError."""
+        run = Run(job.module)
+        cleanup = contextlib.ExitStack()
+        held = Held(job.tools)
+        cleanup.callback(held.release)
+        seconds = job.deadline.remaining()
+        if job.module.method == "exec":
+            longest = scrape_timeout(job.module.timeout, "", 0, self._limits)
+            deadline = Deadline(max(longest, seconds), time.monotonic)
+        else:
+            try:
+                polled, run.client = socket.socketpair()
+            except OSError as error:
+                raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
+            cleanup.enter_context(polled)
+            cleanup.enter_context(run.client)
+            deadline = Deadline(seconds, time.monotonic, client=polled.fileno())
+        own = job._replace(deadline=deadline, cleanup=cleanup, held=held)
+        run.task = start_task(cleanup.close, self._make, own, key, run)
+        return run
+
+    def _leave(self, key: Any, run: Run) -> None:
         """Stop waiting for a run. End it without other waiters, unless it is a command's."""
         with self._lock:
             run.waiting -= 1
-            if run.sockets and not run.waiting and run.made == math.inf:
-                run.sockets[1].close()
-                if self._runs.get(run.key) is run:  # or else a reload has changed the module
-                    del self._runs[run.key]  # the next request begins another one
+            if run.client and not run.waiting and run.made == math.inf:
+                run.client.close()
+                if self._runs.get(key) is run:  # or else a reload has changed the module
+                    del self._runs[key]  # the next request begins another one
 
-    def _make(self, job: Job, run: Run, deadline: Deadline) -> Scrape | ScrapeError:
-        """Return the target's answer or a ScrapeError without a traceback, which keeps bodies."""
-        found: Scrape | ScrapeError | None = None
+    def _make(self, job: Job, key: Any, run: Run) -> Any:
+        """Return the target's answer, or the arguments of a ScrapeError."""
+        outcome: Any = None
         try:
-            with contextlib.ExitStack() as cleanup, own_memory(job) as own:
-                found = scrape_target(own._replace(deadline=deadline, cleanup=cleanup))
-        except ScrapeError as error:
-            found = ScrapeError(error.reason.name, error.message, error.detail)
+            outcome = scrape_target(job)
+        except ScrapeError as error:  # its traceback would keep bodies
+            outcome = error.reason.name, error.message, error.detail
         finally:
-            self._keep(run, found)
-        return found
+            self._keep(key, run, outcome)
+        return outcome
 
-    def _keep(self, run: Run, outcome: Any) -> None:
+    def _keep(self, key: Any, run: Run, outcome: Any) -> None:
         """Cache a good answer. Evict the oldest ones beyond the bounds."""
-        left = self._limits.cache_bytes
+        most = self._limits.cache_bytes
         with self._lock:
-            if self._runs.get(run.key) is not run:  # nobody waits, or a later module has its place
+            if self._runs.get(key) is not run:  # nobody waits, or a later module has its place
                 return
-            del self._runs[run.key]
-            is_good = isinstance(outcome, Scrape) and outcome.status == OK
-            size = len(outcome.body) if is_good else 0
-            if is_good and size <= left:  # or else all others would go for nothing
+            del self._runs[key]
+            if isinstance(outcome, Scrape) and outcome.status == OK:
+                run.size = len(cast(bytes, outcome.body))
+            if 0 <= run.size <= most:  # or else all others would go for nothing
                 run.made = time.monotonic()
-                run.size = size
-                self._runs[run.key] = run
-            made = [each for each in self._runs.values() if each.made < math.inf]
-            for number, each in enumerate(reversed(made)):
-                left -= each.size
-                if left < 0 or number >= self._limits.cache_entries:
-                    del self._runs[each.key]
+                self._runs[key] = run
+            made = [each for each in self._runs.items() if each[1].made < math.inf]
+            while len(made) > self._limits.cache_entries or sum(r.size for _, r in made) > most:
+                del self._runs[made.pop(0)[0]]
 
 
 class Task:
     """Work of a thread that can be left behind, and its outcome."""
 
-    def __init__(self, done: Callable[[], None]) -> None:
-        self._done = done  # called when the work has ended or cannot start
-        self._result: Any = None
-        self._error: Exception | None = None
-        self._is_good = False
-        self._is_abandoned = False
+    def __init__(self) -> None:
+        self._results: list[Any] = []
+        self._errors: list[Exception] = []
         self.running = threading.Lock()  # measured: an Event takes twice as long
         self.running.acquire()
 
-    def run(self, work: Callable[..., Any], *arguments: Any) -> None:
+    def run(self, done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> None:
         """Do the work in the task's thread. `result` raises its error again."""
         try:
-            self._result = work(*arguments)
-            self._is_good = True
+            self._results.append(work(*arguments))
         except (ExpexpError, OSError, UnicodeError, MemoryError) as error:
-            self._error = error
+            self._errors.append(error)
         finally:
-            self._done()
+            done()
             self.running.release()
-        if self._is_abandoned:
-            self.abandon()
 
     def result(self) -> Any:
         """Return the result of the work, or raise its error."""
-        error = self._error
-        self._error = None  # or else a cycle with its traceback, whose frames hold whole bodies
-        if error:
-            raise error
-        if not self._is_good:
+        if self._errors:
+            # Kept, it would form a cycle with its traceback, whose frames hold whole bodies.
+            raise self._errors.pop()
+        if not self._results:
             raise RuntimeError("unexpected error in a thread: see the log")
-        return self._result
-
-    def abandon(self) -> None:
-        """Close the file that the work has opened or will open."""
-        self._is_abandoned = True
-        if isinstance(self._result, io.FileIO):
-            self._result.close()
+        return self._results[0]
 
 
 def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> Task:
-    """Start work in a thread and return its task. Raises ScrapeError("busy") without a thread."""
+    """Start work in a thread and return its task. Raises ScrapeError("busy") without a thread.
+
+    Call `done` when the work has ended or cannot start.
+    """
     try:
-        task = Task(done)
+        task = Task()
         # `threading.Thread.start` takes twice as long, and for ever if memory runs out just then.
-        _thread.start_new_thread(task.run, (work, *arguments))
+        _thread.start_new_thread(task.run, (done, work, *arguments))
     except (MemoryError, RuntimeError):
         done()
         raise ScrapeError("busy", "no thread can be started, try again later") from None
@@ -3356,7 +3343,7 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
 
 #: Variables that a service manager sets for expexp alone.
 OWN_VARIABLE: Final = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
-REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
+REAPING_SECONDS: Final = 0.02  # between looks at a command that has not died of KILL
 
 
 class Commands:
@@ -3406,9 +3393,7 @@ class Commands:
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Send TERM to a command's group. The reaper sends KILL later, outside the request."""
         signal_group(process, signal.SIGTERM)
-        due = time.monotonic() + self._limits.term_to_kill_seconds
-        # Rounded up: the reaper wakes once for many groups.
-        self._ending.put((math.ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
+        self._ending.put((time.monotonic() + self._limits.term_to_kill_seconds, process))
 
     def _reap(self) -> None:
         """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
@@ -3442,10 +3427,15 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
             os.killpg(process.pid, number)
 
 
+def exit_of(process: subprocess.Popen[bytes]) -> Any:
+    """Return how a process has exited, or None. Do not reap it. Raises ChildProcessError."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+
+
 def is_running(process: subprocess.Popen[bytes]) -> bool:
-    """Return whether a process has not exited. Do not reap it."""
-    with contextlib.suppress(ChildProcessError):
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+    """Return whether a process has not exited."""
+    with contextlib.suppress(ChildProcessError):  # reaped
+        return exit_of(process) is None
     return False
 
 
@@ -3476,16 +3466,6 @@ class Job(NamedTuple):
     credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
 
 
-@contextlib.contextmanager
-def own_memory(job: Job) -> Iterator[Job]:
-    """Yield the job with bytes of its own, which are released at the end."""
-    held = Held(job.tools.budget, job.tools.limits)
-    try:
-        yield job._replace(held=held)
-    finally:
-        held.release()
-
-
 def scrape_bound(job: Job) -> int:
     """Return how many scrapes of the job's module may run at once."""
     limits = job.tools.limits
@@ -3498,13 +3478,10 @@ def reserve_request(job: Job) -> None:
     """Count a request until it has been answered. Raises ScrapeError("busy") beyond the bounds."""
     # A target that hangs must not take all connections. Requests that wait for a cache count, too.
     limits = job.tools.limits
-    for what, most, whom in (
-        (f"requests to {job.module.name}", limits.module_requests, "it"),
-        ("requests", limits.proxy_requests, "all modules"),
-    ):
-        words = f"too many requests to {whom} are being answered"
-        job.tools.budget.reserve(what, 1, most, words)
-        job.cleanup.callback(job.tools.budget.release, what, 1)
+    words = "too many requests to {} are being answered"
+    what = f"requests to {job.module.name}"
+    job.held.reserve(what, limits.module_requests, words.format("it"))
+    job.held.reserve("requests", limits.proxy_requests, words.format("all modules"))
 
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
@@ -3828,34 +3805,40 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
     return {**inherited, b"EXPEXP_TIMEOUT_SECONDS": b"%.3f" % job.deadline.remaining(), **added}
 
 
-def command_pieces(job: Job, process: Any, words: bytearray) -> Iterator[bytes]:
+def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Iterator[bytes]:
     """Yield a command's stdout, keep the end of its stderr in `words`. Raises ScrapeError."""
-    stdout, stderr = process.stdout.fileno(), process.stderr.fileno()
-    awaited = {stdout: select.POLLIN, stderr: select.POLLIN}
-    with exit_descriptor(process.pid) as exited:
-        if exited:
-            awaited[exited.fileno()] = select.POLLIN
-        while True:
-            # First the exit, then the pipes: they hold all that was written before it. A grandchild
-            # may keep them open for ever. The command is not reaped: its id stays its own.
-            over = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-            longest = math.inf if exited else 0.02
-            ready = wait(job.deadline, awaited, 0 if over else longest) & {stdout, stderr}
-            if over and not ready:
-                return check_exit(over.si_status, over.si_code != os.CLD_EXITED)
-            pieces = {pipe: os.read(pipe, PIECE_BYTES) for pipe in ready}
-            for ended in [pipe for pipe, piece in pieces.items() if not piece]:
-                del awaited[ended]
-            words[:] = (words + pieces.get(stderr, b""))[-job.tools.limits.stderr_bytes :]
-            yield pieces.get(stdout, b"")
+    stdout = process.stdout.fileno()
+    pipes = {stdout, process.stderr.fileno()}
+    awaited = dict.fromkeys(pipes, select.POLLIN)
+    longest = 0.02
+    if exited:
+        awaited[exited.fileno()] = select.POLLIN
+        longest = math.inf
+    while True:
+        # First the exit, then the pipes: they hold all that was written before it. A grandchild may
+        # keep them open for ever. The command is not reaped: its id stays its own.
+        over = exit_of(process)
+        ready = pipes & wait(job.deadline, awaited, 0 if over else longest)
+        if over and not ready:
+            return check_exit(over.si_status, over.si_code != os.CLD_EXITED)
+        for pipe in ready:
+            piece = os.read(pipe, PIECE_BYTES)
+            if not piece:
+                del awaited[pipe]
+            elif pipe == stdout:
+                yield piece
+            else:
+                words[:] = (words + piece)[-job.tools.limits.stderr_bytes :]
 
 
 def check_exit(status: int, killed: bool) -> None:
     """Raise ScrapeError("command") unless a command has exited with 0."""
+    if killed:
+        names = {number.value: number.name for number in signal.Signals}
+        killer = names.get(status, f"signal {status}")
+        raise ScrapeError("command", f"the command was killed by {killer}")
     if status:
-        killer = next((s.name for s in signal.Signals if s == status), f"signal {status}")
-        how = f"was killed by {killer}" if killed else f"exited with status {status}"
-        raise ScrapeError("command", f"the command {how}")
+        raise ScrapeError("command", f"the command exited with status {status}")
 
 
 def exit_descriptor(process_id: int) -> Any:
@@ -3871,8 +3854,8 @@ def scrape_exec(job: Job) -> Scrape:
     job.tools.metrics.increment("expexp_command_starts_total", job.module.name)
     process, words = job.tools.commands.start(job), bytearray()
     try:
-        with process.stdout, process.stderr:
-            return text_scrape(join_pieces(job, command_pieces(job, process, words)))
+        with process.stdout, process.stderr, exit_descriptor(process.pid) as exited:
+            return text_scrape(join_pieces(job, command_pieces(job, process, exited, words)))
     except ChildProcessError:  # reaped at the end of the program, by `Commands.end_all`
         raise ScrapeError("command", "the command was killed by SIGKILL") from None
     except ScrapeError as error:
@@ -3895,64 +3878,46 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 def scrape_file(job: Job) -> Scrape:
     """Return the scrape of a file or FIFO. Raises ScrapeError."""
-    try:
-        found = call_aside(job, inspect_path)
-        if isinstance(found, str):
-            return scrape_fifo(job, found)
-        job.held.add(len(found.body))
-        return cast(Scrape, found)
-    except (OSError, UnicodeError) as error:
-        raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
-
-
-def call_aside(job: Job, function: Callable[[Job], Any]) -> Any:
-    """Call a function that uses the file system in a thread. Return or raise its outcome."""
     # A `stat`, `open` or `read` that hangs cannot be interrupted. At the deadline its thread is
     # left behind. A module leaves behind at most as many threads as it may run scrapes.
-    budget = job.tools.budget
     most = scrape_bound(job)
-    what = f"calls of {job.module.name}"
     words = f"{most} reads of it have not returned: its file system may hang"
-    budget.reserve(what, 1, most, words)
-    task = start_task(lambda: budget.release(what, 1), function, job)
+    held = Held(job.tools)
+    held.reserve(f"reads of {job.module.name}", most, words)
+    task = start_task(held.release, read_module_path, job._replace(held=held))
     try:
-        return wait_for(task, job.deadline)
-    except ScrapeError:
-        task.abandon()
-        raise
+        found: Scrape = wait_for(task, job.deadline)
+    except (OSError, UnicodeError) as error:
+        raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
+    job.held.add(len(cast(bytes, found.body)))
+    return found
 
 
-def stat_path(job: Job) -> os.stat_result:
-    """Return the status of a module's path. Raises OSError or UnicodeError."""
-    return os.stat(job.module.target.path)
-
-
-def inspect_path(job: Job) -> Scrape | str:
-    """Return a file's scrape, or the real path of a FIFO. Raises OSError or ScrapeError."""
+def read_module_path(job: Job) -> Scrape:
+    """Return the scrape of a file or FIFO. Raises OSError, UnicodeError or ScrapeError."""
     path = cast(str, job.module.target.path)
-    kind = stat.S_IFMT(stat_path(job).st_mode)  # first: to open a device may act on it
+    kind = stat.S_IFMT(os.stat(path).st_mode)  # first: to open a device may act on it
     if kind == stat.S_IFIFO:
-        return os.path.realpath(path)
+        return read_fifo(job, os.path.realpath(path))
     if kind != stat.S_IFREG:
         raise ScrapeError("file", "neither a regular file nor a FIFO")
-    with own_memory(job) as own, io.FileIO(path, opener=open_without_waiting) as file:
-        modified = check_opened(job, file, kind).st_mtime
+    with open_path(job, kind) as file:
+        modified = os.fstat(file.fileno()).st_mtime
         pieces = iter(lambda: file.read(PIECE_BYTES), b"")
-        return text_scrape(join_pieces(own, pieces), modified)
+        return text_scrape(join_pieces(job, pieces), modified)
 
 
-def open_without_waiting(path: str, _flags: int) -> int:
-    """Return a descriptor to read a path. A FIFO without a writer does not block."""
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-
-
-def check_opened(job: Job, file: io.FileIO, kind: int) -> os.stat_result:
-    """Return an open file's status. Raises ScrapeError if it is too large or of another kind."""
-    found = os.fstat(file.fileno())
-    if stat.S_IFMT(found.st_mode) != kind:
-        raise ScrapeError("file", "replaced while it was opened")
-    check_size(job.tools.limits, found.st_size)
-    return found
+@contextlib.contextmanager
+def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
+    """Open a module's file or FIFO. Raises OSError, or ScrapeError if it is of another kind."""
+    # A FIFO without a writer does not block.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+    with io.FileIO(os.open(job.module.target.path, flags)) as file:
+        found = os.fstat(file.fileno())
+        if stat.S_IFMT(found.st_mode) != kind:
+            raise ScrapeError("file", "replaced while it was opened")
+        check_size(job.tools.limits, found.st_size)
+        yield file
 
 
 class Fifo:
@@ -3961,8 +3926,15 @@ class Fifo:
     def __init__(self, path: str) -> None:
         self.path = path  # as the module has it
         self.lock = threading.Lock()
-        #: The open FIFO whose answer a scrape has read in part, but not to its end.
+        #: Open while an answer is read, also after a scrape has read only a part of it: the end of
+        #: this file separates the rest from the next answer.
         self.torn: io.FileIO | None = None
+
+    def close(self) -> None:
+        """Close the FIFO of an answer that has been read, or that nobody will read."""
+        if self.torn:
+            self.torn.close()
+            self.torn = None
 
 
 def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
@@ -3970,53 +3942,27 @@ def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
     for key, fifo in list(fifos.items()):
         if fifo.path not in paths and fifo.lock.acquire(blocking=False):
             del fifos[key]
-            if fifo.torn:
-                fifo.torn.close()
+            fifo.close()
             fifo.lock.release()
 
 
-def scrape_fifo(job: Job, key: str) -> Scrape:
+def read_fifo(job: Job, key: str) -> Scrape:
     """Return the scrape of the FIFO with the real path `key`. Raises OSError or ScrapeError."""
-    fifo = job.tools.fifos.setdefault(key, Fifo(job.module.target.path))
+    path = cast(str, job.module.target.path)
+    fifo = job.tools.fifos.setdefault(key, Fifo(path))
     with hold(fifo.lock, job.deadline):
-        if fifo.torn:
-            finish_torn(job, fifo)
-        file = call_aside(job, open_fifo)
-        return text_scrape(join_pieces(job, torn_pieces(job, fifo, file)))
-
-
-def open_fifo(job: Job) -> io.FileIO:
-    """Open a module's FIFO. Raises OSError, or ScrapeError if it is a FIFO no longer."""
-    file = io.FileIO(job.module.target.path, opener=open_without_waiting)
-    try:
-        check_opened(job, file, stat.S_IFIFO)
-    except (OSError, ScrapeError):
-        file.close()
-        raise
-    return file
-
-
-def torn_pieces(job: Job, fifo: Fifo, file: io.FileIO) -> Iterator[bytes]:
-    """Yield the bytes of a FIFO. From its first byte to its end the answer is torn."""
-    try:
-        for piece in fifo_pieces(job, file):
-            if piece:
-                fifo.torn = file
-            yield piece
-        fifo.torn = None
-    finally:
-        if not fifo.torn:  # or else it stays open: its end separates the rest from the next answer
-            file.close()
-
-
-def finish_torn(job: Job, fifo: Fifo) -> None:
-    """Discard the rest of a torn answer, unless another FIFO has the path by now."""
-    rest = cast(io.FileIO, fifo.torn)
-    if os.path.samestat(os.fstat(rest.fileno()), call_aside(job, stat_path)):
-        for _ in fifo_pieces(job, rest):
-            pass
-    fifo.torn = None
-    rest.close()
+        rest = fifo.torn
+        if rest and os.path.samestat(os.fstat(rest.fileno()), os.stat(path)):
+            for _ in fifo_pieces(job, rest):
+                pass
+        fifo.close()
+        with open_path(job, stat.S_IFIFO) as file:
+            while not wait(job.deadline, {file: select.POLLIN}):
+                pass
+            fifo.torn = io.FileIO(os.dup(file.fileno()))
+            body = join_pieces(job, fifo_pieces(job, file))
+            fifo.close()
+            return text_scrape(body)
 
 
 def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
@@ -4033,18 +3979,27 @@ MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
 MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
 
 
+MTIME_LINES: Final = """\
+# HELP {0} Time of modification of parsed file.
+# TYPE {0} gauge
+{0}{1} {2!r}
+"""
+
+
 def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
     """Return the body with the file's modification time, unless it has that family already."""
     # `in` comes first: the expression alone takes longer than the rest of the scrape.
     if MTIME_FAMILY in body and MTIME_LINE.search(body):
         return body
-    series = render_labels(("module", "path"), (module.name, module.target.path)).encode()
-    head = b"# HELP %b Time of modification of parsed file.\n# TYPE %b gauge\n"
-    added = head % (MTIME_FAMILY, MTIME_FAMILY) + b"%b%b %r\n" % (MTIME_FAMILY, series, modified)
-    end = b"# EOF\n" if is_openmetrics_body(body) else b""
-    before = body.rstrip(b"\n")[:-5] if end else body
-    newline = b"\n" if before and not before.endswith(b"\n") else b""
-    return b"".join((before, newline, added, end))
+    labels = render_labels(("module", "path"), (module.name, module.target.path))
+    added = MTIME_LINES.format(MTIME_FAMILY.decode(), labels, modified).encode()
+    end = b""
+    if is_openmetrics_body(body):
+        end = b"# EOF\n"
+        body = body.rstrip(b"\n")[:-5]
+    if body and not body.endswith(b"\n"):
+        body += b"\n"
+    return b"".join((body, added, end))
 
 
 # --- verification of what was scraped
@@ -4054,11 +4009,11 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
     """Return the content type that replaces the target's, or "". Raises ScrapeError."""
     encoding = (*values_of(headers, "content-encoding"), "")[0]
     content_type = configured or (*values_of(headers, "content-type"), "")[0]
+    decoded = Held(job.tools)
     try:
-        with own_memory(job) as own:
-            if encoding == "gzip":  # Prometheus decodes nothing else, either
-                body = join_pieces(own, gunzip_pieces(body))
-            verify_body(job, body, content_type)
+        if encoding == "gzip":  # Prometheus decodes nothing else, either
+            body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
+        verify_body(job, body, content_type)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
@@ -4068,6 +4023,8 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
         if encoding not in ("", "identity", "gzip"):
             message += f'; Content-Encoding is "{excerpt(encoding)}", and only gzip is decoded'
         raise ScrapeError("malformed", message, detail) from None
+    finally:
+        decoded.release()
     is_plain = parse_media_type(content_type) == "text/plain"
     if configured or is_plain or choose_dialect(content_type) is not TEXT:
         return configured
@@ -4105,15 +4062,15 @@ SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file
 
 def scrape_target(job: Job) -> Scrape:
     """Return the module's scrape, verified if the module wants that. Raises ScrapeError."""
-    module, budget = job.module, job.tools.budget
-    what = f"scrapes of {module.name}"
+    module = job.module
     most = scrape_bound(job)
-    budget.reserve(what, 1, most, f"already running {most} scrapes (max_concurrent)")
-    with contextlib.ExitStack() as slot:
-        slot.callback(budget.release, what, 1)
-        result = SCRAPERS[module.method](job)
-        if not isinstance(result.body, bytes):  # a slow client keeps the slot only of a stream
-            job.cleanup.push(slot.pop_all())
+    slot = Held(job.tools)
+    job.cleanup.callback(slot.release)
+    words = f"already running {most} scrapes (max_concurrent)"
+    slot.reserve(f"scrapes of {module.name}", most, words)
+    result = SCRAPERS[module.method](job)
+    if isinstance(result.body, bytes):  # a slow client keeps the slot only of a stream
+        slot.release()
     if result.status != OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -4431,7 +4388,7 @@ class Application:
                 seconds = scrape_timeout(module.timeout, header, offset, self.limits)
                 hurried = seconds < (module.timeout or self.limits.scrape_seconds)
                 deadline = Deadline(seconds, time.monotonic, client=request.connection)
-                held = Held(self._tools.budget, self.limits)
+                held = Held(self._tools)
                 cleanup.callback(held.release)
                 asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 credentials = snapshot.targets.get(module.name)
