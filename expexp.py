@@ -3407,9 +3407,19 @@ class Commands:
                     self._ending.put((time.monotonic() + REAPING_SECONDS, process))
                 else:
                     self.running.pop(process, None)
+                    self._reap_orphans()
                 due, process = self._ending.get()
             except (MemoryError, RuntimeError):  # noqa: PERF203 - the same leader is tried again
                 time.sleep(REAPING_SECONDS)
+
+    def _reap_orphans(self) -> None:
+        """Reap what commands have left behind. A container's first process is its parent."""
+        # The kernel makes it a child of the main thread, which starts no process itself. As long as
+        # another thread waits for a process that it has started, that is a child of this thread.
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            children = set(map(int, file.read().split()))
+            for orphan in children.difference(process.pid for process in list(self.running)):
+                os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG)
 
     def end_all(self) -> None:
         """End the groups of all commands at shutdown."""

@@ -17847,6 +17847,68 @@ def test_the_end_of_the_program_is_that_of_its_commands(tmp_path: Path) -> None:
     assert is_gone(int(answer.text.split()[1]))
 
 
+AS_SUBREAPER = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+PARENTS_OF_ORPHANS = {
+    "a subreaper": (1, [sys.executable, "-c", AS_SUBREAPER]),
+    "the first process of a container": (
+        2,
+        ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"],
+    ),
+}
+
+
+def descendants(parent: int) -> dict[int, str]:
+    """The process and all that descend from it, with their states. A `Z` has ended."""
+    found = {}
+    with contextlib.suppress(OSError):  # it has been reaped just now
+        found[parent] = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[0]
+        for path in Path(f"/proc/{parent}/task").glob("*/children"):
+            for child in path.read_text().split():
+                found |= descendants(int(child))
+    return found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a namespace of processes")
+@pytest.mark.parametrize("kind", PARENTS_OF_ORPHANS)
+def test_what_commands_leave_behind_is_reaped_by(kind: str, tmp_path: Path) -> None:
+    orphans = "(sleep 0.05 & setsid sleep 0.05 & (sleep 0.05 &) & exec sleep 0.01) & "
+    modules = {
+        "orphans": exec_module(orphans + "echo a 1"),
+        "bad": exec_module(orphans + "sleep 0.1; exit 3"),
+        "late": exec_module(orphans + "exec sleep 30") | {"timeout": "300ms"},
+        "cached": exec_module(orphans + "sleep 0.1; echo b $$") | {"cache": "1ms"},
+        "alone": exec_module("echo a 1"),
+    }
+    own, around = PARENTS_OF_ORPHANS[kind]
+    with program(tmp_path, modules, *around) as (process, port), ThreadPoolExecutor(8) as pool:
+
+        def ask(name: str) -> tuple[int, str]:
+            answer = fetch(port, f"/proxy?module={name}")
+            return answer.status, re.sub("[0-9]{2,}", "N", answer.text)
+
+        for _ in range(3):  # no command's status is taken from the thread that waits for it
+            names = [*modules] * 4
+            assert {*zip(names, pool.map(ask, names))} == {
+                ("orphans", (200, "a 1\n")),
+                ("bad", (500, "module bad: sh: the command exited with status 3\n")),
+                ("late", (504, "module late: sh: timed out after 0.3 s\n")),
+                ("cached", (200, "b N\n")),
+                ("alone", (200, "a 1\n")),
+            }
+        wait_until(
+            lambda: (
+                [*descendants(process.pid).values()].count("Z")
+                == len(descendants(process.pid)) - own
+            )
+        )
+        assert ask("alone") == (200, "a 1\n")
+        wait_until(lambda: len(descendants(process.pid)) == own)
+
+
 def test_commands_that_run_when_the_drain_is_over_are_ended(tmp_path: Path) -> None:
     script = f"trap '' TERM; echo $$ >{tmp_path}/own; sleep 30 & echo $! >{tmp_path}/child; wait"
     with ThreadPoolExecutor() as pool:
