@@ -54,7 +54,6 @@ import difflib
 import errno
 import fnmatch
 import functools
-import gzip
 import hmac
 import html
 import http.client
@@ -3092,6 +3091,7 @@ class Scrape(NamedTuple):
     headers: Headers
     body: bytes | Iterator[bytes]
     modified: float | None = None  # when a regular file was, in seconds since 1970
+    packed: bytes = b""  # the body in gzip
 
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
@@ -3139,6 +3139,11 @@ class Held:
                     del used[what]
 
 
+def body_size(scrape: Scrape) -> int:
+    """Return how many bytes a body takes, also in gzip."""
+    return len(cast(bytes, scrape.body)) + len(scrape.packed)
+
+
 @dataclass(eq=False)
 class Run:
     """One scrape of a module with `cache`. Equal requests share it."""
@@ -3174,7 +3179,7 @@ class Cache:
                 break
             if outcome[0] != "timeout":  # of a run that began before this request
                 raise ScrapeError(*outcome)
-        job.held.add(len(cast(bytes, outcome.body)))  # it may be evicted while it is sent
+        job.held.add(body_size(outcome))  # it may be evicted while it is sent
         if asked < run.made:
             return outcome
         aged = with_header(outcome.headers, "Age", str(int(asked - run.made)))
@@ -3241,7 +3246,7 @@ class Cache:
                 return
             del self._runs[key]
             if isinstance(outcome, Scrape) and outcome.status == OK:
-                run.size = len(cast(bytes, outcome.body))
+                run.size = body_size(outcome)
             if 0 <= run.size <= most:  # or else all others would go for nothing
                 run.made = time.monotonic()
                 self._runs[key] = run
@@ -4091,7 +4096,28 @@ def scrape_target(job: Job) -> Scrape:
         headers = with_header(headers, "Content-Type", content_type)
     if result.modified is not None:
         body = with_mtime(body, module, result.modified)
-    return result._replace(headers=headers, body=body)
+    packed = b""
+    if module.method != "http" and len(body) >= GZIP_BYTES:
+        headers = with_header(headers, "Vary", "Accept-Encoding")
+        if module.cache or takes_gzip(job):
+            packed = join_pieces(job, gzip_pieces(body, 1))
+    return result._replace(headers=headers, body=body, packed=packed)
+
+
+GZIP_BYTES: Final = 1024  # smaller bodies fit into a packet
+
+
+def takes_gzip(job: Job) -> bool:
+    """Return whether the client accepts gzip."""
+    return accepts(",".join(values_of(job.headers, "accept-encoding")), "gzip")
+
+
+def gzip_pieces(body: bytes, level: int) -> Iterator[bytes]:
+    """Yield a body in gzip."""
+    packer = zlib.compressobj(level, wbits=16 + zlib.MAX_WBITS)
+    for start in range(0, len(body), 4 * PIECE_BYTES):
+        yield packer.compress(body[start : start + 4 * PIECE_BYTES])
+    yield packer.flush()
 
 
 #: Headers that do not change the answer. Any other may.
@@ -4101,14 +4127,21 @@ NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", TIMEOUT_FIELD
 def answer_job(job: Job) -> Scrape:
     """Return the target's answer, new or cached. Raises ScrapeError."""
     module = job.module
-    if not module.cache:
-        return scrape_target(job)
-    kinds = ARGUMENT_KINDS[module.method]
-    asked = [pair for pair in job.pairs if module.method == "http" or pair[0] in kinds]
-    sent = end_to_end(job.headers) if module.method == "http" else ()
-    telling = [(n.lower(), value) for n, value in sent if n.lower() not in NEUTRAL_HEADERS]
-    key = module.name, tuple(asked), tuple(sorted(telling))
-    return job.tools.cache.answer(job, key)
+    if module.cache:
+        pairs = job.pairs
+        headers: Headers = ()
+        if module.method == "http":
+            sent = [(name.lower(), value) for name, value in end_to_end(job.headers)]
+            headers = sorted(pair for pair in sent if pair[0] not in NEUTRAL_HEADERS)
+        else:
+            pairs = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
+        scrape = job.tools.cache.answer(job, (module.name, tuple(pairs), tuple(headers)))
+    else:
+        scrape = scrape_target(job)
+    if scrape.packed and takes_gzip(job):
+        packed = with_header(scrape.headers, "Content-Encoding", "gzip")
+        return scrape._replace(headers=packed, body=scrape.packed)
+    return scrape
 
 
 # ==================================================================================================
@@ -4168,7 +4201,7 @@ def exposition_response(text: str, accepted: str) -> Response:
     body = text.encode()
     headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
     if accepts(accepted, "gzip"):
-        body = gzip.compress(body, 6)
+        body = b"".join(gzip_pieces(body, 6))
         headers.append(("Content-Encoding", "gzip"))
     return Response(OK, headers, body)
 

@@ -10193,6 +10193,94 @@ def test_a_cleared_environment_has_nothing_else(monkeypatch: pytest.MonkeyPatch)
         assert set(environment(served, "m")) == {"A", "EXPEXP_TIMEOUT_SECONDS"}
 
 
+TAKES_GZIP = {"Accept-Encoding": "gzip"}
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "sent", "varies", "encoding"),
+    [
+        ("exec", 1024, "gzip", True, "gzip"),
+        ("exec", 1023, "gzip", False, None),
+        ("exec", 1024, "identity", True, None),
+        ("exec", 1024, "gzip;q=0", True, None),
+        ("exec", 400_000, "deflate, GZIP;q=0.5", True, "gzip"),
+        ("file", 1024, "gzip", True, "gzip"),
+        ("file", 1023, "gzip", True, "gzip"),  # the family of its age makes it longer
+        ("http", 1024, "gzip", False, None),
+    ],
+)
+def test_an_answer_of_a_command_or_file_is_compressed_from_1_kib_on(
+    method: str, size: int, sent: str, varies: bool, encoding: str | None, tmp_path: Path
+) -> None:
+    body = b"a 1\n" * (size // 4 - 1) + b"a 1%b\n" % (b"0" * (size % 4))
+    (tmp_path / "body").write_bytes(body)
+    with target(ok(body)) as port:
+        modules = {
+            "exec": command("cat", str(tmp_path / "body")),
+            "file": file_module(tmp_path / "body"),
+            "http": http_module(port),
+        }
+        with running({"m": modules[method], "c": modules[method] | {"cache": "1m"}}) as served:
+            for name in "mcc":  # the last one is cached
+                answer = served.scrape(name, {"Accept-Encoding": sent})
+                head = served.get(f"/proxy?module={name}", {"Accept-Encoding": sent}, "HEAD")
+                assert (answer.status, answer.headers["Content-Encoding"]) == (200, encoding)
+                assert (answer.headers["Vary"] == "Accept-Encoding") == varies
+                plain = gzip.decompress(answer.body) if encoding else answer.body
+                assert plain.startswith(body)
+                assert head.headers["Content-Length"] == answer.headers["Content-Length"]
+                assert (head.status, head.body, head.headers["Vary"]) == (
+                    200,
+                    b"",
+                    answer.headers["Vary"],
+                )
+            wait_until(lambda: not served.program.application._tools.budget.used)
+
+
+def test_a_cached_answer_is_compressed_once_whoever_asks_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    levels, compress = list[int](), expexp.gzip_pieces
+
+    def noting(body: bytes, level: int) -> Iterator[bytes]:
+        levels.append(level)
+        return compress(body, level)
+
+    monkeypatch.setattr(expexp, "gzip_pieces", noting)
+    (tmp_path / "body").write_bytes(b"a 1\n" * 1000)
+    module = command("cat", str(tmp_path / "body"))
+    with running({"m": module, "c": module | {"cache": "1m"}}) as served:
+        encodings = [
+            served.scrape(name, {"Accept-Encoding": sent}).headers["Content-Encoding"]
+            for name, sent in itertools.product("cm", ["identity", "gzip", "identity", "gzip"])
+        ]
+    assert encodings == [None, "gzip"] * 4
+    assert levels == [1, 1, 1]  # of the cached answer only one
+
+
+def test_a_deadline_and_the_budget_also_bound_the_work_of_gzip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slow, endless_pieces = iter(["late", "large"]), [b"x" * 1000] * 100
+
+    def pieces(_body: bytes, _level: int) -> Iterator[bytes]:
+        if next(slow) == "late":
+            time.sleep(0.6)
+        yield from endless_pieces
+
+    monkeypatch.setattr(expexp, "gzip_pieces", pieces)
+    limits = fast_limits(held_bytes=50_000)
+    with running({"m": exec_module("seq -f 'a %f' 200")}, limits=limits) as served:
+        soon = TAKES_GZIP | {expexp.SCRAPE_TIMEOUT_HEADER: "1"}
+        assert served.scrape("m", soon).text == "module m: sh: timed out after 0.5 s\n"
+        assert (
+            served.scrape("m", TAKES_GZIP).text
+            == "module m: too many bodies in memory, try again later\n"
+        )
+        wait_until(lambda: not served.program.application._tools.budget.used)
+        assert served.scrape("m").status == 200
+
+
 def test_a_command_does_not_get_what_the_service_manager_gave_to_us(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
