@@ -8274,7 +8274,7 @@ def test_bodies_in_memory_have_a_budget_and_give_it_back() -> None:
 def test_a_budget_forgets_what_is_not_in_use_and_stays_as_it_is_when_it_refuses() -> None:
     tools = scraping_job().tools
     tools.limits = dataclasses.replace(FAST, held_bytes=9)
-    budget, first, second = tools.budget, expexp.Held(tools), expexp.Held(tools)
+    first, second = expexp.Held(tools), expexp.Held(tools)
     first.reserve("scrapes of a", 3, "too many", 2)
     second.add(5)
     with pytest.raises(expexp.ScrapeError, match=r"^too many$") as caught:
@@ -8283,9 +8283,9 @@ def test_a_budget_forgets_what_is_not_in_use_and_stays_as_it_is_when_it_refuses(
     with pytest.raises(expexp.ScrapeError, match="too many bodies in memory"):
         first.add(5)
     second.release()
-    assert budget.used == {"scrapes of a": 2}
+    assert tools.used == {"scrapes of a": 2}
     first.release()
-    assert budget.used == {}
+    assert tools.used == {}
 
 
 @pytest.mark.parametrize("end", ["in time", "broken", "too late"])
@@ -10234,7 +10234,7 @@ def test_an_answer_of_a_command_or_file_is_compressed_from_1_kib_on(
                     b"",
                     answer.headers["Vary"],
                 )
-            wait_until(lambda: not served.program.application._tools.budget.used)
+            wait_until(lambda: not served.program.application._tools.used)
 
 
 def test_a_cached_answer_is_compressed_once_whoever_asks_first(
@@ -10277,7 +10277,7 @@ def test_a_deadline_and_the_budget_also_bound_the_work_of_gzip(
             served.scrape("m", TAKES_GZIP).text
             == "module m: too many bodies in memory, try again later\n"
         )
-        wait_until(lambda: not served.program.application._tools.budget.used)
+        wait_until(lambda: not served.program.application._tools.used)
         assert served.scrape("m").status == 200
 
 
@@ -14765,7 +14765,7 @@ def test_the_run_of_a_module_that_has_changed_since_ends_with_its_last_client(
             reloadable(tmp_path, {"m": module}) as (served, reload),
             connect(served.port) as later,
         ):
-            used = served.program.application._tools.budget.used
+            used = served.program.application._tools.used
             with connect(served.port) as client:
                 begin_scrape(client)
                 wait_until(lambda: used.get("scrapes of m") == 1)
@@ -14857,7 +14857,7 @@ def test_after_an_abandoned_cached_scrape_the_next_client_begins_a_new_one() -> 
             assert asked.acquire(timeout=5)
         wait_until(lambda: served.failures("m") == {"aborted": 1})
         assert served.scrape("m").body == EXPOSITION
-        wait_until(lambda: not served.program.application._tools.budget.used)
+        wait_until(lambda: not served.program.application._tools.used)
 
 
 # --- bounds of requests and scrapes
@@ -14955,7 +14955,7 @@ def test_after_all_answers_nothing_is_left_in_the_budget(tmp_path: Path) -> None
     ):
         assert {served.scrape(name).status for name in "hsef"} == {200}
         assert served.scrape("gone").status == 500
-        wait_until(lambda: not served.program.application._tools.budget.used)
+        wait_until(lambda: not served.program.application._tools.used)
 
 
 @pytest.mark.parametrize("place", ["join_pieces", "verify_exposition", "gunzip_pieces"])
@@ -14972,7 +14972,7 @@ def test_a_lack_of_memory_leaves_nothing_in_the_budget(
         with monkeypatch.context() as patch:
             patch.setattr(expexp, place, lack_memory)
             assert served.scrape("m").status == 500
-        wait_until(lambda: not served.program.application._tools.budget.used)
+        wait_until(lambda: not served.program.application._tools.used)
         assert served.scrape("m").status == 200
 
 
@@ -14980,7 +14980,7 @@ def test_a_decoded_body_is_given_back_as_soon_as_it_is_verified() -> None:
     job = scraping_job()
     body = gzip.compress(b"a 1\n" * 1000)
     expexp.verify_scrape(job, [("Content-Encoding", "gzip")], body, "")
-    assert not job.tools.budget.used
+    assert not job.tools.used
 
 
 def test_a_head_with_very_many_headers_counts_as_held_in_memory() -> None:
@@ -14994,7 +14994,7 @@ def test_a_head_with_very_many_headers_counts_as_held_in_memory() -> None:
             503,
             "module m: too many bodies in memory, try again later\n",
         )
-        wait_until(lambda: not served.program.application._tools.budget.used)
+        wait_until(lambda: not served.program.application._tools.used)
 
 
 # --- file systems that hang
