@@ -3368,6 +3368,7 @@ class Commands:
         """Start the job's command and return its process. Raises ScrapeError("command")."""
         null = subprocess.DEVNULL
         pipe = subprocess.PIPE
+        env: dict[bytes, bytes] = {}
         try:
             arguments = command_arguments(job)
             env = command_environment(job)
@@ -3375,8 +3376,7 @@ class Commands:
                 arguments, 0, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            no_text = isinstance(error, UnicodeError)
-            words = "it cannot be written in this locale" if no_text else words_of(error)
+            words = start_fault(error, job.module.target.command, env.get(b"PATH", b""))
             raise ScrapeError("command", f"cannot start the command: {words}") from None
         self.running[process] = ""
         if self._soft_descriptors:
@@ -3424,6 +3424,19 @@ class Commands:
         end = time.monotonic() + 2 * self._limits.term_to_kill_seconds
         while self.running and time.monotonic() < end:
             time.sleep(0.01)
+
+
+def start_fault(error: Exception, command: str, path: bytes) -> str:
+    """Return why a command cannot be started."""
+    words = words_of(error)
+    code = getattr(error, "errno", 0)
+    if isinstance(error, UnicodeError):
+        words = "it cannot be written in this locale"
+    elif code == errno.ENOEXEC:
+        words += ": begin the script with #!/bin/sh, and with no byte order mark before it"
+    elif code == errno.ENOENT and shutil.which(command, path=os.fsdecode(path) or os.defpath):
+        words = "the interpreter in its first line is missing, or this line ends in CR"
+    return words
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

@@ -10193,6 +10193,42 @@ def test_a_cleared_environment_has_nothing_else(monkeypatch: pytest.MonkeyPatch)
         assert set(environment(served, "m")) == {"A", "EXPEXP_TIMEOUT_SECONDS"}
 
 
+NO_FIRST_LINE = (
+    "exec format error: begin the script with #!/bin/sh, and with no byte order mark before it"
+)
+NO_INTERPRETER = "the interpreter in its first line is missing, or this line ends in CR"
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(
+    ("script", "mode", "fault"),
+    [
+        ("echo a 1\n", 0o755, NO_FIRST_LINE),
+        ("", 0o755, NO_FIRST_LINE),
+        ("\ufeff#!/bin/sh\necho a 1\n", 0o755, NO_FIRST_LINE),
+        ("\n#!/bin/sh\necho a 1\n", 0o755, NO_FIRST_LINE),
+        ("#!/bin/sh\r\necho a 1\r\n", 0o755, NO_INTERPRETER),
+        ("#!/nowhere/bin/sh -e\necho a 1\n", 0o755, NO_INTERPRETER),
+        ("#!/bin/sh\necho a 1\n", 0o644, "permission denied"),
+        (None, 0, "no such file or directory"),
+        ("#!/bin/sh\necho a 1\n", 0o755, ""),
+    ],
+)
+def test_a_script_that_cannot_be_started_says_why(
+    script: str | None, mode: int, fault: str, by_name: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "script"
+    if script is not None:
+        path.write_bytes(script.encode())
+        path.chmod(mode)
+    name = "script" if by_name else str(path)
+    settings = {"env": {"PATH": f"/nowhere:{tmp_path}"}, "clear_env": True}
+    with running({"m": command(name, **settings)}) as served:
+        answer = served.scrape("m")
+    expected = f"module m: {name}: cannot start the command: {fault}\n" if fault else "a 1\n"
+    assert (answer.status, answer.text) == (500 if fault else 200, expected)
+
+
 TAKES_GZIP = {"Accept-Encoding": "gzip"}
 
 
