@@ -89,7 +89,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable, Final, NamedTuple, Union, cast
-from urllib.parse import quote, unquote, urljoin, urlsplit
 
 try:
     import yaml
@@ -3652,8 +3651,8 @@ URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
 
 def origin_of(url: str) -> str:
     """Return scheme and address of a URL, without user, final dot and default port."""
-    parts = urlsplit(url)
-    address = unquote(parts.netloc).rpartition("@")[2].lower()
+    parts = urllib.parse.urlsplit(url)
+    address = urllib.parse.unquote(parts.netloc).rpartition("@")[2].lower()
     host = address.removesuffix(DEFAULT_PORTS.get(parts.scheme, ""))
     return f"{parts.scheme}://{host.replace('.:', ':').removesuffix('.')}"
 
@@ -3668,11 +3667,13 @@ def fetch(job: Job) -> Any:
         if response.status not in REDIRECTS or not location:
             return response
         response.close()  # its body is not read
-        url = urljoin(url, quote(location, URL_CHARACTERS, "latin-1"))
+        url = urllib.parse.urljoin(url, urllib.parse.quote(location, URL_CHARACTERS, "latin-1"))
         if origin_of(url) != origin:
             break
     # Prometheus would follow it on our address, and take other metrics for the target's.
-    path = urlsplit(url).path.rpartition("@")[2]  # user, password and query may be secret
+    path = urllib.parse.urlsplit(url).path.rpartition("@")[
+        2
+    ]  # user, password and query may be secret
     words = f"redirect {response.status} not followed: it leads to {origin_of(url)}{path}"
     raise ScrapeError("status", f"{excerpt(words, 300)}; set path, port or scheme")
 

@@ -561,6 +561,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         while (left := finish - time.monotonic()) > 0:
             time.sleep(min(LOOK_SECONDS, left))
             looks.append(look_at(pid, time.monotonic() - started))
+            tell(looks)
             if options.plant and not planted and time.monotonic() - started > seconds / 3:
                 planted = [plant(options.plant, soak)]
             if options.plant == "descriptor":
@@ -575,6 +576,14 @@ def run(options: argparse.Namespace) -> list[Row]:
         for client in leaked:
             client.close()
         return report(soak.world, scrapes, looks, checker, used / seconds)
+
+
+def tell(looks: Sequence[Look]) -> None:
+    """Say once a minute on stderr how it goes."""
+    last = looks[-1]
+    if last.seconds % 60 < LOOK_SECONDS:
+        held = f"{last.megabytes:.0f} MB, {last.descriptors} descriptors, {last.threads} threads"
+        print(f"{last.seconds / 60:.0f} min: {held}", file=sys.stderr)
 
 
 def rest_of(pid: int, started: float) -> list[Look]:
