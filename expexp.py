@@ -1099,18 +1099,18 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
 def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Iterator[Field]:
     """Yield the known fields of a message, each before the fields in it, without plain ones."""
     body = source.body
-    fields = FIELDS[kind]
-    plain = PLAIN.get(kind, NOTHING)
+    plain = PLAIN.get(kind)
     while pos < end:
         source.tick()
-        run = plain.match(body, pos, end)
-        if run:
+        if plain and (run := plain.match(body, pos, end)):
             pos = run.end()
             continue
-        start, tag = read_varint(body, pos, end, path)
+        tag, start = body[pos], pos + 1
+        if tag >= CONTINUED:
+            start, tag = read_varint(body, pos, end, path)
         number = tag >> 3 & 0xFFFF_FFFF
         wire = tag & 7
-        name, content = fields.get(number, ("", "any"))
+        name, content = FIELDS[kind].get(number, ("", "any"))
         here = f"{path}.{name or number}"
         if not 0 < number < 1 << 31 or wire not in WIRES.get(content, (LENGTH_DELIMITED,)):
             raise garbled(here, start, f"expected no field {number} with the wire type {wire}")
