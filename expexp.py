@@ -112,11 +112,11 @@ PLAIN_CONTENT_TYPE: Final = "text/plain; charset=utf-8"
 SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
 TIMEOUT_FIELD: Final = "x-prometheus-scrape-timeout-seconds"  # names are compared in lower case
 MEBIBYTE: Final = 1 << 20
-PIECE_BYTES: Final = 1 << 16
+PIECE_BYTES: Final = 65536
 LAST_PORT: Final = 65535
-OK: Final = http.HTTPStatus.OK
+OK: Final = 200
 UNKNOWN_MODULE: Final = "unknown"  # one label value: clients cannot create series
-# RFC 9110, 7.6.1, and the two that describe a body which expexp reads and sends anew.
+# RFC 9110, 7.6.1, and two headers about the body, which expexp reads and sends anew.
 HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
@@ -128,52 +128,52 @@ TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on all that comes from outside. The names end in their units."""
+    """Bounds on everything that comes from outside. Names end in units."""
 
     connections: int = 512  # one thread each; if all are taken, an idle one is evicted
-    file_descriptors: int = 8192  # the soft limit becomes this or the hard limit
-    connection_descriptors: int = 5  # for a client, TLS and a command: fewer clients fit
+    file_descriptors: int = 8192  # the soft limit is raised to this or the hard limit
+    connection_descriptors: int = 5  # of one client, its TLS and a command
     accept_pause_seconds: float = 0.05  # without descriptors accepting must not spin
     request_line_bytes: int = 8192  # the longest sensible query names a blackbox target
     header_block_bytes: int = 32768  # all headers of a request
     handshake_seconds: float = 10  # for a client's TLS handshake: slow-loris
     header_seconds: float = 10  # for a request's line and headers: slow-loris
-    write_stall_seconds: float = 30  # a client that does not read must not keep a slot
-    write_bytes_per_second: int = 65536  # nor one that reads a byte at a time
+    write_stall_seconds: float = 30  # without progress: a client must read to keep a slot
+    write_bytes_per_second: int = 65536  # the slowest rate at which a client may read
     idle_seconds: float = 180  # an idle connection: longer than the usual scrape interval
     target_head_bytes: int = 262144  # status line and headers of a target's answer
-    unread_bytes: int = 262144  # of a request's body: read, so that the answer arrives
-    unread_seconds: float = 2  # for reading that body
-    body_bytes: int = 256 * MEBIBYTE  # a target's body, also decoded; output; a file
-    held_bytes: int = 512 * MEBIBYTE  # the bodies of all requests together, then busy
+    unread_bytes: int = 262144  # of a refused body, read so that the answer arrives
+    unread_seconds: float = 2  # to read that body
+    body_bytes: int = 268435456  # 256 MiB: a target's body, also decoded; output; a file
+    held_bytes: int = 536870912  # 512 MiB: bodies of all requests together; beyond it: busy
     large_verifications: int = 2  # concurrent, above 1 MiB: 40 held up small ones by 0.4 s
-    config_bytes: int = 16 * MEBIBYTE  # a configuration file
-    rotation_seconds: float = 1  # between looks at files of certificates and secrets
-    retry_seconds: float = 300  # until unusable files are read again without a change
+    config_bytes: int = 16777216  # 16 MiB: a configuration file
+    rotation_seconds: float = 1  # between checks of certificate and secret files
+    retry_seconds: float = 300  # before unusable files are read again unchanged
     bcrypt_cost: int = 14  # of a user's hash: about a second of processor time
     bcrypt_waiting: int = 48  # requests that wait to hash a password: others need the slots
-    bcrypt_seconds: float = 120  # for that wait: twice the time of the costliest hashes
+    bcrypt_seconds: float = 120  # for that wait: twice what the costliest hashes take
     certmatch_processes: int = 2  # concurrent; more would take all cores
     certmatch_seconds: float = 2  # for the operator's pattern on a client's names
     secret_bytes: int = 65536  # a file with a password or token
-    cache_entries: int = 256  # answers of modules with `cache`
-    cache_bytes: int = 64 * MEBIBYTE  # all these answers together
+    cache_entries: int = 256  # cached answers of modules
+    cache_bytes: int = 67108864  # 64 MiB: all cached answers together
     exec_scrapes: int = 10  # running commands of one module without max_concurrent
     file_scrapes: int = 50  # running reads of one module without max_concurrent
-    container_seconds: float = 5  # a container's address: another one may get it
+    container_seconds: float = 5  # for its address: another container may get it
     arguments: int = 32  # `args` and `params` of one request
     argument_bytes: int = 256  # one argument
     resolver_threads: int = 8  # concurrent name look-ups
     stderr_bytes: int = 4096  # the end of a failed command's stderr, for the log
     log_line_bytes: int = 4096  # a log line: writing that many to a pipe is atomic
-    log_queue_lines: int = 1000  # that wait for a slow stderr; further lines are dropped
+    log_queue_lines: int = 1000  # waiting for a slow stderr; more lines are dropped
     log_flush_seconds: float = 0.5  # to write the queued log lines at the end
-    hang_up_seconds: float = 0.5  # between looks whether a waiting client has hung up
+    hang_up_seconds: float = 0.5  # between checks for a waiting client's hang-up
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
-    client_scrape_seconds: float = 600  # with the client's alone: a day would hold a slot
+    client_scrape_seconds: float = 600  # with only the client's: a day would hold a slot
     longest_scrape_seconds: float = 86400  # a scrape with any timeout
-    term_to_kill_seconds: float = 0.5  # for a command's group to end; off the request's path
+    term_to_kill_seconds: float = 0.5  # for a command's process group to end
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
     failure_reminder_seconds: float = 300  # between warnings about a module that keeps failing
     failure_pause_seconds: float = 10  # between any two warnings about a module
@@ -305,12 +305,11 @@ class ExpositionError(ExpexpError):
 # ==================================================================================================
 # 3  Small values
 # ==================================================================================================
-# Values that several sections share. Pure: texts and numbers in, values out.
+# Values that several sections share. The functions are pure: texts and numbers in, values out.
 
-DURATION_UNITS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-DURATION_PART: Final = re.compile(r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)")
+SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
 Pairs = Sequence[tuple[bytes, bytes]]  # names and values of a query
-Clock = Callable[[], float]
 
 
 class Secret:
@@ -327,37 +326,37 @@ class Secret:
         return bool(self._text)
 
 
+@dataclass
 class Deadline:
-    """The moment by which a scrape must be over. No single wait exceeds `longest_wait` seconds."""
+    """The moment at which a scrape must end. No single wait exceeds `longest_wait` seconds."""
 
-    def __init__(
-        self, seconds: float, clock: Clock, longest_wait: float = math.inf, client: int = -1
-    ) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._at = clock() + seconds
-        self._longest_wait = longest_wait
-        self.client = client  # descriptor of the connection that the client may close, or -1
+    seconds: float
+    clock: Callable[[], float]
+    longest_wait: float = math.inf
+    client: int = -1  # descriptor of the connection that the client may close
+
+    def __post_init__(self) -> None:
+        self._at = self.clock() + self.seconds
 
     def share(self, count: int) -> Deadline:
-        """Return a deadline for the first of `count` equal parts of what remains."""
-        return Deadline(self.remaining() / count, self._clock, self._longest_wait, self.client)
+        """Return a deadline after one of `count` equal parts of the remaining time."""
+        return dataclasses.replace(self, seconds=self.remaining() / count)
 
     def remaining(self) -> float:
         """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
-        seconds = self._at - self._clock()
-        if seconds <= 0:  # poll would wait for ever with a negative timeout
-            raise ScrapeError("timeout", f"timed out after {self._seconds:.3g} s")
-        return min(seconds, self._longest_wait)
+        left = self._at - self.clock()
+        if left <= 0:  # poll would wait for ever with a negative timeout
+            raise ScrapeError("timeout", f"timed out after {self.seconds:.3g} s")
+        return min(left, self.longest_wait)
 
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a duration in Go's syntax, such as `1m30s`. Raise ValueError."""
-    plain = re.sub("[\u00b5\u03bc]s", "us", text.removeprefix("+"))  # micro sign or Greek mu
-    parts = DURATION_PART.findall(plain)
-    if plain != "0" and (not parts or "".join(number + unit for number, unit in parts) != plain):
+    plain = re.sub("[\xb5\u03bc]s", "us", text)  # the micro sign and the Greek mu
+    if not re.fullmatch(rf"\+?(?:0|(?:{DURATION_PART})+)", plain):
         raise ValueError(f'expected a duration such as "5s" or "1m30s", found "{excerpt(text)}"')
-    return sum(float(number) * DURATION_UNITS[unit] for number, unit in parts)
+    parts = re.findall(DURATION_PART, plain)
+    return sum(float(number) * SECONDS[unit] for number, unit in parts)
 
 
 def parse_listen_address(text: str) -> tuple[str, int]:
@@ -371,51 +370,47 @@ def parse_listen_address(text: str) -> tuple[str, int]:
 
 def is_host(text: str) -> bool:
     """Return whether this is a host with an optional port, as in the header Host."""
-    host = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]"
-    found = re.fullmatch(rf"(?:{host})(?::([0-9]{{1,5}}))?", text)
-    return found is not None and 1 <= int(found[1] or 1) <= LAST_PORT
+    form = r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([1-9][0-9]{,4}))?"
+    found = re.fullmatch(form, text)
+    return found is not None and int(found[1] or 1) <= LAST_PORT
 
 
 def render_address(address: tuple[str, int]) -> str:
-    """Return host and port as `parse_listen_address` reads them."""
+    """Return host and port as a user types them, IPv6 addresses in brackets."""
     host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if ":" in host:
+        host = f"[{host}]"
+    return f"{host}:{port}"
 
 
 def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Return a client's address without its zone, IPv4 if it is mapped to IPv6."""
+    """Return a client's address without its zone. Return IPv4 if it was mapped to IPv6."""
     address = ipaddress.ip_address(text.partition("%")[0])
     return getattr(address, "ipv4_mapped", None) or address
 
 
 def parse_query(query: str) -> Pairs:
-    """Return the names and values of a query in order. The query is bytes read as Latin-1."""
-    parts = query.encode("latin-1").replace(b"+", b" ").split(b"&")
-    pairs = [part.partition(b"=") for part in parts if part]
-    unquote = urllib.parse.unquote_to_bytes
-    return [(unquote(name), unquote(value)) for name, _, value in pairs]
+    """Return the names and values of a query in order. Its bytes were decoded as Latin-1."""
+    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="latin-1")
+    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
 def accepts(header: str, wanted: str) -> bool:
-    """Return whether a header such as Accept names the value without q=0."""
-    for part in header.lower().replace(" ", "").split(","):
-        value, *parameters = part.split(";")
-        if value == wanted:
-            return not any(re.fullmatch(r"q=0(?:\.0*)?", parameter) for parameter in parameters)
-    return False
+    """Return whether a header such as Accept names a value without q=0."""
+    rest = r"(?![^,]*;q=0(?:\.0*)?(?:[;,]|$))(?:[;,].*)?"
+    return bool(re.fullmatch(rf"(?:.*,)?{wanted}{rest}", header.lower().replace(" ", "")))
 
 
 def scrape_timeout(module: float, header: str, offset: float, limits: Limits) -> float:
-    """Return the seconds a scrape may take: the least of the module's (0: none), client's, ours."""
+    """Return the seconds that a scrape may take. `module` is its timeout, 0 for none."""
     try:
         client = float(header)
     except ValueError:
-        client = 0  # ignored
-    if 0 < client < math.inf:
-        longest = min(module or limits.client_scrape_seconds, limits.longest_scrape_seconds)
-        # The offset is for the way back. Half of a short timeout remains.
-        return min(longest, client - offset if client > offset else client / 2)
-    return min(module or limits.scrape_seconds, limits.longest_scrape_seconds)
+        client = 0  # ignored, as are 0, negative numbers, nan and inf
+    if not 0 < client < math.inf:
+        return min(module or limits.scrape_seconds, limits.longest_scrape_seconds)
+    left = client - offset if client > offset else client / 2  # the offset: for the way back
+    return min(left, module or limits.client_scrape_seconds, limits.longest_scrape_seconds)
 
 
 # ==================================================================================================
@@ -1204,10 +1199,12 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
 # ==================================================================================================
 # 7  Exposition: verdict
 # ==================================================================================================
-# From a response's content type to a verdict. Any string is a content type; none raises.
+# Chooses a reader by the content type, and judges a body with it. No content type raises an error.
 
-OPENMETRICS_TYPE: Final = "application/openmetrics-text"
-PROTOBUF_TYPE: Final = "application/vnd.google.protobuf"
+DIALECTS: Final = {
+    "application/openmetrics-text": OPENMETRICS,
+    "application/vnd.google.protobuf": None,
+}
 
 
 def is_openmetrics_body(body: bytes) -> bool:
@@ -1216,31 +1213,28 @@ def is_openmetrics_body(body: bytes) -> bool:
 
 
 def parse_media_type(content_type: str) -> str:
-    """Return the media type in lower case, without its parameters, whatever `content_type` is."""
+    """Return the media type of any text in lower case, without its parameters."""
     return content_type.partition(";")[0].strip().lower()
 
 
 def choose_dialect(content_type: str) -> Dialect | None:
     """Return the dialect of a content type, None for protobuf. Unknown types are read as text."""
-    media_type = parse_media_type(content_type)
-    if media_type == PROTOBUF_TYPE:
-        return None
-    return OPENMETRICS if media_type == OPENMETRICS_TYPE else TEXT
+    return DIALECTS.get(parse_media_type(content_type), TEXT)
 
 
 def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> int:
     """Return the number of samples in `body`, in protobuf the number of metrics.
 
-    Raises ExpositionError where Prometheus would not ingest the body, and whatever `tick` raises.
-    Differences from Prometheus: a NUL byte that its text parser takes for the end of the body is
-    refused, since what follows would be lost in silence. A token (a name, a label value, a number,
-    a text of metadata, a run of blanks or the first word of a comment) of more than 64 KiB is
-    refused, and a series of more than 10,000 labels or more than 1 MiB of them: they would cost
-    many times the body's memory or hold up all other threads. Unknown groups in protobuf are
-    refused. They are obsolete, and no client writes them.
+    Raise ExpositionError if Prometheus would not ingest the body, and any error of `tick`. Refuse
+    a NUL byte, after which Prometheus loses the rest of a text in silence. Refuse a token of more
+    than 64 KiB (a name, a value, a text, a run of blanks), and a series with more than 10,000
+    labels or 1 MiB of labels. They would cost many times the body's memory, or hold up all other
+    threads. Refuse groups in protobuf, which are obsolete, and which no client writes.
     """
     dialect = choose_dialect(content_type)
-    return read_exposition(body, dialect, tick) if dialect else read_protobuf(body, tick)
+    if dialect is None:
+        return read_protobuf(body, tick)
+    return read_exposition(body, dialect, tick)
 
 
 # ==================================================================================================
