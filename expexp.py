@@ -359,15 +359,6 @@ def parse_duration(text: str) -> float:
     return sum(float(number) * SECONDS[unit] for number, unit in parts)
 
 
-def parse_listen_address(text: str) -> tuple[str, int]:
-    """Return host ("" for all) and port of `:9999` or `[::1]:9999`. Raise ValueError."""
-    found = re.fullmatch(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([^:\[\]\s/]*)):([0-9]{1,5})", text)
-    if not found or int(found[3]) > LAST_PORT:
-        example = 'an address such as ":9999" or "[::1]:9999"'
-        raise ValueError(f'expected {example}, found "{excerpt(text)}"')
-    return found[1] or found[2] or "", int(found[3])
-
-
 def is_host(text: str) -> bool:
     """Return whether this is a host with an optional port, as in the header Host."""
     form = r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([1-9][0-9]{,4}))?"
@@ -1372,28 +1363,48 @@ class SelfMetrics:
 # one dash or two, exact names. argparse would accept abbreviations. Pure: texts in, Options out.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-LEVEL_NAMES: Final = ("panic", "fatal", "error", "warning", "warn", "info", "debug", "trace")
-LOG_LEVELS: Final = dict(zip(LEVEL_NAMES, (50, 50, 40, 30, 30, 20, 10, 5)))
-BOOLEANS: Final = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+LOG_LEVELS: Final = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn": 30} | {
+    "info": 20,
+    "debug": 10,
+    "trace": 5,
+}
 
 
 class FlagError(ExpexpError):
     """The flags cannot be used."""
 
 
-def parse_word(what: str, words: Mapping[str, Any], text: str) -> Any:
-    """Return the value of a word in upper or lower case. Raise ValueError."""
-    if text.lower() not in words:
-        raise ValueError(f"expected {what}")
-    return words[text.lower()]
+def parse_boolean(text: str) -> bool:
+    """Return the boolean of a word in upper or lower case. Raise ValueError."""
+    if text.lower() in ("1", "t", "true"):
+        return True
+    if text.lower() in ("0", "f", "false"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def parse_level(text: str) -> int:
+    """Return the number of a log level in upper or lower case. Raise ValueError."""
+    if text.lower() not in LOG_LEVELS:
+        raise ValueError(f"expected one of {', '.join(LOG_LEVELS)}")
+    return LOG_LEVELS[text.lower()]
+
+
+def parse_address(text: str) -> tuple[str, int] | None:
+    """Return host ("" for all) and port of `:9999` or `[::1]:9999`. Raise ValueError."""
+    if not text:
+        return None
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^:\[\]\s/]*):([0-9]{1,5})", text)
+    if not found or int(found[2]) > LAST_PORT:
+        raise ValueError('expected an address such as ":9999" or "[::1]:9999"')
+    return found[1].strip("[]"), int(found[2])
 
 
 def parse_network(text: str) -> Network:
     """Return the network of a text such as `10.0.0.0/8`. Raise ValueError, also for an address."""
-    with contextlib.suppress(ValueError):
-        if "/" in text:
-            return ipaddress.ip_network(text, strict=False)
-    raise ValueError(f"invalid CIDR address: {excerpt(text)}")
+    if "/" not in text:
+        raise ValueError('expected a network such as "10.0.0.0/8"')
+    return ipaddress.ip_network(text, strict=False)
 
 
 def parse_host(text: str) -> str:
@@ -1405,7 +1416,7 @@ def parse_host(text: str) -> str:
 
 def parse_offset(text: str) -> float:
     """Return the seconds of a duration or number, at most a day. Raise ValueError."""
-    seconds = parse_duration(text + "s" if re.fullmatch(r"[0-9.]+", text) else text)
+    seconds = parse_duration(re.sub(r"^[0-9.]+$", r"\g<0>s", text))
     if seconds > Limits.longest_scrape_seconds:
         raise ValueError("expected a day at most")
     return seconds
@@ -1429,86 +1440,73 @@ def parse_pattern(text: str) -> str:
     return text
 
 
-parse_boolean: Final = functools.partial(parse_word, "true or false", BOOLEANS)
-PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "address": lambda text: parse_listen_address(text) if text else None,
-    "boolean": parse_boolean,
-    "host": parse_host,
-    "level": functools.partial(parse_word, f"one of {', '.join(LOG_LEVELS)}", LOG_LEVELS),
-    "network": parse_network,
-    "none": functools.partial(parse_word, "nothing: it is not supported", {}),
-    "path": parse_path,
-    "pattern": parse_pattern,
-    "seconds": parse_offset,
-    "secret": Secret,
-    "text": str,
-}
-
-
 class Flag(NamedTuple):
-    """A flag. Its first name is its key in Options."""
+    """A flag of the command line."""
 
-    names: tuple[str, ...]
-    parse: Callable[[str], Any]
-    typed: str  # the default as a user types it
-    is_repeatable: bool
     documentation: str
+    parse: Callable[[str], Any] = str
+    typed: str | None = ""  # the default as a user types it; None: repeatable, without a default
 
 
-FLAGS: Final = [
-    Flag(names_of(names), PARSERS[kind.strip("*")], typed.strip("-"), "*" in kind, documentation)
-    for names, kind, typed, documentation in rows("""
-allow.net               network*  -            Allow clients of this network (CIDR) only.
-config.auto-reload-interval  seconds  0       Look for changes this often, and reload; 0 for never.
-config.check            boolean   false        Check configuration and credentials, and exit.
-config.dirs             text*     -            Folder of files with one module each.
-config.file config      text      expexp.yaml  File with the modules; "" for none.
-config.skip-dirs        boolean   false        Skip a -config.dirs that does not exist.
-help h                  boolean   false        Show the flags and exit.
-log.json                boolean   false        Write the log as JSON.
-log.level               level     warning      Least serious lines to log, for example info.
-timeout-offset          seconds   0.5          Seconds taken off Prometheus's scrape timeout.
-verify                  text*     -            Check the exposition in a file (- is stdin) and exit.
-verify.content-type     text      -            Its type; by default its last line decides.
-version                 boolean   false        Show the version and exit.
-web.bearer.token        secret    -            Token that clients must send.
-web.bearer.token-file   text      -            File with that token, read again when it changes.
-web.config.file         text      -            Exporter-toolkit's file: TLS settings and users.
-web.enable-lifecycle    boolean   false        Let clients reload with POST /-/reload.
-web.external-address    host      -            Address of this host in /sd, not the client's word.
-web.listen-address      address   :9999        Address to listen on; "" for none.
-web.proxy-path          path      /proxy       Path of the modules.
-web.telemetry-path      path      /metrics     Path of our metrics.
-web.tls.ca              text      ca.pem       File with the authorities of clients' certificates.
-web.tls.cert            text      cert.pem     File with the certificate of the TLS listener.
-web.tls.certmatch       pattern   -            Regular expression that a name in them must match.
-web.tls.key             text      key.pem      File with the key of the TLS listener's certificate.
-web.tls.listen-address  address   -            Address to listen on with TLS; "" for none.
-web.tls.verify          boolean   false        Require clients' certificates, and verify them.
-winsvc                  none*     -            Not supported: there is no Windows service.
-    """)
-]
-#: With an empty value, as a template may leave it, these flags let everybody in.
+FLAGS: Final = {
+    "allow.net": Flag("Allow only clients of this network. Repeatable.", parse_network, None),
+    "config.auto-reload-interval": Flag("Reload changed files this often.", parse_offset, "0"),
+    "config.check": Flag("Check configuration and credentials, and exit.", parse_boolean, "false"),
+    "config.dirs": Flag("Read the files of this folder, one module each. Repeatable.", typed=None),
+    "config.file": Flag("Read the modules in this file. Also -config.", typed="expexp.yaml"),
+    "config.skip-dirs": Flag("Skip a -config.dirs that does not exist.", parse_boolean, "false"),
+    "help": Flag("Show all flags, and exit. Also -h.", parse_boolean, "false"),
+    "log.json": Flag("Write the log as JSON.", parse_boolean, "false"),
+    "log.level": Flag("Log lines of this level and above.", parse_level, "warning"),
+    "timeout-offset": Flag("Subtract this from Prometheus's timeout.", parse_offset, "0.5"),
+    "verify": Flag("Verify the exposition in this file, and exit. Repeatable.", typed=None),
+    "verify.content-type": Flag("Content type for -verify. By default the last line decides."),
+    "version": Flag("Show the version, and exit.", parse_boolean, "false"),
+    "web.bearer.token": Flag("Require clients to send this token.", Secret),
+    "web.bearer.token-file": Flag("Require clients to send the token in this file."),
+    "web.config.file": Flag("Read TLS settings and users from this file of exporter-toolkit."),
+    "web.enable-lifecycle": Flag("Let clients reload with POST /-/reload.", parse_boolean, "false"),
+    "web.external-address": Flag("Name this host in /sd, not the header Host.", parse_host),
+    "web.listen-address": Flag('Listen on this address. "" disables it.', parse_address, ":9999"),
+    "web.proxy-path": Flag("Serve the modules at this path.", parse_path, "/proxy"),
+    "web.telemetry-path": Flag("Serve the metrics of expexp at this path.", parse_path, "/metrics"),
+    "web.tls.ca": Flag("Verify clients by the authorities in this file.", typed="ca.pem"),
+    "web.tls.cert": Flag("Serve TLS with the certificate in this file.", typed="cert.pem"),
+    "web.tls.certmatch": Flag("Require a matching name in client certificates.", parse_pattern),
+    "web.tls.key": Flag("Serve TLS with the key in this file.", typed="key.pem"),
+    "web.tls.listen-address": Flag('Serve TLS on this address. "" disables it.', parse_address),
+    "web.tls.verify": Flag("Require and verify client certificates.", parse_boolean, "false"),
+}
+ALIASES: Final = {"config": "config.file", "h": "help"}
+GONE: Final = {
+    "verify.strict": "-verify.strict is gone: run contrib/expolint.py --strict FILE",
+    "winsvc": "-winsvc is not supported: there is no Windows service",
+}
 GUARDS: Final = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
 WARNINGS: Final = "warnings"  #: the key in Options of warnings about the flags
 Options = Mapping[str, Any]
 
 
+def unknown_flag(name: str) -> str:
+    """Return what is wrong with a flag that does not exist."""
+    return GONE.get(name, f"flag provided but not defined: -{excerpt(name)}")
+
+
 def parse_flags(arguments: Sequence[str]) -> Options:
     """Return the options of a command line. Raise FlagError."""
-    flags, rest = {name: flag for flag in FLAGS for name in flag.names}, iter(arguments)
-    options = {f.names[0]: () if f.is_repeatable else f.parse(f.typed) for f in FLAGS}
-    options[WARNINGS] = ()
+    options: dict[str, Any] = {WARNINGS: ()}
+    for name, flag in FLAGS.items():
+        options[name] = () if flag.typed is None else flag.parse(flag.typed)
+    rest = iter(arguments)
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
             raise FlagError(f'unexpected argument "{excerpt(argument)}"')
-        name, text = found.groups()
-        if name == "verify.strict":
-            raise FlagError("-verify.strict is gone: run contrib/expolint.py --strict FILE")
-        if name not in flags:
-            raise FlagError(f"flag provided but not defined: -{excerpt(name)}")
-        flag = flags[name]
+        typed, text = found.groups()
+        name = ALIASES.get(typed, typed)
+        if name not in FLAGS:
+            raise FlagError(unknown_flag(name))
+        flag = FLAGS[name]
         if text is None:
             text = "true" if flag.parse is parse_boolean else next(rest, None)
         if text is None:
@@ -1517,21 +1515,19 @@ def parse_flags(arguments: Sequence[str]) -> Options:
             value = flag.parse(text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
-        first = flag.names[0]
-        if first in GUARDS and not text:
-            options[WARNINGS] += (f"flag -{first} has no value and protects nothing",)
-        options[first] = (*options[first], value) if flag.is_repeatable else value
+        if name in GUARDS and not text:  # a template may leave it empty, and everybody gets in
+            options[WARNINGS] += (f"flag -{name} has no value and protects nothing",)
+        options[name] = (*options[name], value) if flag.typed is None else value
     return options
 
 
 def render_usage() -> str:
     """Return all flags with their defaults."""
-    lines = ["Usage of expexp:"]
-    for names, _, typed, is_repeatable, documentation in FLAGS:
-        default = f" (default {typed})" if typed not in ("", "false") else ""
-        more = " May be repeated." if is_repeatable else default
-        lines += "  " + ", ".join(f"-{name}" for name in names), f"        {documentation}{more}"
-    return "\n".join(lines) + "\n"
+    text = "Usage of expexp:\n"
+    for name, flag in FLAGS.items():
+        default = "" if flag.typed in (None, "", "false") else f" (default {flag.typed})"
+        text += f"  -{name}\n        {flag.documentation}{default}\n"
+    return text
 
 
 # ==================================================================================================
