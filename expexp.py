@@ -197,59 +197,51 @@ class Limits:
 # ==================================================================================================
 # 2  What can go wrong
 # ==================================================================================================
-# An error names who must act: operator (ConfigError), client (RequestError), target (ScrapeError).
-# REASONS decides statuses and counters. A test compares docs/operation.md with it.
-
-
-def rows(table: str) -> list[list[str]]:
-    """Return the cells of each line of a table. Two or more blanks separate cells."""
-    return [re.split(" {2,}", line) for line in table.strip().splitlines()]
-
-
-def names_of(cell: str) -> tuple[str, ...]:
-    """Return the names in a cell of a table, none for `-`."""
-    return tuple(cell.strip("-").split())
+# ConfigError tells the operator what to repair, RequestError the client, ScrapeError what failed at
+# a target. REASONS decides statuses and counters. A test compares docs/operation.md with it.
 
 
 class Reason(NamedTuple):
-    """A cause of failed requests: a value of the label `reason`, and its consequences."""
+    """A cause of failed requests. The name is a value of the label `reason`."""
 
     name: str
     status: int  # of the answer; 0: the target's
-    methods: tuple[str, ...]  # of the modules that can fail this way
-    counters: tuple[str, ...]  # of the original to raise, without expexp_ and _total
+    methods: tuple[str, ...] = ("http", "exec", "file")  # of the modules that can fail this way
+    counter: str = ""  # of the original, raised as well
 
 
 REASONS: Final = {
-    name: Reason(name, int(status), names_of(methods), names_of(counters))
-    for name, status, methods, counters, _when in rows("""
-bad_arguments   400  http exec       -                         no module; args or params refused
-unknown_module  404  -               -                         counted under module="unknown"
-malformed       500  http exec file  malformed_content_errors  not verified, gzip broken
-command         500  exec            command_fails             not started, status not 0, killed
-file            500  file            file_fails                missing, unreadable, no file or FIFO
-unreachable     502  http            -                         not resolved, refused, reset, TLS
-truncated       502  http            -                         less than announced, invalid chunks
-protocol        502  http            -                         not HTTP, endless headers, a 1xx
-too_large       502  http exec file  -                         body, decoded body, output over limit
-busy            503  http exec file  -                         max_concurrent, bodies in memory
-timeout         504  http exec file  proxy_timeout_errors      the deadline, wherever it struck
-status            0  http            -                         other than 200; 502: a redirect
-aborted         502  http exec file  -                         client gone; or reset after status
-    """)
+    reason.name: reason
+    for reason in (
+        Reason("bad_arguments", 400, ("http", "exec")),  # no module; args or params refused
+        Reason("unknown_module", 404, ()),  # counted under module="unknown"
+        Reason("malformed", 500, counter="expexp_malformed_content_errors_total"),
+        Reason("command", 500, ("exec",), "expexp_command_fails_total"),
+        Reason("file", 500, ("file",), "expexp_file_fails_total"),
+        Reason("unreachable", 502, ("http",)),  # not resolved, refused, reset, TLS
+        Reason("truncated", 502, ("http",)),  # less than announced, invalid chunks
+        Reason("protocol", 502, ("http",)),  # not HTTP, endless headers, a 1xx
+        Reason("too_large", 502),  # body, decoded body, output or file over its limit
+        Reason("busy", 503),  # max_concurrent, bodies in memory
+        Reason("timeout", 504, counter="expexp_proxy_timeout_errors_total"),
+        Reason("status", 0, ("http",)),  # other than 200: passed on; 502: a redirect
+        Reason("aborted", 502),  # the client hung up, or failed after the status was sent
+    )
 }
 
 
 def excerpt(text: str | bytes | memoryview, limit: int = 80) -> str:
-    """Return at most `limit` characters of a foreign text. Unprintable ones are escaped."""
+    """Return the first `limit` characters of a foreign text, unprintable ones escaped."""
     if not isinstance(text, str):
-        text = bytes(text[: 4 * limit + 4]).decode("utf-8", "backslashreplace")
-    shown = (char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
-    return "".join(shown) + ("..." if len(text) > limit else "")
+        text = str(text[: 5 * limit], "utf-8", "backslashreplace")
+    shown = [char if char.isprintable() else ascii(char).strip("'") for char in text[:limit]]
+    if len(text) > limit:
+        shown.append("...")
+    return "".join(shown)
 
 
 class ExpexpError(Exception):
-    """Base of all errors that expexp raises on purpose."""
+    """Base class of all errors that expexp raises on purpose."""
 
 
 class Problem(NamedTuple):
@@ -269,27 +261,31 @@ class Problem(NamedTuple):
 
 
 class ConfigError(ExpexpError):
-    """The configuration cannot be used. `problems` has all its faults, sorted."""
+    """The configuration has faults. `problems` has all of them, sorted by place."""
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = sorted(problems)
-        super().__init__("\n".join(map(str, self.problems)))
+        super().__init__(*self.problems)
 
 
 class RequestError(ExpexpError):
-    """A request is refused before any module is scraped."""
+    """A request is refused before a module is scraped."""
 
     def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
         super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers
+        self.status = status
+        self.message = message
+        self.headers = headers
 
 
 class ScrapeError(ExpexpError):
-    """A scrape failed. `reason` is one of REASONS. Only the log shows `detail`."""
+    """A scrape failed. `reason` is a key of REASONS. Only the log shows `detail`."""
 
     def __init__(self, reason: str, message: str, detail: str = "") -> None:
         super().__init__(message)
-        self.reason, self.message, self.detail = REASONS[reason], message, detail
+        self.reason = REASONS[reason]
+        self.message = message
+        self.detail = detail
 
 
 class ExpositionError(ExpexpError):
@@ -298,8 +294,10 @@ class ExpositionError(ExpexpError):
     def __init__(self, message: str, line: int, column: int, offset: int) -> None:
         place = f"line {line}, column {column}" if line else f"byte {offset}"
         super().__init__(f"{place}: {message}")
-        self.line, self.column, self.message = line, column, message
-        self.offset = offset  # of the line's first byte, in protobuf of the field's
+        self.message = message
+        self.line = line
+        self.column = column
+        self.offset = offset  # of the first byte of the line, in protobuf of the field
 
 
 # ==================================================================================================
@@ -1231,129 +1229,132 @@ def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> i
 # ==================================================================================================
 # 8  Self-metrics
 # ==================================================================================================
-# SELF_METRICS declares the original's families and ours. Any other name raises KeyError. No IO.
+# SELF_METRICS declares the original's families and ours, by type and labels. No IO.
 
-
-class Declaration(NamedTuple):
-    """One of our families. Values of labels come in the order of `labels`."""
-
-    name: str
-    kind: str
-    labels: tuple[str, ...]
-    documentation: str
-
-
-SELF_METRICS: Final = [
-    Declaration(name, kind, names_of(labels), documentation)
-    for name, kind, labels, documentation in rows("""
-expexp_proxy_duration_seconds          summary  module  Duration of proxied requests.
-expexp_proxy_errors_total              counter  module  Proxied requests that failed.
-expexp_proxy_timeout_errors_total      counter  module  Proxied requests that met their deadline.
-expexp_malformed_content_errors_total  counter  module  Bodies that are no exposition.
-expexp_command_starts_total            counter  module  Commands started.
-expexp_command_fails_total             counter  module  Commands that failed or were too slow.
-expexp_file_fails_total                counter  module  Files that could not be read.
-expexp_proxy_failures_total            counter  module reason  Proxied requests that failed.
-expexp_http_requests_total             counter  path code  Requests answered, by route.
-expexp_http_requests_in_flight         gauge    -  Requests that are being answered.
-expexp_open_connections                gauge    -  Connections that clients hold open.
-expexp_rejected_connections_total      counter  -  Connections closed because no slot was free.
-expexp_log_lines_dropped_total         counter  -  Log lines that were not written.
-expexp_tls_handshake_failures_total    counter  reason  TLS connections without a request.
-expexp_tls_certificate_expiry_timestamp_seconds  gauge  -  End of our certificate, since 1970.
-expexp_config_last_reload_successful   gauge    -  Whether the last reload was successful.
-expexp_config_last_reload_success_timestamp_seconds  gauge  -  When a reload last was, since 1970.
-expexp_credentials_last_reload_successful  gauge  -  Whether changed files of secrets were usable.
-expexp_build_info                      gauge    version pythonversion  Always 1.
-build_info                             gauge    version revision branch goversion  Always 1.
-python_info                            gauge    implementation major minor patchlevel version  1.
-process_cpu_seconds_total              counter  -  User and system time, in seconds.
-process_open_fds                       gauge    -  Open file descriptors.
-process_max_fds                        gauge    -  Soft limit of file descriptors.
-process_virtual_memory_bytes           gauge    -  Virtual memory, in bytes.
-process_resident_memory_bytes          gauge    -  Resident memory, in bytes.
-process_start_time_seconds             gauge    -  Start, in seconds since 1970.
-process_threads                        gauge    -  Threads.
-    """)
-]
+SELF_METRICS: Final = {
+    ("summary", "module"): {"expexp_proxy_duration_seconds": "Duration of proxied requests."},
+    ("counter", "module"): {
+        "expexp_proxy_errors_total": "Proxied requests that failed.",
+        "expexp_proxy_timeout_errors_total": "Proxied requests that reached their deadline.",
+        "expexp_malformed_content_errors_total": "Bodies that failed verification.",
+        "expexp_command_starts_total": "Attempts to start a command.",
+        "expexp_command_fails_total": "Commands that failed or were too slow.",
+        "expexp_file_fails_total": "Files that could not be read.",
+    },
+    ("counter", "module", "reason"): {"expexp_proxy_failures_total": "Failed requests to modules."},
+    ("counter", "path", "code"): {"expexp_http_requests_total": "Requests answered, by route."},
+    ("counter", "reason"): {"expexp_tls_handshake_failures_total": "Failed TLS handshakes."},
+    ("counter",): {
+        "expexp_rejected_connections_total": "Connections closed without an answer.",
+        "expexp_log_lines_dropped_total": "Log lines that were not written.",
+        "process_cpu_seconds_total": "User and system time in seconds.",
+    },
+    ("gauge",): {
+        "expexp_http_requests_in_flight": "Requests that are being answered.",
+        "expexp_open_connections": "Open connections of clients.",
+        "expexp_tls_certificate_expiry_timestamp_seconds": "Earliest expiry in our chain.",
+        "expexp_config_last_reload_successful": "Whether the last reload was successful.",
+        "expexp_config_last_reload_success_timestamp_seconds": "Time of the last good reload.",
+        "expexp_credentials_last_reload_successful": "Whether changed secrets are in use.",
+        "process_open_fds": "Open file descriptors.",
+        "process_max_fds": "Soft limit of file descriptors.",
+        "process_virtual_memory_bytes": "Virtual memory in bytes.",
+        "process_resident_memory_bytes": "Resident memory in bytes.",
+        "process_start_time_seconds": "Start of the process, in seconds since 1970.",
+        "process_threads": "Threads of the process.",
+    },
+    ("gauge", "version", "pythonversion"): {"expexp_build_info": "Version of expexp. Always 1."},
+    ("gauge", "version", "revision", "branch", "goversion"): {"build_info": "Versions. Always 1."},
+    ("gauge", "implementation", "major", "minor", "patchlevel", "version"): {
+        "python_info": "Version of Python. Always 1."
+    },
+}
 HANDSHAKE_FAULTS: Final = ("timeout", "closed", "plain_http", "certificate", "protocol")
-MODULE_COUNTERS: Final = [d.name for d in SELF_METRICS if d.labels == ("module",)]
+MODULE_SAMPLES: Final = (
+    *SELF_METRICS["counter", "module"],
+    "expexp_proxy_duration_seconds_sum",
+    "expexp_proxy_duration_seconds_count",
+)
 
 
-@functools.lru_cache(maxsize=1 << 14)
-def render_labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:
-    """Return `{name="value",...}` with escaped values, "" without labels."""
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    pairs = ",".join(f'{name}="{value.translate(escapes)}"' for name, value in zip(names, values))
-    return f"{{{pairs}}}" if pairs else ""
+def render_labels(names: Sequence[str], values: Sequence[str]) -> str:
+    """Return `{name="value",...}` with escaped values. Return "" without labels."""
+    text = ""
+    for name, value in zip(names, values):
+        escaped = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+        text += f',{name}="{escaped}"'
+    return "{" + text[1:] + "}" if text else ""
 
 
 class SelfMetrics:
-    """Our counters, gauges and summaries, for all threads at once."""
+    """The series of SELF_METRICS. All threads share them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        # Labels to value and count. Series without labels start at zero, except timestamps.
-        self._families: dict[str, dict[tuple[str, ...], tuple[float, int]]] = {
-            name: {} if labels or "_timestamp_" in name else {(): (0, 0)}
-            for name, _, labels, _ in SELF_METRICS
-        }
+        self._samples: dict[str, dict[tuple[str, ...], float]] = collections.defaultdict(dict)
+        for name in (*SELF_METRICS["counter",], "expexp_open_connections"):
+            self.increment(name, by=0)
         for fault in HANDSHAKE_FAULTS:
             self.increment("expexp_tls_handshake_failures_total", fault, by=0)
 
     def set(self, name: str, *labels: str, to: float) -> None:
         """Set a gauge, or a counter whose value comes from elsewhere."""
         with self._lock:
-            self._families[name][labels] = to, 0
+            self._samples[name][labels] = to
 
     def increment(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to a counter or gauge. Adding 0 creates the series."""
-        self.observe(name, *labels, seconds=by, count=0)
-
-    def observe(self, name: str, *labels: str, seconds: float, count: int = 1) -> None:
-        """Add an event and its duration to a summary."""
         with self._lock:
-            total, events = self._families[name].get(labels, (0, 0))
-            self._families[name][labels] = total + seconds, events + count
+            samples = self._samples[name]
+            samples[labels] = samples.get(labels, 0) + by
+
+    def observe(self, name: str, *labels: str, seconds: float) -> None:
+        """Add an event and its duration to a summary."""
+        self.increment(name + "_sum", *labels, by=seconds)
+        self.increment(name + "_count", *labels)
 
     def forget_modules(self, known: Callable[[], Iterable[str]]) -> None:
         """Drop the series of all modules except the known ones."""
         with self._lock:  # `known` is called within: no module gets its first series meanwhile
             kept = {UNKNOWN_MODULE, *known()}
-            for name in (*MODULE_COUNTERS, "expexp_proxy_failures_total"):
-                family = self._families[name].items()
-                self._families[name] = {labels: n for labels, n in family if labels[0] in kept}
+            for name in (*MODULE_SAMPLES, "expexp_proxy_failures_total"):
+                samples = self._samples[name]
+                for labels in [labels for labels in samples if labels[0] not in kept]:
+                    del samples[labels]
 
     def create_module(self, module: str, method: str) -> None:
         """Create the series of a module at zero, with the reasons that its method can have."""
-        for name in MODULE_COUNTERS:
+        for name in MODULE_SAMPLES:
             self.increment(name, module, by=0)
         for reason in REASONS.values():
             if method in reason.methods:
                 self.increment("expexp_proxy_failures_total", module, reason.name, by=0)
 
     def fail(self, module: str, method: str, reason: Reason) -> None:
-        """Count a failure in the counters that REASONS names."""
+        """Count a failure, also in the counter of the original that REASONS names."""
         self.increment("expexp_proxy_errors_total", module)
         self.increment("expexp_proxy_failures_total", module, reason.name)
-        for counter in reason.counters:
-            self.increment(f"expexp_{counter}_total", module)
+        if reason.counter:
+            self.increment(reason.counter, module)
         if method == "exec" and reason.name == "timeout":  # as in the original
             self.increment("expexp_command_fails_total", module)
 
     def render(self) -> str:
-        """Return all series in the text format, sorted."""
-        with self._lock:
-            families = {name: sorted(family.items()) for name, family in self._families.items()}
-        lines: list[str] = []
-        for name, kind, labels, documentation in sorted(SELF_METRICS):
-            lines += f"# HELP {name} {documentation}", f"# TYPE {name} {kind}"
+        """Return all series in the text format."""
+        text = ""
+        for (kind, *labels), names in SELF_METRICS.items():
             suffixes = ("_sum", "_count") if kind == "summary" else ("",)
-            for values, numbers in families[name]:
-                for suffix, number in zip(suffixes, numbers):
-                    shown = repr(number).removesuffix(".0")
-                    lines.append(f"{name}{suffix}{render_labels(labels, values)} {shown}")
-        return "\n".join(lines) + "\n"
+            for name, documentation in names.items():
+                text += f"# HELP {name} {documentation}\n# TYPE {name} {kind}\n"
+                for suffix in suffixes:
+                    text += self._lines(name + suffix, labels)
+        return text
+
+    def _lines(self, name: str, labels: Sequence[str]) -> str:
+        """Return a line for each series of a name, sorted."""
+        with self._lock:
+            samples = sorted(self._samples[name].items())
+        return "".join(f"{name}{render_labels(labels, own)} {number}\n" for own, number in samples)
 
 
 # ==================================================================================================
