@@ -3,23 +3,31 @@
 
     python3 expexp.py -config expexp.yaml
 
-`GET /proxy?module=NAME` fetches that exporter over HTTP, runs that command or reads that file,
-verifies that the result is a Prometheus exposition, and answers with it. `up` means what it would
-mean without expexp. Flags, configuration and metrics are those of exporter_exporter.
-
-What expexp does to your host: it listens on the ports you name, connects to the targets in its
-configuration (and to the engine of a container among them), runs the commands and reads the files
-in its configuration, and reads its own files again when they change. It writes no file, starts no
-shell, loads no plugin, follows no redirect elsewhere and uses no proxy of the environment. Its only
-other process is Python for -web.tls.certmatch. Every wait has a deadline, every quantity a limit.
+`up` means what it would mean without expexp. Flags, configuration and metrics are those of
+exporter_exporter. expexp listens on the ports you name, connects to the targets in its
+configuration and to their container engine, runs the commands and reads the files in it, and reads
+its own files again when they change. It writes no file, starts no shell, loads no plugin, follows
+no redirect to another address and uses no proxy of the environment. Its only other process is
+Python for -web.tls.certmatch. Every wait has a deadline, every outside quantity a limit.
 
 Endpoints: /proxy, /metrics, / (the modules), /sd (discovery), /-/healthy, /-/ready, /-/reload.
 Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
 flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable.
-Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON.
+Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON. License: Apache 2.0.
 Specifications: text format 0.0.4, OpenMetrics 1.0, client_model's metrics.proto, RFC 9110 and 9112.
-License: Apache License, Version 2.0.
-Read from top to bottom: no section uses a name of a later one.
+
+The path of one scrape. No section uses a name of a later one:
+ 15  `Server` accepts a connection. `ClientConnection.handle` makes its TLS handshake in a thread.
+     `_answer` waits for a request. `read_request` reads its line and headers.
+ 14  `Application.handle` counts and logs the request. `_route` has `admit` check the client.
+     `_proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
+ 13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls the
+     scraper of the module's method: `scrape_http`, `scrape_exec` or `scrape_file`.
+     `verify_scrape` unpacks gzip and passes the body to `verify_exposition`.
+  7  `verify_exposition` has section 5 read text line by line, or section 6 protobuf.
+ 14  `_proxy` returns a `Response`, with the body or the error.
+  2  An error is a `ScrapeError`. REASONS has its status. `SelfMetrics.fail` (section 8) counts it.
+ 15  `_write` sends the response, in one write if it is small. Then the request counts as answered.
 
 Contents:
   1  Constants and limits

@@ -782,6 +782,16 @@ def later(a, b, c, d, e, *f):
 )
 
 
+def test_the_path_of_one_scrape_at_the_top_names_what_there_is() -> None:
+    _, _, after = (expexp.__doc__ or "").partition("The path of one scrape.")
+    named = re.findall(r"`([\w.]+)`", after.partition("\nContents:\n")[0])
+    assert len(named) > 15
+    text = EXPEXP.read_text(encoding="utf-8")
+    for name in named:
+        for part in name.split("."):
+            assert re.search(rf"(?m)^ *(?:def|class) {part}\b", text), name
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_a_good_module_passes_the_gate_of(gate: str) -> None:
     assert GATES[gate](parse_source(GOOD_MODULE)) == []
