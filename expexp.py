@@ -273,7 +273,6 @@ class ConfigError(ExpexpError):
 
     def __init__(self, *problems: Problem) -> None:
         self.problems = sorted(problems)
-        super().__init__(*self.problems)
 
 
 class RequestError(ExpexpError):
@@ -361,8 +360,7 @@ def parse_duration(text: str) -> float:
     plain = re.sub("[\xb5\u03bc]s", "us", text)  # the micro sign and the Greek mu
     if not re.fullmatch(rf"\+?(?:0|(?:{DURATION_PART})+)", plain):
         raise ValueError(f'expected a duration such as "5s" or "1m30s", found "{excerpt(text)}"')
-    parts = re.findall(DURATION_PART, plain)
-    return sum(float(number) * SECONDS[unit] for number, unit in parts)
+    return sum(float(number) * SECONDS[unit] for number, unit in re.findall(DURATION_PART, plain))
 
 
 def is_host(text: str) -> bool:
@@ -1380,7 +1378,7 @@ LOG_LEVELS: Final = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn
 
 
 class FlagError(ExpexpError):
-    """The flags cannot be used."""
+    """The flags cannot be used. The message is a sentence."""
 
 
 def parse_boolean(text: str) -> bool:
@@ -1488,8 +1486,8 @@ FLAGS: Final = {
 }
 ALIASES: Final = {"config": "config.file", "h": "help"}
 GONE: Final = {
-    "verify.strict": "-verify.strict is gone: run contrib/expolint.py --strict FILE",
-    "winsvc": "-winsvc is not supported: there is no Windows service",
+    "verify.strict": "-verify.strict is gone: run contrib/expolint.py --strict FILE.",
+    "winsvc": "-winsvc is not supported: there is no Windows service.",
 }
 GUARDS: Final = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
 WARNINGS: Final = "warnings"  #: the key in Options of warnings about the flags
@@ -1497,8 +1495,12 @@ Options = Mapping[str, Any]
 
 
 def unknown_flag(name: str) -> str:
-    """Return what is wrong with a flag that does not exist."""
-    return GONE.get(name, f"flag provided but not defined: -{excerpt(name)}")
+    """Return the message about a flag that does not exist, with the nearest one if one is near."""
+    if name in GONE:
+        return GONE[name]
+    for near in difflib.get_close_matches(name, FLAGS, 1):
+        return f"unknown flag -{excerpt(name)}; did you mean -{near}?"
+    return f"unknown flag -{excerpt(name)}."
 
 
 def parse_flags(arguments: Sequence[str]) -> Options:
@@ -1510,7 +1512,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
         if not found:
-            raise FlagError(f'unexpected argument "{excerpt(argument)}"')
+            raise FlagError(f'unexpected argument "{excerpt(argument)}".')
         typed, text = found.groups()
         name = ALIASES.get(typed, typed)
         if name not in FLAGS:
@@ -1519,11 +1521,11 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         if text is None:
             text = "true" if flag.parse is parse_boolean else next(rest, None)
         if text is None:
-            raise FlagError(f"flag needs an argument: -{name}")
+            raise FlagError(f"flag -{name} needs a value.")
         try:
             value = flag.parse(text)
         except ValueError as error:
-            raise FlagError(f'invalid value "{excerpt(text)}" for flag -{name}: {error}') from None
+            raise FlagError(f'invalid value "{excerpt(text)}" for -{name}: {error}.') from None
         if name in GUARDS and not text:  # a template may leave it empty, and everybody gets in
             options[WARNINGS] += (f"flag -{name} has no value and protects nothing",)
         options[name] = (*options[name], value) if flag.typed is None else value
@@ -1534,7 +1536,7 @@ def render_usage() -> str:
     """Return all flags with their defaults."""
     text = "Usage of expexp:\n"
     for name, flag in FLAGS.items():
-        default = "" if flag.typed in (None, "", "false") else f" (default {flag.typed})"
+        default = f" (default {flag.typed})" if flag.typed else ""
         text += f"  -{name}\n        {flag.documentation}{default}\n"
     return text
 
@@ -5296,7 +5298,8 @@ def limit_memory() -> None:
 def perform(options: Options, limits: Limits) -> int:
     """Do what the flags ask for. Return the exit code. Raise ConfigError."""
     if options["help"]:
-        tell(render_usage())
+        with contextlib.suppress(OSError):
+            os.write(1, render_usage().encode())
     elif options["version"]:
         tell(f"expexp {__version__} (Python {platform.python_version()})\n")
     elif options["verify"]:
@@ -5328,7 +5331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logging(logging.StreamHandler(sys.stderr), options, limits)
         return perform(options, limits)
     except FlagError as error:
-        tell(f"{error}\n{render_usage()}")
+        tell(f"{error} See -help\n")
         return 2
     except ConfigError as error:
         for problem in error.problems:

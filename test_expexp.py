@@ -1361,10 +1361,10 @@ def test_the_documents_name_the_exit_codes_that_the_file_names() -> None:
     ],
 )
 def test_the_documents_list_the_exit_code_of(
-    arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert expexp.main(arguments) == code
-    assert capsys.readouterr().err
+    assert any(capfd.readouterr())
     assert str(code) in {row[0] for row in document_table("Signals and exit codes")}
 
 
@@ -4837,14 +4837,17 @@ def test_flags_are_read_as_go_reads_them(arguments: list[str], name: str, value:
 
 
 FLAG_ERRORS = {
-    "an unknown flag": (["-nope"], "flag provided but not defined: -nope"),
+    "an unknown flag": (["-nope"], "unknown flag -nope"),
     "the flag of the strict level": (
         ["-verify=x", "-verify.strict"],
         "-verify.strict is gone: run contrib/expolint.py --strict FILE",
     ),
-    "an unknown flag with a value": (["--nope=1"], "flag provided but not defined: -nope"),
-    "an abbreviation": (["-config.fil", "x"], "flag provided but not defined: -config.fil"),
-    "a name in capitals": (["-Config", "x"], "flag provided but not defined: -Config"),
+    "an unknown flag with a value": (["--nope=1"], "unknown flag -nope"),
+    "a flag with control characters": (["-\x1b[31m"], r"unknown flag -\x1b[31m"),
+    "the flag for Windows": (
+        ["-winsvc=install"],
+        "-winsvc is not supported: there is no Windows service",
+    ),
     "a stray argument": (["x"], 'unexpected argument "x"'),
     "a value for a bare boolean": (["-log.json", "true"], 'unexpected argument "true"'),
     "a lone dash": (["-"], 'unexpected argument "-"'),
@@ -4852,88 +4855,84 @@ FLAG_ERRORS = {
     "no name": (["-=x"], 'unexpected argument "-=x"'),
     "an empty argument": ([""], 'unexpected argument ""'),
     "control characters": (["\x1b[31m"], r'unexpected argument "\x1b[31m"'),
-    "no value": (["-config.file"], "flag needs an argument: -config.file"),
+    "no value": (["-config.file"], "flag -config.file needs a value"),
     "a boolean that is neither": (
         ["-log.json=maybe"],
-        'invalid value "maybe" for flag -log.json: expected true or false',
+        'invalid value "maybe" for -log.json: expected true or false',
     ),
     "a boolean in YAML's words": (
         ["-log.json=yes"],
-        'invalid value "yes" for flag -log.json: expected true or false',
+        'invalid value "yes" for -log.json: expected true or false',
     ),
     "an address without its length": (
         ["-allow.net", "127.0.0.1"],
-        'invalid value "127.0.0.1" for flag -allow.net: expected a network such as "10.0.0.0/8"',
+        'invalid value "127.0.0.1" for -allow.net: expected a network such as "10.0.0.0/8"',
     ),
     "a network too long": (
         ["-allow.net=10.0.0.0/33"],
         (
-            'invalid value "10.0.0.0/33" for flag -allow.net: '
+            'invalid value "10.0.0.0/33" for -allow.net: '
             "'10.0.0.0/33' does not appear to be an IPv4 or IPv6 network"
         ),
     ),
     "a level that is none": (
         ["-log.level=loud"],
         (
-            'invalid value "loud" for flag -log.level: expected one of panic, fatal, error, '
+            'invalid value "loud" for -log.level: expected one of panic, fatal, error, '
             "warning, warn, info, debug, trace"
         ),
     ),
     "an offset below zero": (
         ["-timeout-offset=-1s"],
         (
-            'invalid value "-1s" for flag -timeout-offset: expected a duration such as "5s" or '
+            'invalid value "-1s" for -timeout-offset: expected a duration such as "5s" or '
             '"1m30s", found "-1s"'
         ),
     ),
     "an offset that is no number": (
         ["-timeout-offset=nan"],
         (
-            'invalid value "nan" for flag -timeout-offset: expected a duration such as "5s" or '
+            'invalid value "nan" for -timeout-offset: expected a duration such as "5s" or '
             '"1m30s", found "nan"'
         ),
     ),
     "a port that is none": (
         ["-web.listen-address=:99999"],
         (
-            'invalid value ":99999" for flag -web.listen-address: expected an address such as '
+            'invalid value ":99999" for -web.listen-address: expected an address such as '
             '":9999" or "[::1]:9999"'
         ),
     ),
     "an interval below zero": (
         ["-config.auto-reload-interval=-30"],
         (
-            'invalid value "-30" for flag -config.auto-reload-interval: expected a duration such '
+            'invalid value "-30" for -config.auto-reload-interval: expected a duration such '
             'as "5s" or "1m30s", found "-30"'
         ),
     ),
     "an interval that is a word": (
         ["-config.auto-reload-interval=often"],
         (
-            'invalid value "often" for flag -config.auto-reload-interval: expected a duration such '
+            'invalid value "often" for -config.auto-reload-interval: expected a duration such '
             'as "5s" or "1m30s", found "often"'
         ),
     ),
     "an offset above a day": (
         ["-timeout-offset=24h0m1s"],
-        'invalid value "24h0m1s" for flag -timeout-offset: expected a day at most',
+        'invalid value "24h0m1s" for -timeout-offset: expected a day at most',
     ),
     "an offset that no clock can wait for": (
         ["-timeout-offset", "99999999999"],
-        'invalid value "99999999999" for flag -timeout-offset: expected a day at most',
+        'invalid value "99999999999" for -timeout-offset: expected a day at most',
     ),
     "an interval above a day": (
         ["-config.auto-reload-interval=86401"],
-        'invalid value "86401" for flag -config.auto-reload-interval: expected a day at most',
-    ),
-    "a Windows service": (
-        ["-winsvc", "install"],
-        "-winsvc is not supported: there is no Windows service",
+        'invalid value "86401" for -config.auto-reload-interval: expected a day at most',
     ),
     "a TLS port that is none": (
         ["-web.tls.listen-address=443"],
         (
-            'invalid value "443" for flag -web.tls.listen-address: expected an address such as '
+            'invalid value "443" for -web.tls.listen-address: expected an address such as '
             '":9999" or "[::1]:9999"'
         ),
     ),
@@ -4948,7 +4947,39 @@ FLAG_ERRORS = {
 def test_flags_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags(arguments)
-    assert str(caught.value) == message
+    assert str(caught.value) == f"{message}."
+
+
+@pytest.mark.parametrize(
+    ("typed", "known"),
+    [
+        ("-log.levl=info", "log.level"),
+        ("--log-level", "log.level"),
+        ("-config.fil", "config.file"),
+        ("-Config.file", "config.file"),
+        ("-web.tls.listen-adress=:1", "web.tls.listen-address"),
+    ],
+)
+def test_a_misspelt_flag_is_told_which_one_is_near(typed: str, known: str) -> None:
+    name = typed.lstrip("-").partition("=")[0]
+    with pytest.raises(expexp.FlagError) as caught:
+        expexp.parse_flags([typed])
+    assert str(caught.value) == f"unknown flag -{name}; did you mean -{known}?"
+
+
+def test_a_flag_with_a_name_of_100_kb_is_an_error_at_once() -> None:
+    with pytest.raises(expexp.FlagError) as caught:
+        expexp.parse_flags(["-" + "log.level" * 12_000])
+    assert str(caught.value) == f"unknown flag -{('log.level' * 9)[:80]}...."
+
+
+def test_the_usage_lists_all_flags_with_their_other_names_and_defaults() -> None:
+    usage = expexp.render_usage()
+    listed = dict(re.findall(r"(?m)^  -(\S+)\n {8}(.+)$", usage))
+    assert list(listed) == list(expexp.FLAGS)
+    assert listed["log.level"].endswith(". (default warning)")
+    for alias, name in expexp.ALIASES.items():
+        assert f" Also -{alias}." in listed[name]
 
 
 #: Patterns of Go that Python does not take, or takes for something else without an error.
@@ -4975,7 +5006,7 @@ UNUSABLE_PATTERNS = {
 def test_a_pattern_for_certificates_is_refused_with(pattern: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags([f"-web.tls.certmatch={pattern}"])
-    beginning = f'invalid value "{expexp.excerpt(pattern)}" for flag -web.tls.certmatch: '
+    beginning = f'invalid value "{expexp.excerpt(pattern)}" for -web.tls.certmatch: '
     message = str(caught.value)
     assert re.fullmatch(re.escape(beginning) + "not a regular expression of Python: .+", message)
 
@@ -5017,7 +5048,7 @@ def test_an_external_address_is_a_host_and_perhaps_a_port(text: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags([f"-web.external-address={text}"])
     assert str(caught.value).endswith(
-        " for flag -web.external-address: expected a host, or a host and its port"
+        " for -web.external-address: expected a host, or a host and its port."
     )
 
 
@@ -17584,33 +17615,37 @@ def main_in_process(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[...
 
 
 STARTS = {
-    "help": (["-h"], 0, "Usage of expexp:"),
     "the version": (["-version"], 0, f"expexp {expexp.__version__} (Python "),
-    "an unknown flag": (["-nope"], 2, "flag provided but not defined: -nope\nUsage of expexp:\n"),
+    "an unknown flag": (["-nope"], 2, "unknown flag -nope. See -help\n"),
+    "a misspelt flag": (
+        ["-log.levl=info"],
+        2,
+        "unknown flag -log.levl; did you mean -log.level? See -help\n",
+    ),
     "a Windows service": (
         ["-winsvc", "start"],
         2,
-        "-winsvc is not supported: there is no Windows service\n",
+        "-winsvc is not supported: there is no Windows service. See -help\n",
     ),
     "an offset above a day": (
         ["-timeout-offset=25h"],
         2,
-        'invalid value "25h" for flag -timeout-offset: expected a day at most\nUsage of expexp:\n',
+        'invalid value "25h" for -timeout-offset: expected a day at most. See -help\n',
     ),
     "an interval above a day": (
         ["-config.auto-reload-interval=25h"],
         2,
         (
-            'invalid value "25h" for flag -config.auto-reload-interval: expected a day at most\n'
-            "Usage of expexp:\n"
+            'invalid value "25h" for -config.auto-reload-interval: expected a day at most. '
+            "See -help\n"
         ),
     ),
-    "a stray argument": (["-config", "", "x"], 2, 'unexpected argument "x"\nUsage of expexp:\n'),
+    "a stray argument": (["-config", "", "x"], 2, 'unexpected argument "x". See -help\n'),
     "a pattern that Python reads differently": (
         ["-web.tls.certmatch=[[:alpha:]]"],
         2,
         (
-            'invalid value "[[:alpha:]]" for flag -web.tls.certmatch: not a regular expression of '
+            'invalid value "[[:alpha:]]" for -web.tls.certmatch: not a regular expression of '
             "Python: "
         ),
     ),
@@ -17625,9 +17660,26 @@ def test_main_without_serving(
     assert (found, text[: len(beginning)]) == (code, beginning)
 
 
-def test_bad_flags_end_a_real_process_with_2_and_nothing_on_stdout() -> None:
+def test_bad_flags_end_a_real_process_with_2_and_one_line_on_stderr() -> None:
     ended = run("-nope")
     assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "unknown flag -nope. See -help\n"
+
+
+@pytest.mark.parametrize("flag", ["-help", "-h", "--help"])
+def test_help_is_on_stdout_where_a_pager_gets_it(flag: str) -> None:
+    ended = run(flag)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == expexp.render_usage()
+
+
+def test_help_without_a_stdout_is_no_error() -> None:
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SOURCE))} -help"
+    for closed in (f"{command} >&-", f"{command} >/dev/full"):
+        ended = subprocess.run(
+            ["sh", "-c", closed], capture_output=True, text=True, check=False, timeout=20
+        )
+        assert (ended.returncode, ended.stderr) == (0, "")
 
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
@@ -19381,7 +19433,7 @@ def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
 def test_a_check_with_flags_that_are_none_exits_with_2() -> None:
     ended = run("-config.check", "-config=", "-nope")
     assert ended.returncode == 2
-    assert ended.stderr.startswith("flag provided but not defined: -nope\n")
+    assert ended.stderr == "unknown flag -nope. See -help\n"
 
 
 def test_a_check_refuses_flags_that_do_not_go_together() -> None:
