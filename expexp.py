@@ -1544,19 +1544,16 @@ def render_usage() -> str:
 # ==================================================================================================
 # 10  Configuration
 # ==================================================================================================
-# A document becomes a tree of nodes, the tree frozen dataclasses, whose fields declare the keys.
-# Scalars keep their source text: YAML 1.1 changes `1.10`, `no` and `010`. Pure.
+# A document becomes a tree of nodes, and the tree becomes frozen dataclasses. Their fields declare
+# the keys. Scalars keep their source text: YAML 1.1 changes `1.10`, `no` and `010`. Pure.
 
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
-SCALARS: Final = "string|number|boolean|nothing"
-#: A user and a password before a host, with or without the scheme of a URL.
-USERINFO: Final = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", re.DOTALL)
 Place = tuple[int, int]  # line and column; JSON has none: 0
 Values = dict[str, Any]
 
 
 class NodeError(ExpexpError):
-    """A node is not what it should be. DocumentReader adds the file and the path."""
+    """A node has an unexpected kind or text. DocumentReader adds the file and the path."""
 
     def __init__(self, message: str, place: Place | None = None) -> None:
         super().__init__(message)
@@ -1566,23 +1563,23 @@ class NodeError(ExpexpError):
 class Node(NamedTuple):
     """A value of a document and its place. Messages show `kind`."""
 
-    kind: str = "nothing"  # one of SCALARS, mapping or list
+    kind: str = "nothing"  # string, number, boolean, mapping or list
     text: str = ""  # the source text of a scalar
     place: Place = (0, 0)
-    items: tuple[Node, ...] = ()
-    entries: tuple[tuple[Node, Node], ...] = ()
+    items: Sequence[Node] = ()
+    entries: Sequence[tuple[Node, Node]] = ()
 
 
 def mismatch(what: str, node: Node) -> NodeError:
-    """Return the error for an unexpected node. It shows no password of a URL."""
-    text = excerpt(USERINFO.sub(r"\1...@", node.text))
+    """Return the error for an unexpected node. It hides what precedes an @."""
+    text = excerpt(re.sub(r"(?s)\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1...@", node.text))
     shown = {"string": f'"{text}"', "nothing": "nothing"}
-    found = shown.get(node.kind) or f"the {node.kind} {text}".strip()
+    found = shown.get(node.kind, f"the {node.kind} {text}".rstrip())
     return NodeError(f"expected {what}, found {found}", node.place)
 
 
 def place_after(before: str) -> Place:
-    """Return the place of what follows this text."""
+    """Return the place after this text."""
     return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
@@ -1594,16 +1591,16 @@ def build_yaml(loader: Any, raw: Any) -> Node:
         kind = YAML_KINDS.get(raw.tag.rpartition(":")[2], "string")
         return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` has no text
     if raw.id == "sequence":
-        return Node("list", "", place, items=tuple(map(build, raw.value)))
-    pairs = [(key.tag.endswith(":merge"), build(key), build(value)) for key, value in raw.value]
-    entries = [(key, value) for merge, key, value in pairs if not merge]
-    for source in (value for merge, _, value in pairs if merge):  # `<<`: own entries win
+        return Node("list", "", place, [build(item) for item in raw.value])
+    pairs = [(name.tag.endswith(":merge"), build(name), build(value)) for name, value in raw.value]
+    entries = [(name, value) for is_merge, name, value in pairs if not is_merge]
+    for source in (value for is_merge, _, value in pairs if is_merge):
         for mapping in source.items or (source,):
             if mapping.kind != "mapping":
                 raise mismatch("a mapping to merge", mapping)
-            names = {key.text for key, _ in entries}
-            entries += (entry for entry in mapping.entries if entry[0].text not in names)
-    return Node("mapping", "", place, entries=tuple(entries))
+            names = {name.text for name, _ in entries}  # own entries win
+            entries += [entry for entry in mapping.entries if entry[0].text not in names]
+    return Node("mapping", "", place, entries=entries)
 
 
 def parse_yaml(text: str) -> Node:
@@ -1613,37 +1610,36 @@ def parse_yaml(text: str) -> Node:
             "PyYAML is needed to read YAML: install python3-yaml (Debian, Ubuntu), python3-pyyaml "
             "(RHEL, Fedora) or PyYAML (pip), or write the configuration as a .json file"
         )
-    loader = type("NodeLoader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
-        return cast(Node, next(yaml.load_all(text, loader), Node("nothing", "", (1, 1))))
+        return cast(Node, loader(text).get_data() or Node())
     except yaml.reader.ReaderError as error:  # has no mark
         raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
-        words = " ".join(filter(None, (error.context, error.problem)))
-        message = "not YAML: " + re.sub(r"'(?!<)[^' ]{3,}'", "'...'", words)  # may be secret
-        if isinstance(error, yaml.constructor.ConstructorError):  # the only cause
-            message = "an alias that contains itself"
-        raise NodeError(message, (mark.line + 1, mark.column + 1)) from None
+        found = re.sub(r"'(?!<)[^' ]{3,}'", "'...'", str(error.problem))  # may be secret
+        if r"'\t'" in found:
+            found = "a tab: indent with blanks"
+        raise NodeError(f"not YAML: {found}", (mark.line + 1, mark.column + 1)) from None
 
 
 def build_json(value: Any) -> Node:
     """Return the node of a JSON value. An object is a tuple of pairs, a number already a node."""
     if isinstance(value, list):
-        return Node("list", items=tuple(map(build_json, value)))
+        return Node("list", items=[build_json(item) for item in value])
     if isinstance(value, bool):
         return Node("boolean", str(value).lower())
     if isinstance(value, str):
         return Node("string", value)
     if type(value) is tuple:
-        return Node("mapping", entries=tuple((Node("string", k), build_json(v)) for k, v in value))
+        return Node("mapping", entries=[(Node("string", k), build_json(v)) for k, v in value])
     return value or Node()
 
 
 def parse_json(text: str) -> Node:
     """Return the tree of a JSON text, without places. Raise NodeError."""
-    numbers = ("parse_int", "parse_float", "parse_constant")
-    hooks: Any = dict.fromkeys(numbers, functools.partial(Node, "number"))
+    number = functools.partial(Node, "number")
+    hooks: Any = {"parse_int": number, "parse_float": number, "parse_constant": number}
     try:
         return build_json(json.loads(text, object_pairs_hook=tuple, **hooks))
     except json.JSONDecodeError as error:
@@ -1654,7 +1650,6 @@ def parse_json(text: str) -> Node:
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
 A_TEXT: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
-A_NAME: Final = "[^\0\ud800-\udfff]+"
 
 
 def scalar(
@@ -1664,26 +1659,16 @@ def scalar(
 
     def read(node: Node) -> Any:
         """Return the value of a node. Raise NodeError, which never shows the text of a secret."""
-        with contextlib.suppress(ValueError):
-            if re.fullmatch(kind or SCALARS, node.kind) and re.fullmatch(pattern, node.text):
+        if node.kind not in ("list", "mapping") and re.fullmatch(pattern, node.text):
+            if kind and node.kind != kind:
+                found = f'found the text "{node.text}": remove the quotes'
+                raise NodeError(f"expected a {kind}, {found}", node.place)
+            with contextlib.suppress(ValueError):
                 return convert(node.text)
         hidden = secret and node.text
         raise NodeError(f"expected {what}", node.place) if hidden else mismatch(what, node)
 
     return read
-
-
-def read_secrets(read_name: Read, read_value: Read, node: Node) -> Mapping[str, Secret]:
-    """Return a mapping of names to secrets. Messages do not show the secrets."""
-    if node.kind != "mapping":
-        raise NodeError(f"expected a mapping, found the {node.kind}", node.place)
-    found: dict[str, Secret] = {}
-    for name_node, value in node.entries:
-        name = read_name(name_node)
-        if name in found:
-            raise NodeError(f'"{excerpt(name_node.text)}" is given twice', name_node.place)
-        found[name] = read_value(value)
-    return found
 
 
 def to_boolean(text: str) -> bool:
@@ -1693,7 +1678,7 @@ def to_boolean(text: str) -> bool:
 
 def to_port(text: str) -> int:
     """Return a port, also of `9_100`, `0x238c` and `9100.0`. Raise ValueError."""
-    port = int(text.partition(".")[0].replace("_", ""), 0)
+    port = int(text.partition(".")[0], 0)
     if not 1 <= port <= LAST_PORT:
         raise ValueError("no port")
     return port
@@ -1711,78 +1696,45 @@ def to_path(text: str) -> str:
     return path if path.startswith("/") else "/" + path
 
 
-def to_interval(text: str) -> float:
-    """Return the seconds of a scrape interval: 0, or 1 and more. Raise ValueError."""
-    seconds = parse_duration(text)
-    if 0 < seconds < 1:
-        raise ValueError("too short")
-    return seconds
-
-
-COSTS: Final = "|".join(f"{cost:02}" for cost in range(4, Limits.bcrypt_cost + 1))  # bcrypt's least
-BCRYPT_HASH: Final = rf"\$2[aby]\$({COSTS})\$[./A-Za-z0-9]{{53}}"  # in bcrypt's base64
-PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
-HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
-#: No password before a host: it would be shown with the target.
-NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
-URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
-A_PATH: Final = "the path of a URL, without a host, with two hexadecimal digits after each %"
-LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
-SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
-read_text: Final = scalar("text")
-read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
-read_something: Final = scalar("text, not empty and without a NUL", A_NAME)
-read_module_name: Final = scalar("a name", A_NAME)
-read_method: Final = scalar("http, exec or file", "http|exec|file")
-read_latin: Final = scalar("one line of Latin-1 text", LINE)
-read_boolean: Final = scalar("true or false", convert=to_boolean, kind="boolean")
-read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
-read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
-read_address: Final = scalar("a host name or an IP address, without a port", HOST, to_address)
-read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
-read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
-read_environment: Final = functools.partial(read_secrets, read_variable, read_secret)
-read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
-read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
-read_count: Final = scalar("a whole number from 0 to 999999", "0|[1-9][0-9]{0,5}", int, "number")
-read_interval: Final = scalar("a duration of 1s or more, or 0", convert=to_interval)
-read_container: Final = scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-read_socket: Final = scalar("the path of a socket", NO_PASSWORD + A_NAME)
-read_server_name: Final = scalar("a host name", NO_PASSWORD + A_TEXT)
-read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///{A_NAME}")
-read_headers: Final = functools.partial(read_secrets, read_header, read_header_value)
-AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
-A_HASH: Final = f"a bcrypt hash of a cost from 4 to {Limits.bcrypt_cost}"
-read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
-read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
-# Messages do not show these names: a password could follow a colon.
-read_login: Final = scalar("the name of a user, without a colon", "[^:\0]*", secret=True)
-read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
-read_hash: Final = scalar(A_HASH, BCRYPT_HASH, Secret, secret=True)
-read_users: Final = functools.partial(read_secrets, read_user, read_hash)
-
-
-def read_list(node: Node, what: str = "a list") -> tuple[str, ...]:
-    """Return the texts of a list. Entries without a value are dropped, as in the original."""
+def read_list(node: Node, what: str = "a list") -> Sequence[str]:
+    """Return the texts of a list. Drop entries without a value, as the original does."""
     if node.kind != "list":  # arguments may be secret: the message does not show the text
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
     return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
 
 
-def read_names(node: Node) -> tuple[str, ...]:
-    """Return a list of names. Raise NodeError for an empty one, which would let everybody in."""
-    names = read_list(node)
-    if not names:
-        raise NodeError("names nobody", node.place)
-    return names
-
-
-def read_verify(node: Node) -> Any:
-    """Return whether to verify. Raise NodeError, also for the former `strict`."""
-    if node.text == "strict":
-        message = 'the strict level is gone: write "true", and run contrib/expolint.py instead'
-        raise NodeError(message, node.place)
-    return read_boolean(node)
+HASH: Final = r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{53}"  # up to Limits.bcrypt_cost
+PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
+HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
+#: No password before a host: pages and the log show the target.
+NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
+A_PATH: Final = "the path of a URL (its host has the key address), two hexadecimal digits after %"
+URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
+LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
+SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
+AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
+read_text: Final = scalar("text without a NUL")
+read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
+read_module_name: Final = scalar("a name", "[^\0\ud800-\udfff]+")
+BOOLEAN: Final = "(?i:true|false|yes|no|on|off)"
+A_CHOICE: Final = "true or false (contrib/expolint.py has the former strict level)"
+read_boolean: Final = scalar("true or false", BOOLEAN, to_boolean, "boolean")
+read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
+read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
+read_address: Final = scalar("a host or IP address (use port, scheme and path)", HOST, to_address)
+read_place: Final = scalar("a name or path, without a password", NO_PASSWORD + A_TEXT)
+read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{A_TEXT}")
+read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
+read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
+read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
+read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
+read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
+read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
+# Messages do not show names of users: a password could follow a colon.
+read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
+read_hash: Final = scalar(
+    f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret, secret=True
+)
 
 
 def read_accepted(node: Node) -> Any:
@@ -1793,45 +1745,44 @@ def read_accepted(node: Node) -> Any:
 
 
 # --- sections: the fields of their dataclasses declare the keys
-REQUIRED: Final = "required"
-PASSWORD_KEYS: Final = ("basic_auth_password", "basic_auth_password_file")
-RIVAL_KEYS: Final = (("address", "unix_socket", "container"), (*PASSWORD_KEYS, "bearer_token_file"))
+RIVAL_KEYS: Final = (  # of each group a section may have one
+    ("address", "unix_socket", "container"),
+    ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
+)
 #: Docker's socket, and podman's, which is tried if Docker's is missing.
 ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
-#: Keys of a module that its method's section may have instead, and the methods that refuse them.
-SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
 
 
-def key(read: Any, default: Any, documentation: str, *beside: str) -> Any:
-    """Return a field for a key, which needs one of the keys `beside` it, if there are any."""
-    metadata = {"read": read, "default": default, "documentation": documentation, "beside": beside}
-    factory: Any = dataclasses.MISSING if default is REQUIRED else lambda: default
-    return dataclasses.field(default_factory=factory, metadata=metadata)
+def key(read: Any, default: Any = "", *needs: str, required: str = "") -> Any:
+    """Return a field for a key. It needs one of the keys `needs` beside it, if there are any."""
+    metadata = {"read": read, "default": default, "needs": needs, "required": required}
+    return dataclasses.field(default_factory=lambda: default, metadata=metadata)
 
 
 @dataclass(frozen=True, repr=False)  # it may hold secrets
 class HttpTarget:
-    """Section `http` of a module."""
+    """Section `http` of a module. With a `unix_socket` the port may be 0."""
 
-    port: int = key(read_port, REQUIRED, "port of the exporter")
-    scheme: str = key(scalar("http or https", "https?"), "http", "`http` or `https`")
-    address: str = key(read_address, "localhost", "host name or IP address of the exporter")
-    unix_socket: str = key(read_socket, "", "socket of the exporter, instead of an address")
-    container: str = key(read_container, "", "container of the exporter, instead of an address")
-    container_host: str = key(read_engine, ENGINES[0], "socket of its engine", "container")
-    path: str = key(read_path, "/metrics", "path; it may have a query, which is added")
-    headers: Mapping[str, Secret] = key(read_headers, {}, "headers that replace the client's")
-    basic_auth_username: str = key(read_login, "", "user name to send", *PASSWORD_KEYS)
-    basic_auth_password: Secret = key(read_secret, Secret(""), "password", "basic_auth_username")  # noqa: RUF009 - frozen
-    basic_auth_password_file: str = key(read_text, "", "file with it", "basic_auth_username")
-    bearer_token_file: str = key(read_text, "", "file with a token to send")
-    tls_insecure_skip_verify: bool = key(read_boolean, False, "accept any certificate")
-    tls_cert_file: str = key(read_text, "", "client certificate to present", "tls_key_file")
-    tls_key_file: str = key(read_text, "", "its key", "tls_cert_file")
-    tls_ca_cert_file: str = key(read_text, "", "trust these instead of the system's authorities")
-    tls_root_ca_file: str = key(read_text, "", "trust these beside the system's authorities")
-    content_type: str = key(read_latin, "", "take the body for this, and serve it as this")
-    server_name: str = key(read_server_name, "", "name to ask for and to find in the certificate")
+    unix_socket: str = key(read_place)
+    port: int = key(read_port, 0, required="port of the exporter")
+    scheme: str = key(scalar("http or https", "https?"), "http")
+    address: str = key(read_address, "localhost")
+    container: str = key(scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"))
+    container_host: str = key(read_engine, ENGINES[0], "container")
+    path: str = key(read_path, "/metrics")
+    headers: Mapping[str, Secret] = key((read_header, read_header_value), {})
+    basic_auth_username: str = key(read_user, "", "basic_auth_password", "basic_auth_password_file")
+    basic_auth_password: Secret = key(read_secret, Secret(""), "basic_auth_username")  # noqa: RUF009 - frozen
+    basic_auth_password_file: str = key(read_text, "", "basic_auth_username")
+    bearer_token_file: str = key(read_text)
+    tls_insecure_skip_verify: bool = key(read_boolean, False)
+    tls_cert_file: str = key(read_text, "", "tls_key_file")
+    tls_key_file: str = key(read_text, "", "tls_cert_file")
+    tls_min_version: str = key(scalar("TLS10, TLS11, TLS12 or TLS13", "TLS1[0-3]"), "TLS12")
+    tls_ca_cert_file: str = key(read_text)  # instead of the system's authorities
+    tls_root_ca_file: str = key(read_text)  # beside the system's authorities
+    content_type: str = key(scalar("one line of Latin-1 text", LINE))
+    server_name: str = key(read_place)
 
     @property
     def host(self) -> str:
@@ -1860,10 +1811,10 @@ class HttpTarget:
 class ExecTarget:
     """Section `exec` of a module. `shown` is the command alone: arguments may be secret."""
 
-    command: str = key(read_something, REQUIRED, "program to run, without a shell")
-    args: tuple[str, ...] = key(read_list, (), "its arguments")
-    env: Mapping[str, Secret] = key(read_environment, {}, "added to the command's environment")
-    clear_env: bool = key(read_boolean, False, "give the command nothing but `env`")
+    command: str = key(read_text, required="program to run, without a shell")
+    args: Sequence[str] = key(read_list, ())
+    env: Mapping[str, Secret] = key((read_variable, read_secret), {})
+    clear_env: bool = key(read_boolean, False)
     shown = property(operator.attrgetter("command"))
 
 
@@ -1871,10 +1822,11 @@ class ExecTarget:
 class FileTarget:
     """Section `file` of a module."""
 
-    path: str = key(read_something, REQUIRED, "regular file or FIFO to read")
+    path: str = key(read_text, required="regular file or FIFO to read")
     shown = property(operator.attrgetter("path"))
 
 
+A_METHOD: Final = "http, exec or file"
 TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
 
 
@@ -1882,14 +1834,14 @@ TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "fi
 class Module:
     """A module."""
 
-    method: str = key(read_method, REQUIRED, "`http`, `exec` or `file`")
-    timeout: float = key(read_duration, 0.0, "longest duration of a scrape; 0: none")
-    verify: bool = key(read_verify, True, "`true` or `false`")
-    cache: float = key(read_duration, 0.0, "how long a good answer is served again; 0: never")
-    max_concurrent: int = key(read_count, 0, "scrapes at once; 0: http 384, file 50, exec 10")
-    scrape_interval: float = key(read_interval, 0.0, "seconds between scrapes, for /sd")
-    accept_args: bool | tuple[str, ...] = key(read_accepted, True, "clients' `args`, or globs")
-    accept_params: bool | tuple[str, ...] = key(read_accepted, True, "clients' `params`, or names")
+    method: str = key(scalar(A_METHOD, "http|exec|file"), required=A_METHOD)
+    timeout: float = key(read_duration, 0.0)
+    verify: bool = key(scalar(A_CHOICE, BOOLEAN, to_boolean, "boolean"), True)
+    cache: float = key(read_duration, 0.0)
+    max_concurrent: int = key(scalar("0 to 999999", "0|[1-9][0-9]{0,5}", int, "number"), 0)
+    scrape_interval: float = key(read_duration, 0.0)
+    accept_args: bool | Sequence[str] = key(read_accepted, True)
+    accept_params: bool | Sequence[str] = key(read_accepted, True)
     name: str = ""
     target: Any = None
 
@@ -1905,39 +1857,69 @@ class Config(NamedTuple):
 class TlsServer:
     """Section `tls_server_config` of a web configuration."""
 
-    cert_file: str = key(read_something, REQUIRED, "certificate, and the chain behind it")
-    key_file: str = key(read_something, REQUIRED, "its key")
-    client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "who needs one", "client_ca_file")
-    client_ca_file: str = key(read_text, "", "authorities of clients", "client_auth_type")
-    client_allowed_sans: tuple[str, ...] = key(read_names, (), "clients' names", "client_auth_type")
-    min_version: str = key(read_tls_version, "TLS12", "`TLS12` or `TLS13`")
-    max_version: str = key(read_tls_version, "TLS13", "`TLS12` or `TLS13`")
+    cert_file: str = key(read_text, required="certificate, and the chain behind it")
+    key_file: str = key(read_text, required="its key")
+    client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "client_ca_file")
+    client_ca_file: str = key(read_text, "", "client_auth_type")
+    client_allowed_sans: Sequence[str] = key(read_list, (), "client_auth_type")
+    min_version: str = key(read_tls_version, "TLS12")
+    max_version: str = key(read_tls_version, "TLS13")
 
 
 @dataclass(frozen=True, repr=False)
 class WebConfig:
     """File of -web.config.file, with a part of the keys of exporter-toolkit."""
 
-    tls_server_config: Any = key(TlsServer, None, "how to serve TLS")  # noqa: RUF009 - frozen
-    basic_auth_users: Mapping[str, Secret] = key(read_users, {}, "names and bcrypt hashes")
+    tls_server_config: Any = key(TlsServer, None)  # noqa: RUF009 - frozen
+    basic_auth_users: Mapping[str, Secret] = key((read_user, read_hash), {})
 
 
-def declared_keys(section: Any) -> Mapping[str, Mapping[str, Any]]:
+def declared_keys(section: Any) -> Mapping[str, Any]:
     """Return the keys of a section's dataclass, with the arguments of `key`."""
-    return {f.name: f.metadata for f in dataclasses.fields(section) if "read" in f.metadata}
+    return {field.name: field.metadata for field in dataclasses.fields(section) if field.metadata}
+
+
+MODULE_KEYS: Final = declared_keys(Module)
+#: Keys of a module that its method's section may have instead, and the methods that refuse them.
+SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
+TOP_KEYS: Final = ("modules", "defaultModule", "global")
+TOOLKIT_KEYS: Final = "http_server_config|rate_limit|cert|key|client_ca|.*cipher_suites|curve_.*"
 
 
 def suggest(message: str, name: str, known: Iterable[str]) -> str:
     """Return the message, with the nearest of the known names if one is near."""
-    # This key of exporter-toolkit must not suggest tls_server_config.
-    near = difflib.get_close_matches(name, ["http_server_config", *known], 1)
-    return message + (f'; did you mean "{near[0]}"?' if near and near[0] in known else "")
+    near = difflib.get_close_matches(name, known, 1)
+    return f'{message}; did you mean "{near[0]}"?' if near else message
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown key, with the key that it could be or its place."""
+    if re.fullmatch(TOOLKIT_KEYS, name):
+        return "known to exporter-toolkit, not supported here"
+    home = " or ".join(f"section {one}" for one in TARGETS if name in declared_keys(TARGETS[one]))
+    if name in MODULE_KEYS:
+        home = "the module, beside method"
+    if name in TOP_KEYS:
+        home = "the top of -config.file"
+    if home:
+        return f"unknown key here; it belongs to {home}"
+    return suggest("unknown key", name, known)
+
+
+def command_fault(command: str) -> str:
+    """Return advice for a command that is written for a shell, or ""."""
+    if re.fullmatch(r"[^\s~$|&;<>]+", command):
+        return ""
+    return "there is no shell: put arguments into args, or the line into a script"
 
 
 def words_of(error: BaseException) -> str:
     """Return the message of a system or TLS error, without numbers and names of C."""
-    found = (getattr(error, name, None) for name in ("verify_message", "reason", "strerror"))
-    text = next((text for text in found if isinstance(text, str)), "")
+    text = ""
+    for name in ("strerror", "reason", "verify_message"):  # the last is the most exact
+        found = getattr(error, name, None)
+        if isinstance(found, str):
+            text = found
     plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
     return plain or str(error).strip() or type(error).__name__
 
@@ -1946,15 +1928,18 @@ class DocumentReader:
     """Reads the tree of a document. Adds problems to a list that all documents share."""
 
     def __init__(self, filename: str, problems: list[Problem]) -> None:
-        self.filename, self.problems = filename, problems
+        self.filename = filename
+        self.problems = problems
         self.places: dict[str, Place] = {"": (0, 0)}
+        self._has_refused_keys = False  # one may be a required key with a wrong name or place
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default at the place of the path or the nearest section around it."""
-        around = path = path.lstrip(".")  # paths of top-level keys begin with a dot
-        while place is None:
-            place, around = self.places.get(around), around.rpartition(".")[0]
-        self.problems.append(Problem(self.filename, *place, path, message))
+        path = path.lstrip(".")  # paths of top-level keys begin with a dot
+        around = path
+        while around not in self.places:
+            around = around.rpartition(".")[0]
+        self.problems.append(Problem(self.filename, *(place or self.places[around]), path, message))
 
     @contextlib.contextmanager
     def noting(self, path: str, what: str = "cannot be read") -> Iterator[None]:
@@ -1968,99 +1953,115 @@ class DocumentReader:
         except (OSError, ValueError, OverflowError) as error:  # ssl.SSLError is an OSError
             self.problem(path, f"{what}: {words_of(error)}")
 
-    def entries(self, node: Node, path: str, known: Iterable[str] = ()) -> dict[str, Node]:
+    def entries(
+        self, node: Node, path: str, known: Iterable[str] = (), read_name: Read = read_module_name
+    ) -> dict[str, Node]:
         """Return keys and values of a mapping. Note duplicates, and keys that are not known."""
+        before = len(self.problems)
         found: dict[str, Node] = {}
-        if node.kind != "mapping":
-            self.problem(path, str(mismatch("a mapping", node)), node.place)
+        if node.kind not in ("mapping", "nothing"):  # its text may be secret
+            self.problem(path, f"expected a mapping, found the {node.kind}", node.place)
         for name_node, value in node.entries:
-            name, where = name_node.text, f"{path}.{name_node.text}".lstrip(".")
-            if not re.fullmatch(A_NAME, name):
-                self.problem(path, str(mismatch("a name", name_node)), name_node.place)
-            elif name in found:
-                first = found[name].place[0]
-                again = f"; first on line {first}" if first else ""
-                self.problem(where, f"given twice{again}", name_node.place)
-            elif known and name not in known:
-                self.problem(where, suggest("unknown key", name, known), name_node.place)
-            else:
-                found[name], self.places[where] = value, value.place
+            name = self.read(read_name, name_node, path)
+            where = f"{path}.{name}".lstrip(".")
+            if name in found:
+                self.problem(where, "given twice", name_node.place)
+            elif known and name and name not in known:
+                self.problem(where, unknown_key(name, known), name_node.place)
+            elif name:
+                found[name] = value
+                self.places[where] = value.place
+        self._has_refused_keys |= len(self.problems) > before
         return found
 
+    def read(self, read: Any, node: Node, path: str) -> Any:
+        """Return the value of a key's node, or None after a problem."""
+        if isinstance(read, type):
+            return self.section(read, node, path)
+        if isinstance(read, tuple):  # readers of names and of secrets
+            found = self.entries(node, path, read_name=read[0])
+            return {name: self.read(read[1], found[name], f"{path}.{name}") for name in found}
+        with self.noting(path):
+            return read(node)
+
     def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
-        """Return the values of the declared keys. A key without a value counts as missing."""
+        """Return the values of the declared keys, None after a problem with one."""
         values: Values = {}
+        given: dict[str, Sequence[str]] = {}  # what the keys need whose value is no default
         for name, metadata in declared.items():
-            node, where = nodes.get(name, Node()), f"{path}.{name}"
-            if node.kind != "nothing":
-                with self.noting(where):
-                    read, nested = metadata["read"], dataclasses.is_dataclass(metadata["read"])
-                    values[name] = self.section(read, node, where) if nested else read(node)
-            elif name == "port" and nodes.get("unix_socket", Node()).kind != "nothing":
-                values[name] = 0
-            elif metadata["default"] is REQUIRED:
-                self.problem(where, f"required: {metadata['documentation']}")
-        given = [name for name in values if values[name] != declared[name]["default"]]
-        for name in given:
-            beside = declared[name]["beside"]
-            if beside and not set(beside) & set(given):
-                self.problem(f"{path}.{name}", f"needs {beside[0]} beside it")
-        for group in RIVAL_KEYS:
-            first, *others = [name for name in given if name in group] or [""]
-            for name in others:
-                self.problem(f"{path}.{name}", f"does not go with {first}")
+            node = nodes.get(name, Node())
+            where = f"{path}.{name}"
+            is_text = node.kind == "string" and isinstance(metadata["default"], (str, Secret))
+            if node.text or not (is_text or node.kind == "nothing"):  # empty texts do not count
+                values[name] = self.read(metadata["read"], node, where)
+                if values[name] != metadata["default"]:
+                    given[name] = metadata["needs"]
+            elif metadata["required"] and not ("unix_socket" in values or self._has_refused_keys):
+                self.problem(where, f"required: {metadata['required']}")
+        for name, needs in given.items():
+            if values[name] and needs and set(needs).isdisjoint(given):
+                self.problem(f"{path}.{name}", f"needs {needs[0]} beside it")
+        self._check(values, given, path)
         return values
+
+    def _check(self, values: Values, given: Iterable[str], path: str) -> None:
+        """Note values that contradict each other, or would let everybody in."""
+        for group in RIVAL_KEYS:
+            rivals = [name for name in group if name in given]
+            for name in rivals[1:]:
+                self.problem(f"{path}.{name}", f"does not go with {rivals[0]}")
+        if values.get("client_allowed_sans") == ():
+            self.problem(f"{path}.client_allowed_sans", "must list at least one name")
+        if 0 < (values.get("scrape_interval") or 0) < 1:
+            self.problem(f"{path}.scrape_interval", "expected 1s or more, or 0")
 
     def section(self, section: Any, node: Node, path: str) -> Any:
         """Return the instance of a dataclass for a mapping, or None after a problem."""
-        before, declared = len(self.problems), declared_keys(section)
-        values = self.values(declared, self.entries(node, path.lstrip("."), declared), path)
+        before = len(self.problems)
+        declared = declared_keys(section)
+        values = self.values(declared, self.entries(node, path, declared), path)
         return None if len(self.problems) > before else section(**values)
 
     def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
         """Return the nodes of a file's modules, and the name of the default module or ""."""
-        known = ("modules", "defaultModule", "global")
-        nodes = {} if node.kind == "nothing" else self.entries(node, "", known)
-        listed = nodes.get("modules", Node())
-        modules = {} if listed.kind == "nothing" else self.entries(listed, "modules")
-        default = ""
-        with self.noting("defaultModule"):
-            default = read_text(nodes.get("defaultModule", Node()))
-        return modules, default
+        nodes = self.entries(node, "", TOP_KEYS)
+        modules = self.entries(nodes.get("modules", Node()), "modules")
+        default = self.read(read_text, nodes.get("defaultModule", Node()), "defaultModule")
+        return modules, default or ""
 
     def module(self, name: str, node: Node) -> Module | None:
         """Return a module, or None after a problem."""
-        path, before = f"modules.{name}", len(self.problems)
+        before = len(self.problems)
+        path = f"modules.{name}"
         self.places.setdefault(path, node.place)
-        nodes = self.entries(node, path, (*declared_keys(Module), *TARGETS))
-        if node.kind != "mapping":
+        self._has_refused_keys = False
+        nodes = self.entries(node, path, (*MODULE_KEYS, *TARGETS))
+        values = self.values(MODULE_KEYS, nodes, path)
+        method = values.get("method")
+        if not method:
             return None
-        values = self.values(declared_keys(Module), nodes, path)
-        target = self.target(nodes, values, path) if "method" in values else {}
-        if len(self.problems) > before:
-            return None
-        return Module(**values, name=name, target=TARGETS[values["method"]](**target))
+        target = self.target(nodes, values, path)
+        refused = [shared for shared in SHARED_KEYS if method in SHARED_KEYS[shared]]
+        for other in (*TARGETS, *refused):
+            if other in {**nodes, **values} and other != method:
+                self.problem(f"{path}.{other}", f'does not go with method "{method}"')
+        return None if len(self.problems) > before else Module(**values, name=name, target=target)
 
-    def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Values:
-        """Return the values of the method's section. Shared keys join the module's values."""
+    def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Any:
+        """Return the target of a module. Shared keys in its section join the module's values."""
         method = values["method"]
         where = f"{path}.{method}"
-        shared = {name: declared_keys(Module)[name] for name in SHARED_KEYS}
+        shared = {name: MODULE_KEYS[name] for name in SHARED_KEYS}
         declared = {**declared_keys(TARGETS[method]), **shared}
-        own = self.entries(nodes.get(method, Node("mapping")), where, declared)
+        own = self.entries(nodes.get(method, Node()), where, declared)
         target = self.values(declared, own, where)
-        for other in set(TARGETS) & set(nodes) - {method}:
-            self.problem(f"{path}.{other}", f'settings of another method: this is "{method}"')
-        for name, refusing in SHARED_KEYS.items():
+        for name in SHARED_KEYS:
             value = target.pop(name, None)
             if value is not None and values.setdefault(name, value) != value:
                 self.problem(f"{where}.{name}", f"differs from {path}.{name}")
-            if method in refusing and (name in own or name in nodes):
-                at = where if name in own else path
-                self.problem(f"{at}.{name}", f'no setting of the method "{method}"')
         if method == "http" and values.get("verify") is False and values.get("cache"):
             self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
-        return target
+        return TARGETS[method](**target)
 
 
 # ==================================================================================================

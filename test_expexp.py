@@ -1288,7 +1288,10 @@ def test_the_documents_list_every_key_with_its_default(
 ) -> None:
     listed = {name: default for name, _, default, _ in document_table(heading, number)}
     declared = expexp.declared_keys(section).items()
-    assert listed == {f"`{name}`": show_default(key["default"]) for name, key in declared}
+    assert listed == {
+        f"`{name}`": "required" if key["required"] else show_default(key["default"])
+        for name, key in declared
+    }
 
 
 def test_the_documents_list_the_keys_of_the_top_level(tmp_path: Path) -> None:
@@ -5126,15 +5129,22 @@ def exec_target(text: str) -> expexp.ExecTarget:
 
 
 A_FILE = "{method: file, file: {path: /dev/null}}"
+UNQUOTED_PORT = 'a number, found the text "9100": remove the quotes'
 A_PORT = "c.yaml:5:13: modules.a.http.port: expected a port from 1 to 65535, found "
-NO_MODULES = "no modules loaded from any config file"
-SOMETHING = "expected text, not empty and without a NUL, found "
-STRICT_IS_GONE = 'the strict level is gone: write "true", and run contrib/expolint.py instead'
-A_DURATION = 'c.yaml:3:14: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
-A_COUNT = "c.yaml:4:21: modules.a.max_concurrent: expected a whole number from 0 to 999999, found "
-AN_INTERVAL = (
-    "c.yaml:4:22: modules.a.scrape_interval: expected a duration of 1s or more, or 0, found "
+A_TLS_VERSION = (
+    "c.yaml:6:24: modules.a.http.tls_min_version: expected TLS10, TLS11, TLS12 or TLS13, found "
 )
+NO_MODULES = "no modules loaded from any config file"
+SOMETHING = "expected text without a NUL, found "
+ELSEWHERE = "unknown key here; it belongs to"
+UNQUOTED = 'expected a boolean, found the text "false": remove the quotes'
+STRICT_IS_GONE = (
+    'expected true or false (contrib/expolint.py has the former strict level), found "strict"'
+)
+A_DURATION = 'c.yaml:3:14: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
+A_COUNT = "c.yaml:4:21: modules.a.max_concurrent: expected 0 to 999999, found "
+AN_INTERVAL = "c.yaml:4:22: modules.a.scrape_interval: expected "
+
 
 PROBLEMS = {
     # keys
@@ -5166,29 +5176,26 @@ PROBLEMS = {
     "a key that is a list": ("? [a]\n: 1\n", ["c.yaml:1:3: expected a name, found the list"]),
     "a template that was not filled in": (
         "modules:\n  a: {{ x }}\n",
-        [
-            "c.yaml:2:6: modules.a.method: required: `http`, `exec` or `file`",
-            "c.yaml:2:7: modules.a: expected a name, found the mapping",
-        ],
+        ["c.yaml:2:7: modules.a: expected a name, found the mapping"],
     ),
     "a key twice": (
         a_module("method: file", "method: exec", "file: {path: /dev/null}"),
-        ["c.yaml:4:5: modules.a.method: given twice; first on line 3"],
+        ["c.yaml:4:5: modules.a.method: given twice"],
     ),
     "a module twice": (
         f"modules:\n  a: {A_FILE}\n  a: {A_FILE}\n",
-        ["c.yaml:3:3: modules.a: given twice; first on line 2"],
+        ["c.yaml:3:3: modules.a: given twice"],
     ),
     "a variable twice": (
         of_exec("env:", "  A: 1", "  A: 2"),
-        ['c.yaml:8:9: modules.a.exec.env: "A" is given twice'],
+        ["c.yaml:8:9: modules.a.exec.env.A: given twice"],
     ),
     "a header twice": (
         of_http("port: 1", "headers: {A: 1, A: 2}"),
-        ['c.yaml:6:23: modules.a.http.headers: "A" is given twice'],
+        ["c.yaml:6:23: modules.a.http.headers.A: given twice"],
     ),
     # whole sections
-    "no mapping at the top": ("foo\n", ['c.yaml:1:1: expected a mapping, found "foo"']),
+    "no mapping at the top": ("foo\n", ["c.yaml:1:1: expected a mapping, found the string"]),
     "a list at the top": ("- a\n", ["c.yaml:1:1: expected a mapping, found the list"]),
     "modules that are a list": (
         "modules: []\n",
@@ -5196,23 +5203,23 @@ PROBLEMS = {
     ),
     "a null module (bug 11)": (
         "modules: {foo: }\n",
-        ["c.yaml:1:15: modules.foo: expected a mapping, found nothing"],
+        ["c.yaml:1:15: modules.foo.method: required: http, exec or file"],
     ),
     "a module that is a text": (
         "modules:\n  a: b\n",
-        ['c.yaml:2:6: modules.a: expected a mapping, found "b"'],
+        ["c.yaml:2:6: modules.a: expected a mapping, found the string"],
     ),
     "no method": (
         a_module("timeout: 1s"),
-        ["c.yaml:3:5: modules.a.method: required: `http`, `exec` or `file`"],
+        ["c.yaml:3:5: modules.a.method: required: http, exec or file"],
     ),
     "a null method": (
         a_module("method:"),
-        ["c.yaml:3:12: modules.a.method: required: `http`, `exec` or `file`"],
+        ["c.yaml:3:12: modules.a.method: required: http, exec or file"],
     ),
     "no method, but a cache and no verification": (
         a_module("cache: 1s", "verify: false"),
-        ["c.yaml:3:5: modules.a.method: required: `http`, `exec` or `file`"],
+        ["c.yaml:3:5: modules.a.method: required: http, exec or file"],
     ),
     "a method that is none": (
         a_module("method: grpc"),
@@ -5228,22 +5235,19 @@ PROBLEMS = {
     ),
     "a null section": (
         a_module("method: http", "http:"),
-        [
-            "c.yaml:4:10: modules.a.http: expected a mapping, found nothing",
-            "c.yaml:4:10: modules.a.http.port: required: port of the exporter",
-        ],
+        ["c.yaml:4:10: modules.a.http.port: required: port of the exporter"],
     ),
     "settings of another method": (
         a_module("method: file", "http:", "  port: 1", "file: {path: /dev/null}"),
-        ['c.yaml:5:7: modules.a.http: settings of another method: this is "file"'],
+        ['c.yaml:5:7: modules.a.http: does not go with method "file"'],
     ),
     "accept_args of an http module": (
         a_module("method: http", "accept_args: false", "http: {port: 1}"),
-        ['c.yaml:4:18: modules.a.accept_args: no setting of the method "http"'],
+        ['c.yaml:4:18: modules.a.accept_args: does not go with method "http"'],
     ),
     "accept_params of a file module": (
         a_module("method: file", "accept_params: []", "file: {path: /dev/null}"),
-        ['c.yaml:4:20: modules.a.accept_params: no setting of the method "file"'],
+        ['c.yaml:4:20: modules.a.accept_params: does not go with method "file"'],
     ),
     "verify twice, differently": (
         a_module("method: http", "verify: false", "http:", "  port: 1", "  verify: true"),
@@ -5255,7 +5259,7 @@ PROBLEMS = {
     ),
     "a default module that is a list": (
         f"defaultModule: [a]\nmodules:\n  a: {A_FILE}\n",
-        ["c.yaml:1:16: defaultModule: expected text, found the list"],
+        ["c.yaml:1:16: defaultModule: expected text without a NUL, found the list"],
     ),
     # ports
     "no port": (
@@ -5266,7 +5270,10 @@ PROBLEMS = {
         of_http("port:"),
         ["c.yaml:5:12: modules.a.http.port: required: port of the exporter"],
     ),
-    "a quoted port (bug 17)": (of_http('port: "9100"'), [f'{A_PORT}"9100"']),
+    "a quoted port (bug 17)": (
+        of_http('port: "9100"'),
+        [A_PORT.replace("a port from 1 to 65535, found ", UNQUOTED_PORT)],
+    ),
     "port 0": (of_http("port: 0"), [f"{A_PORT}the number 0"]),
     "a negative port (bug 23)": (of_http("port: -1"), [f"{A_PORT}the number -1"]),
     "port 65536": (of_http("port: 65536"), [f"{A_PORT}the number 65536"]),
@@ -5317,14 +5324,19 @@ PROBLEMS = {
     ),
     "a list for a text": (
         of_http("port: 1", "server_name: [x]"),
-        ["c.yaml:6:20: modules.a.http.server_name: expected a host name, found the list"],
+        [
+            (
+                "c.yaml:6:20: modules.a.http.server_name: expected a name or path, without a "
+                "password, found the list"
+            )
+        ],
     ),
     "an address with a port": (
         of_http("port: 1", "address: localhost:9100"),
         [
             (
-                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
-                'without a port, found "localhost:9100"'
+                "c.yaml:6:16: modules.a.http.address: expected a host or IP address (use port, "
+                'scheme and path), found "localhost:9100"'
             )
         ],
     ),
@@ -5332,8 +5344,8 @@ PROBLEMS = {
         of_http("port: 1", 'address: "[::1]:9100"'),
         [
             (
-                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
-                'without a port, found "[::1]:9100"'
+                "c.yaml:6:16: modules.a.http.address: expected a host or IP address (use port, "
+                'scheme and path), found "[::1]:9100"'
             )
         ],
     ),
@@ -5341,17 +5353,8 @@ PROBLEMS = {
         of_http("port: 1", "address: a b"),
         [
             (
-                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
-                'without a port, found "a b"'
-            )
-        ],
-    ),
-    "an empty address": (
-        of_http("port: 1", 'address: ""'),
-        [
-            (
-                "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, "
-                'without a port, found ""'
+                "c.yaml:6:16: modules.a.http.address: expected a host or IP address (use port, "
+                'scheme and path), found "a b"'
             )
         ],
     ),
@@ -5359,8 +5362,8 @@ PROBLEMS = {
         of_http("port: 1", "path: /a%zz"),
         [
             (
-                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, without a host, "
-                "with two hexadecimal digits after each %"
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL (its host has the "
+                "key address), two hexadecimal digits after %"
             )
         ],
     ),
@@ -5368,14 +5371,14 @@ PROBLEMS = {
         of_http("port: 1", "path: http://h/x"),
         [
             (
-                "c.yaml:6:13: modules.a.http.path: expected the path of a URL, without a host, "
-                "with two hexadecimal digits after each %"
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL (its host has the "
+                "key address), two hexadecimal digits after %"
             )
         ],
     ),
     "an empty command (bug 23)": (
         a_module("method: exec", 'exec: {command: ""}'),
-        [f'c.yaml:4:21: modules.a.exec.command: {SOMETHING}""'],
+        ["c.yaml:4:21: modules.a.exec.command: required: program to run, without a shell"],
     ),
     "a command with a NUL": (
         a_module("method: exec", 'exec: {command: "a\\0b"}'),
@@ -5399,12 +5402,12 @@ PROBLEMS = {
     ),
     "an empty path of a file": (
         a_module("method: file", 'file: {path: ""}'),
-        ['c.yaml:4:18: modules.a.file.path: expected text, not empty and without a NUL, found ""'],
+        ["c.yaml:4:18: modules.a.file.path: required: regular file or FIFO to read"],
     ),
     # booleans, lists, mappings
     "a quoted boolean": (
         of_http("port: 1", 'verify: "false"'),
-        ['c.yaml:6:15: modules.a.http.verify: expected true or false, found "false"'],
+        [f"c.yaml:6:15: modules.a.http.verify: {UNQUOTED}"],
     ),
     "the strict level of a module": (
         a_module("method: file", "verify: strict", "file: {path: x}"),
@@ -5440,14 +5443,14 @@ PROBLEMS = {
     ),
     "a list for a variable": (
         of_exec("env: {A: [1]}"),
-        ["c.yaml:6:16: modules.a.exec.env: expected text without a NUL, found the list"],
+        ["c.yaml:6:16: modules.a.exec.env.A: expected text without a NUL, found the list"],
     ),
     "a mapping for a header": (
         of_http("port: 1", "headers: {X: {s3ntinel: s3ntinel}}"),
         [
             (
-                "c.yaml:6:20: modules.a.http.headers: expected one line of Latin-1 text, found the "
-                "mapping"
+                "c.yaml:6:20: modules.a.http.headers.X: expected one line of Latin-1 text, found "
+                "the mapping"
             )
         ],
     ),
@@ -5479,7 +5482,7 @@ PROBLEMS = {
     ),
     "a header of two lines": (
         of_http("port: 1", 'headers: {X: "a\\nY: b"}'),
-        ["c.yaml:6:20: modules.a.http.headers: expected one line of Latin-1 text"],
+        ["c.yaml:6:20: modules.a.http.headers.X: expected one line of Latin-1 text"],
     ),
     # what needs something beside it
     "a lone certificate (bug 23)": (
@@ -5551,10 +5554,6 @@ PROBLEMS = {
                 "c.yaml:6:28: modules.a.http.basic_auth_username: expected the name of a user, "
                 "without a colon"
             ),
-            (
-                "c.yaml:7:33: modules.a.http.basic_auth_password_file: needs basic_auth_username "
-                "beside it"
-            ),
         ],
     ),
     "a token in the configuration itself": (
@@ -5568,7 +5567,7 @@ PROBLEMS = {
     ),
     "a file with a token, of a command": (
         of_exec("bearer_token_file: f"),
-        ["c.yaml:6:7: modules.a.exec.bearer_token_file: unknown key"],
+        [f"c.yaml:6:7: modules.a.exec.bearer_token_file: {ELSEWHERE} section http"],
     ),
     # what does not go together
     "a socket beside an address": (
@@ -5600,7 +5599,7 @@ PROBLEMS = {
     ),
     "a socket that is empty and no port": (
         of_http('unix_socket: ""'),
-        ['c.yaml:5:20: modules.a.http.unix_socket: expected the path of a socket, found ""'],
+        ["c.yaml:5:7: modules.a.http.port: required: port of the exporter"],
     ),
     "a socket that is nothing and no port": (
         of_http("unix_socket:"),
@@ -5610,8 +5609,8 @@ PROBLEMS = {
         of_http('unix_socket: "/run/\\0"'),
         [
             (
-                "c.yaml:5:20: modules.a.http.unix_socket: expected the path of a socket, "
-                r'found "/run/\x00"'
+                "c.yaml:5:20: modules.a.http.unix_socket: expected a name or path, "
+                r'without a password, found "/run/\x00"'
             ),
         ],
     ),
@@ -5619,8 +5618,8 @@ PROBLEMS = {
         of_http("unix_socket: [/x]"),
         [
             (
-                "c.yaml:5:20: modules.a.http.unix_socket: expected the path of a socket, "
-                "found the list"
+                "c.yaml:5:20: modules.a.http.unix_socket: expected a name or path, "
+                "without a password, found the list"
             ),
         ],
     ),
@@ -5643,7 +5642,7 @@ PROBLEMS = {
     ),
     "a cache under exec": (
         of_exec("cache: 5m"),
-        ["c.yaml:6:7: modules.a.exec.cache: unknown key"],
+        [f"c.yaml:6:7: modules.a.exec.cache: {ELSEWHERE} the module, beside method"],
     ),
     "less than no scrape at once": (
         a_module("method: file", "max_concurrent: -1", "file: {path: /dev/null}"),
@@ -5659,25 +5658,164 @@ PROBLEMS = {
     ),
     "an interval below a second": (
         a_module("method: file", "scrape_interval: 999ms", "file: {path: /dev/null}"),
-        [AN_INTERVAL + '"999ms"'],
+        [AN_INTERVAL + "1s or more, or 0"],
     ),
     "an interval of half a second": (
         a_module("method: file", "scrape_interval: 0.5s", "file: {path: /dev/null}"),
-        [AN_INTERVAL + '"0.5s"'],
+        [AN_INTERVAL + "1s or more, or 0"],
     ),
     "an interval of a second without its unit": (
         a_module("method: file", "scrape_interval: 1", "file: {path: /dev/null}"),
-        [AN_INTERVAL + "the number 1"],
+        [AN_INTERVAL + 'a duration such as "5s" or "1m30s", found the number 1'],
+    ),
+    # what people write
+    "a quoted number that is small": (
+        a_module("method: file", 'max_concurrent: "3"', "file: {path: /dev/null}"),
+        ["c.yaml:4:21: modules.a.max_concurrent: expected " + UNQUOTED_PORT.replace("9100", "3")],
+    ),
+    "a quoted port in hexadecimal": (
+        of_http("port: '0x238c'"),
+        [A_PORT.replace("a port from 1 to 65535, found ", UNQUOTED_PORT.replace("9100", "0x238c"))],
+    ),
+    "a quoted word that is no number": (of_http('port: "x"'), [f'{A_PORT}"x"']),
+    "a quoted yes": (
+        of_exec("clear_env: 'yes'"),
+        ["c.yaml:6:18: modules.a.exec.clear_env: " + UNQUOTED.replace("false", "yes")],
+    ),
+    "a quoted boolean in capitals": (
+        of_http("port: 1", 'tls_insecure_skip_verify: "TRUE"'),
+        [
+            "c.yaml:6:33: modules.a.http.tls_insecure_skip_verify: "
+            + UNQUOTED.replace("false", "TRUE")
+        ],
+    ),
+    "a quoted word that is no boolean": (
+        of_exec('clear_env: "maybe"'),
+        ['c.yaml:6:18: modules.a.exec.clear_env: expected true or false, found "maybe"'],
+    ),
+    **{
+        f"for an address {written}": (
+            of_http("port: 1", f"address: {json.dumps(written)}"),
+            [
+                (
+                    "c.yaml:6:16: modules.a.http.address: expected a host or IP address (use port, "
+                    f'scheme and path), found "{written}"'
+                )
+            ],
+        )
+        for written in ("http://h:9100/m", "https://h", "10.0.0.1:9100", "h/metrics")
+    },
+    **{
+        f"for a path {written}": (
+            of_http("port: 1", f"path: {written}"),
+            [
+                (
+                    "c.yaml:6:13: modules.a.http.path: expected the path of a URL (its host has "
+                    "the key address), two hexadecimal digits after %"
+                )
+            ],
+        )
+        for written in ("https://h", "http://h:9100/m?x=y", "unix:///run/x", "/%")
+    },
+    "the method in its section": (
+        a_module("http:", "  method: http", "  port: 1"),
+        ["c.yaml:3:5: modules.a.method: required: http, exec or file"],
+    ),
+    "the method also in its section": (
+        of_http("method: http", "port: 1"),
+        [f"c.yaml:5:7: modules.a.http.method: {ELSEWHERE} the module, beside method"],
+    ),
+    "a timeout in a section": (
+        of_exec("timeout: 5s"),
+        [f"c.yaml:6:7: modules.a.exec.timeout: {ELSEWHERE} the module, beside method"],
+    ),
+    "a port beside the method": (
+        a_module("method: http", "port: 9100"),
+        [f"c.yaml:4:5: modules.a.port: {ELSEWHERE} section http"],
+    ),
+    "a command beside the method": (
+        a_module("method: exec", "command: sh"),
+        [f"c.yaml:4:5: modules.a.command: {ELSEWHERE} section exec"],
+    ),
+    "a path beside the method": (
+        a_module("method: file", "path: /dev/null"),
+        [f"c.yaml:4:5: modules.a.path: {ELSEWHERE} section http or section file"],
+    ),
+    "a command in the section of a file": (
+        a_module("method: file", "file: {path: /dev/null, command: sh}"),
+        [f"c.yaml:4:29: modules.a.file.command: {ELSEWHERE} section exec"],
+    ),
+    "a default module among the keys of a module": (
+        a_module("method: file", "defaultModule: a", "file: {path: /dev/null}"),
+        [f"c.yaml:4:5: modules.a.defaultModule: {ELSEWHERE} the top of -config.file"],
+    ),
+    "a method at the top": (
+        "method: http\n",
+        [f"c.yaml:1:1: method: {ELSEWHERE} the module, beside method"],
+    ),
+    **{
+        f"a tab in line {line} at {column}": (
+            text,
+            [f"c.yaml:{line}:{column}: not YAML: a tab: indent with blanks"],
+        )
+        for text, line, column in (
+            ("modules:\n  a:\n\t  method: http\n", 3, 1),
+            ("modules:\n  a:\n  \tmethod: http\n", 3, 3),
+            ("modules:\n  -\ta\n", 2, 4),
+        )
+    },
+    # a problem that follows from another one is none
+    "a misspelt required key": (
+        of_http("prot: 9100"),
+        ['c.yaml:5:7: modules.a.http.prot: unknown key; did you mean "port"?'],
+    ),
+    "a misspelt method": (
+        a_module("metod: file", "file: {path: /dev/null}"),
+        ['c.yaml:3:5: modules.a.metod: unknown key; did you mean "method"?'],
+    ),
+    "a misspelt command": (
+        a_module("method: exec", "exec: {comand: sh}"),
+        ['c.yaml:4:12: modules.a.exec.comand: unknown key; did you mean "command"?'],
+    ),
+    "a misspelt path of a file": (
+        a_module("method: file", "file: {paht: /x}"),
+        ['c.yaml:4:12: modules.a.file.paht: unknown key; did you mean "path"?'],
+    ),
+    "a section that is a text": (
+        a_module("method: http", "http: 9100"),
+        ["c.yaml:4:11: modules.a.http: expected a mapping, found the number"],
+    ),
+    "a port that cannot be read": (of_http("port: ninety"), [f'{A_PORT}"ninety"']),
+    "a password that cannot be read": (
+        of_http("port: 1", "basic_auth_username: u", "basic_auth_password: [s3ntinel]"),
+        [
+            (
+                "c.yaml:7:28: modules.a.http.basic_auth_password: expected text without a NUL, "
+                "found the list"
+            )
+        ],
+    ),
+    "a certificate that cannot be read": (
+        of_http("port: 1", "tls_cert_file: []", "tls_key_file: k"),
+        ["c.yaml:6:22: modules.a.http.tls_cert_file: expected text without a NUL, found the list"],
+    ),
+    "a container that cannot be read": (
+        of_http("port: 1", "container: /x", "container_host: unix:///x"),
+        [('c.yaml:6:18: modules.a.http.container: expected the name of a container, found "/x"')],
+    ),
+    # versions of TLS
+    "a version of TLS that is none": (
+        of_http("port: 1", "tls_min_version: TLS14"),
+        [f'{A_TLS_VERSION}"TLS14"'],
+    ),
+    "a version of TLS that is a number": (
+        of_http("port: 1", "tls_min_version: 1.2"),
+        [f"{A_TLS_VERSION}the number 1.2"],
     ),
     # YAML itself
     "a tab": (
         "modules:\n\ta: 1\n",
-        [
-            (
-                r"c.yaml:2:1: not YAML: while scanning for the next token found character '\t' "
-                r"that cannot start any token"
-            )
-        ],
+        ["c.yaml:2:1: not YAML: a tab: indent with blanks"],
     ),
     "a NUL": (
         "modules:\n  a\0b: 1\n",
@@ -5695,20 +5833,15 @@ PROBLEMS = {
     ),
     "a bracket that is not closed": (
         "modules: {a: 1\n",
-        [
-            (
-                "c.yaml:2:1: not YAML: while parsing a flow mapping expected ',' or '}', but got "
-                "'<stream end>'"
-            )
-        ],
+        [("c.yaml:2:1: not YAML: expected ',' or '}', but got '<stream end>'")],
     ),
     "an alias that contains itself": (
         "modules: &m\n  a: *m\n",
-        ["c.yaml:1:10: an alias that contains itself"],
+        ["c.yaml:1:10: not YAML: found unconstructable recursive node"],
     ),
     "a list that contains itself": (
         of_exec("args: &y [*y]"),
-        ["c.yaml:6:13: an alias that contains itself"],
+        ["c.yaml:6:13: not YAML: found unconstructable recursive node"],
     ),
     "brackets nested too deeply": (
         "modules: " + "[" * 1000 + "]" * 1000,
@@ -5775,8 +5908,8 @@ def test_what_was_found_for_an_address_is_shown_without_user_and_password(
 ) -> None:
     (problem,) = problems_of(of_http("port: 1", f"address: {json.dumps(text)}"))
     assert problem == (
-        "c.yaml:6:16: modules.a.http.address: expected a host name or an IP address, without a "
-        f"port, found {shown}"
+        "c.yaml:6:16: modules.a.http.address: expected a host or IP address (use port, scheme and "
+        f"path), found {shown}"
     )
 
 
@@ -5822,7 +5955,6 @@ defaultModule: c
             'c.yaml:6:14: modules.b.timeout: expected a duration such as "5s" or "1m30s", found '
             "the number 5"
         ),
-        "c.yaml:8:7: modules.b.http.port: required: port of the exporter",
         'c.yaml:8:7: modules.b.http.prot: unknown key; did you mean "port"?',
         "c.yaml:11:11: modules.a.exec.command: required: program to run, without a shell",
         "c.yaml:12:1: foo: unknown key",
@@ -5845,7 +5977,7 @@ MISPLACED = {
     ),
     "a lone surrogate in a variable": (
         of_exec('env: {A: "\\ud800"}'),
-        "c.yaml:6:16: modules.a.exec.env: ",
+        "c.yaml:6:16: modules.a.exec.env.A: ",
     ),
     "a lone surrogate in a file's path": (
         a_module("method: file", 'file: {path: "/\\ud800"}'),
@@ -5895,7 +6027,6 @@ def a_container(*lines: str) -> list[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("", id="nothing"),
         pytest.param("../images", id="a way up"),
         pytest.param("a/../../images", id="a way up behind a name"),
         pytest.param("/web", id="a slash before it"),
@@ -5928,7 +6059,7 @@ def test_the_name_of_a_container_cannot_break_the_request() -> None:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    "socket_of_engine", ["", "/run/x.sock", "unix://run/x.sock", "unix:///", "tcp://127.0.0.1:2375"]
+    "socket_of_engine", ["/run/x.sock", "unix://run/x.sock", "unix:///", "tcp://127.0.0.1:2375"]
 )
 def test_an_engine_is_a_unix_socket(socket_of_engine: str) -> None:
     message = f'expected a socket such as unix:///run/x.sock, found "{socket_of_engine}"'
@@ -5986,6 +6117,98 @@ def test_the_name_of_a_container_is_one_of_dockers() -> None:
 )
 def test_a_configuration_may_have_no_modules(text: str) -> None:
     assert load(text) == expexp.Config({}, "")
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "key",
+    [
+        "address",
+        "basic_auth_password",
+        "basic_auth_username",
+        "bearer_token_file",
+        "container",
+        "container_host",
+        "path",
+        "scheme",
+        "tls_min_version",
+        "unix_socket",
+    ],
+)
+def test_an_empty_text_counts_as_no_value(key: str) -> None:
+    text = of_http("port: 9100", f'{key}: ""')
+    expected = expexp.HttpTarget(port=9100)
+    assert (
+        dataclasses.replace(http_target(text), basic_auth_password=expected.basic_auth_password)
+        == expected
+    )
+
+
+@pytest.mark.usefixtures("here")
+def test_an_empty_user_name_with_an_empty_password_sends_no_credentials() -> None:
+    found = http_target(of_http("port: 1", 'basic_auth_username: ""', 'basic_auth_password: ""'))
+    assert not found.basic_auth_username
+    assert not found.basic_auth_password
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("key", ["accept_args", "accept_params"])
+def test_an_empty_text_lets_no_client_add_anything(key: str) -> None:
+    assert problems_of(of_exec(f'{key}: ""')) == [
+        (
+            f"c.yaml:6:{9 + len(key)}: modules.a.exec.{key}: "
+            "expected true, false or a list, found the string"
+        )
+    ]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("version", ["TLS10", "TLS11", "TLS12", "TLS13"])
+def test_a_module_names_the_oldest_version_of_tls(version: str) -> None:
+    assert http_target(of_http("port: 1", f"tls_min_version: {version}")).tls_min_version == version
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"modules:\n  a: {A_FILE}\n",
+        f"defaultModule: a\nmodules:\n  a: {A_FILE}\n",
+        "modules: {}\n",
+        "modules:\n",
+    ],
+)
+def test_a_whole_configuration_in_a_folder_of_modules_is_told_where_it_belongs(text: str) -> None:
+    Path("d").mkdir()
+    Path("d/a.yaml").write_text(text)
+    with pytest.raises(expexp.ConfigError) as caught:
+        load_files("", "d")
+    line = 2 if text.startswith("default") else 1
+    expected = f"d/a.yaml:{line}:1: modules.a.modules: {ELSEWHERE} the top of -config.file"
+    assert str(caught.value.problems[-1]) == expected
+    assert len(caught.value.problems) == line
+
+
+NO_SHELL = "there is no shell: put arguments into args, or the line into a script"
+COMMANDS = {
+    "sudo /opt/x.py": NO_SHELL,
+    "ls | wc -l": NO_SHELL,
+    "~/x": NO_SHELL,
+    "$HOME/x": NO_SHELL,
+    "/opt/x.py ": NO_SHELL,
+    "/opt/x.py&": NO_SHELL,
+    "x;y": NO_SHELL,
+    "x>/dev/null": NO_SHELL,
+    "/opt/x\n": NO_SHELL,
+    "/opt/x.py": "",
+    "sh": "",
+    "./x-1.2_a+b@c": "",
+}
+
+
+@pytest.mark.parametrize(("command", "advice"), COMMANDS.items())
+def test_a_command_that_is_written_for_a_shell_gets_advice(command: str, advice: str) -> None:
+    assert expexp.command_fault(command) == advice
 
 
 @pytest.mark.usefixtures("here")
@@ -6143,7 +6366,7 @@ def test_a_verified_http_module_may_be_cached() -> None:
 @pytest.mark.usefixtures("here")
 def test_everything_has_its_default() -> None:
     assert load(of_http("port: 9100")).modules["a"] == expexp.Module(
-        "http", name="a", target=expexp.HttpTarget(9100, "http", "localhost")
+        "http", name="a", target=expexp.HttpTarget(port=9100, scheme="http", address="localhost")
     )
 
 
@@ -6163,9 +6386,9 @@ modules:
   b: {<<: *base, http: *http}
 """
     modules = load(text).modules
-    assert http_target(text) == expexp.HttpTarget(9100, path="/y")
+    assert http_target(text) == expexp.HttpTarget(port=9100, path="/y")
     assert (modules["a"].timeout, modules["a"].verify) == (2, False)
-    assert modules["b"].target == expexp.HttpTarget(9100, path="/x")
+    assert modules["b"].target == expexp.HttpTarget(port=9100, path="/x")
 
 
 @pytest.mark.usefixtures("here")
@@ -6213,8 +6436,8 @@ JSON_PROBLEMS = {
         ),
         [
             "c.json: modules.a.http.headers: expected a mapping, found the list",
-            'c.json: modules.a.http.port: expected a port from 1 to 65535, found "9100"',
-            'c.json: modules.a.http.verify: expected true or false, found "false"',
+            f"c.json: modules.a.http.port: expected {UNQUOTED_PORT}",
+            f"c.json: modules.a.http.verify: {UNQUOTED}",
             (
                 'c.json: modules.a.timeout: expected a duration such as "5s" or "1m30s", found '
                 "the number 5"
@@ -6238,11 +6461,11 @@ JSON_PROBLEMS = {
             '{"modules": {"a": {"method": "exec", "exec": {"command": "sh", "env": {"A": "1", '
             '"A": "2"}}}}}'
         ),
-        ['c.json: modules.a.exec.env: "A" is given twice'],
+        ["c.json: modules.a.exec.env.A: given twice"],
     ),
     "a null module": (
         '{"modules": {"a": null}}',
-        ["c.json: modules.a: expected a mapping, found nothing"],
+        ["c.json: modules.a.method: required: http, exec or file"],
     ),
     "a list at the top": ("[]", ["c.json: expected a mapping, found the list"]),
     "an unknown key": ('{"module": {}}', ['c.json: module: unknown key; did you mean "modules"?']),
@@ -6368,13 +6591,10 @@ def test_problems_of_all_files_are_reported_at_once() -> None:
     put("d", b__yaml="method: ftp\n", c__yaml="method: [\n", e__yaml="")
     assert loading_problems("c.yaml", "d", "missing") == [
         "c.yaml:1:1: foo: unknown key",
-        "c.yaml:2:13: modules.a: expected a mapping, found nothing",
+        "c.yaml:2:13: modules.a.method: required: http, exec or file",
         'd/b.yaml:1:9: modules.b.method: expected http, exec or file, found "ftp"',
-        (
-            "d/c.yaml:2:1: not YAML: while parsing a flow node expected the node content, but "
-            "found '<stream end>'"
-        ),
-        "d/e.yaml:1:1: modules.e: expected a mapping, found nothing",
+        ("d/c.yaml:2:1: not YAML: expected the node content, but found '<stream end>'"),
+        "d/e.yaml: modules.e.method: required: http, exec or file",
         "missing: failed reading directory: no such file or directory",
     ]
 
@@ -6584,9 +6804,10 @@ BCRYPT_VECTORS = {
     ),
 }
 HASHED = next(iter(BCRYPT_VECTORS))
-NO_HASH = "w.yaml:2:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14"
+NO_HASH = "w.yaml:2:6: basic_auth_users.a: expected a bcrypt hash of cost 4-14"
 TLS_AT = "tls_server_config"
 ADVICE = "remove the flag, and set client_auth_type to ask for certificates"
+OF_TOOLKIT = "known to exporter-toolkit, not supported here"
 AUTH_TYPE_AT = (
     f"w.yaml:4:21: {TLS_AT}.client_auth_type: expected NoClientCert or VerifyClientCertIfGiven or "
     "RequireAndVerifyClientCert, found "
@@ -6595,8 +6816,11 @@ ASKING = ["client_ca_file: ca.pem", "client_auth_type: RequireAndVerifyClientCer
 
 WEB_PROBLEMS = {
     # the whole file
-    "an empty file": ("", ["w.yaml:1:1: expected a mapping, found nothing"]),
-    "a file with comments only": ("# x\n", ["w.yaml:1:1: expected a mapping, found nothing"]),
+    "an empty file": ("", ["w.yaml: neither tls_server_config nor basic_auth_users is set"]),
+    "a file with comments only": (
+        "# x\n",
+        ["w.yaml: neither tls_server_config nor basic_auth_users is set"],
+    ),
     "a list": ("- x\n", ["w.yaml:1:1: expected a mapping, found the list"]),
     "neither TLS nor users": (
         "basic_auth_users: {}\ntls_server_config:\n",
@@ -6604,12 +6828,7 @@ WEB_PROBLEMS = {
     ),
     "a bracket that is not closed": (
         "tls_server_config: {",
-        [
-            (
-                "w.yaml:1:21: not YAML: while parsing a flow node expected the node content, but "
-                "found '<stream end>'"
-            )
-        ],
+        [("w.yaml:1:21: not YAML: expected the node content, but found '<stream end>'")],
     ),
     "bytes that are not UTF-8": (
         b"a: \xff\n",
@@ -6625,7 +6844,7 @@ WEB_PROBLEMS = {
     ),
     "HTTP/2": (
         serving_tls() + "http_server_config:\n  http2: true\n",
-        ["w.yaml:4:1: http_server_config: unknown key"],
+        [f"w.yaml:4:1: http_server_config: {OF_TOOLKIT}"],
     ),
     "TLS by a key that is almost right": (
         "tls_config: {}\n",
@@ -6633,11 +6852,11 @@ WEB_PROBLEMS = {
     ),
     "a limit of requests": (
         serving_tls() + "rate_limit: {interval: 1s, burst: 9}\n",
-        ["w.yaml:4:1: rate_limit: unknown key"],
+        [f"w.yaml:4:1: rate_limit: {OF_TOOLKIT}"],
     ),
     "TLS given twice": (
         serving_tls() + serving_tls(),
-        [f"w.yaml:4:1: {TLS_AT}: given twice; first on line 2"],
+        [f"w.yaml:4:1: {TLS_AT}: given twice"],
     ),
     # keys of TLS
     "no TLS settings": (
@@ -6657,7 +6876,7 @@ WEB_PROBLEMS = {
     ),
     "an empty name of a certificate": (
         'tls_server_config:\n  cert_file: ""\n  key_file: key.pem\n',
-        [f'w.yaml:2:14: {TLS_AT}.cert_file: expected text, not empty and without a NUL, found ""'],
+        [f"w.yaml:2:14: {TLS_AT}.cert_file: required: certificate, and the chain behind it"],
     ),
     "an unknown key of TLS": (
         serving_tls("certfile: x"),
@@ -6665,31 +6884,31 @@ WEB_PROBLEMS = {
     ),
     "a key of TLS given twice": (
         serving_tls("key_file: x"),
-        [f"w.yaml:4:3: {TLS_AT}.key_file: given twice; first on line 3"],
+        [f"w.yaml:4:3: {TLS_AT}.key_file: given twice"],
     ),
     "a certificate within the file": (
         serving_tls("cert: x"),
-        [f'w.yaml:4:3: {TLS_AT}.cert: unknown key; did you mean "cert_file"?'],
+        [f"w.yaml:4:3: {TLS_AT}.cert: {OF_TOOLKIT}"],
     ),
     "a key within the file": (
         serving_tls("key: s3ntinel"),
-        [f"w.yaml:4:3: {TLS_AT}.key: unknown key"],
+        [f"w.yaml:4:3: {TLS_AT}.key: {OF_TOOLKIT}"],
     ),
     "an authority within the file": (
         serving_tls("client_ca: x"),
-        [f'w.yaml:4:3: {TLS_AT}.client_ca: unknown key; did you mean "client_ca_file"?'],
+        [f"w.yaml:4:3: {TLS_AT}.client_ca: {OF_TOOLKIT}"],
     ),
     "suites": (
         serving_tls("cipher_suites: [TLS_RSA_WITH_RC4_128_SHA]"),
-        [f"w.yaml:4:3: {TLS_AT}.cipher_suites: unknown key"],
+        [f"w.yaml:4:3: {TLS_AT}.cipher_suites: {OF_TOOLKIT}"],
     ),
     "whose order of suites": (
         serving_tls("prefer_server_cipher_suites: false"),
-        [f"w.yaml:4:3: {TLS_AT}.prefer_server_cipher_suites: unknown key"],
+        [f"w.yaml:4:3: {TLS_AT}.prefer_server_cipher_suites: {OF_TOOLKIT}"],
     ),
     "curves": (
         serving_tls("curve_preferences: [X25519]"),
-        [f"w.yaml:4:3: {TLS_AT}.curve_preferences: unknown key"],
+        [f"w.yaml:4:3: {TLS_AT}.curve_preferences: {OF_TOOLKIT}"],
     ),
     # values of TLS
     "certificates asked for and not verified": (
@@ -6716,6 +6935,14 @@ WEB_PROBLEMS = {
         serving_tls("client_ca_file: ca.pem"),
         [f"w.yaml:4:19: {TLS_AT}.client_ca_file: needs client_auth_type beside it"],
     ),
+    "an authority beside an empty way to ask": (
+        serving_tls("client_ca_file: ca.pem", 'client_auth_type: ""'),
+        [f"w.yaml:4:19: {TLS_AT}.client_ca_file: needs client_auth_type beside it"],
+    ),
+    "a misspelt certificate": (
+        "tls_server_config:\n  certfile: cert.pem\n  key_file: key.pem\n",
+        [f'w.yaml:2:3: {TLS_AT}.certfile: unknown key; did you mean "cert_file"?'],
+    ),
     "names in certificates that nobody asks for": (
         serving_tls("client_auth_type: NoClientCert", "client_allowed_sans: [a]"),
         [f"w.yaml:5:24: {TLS_AT}.client_allowed_sans: needs client_auth_type beside it"],
@@ -6726,11 +6953,11 @@ WEB_PROBLEMS = {
     ),
     "names that are none": (
         serving_tls(*ASKING, "client_allowed_sans: [~]"),
-        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: names nobody"],
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: must list at least one name"],
     ),
     "no names": (
         serving_tls(*ASKING, "client_allowed_sans: []"),
-        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: names nobody"],
+        [f"w.yaml:6:24: {TLS_AT}.client_allowed_sans: must list at least one name"],
     ),
     "TLS 1.0": (
         serving_tls("min_version: TLS10"),
@@ -6753,7 +6980,7 @@ WEB_PROBLEMS = {
         [
             f'w.yaml:4:16: {TLS_AT}.min_version: expected TLS12 or TLS13, found "TLS10"',
             f"w.yaml:5:3: {TLS_AT}.zzz: unknown key",
-            "w.yaml:7:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+            "w.yaml:7:6: basic_auth_users.a: expected a bcrypt hash of cost 4-14",
         ],
     ),
     # users
@@ -6763,7 +6990,7 @@ WEB_PROBLEMS = {
     ),
     "a user given twice": (
         with_users(f"a: {HASHED}", f"a: {HASHED}"),
-        ['w.yaml:3:3: basic_auth_users: "a" is given twice'],
+        ["w.yaml:3:3: basic_auth_users.a: given twice"],
     ),
     "a user with a colon": (
         with_users(f'"a:b": {HASHED}'),
@@ -6775,12 +7002,7 @@ WEB_PROBLEMS = {
     ),
     "a user without a hash": (
         with_users("a:"),
-        [
-            (
-                "w.yaml:2:5: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14, "
-                "found nothing"
-            )
-        ],
+        [("w.yaml:2:5: basic_auth_users.a: expected a bcrypt hash of cost 4-14, found nothing")],
     ),
     "a password instead of its hash": (with_users("a: s3ntinel"), [NO_HASH]),
     "a hash of MD5": (with_users("a: $1$saltsalt$S4zQrBzzCE0tXGtbHfMZC."), [NO_HASH]),
@@ -6954,6 +7176,9 @@ WEB_CONFIGURATIONS = {
     "the lowest cost": with_users(f"a: {HASHED.replace('05', '04')}"),
     "the highest cost": with_users(f"a: {HASHED.replace('05', '14')}"),
     "a section with nothing in it": serving_tls() + "basic_auth_users:\n",
+    "keys with an empty text": serving_tls(
+        'min_version: ""', 'max_version: ""', 'client_auth_type: ""', 'client_ca_file: ""'
+    ),
     "keys with nothing behind them": serving_tls(
         "min_version:", "client_auth_type:", "client_allowed_sans:"
     ),
@@ -13209,11 +13434,11 @@ BROKEN_WEB = {
     "no YAML": ("basic_auth_users: {", "1:20: not YAML: "),
     "a password instead of its hash": (
         with_users("a: s3ntinel"),
-        "2:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+        "2:6: basic_auth_users.a: expected a bcrypt hash of cost 4-14",
     ),
     "a hash cut short": (
         with_users(f"a: {HASHED}", f"b: {HASHED[:30]}"),
-        "3:6: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+        "3:6: basic_auth_users.a: expected a bcrypt hash of cost 4-14",
     ),
     "an unknown key": (with_users(f"a: {HASHED}") + "b: 1\n", "3:1: b: unknown key"),
     "no users": (
@@ -19426,7 +19651,7 @@ def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
         "d/a.yaml:1:1: modules.a.file.path: required: regular file or FIFO to read",
         f"{TOKEN_FILE}: cannot use token: {NO_SECRET}",
         "web.yaml: -web.tls.certmatch needs -web.tls.verify or RequireAndVerifyClientCert",
-        "web.yaml:1:23: basic_auth_users: expected a bcrypt hash of a cost from 4 to 14",
+        "web.yaml:1:23: basic_auth_users.u: expected a bcrypt hash of cost 4-14",
     ]
 
 
