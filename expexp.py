@@ -1987,7 +1987,7 @@ class DocumentReader:
     def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
         """Return the values of the declared keys, None after a problem with one."""
         values: Values = {}
-        given: dict[str, Sequence[str]] = {}  # what the keys need whose value is no default
+        given: Values = {}  # what the keys need that differ from their default
         for name, metadata in declared.items():
             node = nodes.get(name, Node())
             where = f"{path}.{name}"
@@ -2057,7 +2057,7 @@ class DocumentReader:
         target = self.values(declared, own, where)
         for name in SHARED_KEYS:
             value = target.pop(name, None)
-            if value is not None and values.setdefault(name, value) != value:
+            if value is not None and values.setdefault(name, value) not in (value, None):
                 self.problem(f"{where}.{name}", f"differs from {path}.{name}")
         if method == "http" and values.get("verify") is False and values.get("cache"):
             self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
