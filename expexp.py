@@ -59,7 +59,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import errno
+import email.utils
 import fnmatch
 import functools
 import hmac
@@ -4615,62 +4615,66 @@ def collect_process(metrics: SelfMetrics) -> None:
 # ==================================================================================================
 # 15  HTTP server
 # ==================================================================================================
-# Sockets in, Requests out, Responses back. Each connection has a slot and a thread, which also
+# Sockets in, Requests out, Responses back. Each connection has a slot, and a thread that also
 # shakes hands. A client cannot hold a thread for ever: reads have deadlines, writes must make
-# progress. Until its request is there and allowed, it makes room for others if all slots are taken.
+# progress. A connection can be evicted for a new one, except while its request is answered and
+# while a module's metrics are sent.
 
 # Of an absolute form. The lookahead fixes the host's end: the match does not backtrack.
 URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n", re.ASCII)
-NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Connections:
-    """The connections that clients hold, and which of them are idle."""
+    """The connections that clients hold. Those that can be evicted make room for new ones."""
 
-    def __init__(self, most: int, metrics: SelfMetrics) -> None:
-        self._most, self._metrics = most, metrics
-        #: Whether each is idle. Of the idle ones, the one idle for longest comes first.
-        self._open: dict[socket.socket, bool] = {}
-        self._lock = threading.RLock()
+    def __init__(self, most: int) -> None:
+        self._most = most
+        # Each use of these two is atomic.
+        self._open: set[socket.socket] = set()
+        #: The ones that can be evicted. The one that could be for longest comes first.
+        self._exposed: collections.OrderedDict[socket.socket, bool] = collections.OrderedDict()
         self.draining = False
 
+    def __len__(self) -> int:
+        """Return how many slots are taken."""
+        return len(self._open)
+
     def admit(self, connection: socket.socket) -> bool:
-        """Give a connection a free slot, or the oldest idle one's. Return False without one."""
-        with self._lock:
-            if len(self._open) >= self._most and not self.evict():
-                self._metrics.increment("expexp_rejected_connections_total")
-                return False
-            self._open[connection] = False
-            self._metrics.set("expexp_open_connections", to=len(self._open))
-            return True
+        """Give a connection a free slot, or an evicted one's. Return False if there is neither."""
+        if len(self) >= self._most and not self.evict():
+            return False
+        self._open.add(connection)
+        return True
 
     def remove(self, connection: socket.socket) -> None:
         """Free a connection's slot."""
-        with self._lock:
-            self._open.pop(connection, None)
-            self._metrics.set("expexp_open_connections", to=len(self._open))
+        self._open.discard(connection)
+        self._exposed.pop(connection, None)
 
-    def mark(self, connection: socket.socket, *, idle: bool) -> bool:
-        """Note whether a connection is idle. Return False if it has been evicted."""
-        with self._lock:
-            is_open = self._open.pop(connection, None) is not None
-            if is_open:
-                self._open[connection] = idle
-            return is_open
+    def expose(self, connection: socket.socket) -> None:
+        """Allow the eviction of a connection, after all others that can be evicted now."""
+        self._exposed.pop(connection, None)
+        if connection in self._open:
+            self._exposed[connection] = True
+
+    def protect(self, connection: socket.socket) -> bool:
+        """Forbid the eviction of an exposed connection. Return False if it has been evicted."""
+        return self._exposed.pop(connection, False)
 
     def evict(self) -> bool:
-        """End the oldest idle connection: its thread wakes. Return False without one."""
-        with self._lock:
-            connection = next(filter(self._open.get, self._open), None)
-            if connection:
-                self.remove(connection)
-                with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-            return connection is not None
+        """End the connection that could be evicted for longest. Return False if there is none."""
+        try:
+            oldest, _ = self._exposed.popitem(last=False)
+        except KeyError:
+            return False
+        self.remove(oldest)
+        with contextlib.suppress(OSError):
+            oldest.shutdown(socket.SHUT_RDWR)  # wakes its thread
+        return True
 
     def drain(self, seconds: float) -> bool:
-        """End idle connections, wait for the others. Return whether all have ended in time."""
+        """Evict connections, wait for the others. Return whether all have ended in time."""
         self.draining = True
         end = time.monotonic() + seconds
         while self._open and time.monotonic() < end:
@@ -4679,24 +4683,22 @@ class Connections:
         return not self._open
 
 
-HANDSHAKE: Final = b"\x16"  # the first byte of a TLS connection, RFC 8446, 5.1
-
-
 def handshake_fault(error: Exception) -> str:
     """Return which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    if isinstance(error, (CertificateError, UnicodeError)):  # UnicodeError: a name in it
-        return "certificate"
     reason = str(getattr(error, "reason", "EOF"))
+    # UnicodeError: of a name in a certificate. Also in alerts: the client does not trust ours.
+    is_certificate = isinstance(error, (CertificateError, UnicodeError))
+    if is_certificate or re.search("CERTIFICATE|UNKNOWN_CA", reason):
+        return "certificate"
     if re.search("EOF|Closed before", reason):  # Python's words for a reset
         return "closed"
-    # Also in alerts: of a client that does not trust our certificate.
-    return "certificate" if re.search("CERTIFICATE|UNKNOWN_CA", reason) else "protocol"
+    return "protocol"
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
-    """Return the next request. Raises RequestError; OSError, EOFError, ScrapeError without one."""
+    """Return the next request. Raise RequestError; OSError, EOFError, ScrapeError without one."""
     most = limits.request_line_bytes
     line = wire.read_through(LINE_END, most)
     if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
@@ -4728,11 +4730,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._limits = self.server.limits
         self._application = self.server.application
         self._snapshot = self._application.loader.current()
-        self._slot: socket.socket = self.request
-        self._slot.setblocking(False)
-        self._slot.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket: socket.socket = self.request  # plain, also below TLS
+        self._socket.setblocking(False)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._is_closing = False
-        self._wire = Wire(self._slot, Deadline(self._limits.handshake_seconds, time.monotonic))
+        self._wire = Wire(self._socket, Deadline(self._limits.handshake_seconds, time.monotonic))
 
     def handle(self) -> None:
         """Shake hands if the listener speaks TLS, then answer requests."""
@@ -4740,31 +4742,27 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if self.server.speaks_tls:
                 self._shake_hands()
         except (OSError, ScrapeError, UnicodeError) as error:
-            fault = handshake_fault(error)
-            self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
-            words = "no answer in time" if fault == "timeout" else words_of(error)
-            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
-            if self._wire.connection is not self._slot:
-                self._wire.close()  # without close_notify OpenSSL forgets the session
-            if fault not in ("timeout", "closed"):
-                self._discard()  # or else the alert could be lost
+            self._end_handshake(error)
             return
         self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
-        while not self._is_closing:
-            self._answer()
+        try:
+            while not self._is_closing:
+                self._answer()
+        except (OSError, EOFError, ScrapeError) as error:
+            LOGGER.debug("%s: %s", self._client, error)
 
     def _shake_hands(self) -> None:
-        """Shake hands and check the client's certificate. Raises OSError or ScrapeError."""
-        self.server.connections.mark(self._slot, idle=True)
-        first = self._wire.attempt(self._slot.recv, select.POLLIN, 1, socket.MSG_PEEK)
+        """Shake hands and check the client's certificate. Raise OSError or ScrapeError."""
+        self.server.connections.expose(self._socket)
+        first = self._wire.attempt(self._socket.recv, select.POLLIN, 1, socket.MSG_PEEK)
         tls: Any = self._snapshot.credentials.value.tls
         if not first:
             raise ConnectionResetError("closed before the handshake")
-        if first != HANDSHAKE:
+        if first != b"\x16":  # of a handshake: RFC 8446, 5.1
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
-            return  # the answer in plain HTTP says so
+            return
         # A duplicate: the server ends connections by their sockets, and wrapping detaches one.
-        self._wire = Wire(self._slot.dup(), self._wire.deadline)
+        self._wire = Wire(self._socket.dup(), self._wire.deadline)
         certificate = self._wire.start_tls(tls.context, server_side=True).getpeercert() or {}
         # OpenSSL does not verify a resumed session of TLS 1.2, and `ssl` cannot forbid these.
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
@@ -4772,8 +4770,19 @@ class ClientConnection(socketserver.BaseRequestHandler):
         pattern = self._application.options["web.tls.certmatch"]
         tls.check(certificate, pattern, self._limits.certmatch_seconds)
 
+    def _end_handshake(self, error: Exception) -> None:
+        """Count and log a failed handshake, and end its connection."""
+        fault = handshake_fault(error)
+        self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
+        words = words_of(error)
+        LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+        if self._wire.connection is not self._socket:
+            self._wire.close()  # without close_notify OpenSSL forgets the session
+        if fault not in ("timeout", "closed"):
+            self._discard()  # or else the alert could be lost
+
     def finish(self) -> None:
-        """Send close_notify and close the duplicate socket. The server shuts the slot down."""
+        """Send close_notify and close the duplicate socket. The server closes the plain one."""
         if isinstance(self._wire.connection, ssl.SSLSocket):
             with contextlib.suppress(OSError, ValueError):
                 self._wire.connection.unwrap()
@@ -4781,62 +4790,66 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _discard(self) -> None:
         """Discard what the client still sends: to close now would reset the answer."""
-        wire = Wire(self._slot, Deadline(self._limits.unread_seconds, time.monotonic))
+        self.server.connections.expose(self._socket)
+        self.finish()
+        wire = Wire(self._socket, Deadline(self._limits.unread_seconds, time.monotonic))
         left = self._limits.unread_bytes
         with contextlib.suppress(OSError, ScrapeError):
-            self._slot.shutdown(socket.SHUT_WR)
-            while left > 0:
-                left -= len(wire.receive(PIECE_BYTES)) or left
+            self._socket.shutdown(socket.SHUT_WR)
+            while left > 0 and (piece := wire.receive(PIECE_BYTES)):
+                left -= len(piece)
 
     def _answer(self) -> None:
-        """Answer the next request, or return if the client has closed."""
+        """Answer the next request. Close the connection if the client has closed its side."""
         self._is_closing = True
         connections = self.server.connections
-        request = Request("-", "-", (), self._client)
-        refusal = None
-        connections.mark(self._slot, idle=True)
+        connections.expose(self._socket)
         arrived = self._wire.await_data()
         snapshot = self._application.loader.current()
-        # No answer if the client has closed, or was admitted under rules that have changed since.
+        # No answer to a client that was admitted under rules that have changed since.
         if not arrived or (self.server.speaks_tls and snapshot.trust != self._snapshot.trust):
             return
         self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
+        request = Request("-", "-", (), self._client)
+        refusal = None
         try:
             request = read_request(self._wire, self._limits, self._client, self.server.scheme)
-            self._is_closing = not request.keeps_connection
         except RequestError as error:
             refusal = error
         except (TimeoutError, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
-        if not connections.mark(self._slot, idle=False):  # evicted: a slow request keeps no slot
+        if not connections.protect(self._socket):  # evicted: a slow request keeps no slot
             return
-        if self.server.speaks_tls and self._wire.connection is self._slot:
+        if self.server.speaks_tls and self._wire.connection is self._socket:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
-        length, coding = map(request.header, ("content-length", "transfer-encoding"))
-        unread = bool(refusal or length.strip(" 0") or coding)
-        stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
-        self._is_closing |= unread or stale
+        length = request.header("content-length").strip(" 0")
+        is_unread = bool(refusal or length or request.header("transfer-encoding"))
+        is_stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
+        self._is_closing = is_unread or is_stale or not request.keeps_connection
         response = self._application.handle(request, refusal)
         # Requests to modules are bounded. Any other client that does not read can be evicted.
-        connections.mark(self._slot, idle=not response.module or response.status != OK)
+        if not response.module or response.status != OK:
+            connections.expose(self._socket)
         self._write(response, request)
-        if unread:
-            connections.mark(self._slot, idle=True)
-            self.finish()
+        if is_unread:
             self._discard()
         self._wire.deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
     def _write(self, response: Response, request: Request) -> None:
         """Send a response. Reset the connection if that fails."""
-        self._allowance = self._limits.write_stall_seconds  # seconds that sending may still take
+        stall = self._limits.write_stall_seconds
         with response.cleanup:
             response.aborted = True
             try:
-                self._send_response(response, request)
+                for piece in self._pieces(response, request):
+                    # All pieces together have a deadline, too: that of their scrape.
+                    seconds = stall + len(piece) / self._limits.write_bytes_per_second
+                    self._wire.deadline = Deadline(seconds, time.monotonic, stall)
+                    self._wire.send(piece)
                 response.aborted = False
             except (OSError, ScrapeError) as error:
                 LOGGER.debug("%s: response not sent: %s", request.client, error)
-            finally:  # also for errors that are none of these
+            finally:  # also after an error of ours in a body
                 if response.aborted:
                     self._reset()
 
@@ -4845,80 +4858,46 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._is_closing = True
         with contextlib.suppress(OSError):
             linger = struct.pack("ii", 1, 0)
-            self._slot.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self._wire.close()
-        self._slot.close()
+        self._socket.close()
 
-    def _send_response(self, response: Response, request: Request) -> None:
-        """Send head and body, in one write if they are small. Raises OSError or ScrapeError."""
-        headers, body = list(response.headers), response.body
+    def _pieces(self, response: Response, request: Request) -> Iterator[bytes | memoryview]:
+        """Yield head and body, as one piece if they are small."""
+        headers = list(response.headers)
         given = [name.lower() for name, _ in headers]
-        bodiless = response.status in BODILESS
-        chunked = False
-        if isinstance(body, bytes) and not bodiless:
+        body = response.body
+        if response.status in BODILESS:
+            body = b""
+        elif isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
-        elif "content-length" not in given and not bodiless:
-            chunked = request.version != "1.0"
-            self._is_closing |= not chunked  # the only end of the body there is
-        if chunked:
+        elif "content-length" in given:
+            pass
+        elif request.version == "1.0":
+            self._is_closing = True  # the only end of the body there is
+        else:
             headers.append(("Transfer-Encoding", "chunked"))
-        self._is_closing |= self.server.connections.draining
+            pieces = itertools.chain(body, [b""])  # RFC 9112, 7.1: the last chunk is empty
+            body = (b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        if request.method == "HEAD":
+            body = b""
         if "date" not in given:
-            headers.append(("Date", http_date(int(time.time()))))
+            headers.append(("Date", email.utils.formatdate(usegmt=True)))
+        self._is_closing |= self.server.connections.draining
         headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
         head = render_head(f"HTTP/1.1 {int(response.status)} {phrase}", headers)
-        if bodiless or request.method == "HEAD":
-            body = b""
         if isinstance(body, bytes):
-            self._send(head + body[:PIECE_BYTES])
-            if len(body) > PIECE_BYTES:
-                self._send(memoryview(body)[PIECE_BYTES:])
-            return
-        self._send(head)
-        for piece in body:
-            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        self._send(b"0\r\n\r\n" if chunked else b"")
-
-    def _send(self, content: bytes | memoryview) -> None:
-        """Send all bytes. Raises OSError, or ScrapeError if the client reads too slowly."""
-        begun, limits = time.monotonic(), self._limits
-        self._allowance += len(content) / limits.write_bytes_per_second
-        self._wire.deadline = Deadline(self._allowance, time.monotonic, limits.write_stall_seconds)
-        self._wire.send(content)
-        self._allowance -= time.monotonic() - begun
+            yield head + body[:PIECE_BYTES]
+            yield memoryview(body)[PIECE_BYTES:]
+        else:
+            yield head
+            yield from body
 
 
-@functools.lru_cache
-def http_date(second: int) -> str:
-    """Format Unix time as a Date header: RFC 9110, 5.6.7."""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(second))
-
-
-Address = tuple[str, int]
+POLL_SECONDS: Final = 0.05  # between looks for a signal, a shutdown, a watchdog that is due
 THREAD_ATTEMPTS: Final = 4  # for a connection, with a pause after each
 EVICTED_TOGETHER: Final = 16  # one at a time, a scrape behind 300 idle clients waits for 15 s
-
-
-class Watchdog:
-    """Tells systemd that the loops of all listeners run: sd_watchdog_enabled(3)."""
-
-    def __init__(self) -> None:
-        own = str(os.getpid())
-        is_ours = os.environ.get("WATCHDOG_PID", own) == own
-        microseconds = is_ours and os.environ.get("WATCHDOG_USEC")
-        #: A quarter of the time after which systemd restarts this process.
-        self._seconds = float(microseconds or math.inf) / 4e6
-        self._sent = time.monotonic()
-        self._runs: dict[object, float] = {}
-
-    def note_run(self, listener: object) -> None:
-        """Note that a listener's loop runs. Tell systemd if all have run lately."""
-        now = time.monotonic()
-        self._runs[listener] = now
-        if now - self._sent >= self._seconds >= now - min(self._runs.values()):
-            self._sent = now
-            notify("WATCHDOG=1", 0)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -4929,32 +4908,35 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(
         self,
-        address: Address,
-        tls: bool,
+        address: tuple[str, int],
+        speaks_tls: bool,
         application: Application,
         connections: Connections,
-        watchdog: Watchdog,
     ) -> None:
-        """Bind and listen. No host and `::` are both families. Raises OSError."""
-        self.application, self.connections, self.speaks_tls = application, connections, tls
-        self.limits, self.scheme = application.limits, "https" if tls else "http"
-        any_host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
-        found = socket.getaddrinfo(address[0] or any_host, address[1], type=socket.SOCK_STREAM)
-        self.address_family, bound = found[0][0], found[0][4]
-        super().__init__(cast(Address, bound), ClientConnection)
-        self._watchdog = watchdog
-        self._warned = 0.0  # when a lack of threads was logged last
-        self.service_actions()  # known to the watchdog before its loop runs
-        self.url = f"{self.scheme}://{render_address(cast(Address, self.server_address[:2]))}"
+        """Bind and listen. No host and `::` are both families. Raise OSError."""
+        self.application = application
+        self.connections = connections
+        self.limits = application.limits
+        self.speaks_tls = speaks_tls
+        self.scheme = "https" if speaks_tls else "http"
+        host, port = address
+        if not host:
+            host = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as asked
+        found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        self.address_family = found[0]
+        super().__init__(found[-1], ClientConnection)
+        self.service_actions()
+        bound: Any = self.server_address
+        self.url = f"{self.scheme}://{render_address(bound[:2])}"
+        self.is_loopback = parse_client_address(bound[0]).is_loopback
 
     def server_bind(self) -> None:
         """Bind, `::` to both families. http.server would also look up our own name."""
         if self.address_family == socket.AF_INET6:
-            only = self.server_address[0] != "::"
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(only))
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
 
-    def serve_forever(self, poll_interval: float = 0.05) -> None:
+    def serve_forever(self, poll_interval: float = POLL_SECONDS) -> None:
         """Accept clients until `shutdown`, also after memory has run out."""
         while True:
             try:
@@ -4963,20 +4945,20 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(self.limits.accept_pause_seconds)
 
     def service_actions(self) -> None:
-        """Note that the loop runs. `serve_forever` calls this."""
-        self._watchdog.note_run(self)
+        """Note that the loop runs, for systemd's watchdog. `serve_forever` calls this."""
+        self.ran = time.monotonic()
+        self.application.metrics.set("expexp_open_connections", to=len(self.connections))
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a client. Make room if no file descriptor is left. Raises OSError."""
+        """Accept a client. Make room if no descriptor or memory is left. Raise OSError."""
         try:
             return self.socket.accept()
-        except OSError as error:
-            if error.errno in NO_DESCRIPTORS:
-                self._make_room()
+        except OSError:
+            self._make_room()
             raise
 
     def _make_room(self) -> None:
-        """Evict the oldest idle connections. Wait until their threads have ended."""
+        """Evict a batch of connections. Wait until their threads have ended."""
         for _ in range(EVICTED_TOGETHER):
             self.connections.evict()
         time.sleep(self.limits.accept_pause_seconds)
@@ -4984,6 +4966,7 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
         if not (self.connections.admit(request) and self._start_thread(request, client_address)):
+            self.application.metrics.increment("expexp_rejected_connections_total")
             self.shutdown_request(request)
 
     def _start_thread(self, request: Any, client_address: Any) -> bool:
@@ -4991,17 +4974,15 @@ class Server(http.server.ThreadingHTTPServer):
         # `threading.Thread.start` waits for ever if the new thread finds no memory.
         for _ in range(THREAD_ATTEMPTS):
             try:
-                self.connections.mark(request, idle=True)  # until it runs, it can be evicted
+                self.connections.expose(request)  # a thread may die before it runs
                 _thread.start_new_thread(self.process_request_thread, (request, client_address))
             except (MemoryError, RuntimeError):  # noqa: PERF203 - it is tried again
-                self.connections.mark(request, idle=False)
+                self.connections.protect(request)
                 self._make_room()
             else:
                 return True
-        self.application.metrics.increment("expexp_rejected_connections_total")
-        if time.monotonic() - self._warned >= 1:
-            self._warned = time.monotonic()
-            LOGGER.warning("connections are closed: no thread can be started for them")
+        # At most five lines a second, because each attempt ends in a pause.
+        LOGGER.warning("connection closed: no thread can be started for it")
         return False
 
     def shutdown_request(self, request: Any) -> None:
@@ -5010,12 +4991,9 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
-        """Log a client that hangs up at debug, any other error with its trace."""
+        """Log an error of ours."""
         error = sys.exc_info()[1]
-        if isinstance(error, (OSError, EOFError, ScrapeError)):
-            LOGGER.debug("%s: %s", client_address[0], error)
-        else:
-            LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
+        LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
 
 
 # ==================================================================================================
@@ -5082,8 +5060,7 @@ class LogWriter(logging.Handler):
         """Write lines until `stop`. Drop a line that cannot be written."""
         while line := self._lines.get():
             try:
-                while line:
-                    line = line[os.write(self._descriptor, line) :]
+                os.write(self._descriptor, line)  # whole: a pipe takes 4,096 bytes or none
             except (OSError, MemoryError):  # noqa: PERF203 - the next line may be written
                 self._drop()
 
@@ -5115,104 +5092,121 @@ def tell(text: str) -> None:
 
 
 def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
-    """Raise the soft limit of descriptors. Return fitting limits, and the former one or 0. IO."""
+    """Set the soft limit of descriptors. Return fitting limits, and the former soft limit. IO."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = limits.file_descriptors
-    wanted = most if hard == resource.RLIM_INFINITY else min(hard, most)
-    fitting = wanted // limits.connection_descriptors
-    limits = dataclasses.replace(limits, connections=min(limits.connections, fitting))
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return limits, 0
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return limits, soft
+    if hard != resource.RLIM_INFINITY:
+        most = min(hard, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    connections = min(limits.connections, most // limits.connection_descriptors)
+    return dataclasses.replace(limits, connections=connections), soft
+
+
+def watchdog_seconds() -> float:
+    """Return how often systemd's watchdog must hear of us, or inf: sd_watchdog_enabled(3). IO."""
+    if os.environ.get("WATCHDOG_PID") not in (None, str(os.getpid())):
+        return math.inf
+    # Four times in the time after which systemd restarts this process.
+    return float(os.environ.get("WATCHDOG_USEC") or math.inf) / 4e6
 
 
 class Program:
     """All parts of a running expexp. Raises ConfigError if something is wrong at the start."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
+        limits, former_descriptors = fit_descriptors(limits)
         metrics = SelfMetrics()
-        python, numbers = platform.python_version(), platform.python_version_tuple()
+        python = platform.python_version()
+        numbers = platform.python_version_tuple()
         metrics.set("expexp_build_info", __version__, python, to=1)
         metrics.set("build_info", __version__, "unknown", "unknown", f"python{python}", to=1)
         metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
-        limits, former_descriptors = fit_descriptors(limits)
-        self._options, self._limits = options, limits
         self.loader = Loader(options, limits)
         self.commands = Commands(limits, former_descriptors)
         self.application = Application(self.loader, options, Tools(limits, self.commands, metrics))
-        self.connections = Connections(limits.connections, metrics)
+        self.connections = Connections(limits.connections)
         self.servers: list[Server] = []
-        self._is_ending = False
+        self._signals: set[int] = set()
         self._is_reload_wanted = threading.Event()
         if not self.application.modules:
             LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
         """Bind all listeners, and log who has access. Raise ConfigError."""
-        options, tls = self._options, self.loader.snapshot.credentials.value.tls
-        own_tls = not options["web.tls.listen-address"] and bool(tls)
-        listeners = {"web.listen-address": own_tls, "web.tls.listen-address": True}
-        shared = self.application, self.connections, Watchdog()
-        try:
-            for flag in filter(options.get, listeners):
-                self.servers.append(Server(options[flag], listeners[flag], *shared))
-        except (OSError, UnicodeError) as error:
-            for server in self.servers:
-                server.server_close()
-            message = f"cannot listen on {render_address(options[flag])}: {words_of(error)}"
-            raise ConfigError(Problem("", 0, 0, "", message)) from None
-        self._tell_access()
+        plain = self.application.options["web.listen-address"]
+        secure = self.application.options["web.tls.listen-address"]
+        has_tls = self.loader.snapshot.credentials.value.tls is not None
+        if plain:  # TLS is for this listener if it has none of its own
+            self._add_server(plain, has_tls and not secure)
+        if secure:
+            self._add_server(secure, True)
+        self._log_exposure()
 
-    def _tell_access(self) -> None:
+    def _add_server(self, address: tuple[str, int], speaks_tls: bool) -> None:
+        """Bind a listener. Raise ConfigError."""
+        try:
+            server = Server(address, speaks_tls, self.application, self.connections)
+        except (OSError, UnicodeError) as error:
+            message = f"cannot listen on {render_address(address)}: {words_of(error)}"
+            raise ConfigError(Problem("", 0, 0, "", message)) from None
+        self.servers.append(server)
+
+    def _log_exposure(self) -> None:
         """Log who has access, and warn if anyone can add arguments to commands."""
-        networks, modules = self._options["allow.net"], self.application.modules.values()
+        networks = self.application.options["allow.net"]
         for network in networks:
             LOGGER.info("Allowing connections only from %s", network)
-        commands = [module for module in modules if module.method == "exec"]
-        names = ", ".join(m.name for m in commands if m.accept_args or m.accept_params)
-        demands: set[str] = self.loader.snapshot.credentials.value.demands
-        bound = [parse_client_address(str(server.server_address[0])) for server in self.servers]
-        exposed = [server for server, host in zip(self.servers, bound) if not host.is_loopback]
+        demands = self.loader.snapshot.credentials.value.demands
+        exposed = [server for server in self.servers if not server.is_loopback]
         plain = [server.url for server in exposed if not server.speaks_tls]
         if plain and "TLS" in demands:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        open_to_all = plain or "client certificates" not in demands
-        if names and exposed and open_to_all and not ("authentication" in demands or networks):
+        is_open = plain or (exposed and "client certificates" not in demands)
+        if networks or "authentication" in demands or not is_open:
+            return
+        names = [
+            module.name
+            for module in self.application.modules.values()
+            if module.method == "exec" and (module.accept_args or module.accept_params)
+        ]
+        if names:
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",
-                excerpt(names, 200),
+                excerpt(", ".join(names), 200),
             )
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then finish what runs. SIGHUP already has its handler."""
-        # A signal can reach any thread. Its byte wakes this one, where Python runs the handlers.
-        signals, writer = socket.socketpair()
-        writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):  # a full buffer loses the byte
-            signal.signal(number, self._note_end)
+        """Serve until SIGTERM or SIGINT, then finish what runs."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._note_signal)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no child can be waited for
         for server in self.servers:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+            threading.Thread(target=server.serve_forever, daemon=True).start()
             LOGGER.info("listening on %s", server.url)
         notify("READY=1")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
-        while signals.recv(PIECE_BYTES) and not self._is_ending:
-            self._is_reload_wanted.set()
+        seconds = watchdog_seconds()
+        notified = time.monotonic()
+        while not self._signals - {signal.SIGHUP}:
+            time.sleep(POLL_SECONDS)
+            if signal.SIGHUP in self._signals:
+                self._signals.discard(signal.SIGHUP)
+                self._is_reload_wanted.set()
+            now = time.monotonic()
+            if now - notified >= seconds >= now - min(server.ran for server in self.servers):
+                notified = now
+                notify("WATCHDOG=1")
         self.stop()
-        signal.set_wakeup_fd(-1)  # another signal would cause an error on stderr
 
-    def _note_end(self, *_: Any) -> None:
-        """Note that a signal ends the program."""
-        # Not a `threading.Event`: a second signal could make it deadlock. 5 of 30 runs hung.
-        self._is_ending = True
+    def _note_signal(self, number: int, _frame: Any) -> None:
+        """Note a signal. Take no lock, not even a `threading.Event`'s: 5 of 30 runs hung."""
+        self._signals.add(number)
 
     def _keep_reloading(self) -> None:
         """Reload after a signal, and after a change of files with -config.auto-reload-interval."""
-        seconds = self._options["config.auto-reload-interval"] or None
+        seconds = self.application.options["config.auto-reload-interval"] or None
         found: Any = None
         while True:
             try:
@@ -5225,7 +5219,7 @@ class Program:
                 if is_wanted or (found == former and config.is_due()):  # no file is being written
                     self.application.reload()
             except (MemoryError, RuntimeError, RequestError):  # noqa: PERF203 - go on
-                time.sleep(self._limits.accept_pause_seconds)
+                time.sleep(self.application.limits.accept_pause_seconds)
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""
@@ -5234,7 +5228,7 @@ class Program:
         for server in self.servers:
             server.shutdown()
             server.server_close()
-        if not self.connections.drain(self._limits.drain_seconds):
+        if not self.connections.drain(self.application.limits.drain_seconds):
             LOGGER.warning("stopped with requests unfinished")
         self.commands.end_all()
 
@@ -5250,17 +5244,20 @@ def read_input(name: str, limits: Limits) -> bytes:
 def point_at(line: bytes, column: int) -> str:
     """Return the escaped text around a column of a line, and a caret below the column."""
     text = line.decode() if is_utf8(line) else line.decode("latin-1")  # columns are bytes then
-    before = excerpt(text[max(0, column - 60) : column - 1], 200)
-    rest = excerpt(text[column - 1 :], 60)
-    return f"    {before}{rest}\n    {' ' * len(before)}^\n"
+    at = column - 1
+    before = excerpt(text[max(0, at - 59) : at], 200)
+    rest = excerpt(text[at:], 60)
+    caret = " " * len(before) + "^"
+    return f"    {before}{rest}\n    {caret}\n"
 
 
 def render_error(name: str, body: bytes, error: ExpositionError) -> str:
     """Return `file:line:column: message` and the text, for protobuf `file: byte N: message`."""
     if not error.line:
-        return f"{name}: byte {error.offset}: {error.message}\n"
+        return f"{name}: {error}\n"
     line = body[error.offset : error.offset + LINE_BYTES].partition(b"\n")[0]
-    return f"{name}:{error.line}:{error.column}: {error.message}\n{point_at(line, error.column)}"
+    place = f"{name}:{error.line}:{error.column}"
+    return f"{place}: {error.message}\n{point_at(line, error.column)}"
 
 
 def verify_file(name: str, options: Options, limits: Limits) -> int:
@@ -5278,11 +5275,10 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
             text = render_error(shown, body, error)
             code = 1
         failure = "<stdout>: cannot be written"
-        with open(1, "wb", closefd=False) as stdout:
-            stdout.write(text.encode("utf-8", "replace"))
+        os.write(1, text.encode("utf-8", "replace"))
     except (OSError, ScrapeError) as error:
         tell(f"{failure}: {words_of(error)}\n")
-        return 2
+        code = 2
     return code
 
 
@@ -5308,7 +5304,7 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["config.check"]:
         tell(f"no problems, modules: {len(Program(options, limits).application.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
-        signal.signal(signal.SIGHUP, lambda *_: None)  # it must not end expexp while it starts
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
         program = Program(options, limits)
         program.listen()
         limit_memory()
