@@ -142,8 +142,8 @@ class Limits:
     file_descriptors: int = 8192  # the soft limit is raised to this or the hard limit
     connection_descriptors: int = 5  # of one client, its TLS and a command
     accept_pause_seconds: float = 0.05  # without descriptors accepting must not spin
-    request_line_bytes: int = 8192  # the longest sensible query names a blackbox target
-    header_block_bytes: int = 32768  # all headers of a request
+    request_line_bytes: int = 65536  # a federation's query has many match[]
+    header_block_bytes: int = 65536  # with the line, 64 MiB in 512 connections
     handshake_seconds: float = 10  # for a client's TLS handshake: slow-loris
     header_seconds: float = 10  # for a request's line and headers: slow-loris
     write_stall_seconds: float = 30  # without progress: a client must read to keep a slot
@@ -2074,13 +2074,20 @@ class DocumentReader:
 LOGGER: Final = logging.getLogger("expexp")
 
 
-def notify(state: str, seconds: float = 1) -> None:
-    """Send a state to systemd if it started us and wants it: sd_notify(3). Wait `seconds`. IO."""
+@functools.lru_cache
+def notify_socket() -> socket.socket:
+    """Return the one socket towards systemd. Without descriptors none could be opened. IO."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    channel.settimeout(1)
+    return channel
+
+
+def notify(state: str) -> None:
+    """Send a state to systemd if it started us and wants it: sd_notify(3). Wait a second. IO."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
-        channel.settimeout(seconds)
+    with contextlib.suppress(OSError):
         if address:
-            channel.sendto(state.encode(), re.sub("^@", "\0", address))
+            notify_socket().sendto(state.encode(), re.sub("^@", "\0", address))
 
 
 def log_problems(problems: Iterable[Problem]) -> None:
@@ -2484,7 +2491,10 @@ class CredentialsLoader(FileReader):
         settings = web.tls_server_config
         if options["web.tls.listen-address"]:
             settings = TlsServer("", "", AUTH_TYPES[-1 if options["web.tls.verify"] else 0])
+        elif options["web.tls.verify"] and not settings:  # it promises a check that nobody makes
+            self.problem("", "-web.tls.verify needs -web.tls.listen-address")
         tls = self._tls(options, settings) if settings else None
+        self._warn_of_idle_flags(options)
         credentials = Credentials(token or self.secret(file), users, tls)
         if options["web.tls.certmatch"] and "client certificates" not in credentials.demands:
             self.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
@@ -2495,6 +2505,13 @@ class CredentialsLoader(FileReader):
             if tls and not self.value.tls:  # its listener is plain
                 self.problem("", "TLS cannot be turned on without a restart")
         return credentials
+
+    def _warn_of_idle_flags(self, options: Options) -> None:
+        """Warn of files for a TLS listener that does not exist."""
+        for name in TLS_FLAGS:
+            if options[name] != FLAGS[name].typed and not options["web.tls.listen-address"]:
+                message = f"flag -{name} has no effect without -web.tls.listen-address"
+                self.warnings.append(message)
 
     def _web_config(self, options: Options) -> WebConfig:
         """Return the content of -web.config.file. Note problems. IO."""
@@ -3383,7 +3400,8 @@ class Commands:
         if self._soft_descriptors:
             # Not in the child before exec: Python code there can deadlock in a program of threads.
             limits = self._soft_descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            with contextlib.suppress(OSError, AttributeError):  # not on Linux
+            # AttributeError: not on Linux. ValueError: prlimit(1) has lowered the hard limit.
+            with contextlib.suppress(OSError, AttributeError, ValueError):
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         return process
 
@@ -4187,7 +4205,7 @@ class Response:
     headers: Headers
     body: bytes | Iterator[bytes] = b""
     cleanup: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
-    aborted: bool = False  # failed after the status was sent
+    aborted: bool = False  # the client has hung up, or it failed after the status was sent
     module: str = ""  # the module whose duration is observed, if any
 
 
@@ -4447,6 +4465,7 @@ class Application:
                 who = f"module {excerpt(module.name)}: " if module else ""
                 words = self._note(module, error, hurried)
                 response = own_response(error.reason.status or 502, who + words)
+                response.aborted = error.reason.name == "aborted"
             response.module = module.name if module else ""
             return response
 
@@ -4617,8 +4636,7 @@ def collect_process(metrics: SelfMetrics) -> None:
 # ==================================================================================================
 # Sockets in, Requests out, Responses back. Each connection has a slot, and a thread that also
 # shakes hands. A client cannot hold a thread for ever: reads have deadlines, writes must make
-# progress. A connection can be evicted for a new one, except while its request is answered and
-# while a module's metrics are sent.
+# progress. A new connection can evict another one, unless that is answered or sent metrics.
 
 # Of an absolute form. The lookahead fixes the host's end: the match does not backtrack.
 URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
@@ -4628,24 +4646,26 @@ REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\
 class Connections:
     """The connections that clients hold. Those that can be evicted make room for new ones."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        # Each use of these two is atomic.
-        self._open: set[socket.socket] = set()
-        #: The ones that can be evicted. The one that could be for longest comes first.
+    def __init__(self) -> None:
+        self._most = 0  # until `fit`
+        self._open: set[socket.socket] = set()  # each use of it is atomic
+        #: The ones that can be evicted, the one that could be for longest first. The same holds.
         self._exposed: collections.OrderedDict[socket.socket, bool] = collections.OrderedDict()
         self.draining = False
 
-    def __len__(self) -> int:
-        """Return how many slots are taken."""
-        return len(self._open)
-
     def admit(self, connection: socket.socket) -> bool:
         """Give a connection a free slot, or an evicted one's. Return False if there is neither."""
-        if len(self) >= self._most and not self.evict():
+        if len(self._open) >= self._most and not self.evict():
             return False
         self._open.add(connection)
         return True
+
+    def fit(self, most: int) -> int:
+        """Change the number of slots. Evict connections beyond it. Return how many are left."""
+        self._most = most
+        while len(self._open) > most and self.evict():
+            pass
+        return len(self._open)
 
     def remove(self, connection: socket.socket) -> None:
         """Free a connection's slot."""
@@ -4688,13 +4708,12 @@ def handshake_fault(error: Exception) -> str:
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
     reason = str(getattr(error, "reason", "EOF"))
-    # UnicodeError: of a name in a certificate. Also in alerts: the client does not trust ours.
+    # UnicodeError: a name in it. UNKNOWN_CA: also an alert of a client that does not trust ours.
     is_certificate = isinstance(error, (CertificateError, UnicodeError))
     if is_certificate or re.search("CERTIFICATE|UNKNOWN_CA", reason):
         return "certificate"
-    if re.search("EOF|Closed before", reason):  # Python's words for a reset
-        return "closed"
-    return "protocol"
+    # "Closed before" are Python's words for a reset.
+    return "closed" if re.search("EOF|Closed before", reason) else "protocol"
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
@@ -4774,8 +4793,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Count and log a failed handshake, and end its connection."""
         fault = handshake_fault(error)
         self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
-        words = words_of(error)
-        LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words)
+        LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words_of(error))
         if self._wire.connection is not self._socket:
             self._wire.close()  # without close_notify OpenSSL forgets the session
         if fault not in ("timeout", "closed"):
@@ -4827,6 +4845,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         is_stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
         self._is_closing = is_unread or is_stale or not request.keeps_connection
         response = self._application.handle(request, refusal)
+        self._is_closing |= response.aborted  # the client has shut down its sending side
         # Requests to modules are bounded. Any other client that does not read can be evicted.
         if not response.module or response.status != OK:
             connections.expose(self._socket)
@@ -4857,8 +4876,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Reset the connection: to an HTTP/1.0 client a plain close is a complete body."""
         self._is_closing = True
         with contextlib.suppress(OSError):
-            linger = struct.pack("ii", 1, 0)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._wire.close()
         self._socket.close()
 
@@ -4871,11 +4889,9 @@ class ClientConnection(socketserver.BaseRequestHandler):
             body = b""
         elif isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
-        elif "content-length" in given:
-            pass
-        elif request.version == "1.0":
+        elif "content-length" not in given and request.version == "1.0":
             self._is_closing = True  # the only end of the body there is
-        else:
+        elif "content-length" not in given:
             headers.append(("Transfer-Encoding", "chunked"))
             pieces = itertools.chain(body, [b""])  # RFC 9112, 7.1: the last chunk is empty
             body = (b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
@@ -4945,9 +4961,11 @@ class Server(http.server.ThreadingHTTPServer):
                 time.sleep(self.limits.accept_pause_seconds)
 
     def service_actions(self) -> None:
-        """Note that the loop runs, for systemd's watchdog. `serve_forever` calls this."""
+        """Note that the loop runs, for systemd's watchdog. Fit the slots to the descriptors."""
         self.ran = time.monotonic()
-        self.application.metrics.set("expexp_open_connections", to=len(self.connections))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # prlimit(1) may have lowered it
+        most = min(self.limits.connections, soft // self.limits.connection_descriptors)
+        self.application.metrics.set("expexp_open_connections", to=self.connections.fit(most))
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a client. Make room if no descriptor or memory is left. Raise OSError."""
@@ -4965,14 +4983,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
-        if not (self.connections.admit(request) and self._start_thread(request, client_address)):
-            self.application.metrics.increment("expexp_rejected_connections_total")
-            self.shutdown_request(request)
-
-    def _start_thread(self, request: Any, client_address: Any) -> bool:
-        """Start a connection's thread, with a few attempts. Return whether that was possible."""
+        attempts = THREAD_ATTEMPTS if self.connections.admit(request) else 0
         # `threading.Thread.start` waits for ever if the new thread finds no memory.
-        for _ in range(THREAD_ATTEMPTS):
+        for _ in range(attempts):
             try:
                 self.connections.expose(request)  # a thread may die before it runs
                 _thread.start_new_thread(self.process_request_thread, (request, client_address))
@@ -4980,10 +4993,10 @@ class Server(http.server.ThreadingHTTPServer):
                 self.connections.protect(request)
                 self._make_room()
             else:
-                return True
-        # At most five lines a second, because each attempt ends in a pause.
-        LOGGER.warning("connection closed: no thread can be started for it")
-        return False
+                return
+        LOGGER.debug("%s: closed: no slot or no thread is free", client_address[0])
+        self.application.metrics.increment("expexp_rejected_connections_total")
+        self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
         """Close a connection and free its slot."""
@@ -5094,20 +5107,10 @@ def tell(text: str) -> None:
 def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
     """Set the soft limit of descriptors. Return fitting limits, and the former soft limit. IO."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = limits.file_descriptors
-    if hard != resource.RLIM_INFINITY:
-        most = min(hard, most)
+    most = min({hard, limits.file_descriptors} - {resource.RLIM_INFINITY})
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     connections = min(limits.connections, most // limits.connection_descriptors)
     return dataclasses.replace(limits, connections=connections), soft
-
-
-def watchdog_seconds() -> float:
-    """Return how often systemd's watchdog must hear of us, or inf: sd_watchdog_enabled(3). IO."""
-    if os.environ.get("WATCHDOG_PID") not in (None, str(os.getpid())):
-        return math.inf
-    # Four times in the time after which systemd restarts this process.
-    return float(os.environ.get("WATCHDOG_USEC") or math.inf) / 4e6
 
 
 class Program:
@@ -5124,7 +5127,7 @@ class Program:
         self.loader = Loader(options, limits)
         self.commands = Commands(limits, former_descriptors)
         self.application = Application(self.loader, options, Tools(limits, self.commands, metrics))
-        self.connections = Connections(limits.connections)
+        self.connections = Connections()
         self.servers: list[Server] = []
         self._signals: set[int] = set()
         self._is_reload_wanted = threading.Event()
@@ -5136,20 +5139,18 @@ class Program:
         plain = self.application.options["web.listen-address"]
         secure = self.application.options["web.tls.listen-address"]
         has_tls = self.loader.snapshot.credentials.value.tls is not None
-        if plain:  # TLS is for this listener if it has none of its own
-            self._add_server(plain, has_tls and not secure)
-        if secure:
-            self._add_server(secure, True)
-        self._log_exposure()
-
-    def _add_server(self, address: tuple[str, int], speaks_tls: bool) -> None:
-        """Bind a listener. Raise ConfigError."""
+        shared = self.application, self.connections
+        address = plain
         try:
-            server = Server(address, speaks_tls, self.application, self.connections)
+            if plain:  # TLS is for this listener if it has none of its own
+                self.servers.append(Server(plain, has_tls and not secure, *shared))
+            if secure:
+                address = secure
+                self.servers.append(Server(secure, True, *shared))
         except (OSError, UnicodeError) as error:
             message = f"cannot listen on {render_address(address)}: {words_of(error)}"
             raise ConfigError(Problem("", 0, 0, "", message)) from None
-        self.servers.append(server)
+        self._log_exposure()
 
     def _log_exposure(self) -> None:
         """Log who has access, and warn if anyone can add arguments to commands."""
@@ -5164,11 +5165,8 @@ class Program:
         is_open = plain or (exposed and "client certificates" not in demands)
         if networks or "authentication" in demands or not is_open:
             return
-        names = [
-            module.name
-            for module in self.application.modules.values()
-            if module.method == "exec" and (module.accept_args or module.accept_params)
-        ]
+        modules = [each for each in self.application.modules.values() if each.method == "exec"]
+        names = [each.name for each in modules if each.accept_args or each.accept_params]
         if names:
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
@@ -5187,7 +5185,10 @@ class Program:
         notify("READY=1")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
-        seconds = watchdog_seconds()
+        # sd_watchdog_enabled(3): systemd restarts this process after these microseconds.
+        is_ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
+        microseconds = os.environ.get("WATCHDOG_USEC") if is_ours else None
+        seconds = float(microseconds or math.inf) / 4e6  # a quarter
         notified = time.monotonic()
         while not self._signals - {signal.SIGHUP}:
             time.sleep(POLL_SECONDS)
@@ -5234,10 +5235,12 @@ class Program:
 
 
 def read_input(name: str, limits: Limits) -> bytes:
-    """Return the content of a file, `-` for stdin. Raise OSError, ScrapeError if too large. IO."""
+    """Return the content of a file, `-` for stdin. Raise OSError or ScrapeError. IO."""
     with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
         body = file.read(limits.body_bytes + 1)
     check_size(limits, len(body))
+    if body.startswith(b"\x1f\x8b"):  # neither a text nor the first field of a family
+        raise ScrapeError("malformed", "gzip: decompress it first")
     return body
 
 
@@ -5293,7 +5296,9 @@ def limit_memory() -> None:
 
 
 def perform(options: Options, limits: Limits) -> int:
-    """Do what the flags ask for. Return the exit code. Raise ConfigError."""
+    """Do what the flags ask for. Return the exit code. Raise FlagError or ConfigError."""
+    if options["verify.content-type"] and not options["verify"]:
+        raise FlagError("flag -verify.content-type needs -verify")
     if options["help"]:
         with contextlib.suppress(OSError):
             os.write(1, render_usage().encode())
@@ -5302,7 +5307,10 @@ def perform(options: Options, limits: Limits) -> int:
     elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
     elif options["config.check"]:
-        tell(f"no problems, modules: {len(Program(options, limits).application.modules)}\n")
+        config, credentials, targets, _ = Program(options, limits).loader.snapshot
+        readers = [config, credentials, *targets.values()]
+        warned = sum(len(reader.warnings) for reader in readers)
+        tell(f"0 problems, {warned} warnings, modules: {len(config.value.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
         program = Program(options, limits)
@@ -5333,6 +5341,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         for problem in error.problems:
             LOGGER.critical("%s", problem)
+        if len(error.problems) > 1:
+            LOGGER.critical("%d problems", len(error.problems))
         return 1
 
 
