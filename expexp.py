@@ -59,7 +59,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import email.utils
 import fnmatch
 import functools
 import hmac
@@ -4898,7 +4897,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if request.method == "HEAD":
             body = b""
         if "date" not in given:
-            headers.append(("Date", email.utils.formatdate(usegmt=True)))
+            # RFC 9110, 5.6.7. email.utils.formatdate takes three times as long.
+            headers.append(("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())))
         self._is_closing |= self.server.connections.draining
         headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
@@ -5056,13 +5056,11 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line of a record, or drop it. The handler's lock admits one thread."""
-        if self._lines.qsize() >= self._limits.log_queue_lines:
-            self._drop()
-            return
-        try:
-            self._lines.put(f"{self.format(record)}\n".encode("utf-8", "replace"))
-        except (MemoryError, RuntimeError):
-            self._drop()
+        with contextlib.suppress(MemoryError, RuntimeError):
+            if self._lines.qsize() < self._limits.log_queue_lines:
+                self._lines.put(f"{self.format(record)}\n".encode("utf-8", "replace"))
+                return
+        self._drop()
 
     def stop(self) -> None:
         """Wait until all lines are written, at most `log_flush_seconds`."""
@@ -5308,8 +5306,7 @@ def perform(options: Options, limits: Limits) -> int:
         return max(verify_file(name, options, limits) for name in options["verify"])
     elif options["config.check"]:
         config, credentials, targets, _ = Program(options, limits).loader.snapshot
-        readers = [config, credentials, *targets.values()]
-        warned = sum(len(reader.warnings) for reader in readers)
+        warned = sum(len(part.warnings) for part in (config, credentials, *targets.values()))
         tell(f"0 problems, {warned} warnings, modules: {len(config.value.modules)}\n")
     elif options["web.listen-address"] or options["web.tls.listen-address"]:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
