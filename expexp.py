@@ -4648,7 +4648,7 @@ class Connections:
     def __init__(self) -> None:
         self._most = 0  # until `fit`
         self._open: set[socket.socket] = set()  # each use of it is atomic
-        #: The ones that can be evicted, the one that could be for longest first. The same holds.
+        #: The ones that can be evicted, the one that could be for longest first. Also atomic.
         self._exposed: collections.OrderedDict[socket.socket, bool] = collections.OrderedDict()
         self.draining = False
 
@@ -5127,7 +5127,8 @@ class Program:
         self.application = Application(self.loader, options, Tools(limits, self.commands, metrics))
         self.connections = Connections()
         self.servers: list[Server] = []
-        self._signals: set[int] = set()
+        self._is_ending = False
+        self._is_hung_up = False
         self._is_reload_wanted = threading.Event()
         if not self.application.modules:
             LOGGER.error("no modules loaded from any config file")
@@ -5183,25 +5184,28 @@ class Program:
         notify("READY=1")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
-        # sd_watchdog_enabled(3): systemd restarts this process after these microseconds.
         is_ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         microseconds = os.environ.get("WATCHDOG_USEC") if is_ours else None
-        seconds = float(microseconds or math.inf) / 4e6  # a quarter
+        seconds = float(microseconds or math.inf) / 4e6  # a quarter: sd_watchdog_enabled(3)
         notified = time.monotonic()
-        while not self._signals - {signal.SIGHUP}:
-            time.sleep(POLL_SECONDS)
-            if signal.SIGHUP in self._signals:
-                self._signals.discard(signal.SIGHUP)
-                self._is_reload_wanted.set()
-            now = time.monotonic()
-            if now - notified >= seconds >= now - min(server.ran for server in self.servers):
-                notified = now
-                notify("WATCHDOG=1")
+        while not self._is_ending:
+            try:
+                time.sleep(POLL_SECONDS)
+                if self._is_hung_up:
+                    self._is_hung_up = False
+                    self._is_reload_wanted.set()
+                now = time.monotonic()
+                if now - notified >= seconds >= now - min(server.ran for server in self.servers):
+                    notified = now
+                    notify("WATCHDOG=1")
+            except MemoryError:  # noqa: PERF203 - this thread must not end
+                continue
         self.stop()
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Note a signal. Take no lock, not even a `threading.Event`'s: 5 of 30 runs hung."""
-        self._signals.add(number)
+        self._is_hung_up |= number == signal.SIGHUP
+        self._is_ending |= number != signal.SIGHUP
 
     def _keep_reloading(self) -> None:
         """Reload after a signal, and after a change of files with -config.auto-reload-interval."""
@@ -5237,7 +5241,7 @@ def read_input(name: str, limits: Limits) -> bytes:
     with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
         body = file.read(limits.body_bytes + 1)
     check_size(limits, len(body))
-    if body.startswith(b"\x1f\x8b"):  # neither a text nor the first field of a family
+    if body.startswith(b"\x1f\x8b"):
         raise ScrapeError("malformed", "gzip: decompress it first")
     return body
 
@@ -5245,9 +5249,8 @@ def read_input(name: str, limits: Limits) -> bytes:
 def point_at(line: bytes, column: int) -> str:
     """Return the escaped text around a column of a line, and a caret below the column."""
     text = line.decode() if is_utf8(line) else line.decode("latin-1")  # columns are bytes then
-    at = column - 1
-    before = excerpt(text[max(0, at - 59) : at], 200)
-    rest = excerpt(text[at:], 60)
+    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    rest = excerpt(text[column - 1 :], 60)
     caret = " " * len(before) + "^"
     return f"    {before}{rest}\n    {caret}\n"
 
