@@ -54,7 +54,6 @@ import _thread
 import base64
 import bisect
 import calendar
-import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -4168,6 +4167,9 @@ def answer_job(job: Job) -> Scrape:
 # A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
 # here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
+STARTED: Final = time.monotonic()
+OWN_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+
 
 class Request(NamedTuple):
     """The request of a client."""
@@ -4198,7 +4200,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Response:
-    """The answer to a client. `cleanup` runs when it has been sent, or when that failed."""
+    """The answer to a client. `cleanup` runs after it was sent, or after that failed."""
 
     status: int
     headers: Headers
@@ -4210,73 +4212,23 @@ class Response:
 
 def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
     """Return a page of ours: plain text, unless `more` headers give it another type."""
-    fields = {"Content-Type": PLAIN_CONTENT_TYPE, "X-Content-Type-Options": "nosniff", **dict(more)}
+    fields = {"Content-Type": PLAIN_CONTENT_TYPE, **OWN_HEADERS, **dict(more)}
     return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
-
-
-def exposition_response(text: str, accepted: str) -> Response:
-    """Return an exposition of ours, compressed if the client accepts that."""
-    body = text.encode()
-    headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
-    if accepts(accepted, "gzip"):
-        body = b"".join(gzip_pieces(body, 6))
-        headers.append(("Content-Encoding", "gzip"))
-    return Response(OK, headers, body)
-
-
-class FailureLog:
-    """Logs the failures and recoveries of one module, as warnings if they are news."""
-
-    def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
-        self._limits, self._clock = limits, clock
-        self._lock = threading.Lock()
-        self._succeeded_at = clock()
-        self._logged = ""  # the reason in the last warning
-        self._logged_at = -math.inf
-        self._left_out = 0  # warnings since then
-
-    def log(self, reason: str, text: str, hurried: bool = False) -> None:
-        """Log a failure, or a recovery if the reason is "". Without news, log at debug or nothing.
-
-        News is a new reason, or a reminder of an old one. `busy` is no new reason: there is no
-        recovery from it. A client is hurried if its deadline is shorter than the module's. Its
-        failure is news only if no scrape has succeeded for long.
-        """
-        now, pause = self._clock(), self._limits.failure_reminder_seconds
-        with self._lock:
-            if not reason:
-                self._succeeded_at = now
-            age = now - self._logged_at
-            is_news = reason not in ("busy", self._logged) or (reason != "" and age >= pause)
-            is_news &= not hurried or now - self._succeeded_at >= pause
-            if is_news and age < self._limits.failure_pause_seconds:
-                self._left_out += 1
-                is_news = False
-            if is_news:
-                text += f" ({self._left_out} more left out)" if self._left_out else ""
-                if reason != "busy":
-                    self._logged = reason
-                self._logged_at = now
-                self._left_out = 0
-        if is_news or reason:
-            LOGGER.log(logging.WARNING if is_news else logging.DEBUG, "%s", text)
 
 
 def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
     """Return the module that a query names, or the default one, and the rest of the query."""
-    given = next((value for name, value in pairs if name == b"module"), b"")
-    name = given.decode("utf-8", "replace") or config.default_module
+    name = config.default_module
+    names = [each for each, _ in pairs]
+    rest = list(pairs)
+    if b"module" in names:
+        given = rest.pop(names.index(b"module"))[1]  # later ones are for the target
+        name = given.decode("utf-8", "replace") or name
     if not name:
         raise ScrapeError("bad_arguments", "the parameter module is missing")
     if name not in config.modules:
         raise ScrapeError("unknown_module", f'unknown module "{excerpt(name)}"')
-    rest = list(pairs)
-    if (b"module", given) in rest:
-        rest.remove((b"module", given))  # later ones are for the target
     return config.modules[name], rest
-
-
-PARAMETER: Final = re.compile(rb"([A-Za-z][A-Za-z0-9_.-]*)=.*", re.DOTALL)
 
 
 def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
@@ -4286,14 +4238,15 @@ def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
         raise ScrapeError("bad_arguments", f"more than {limits.arguments} args and params")
     most = limits.argument_bytes
     for kind, value in added:
-        faults = {
-            f"longer than {most} bytes": len(value) > most,
-            "a NUL in it": b"\0" in value,
-            'not of the form "name=value"': kind == b"params" and not PARAMETER.fullmatch(value),
-            "not accepted by this module": not is_accepted(module, kind, value[:most]),
-        }
-        for wrong in filter(faults.get, faults):
-            raise ScrapeError("bad_arguments", f'{kind.decode()} "{excerpt(value)}": {wrong}')
+        shown = f'{kind.decode()} "{excerpt(value)}"'
+        if len(value) > most:
+            raise ScrapeError("bad_arguments", f"{shown}: longer than {most} bytes")
+        if b"\0" in value:
+            raise ScrapeError("bad_arguments", f"{shown}: a NUL in it")
+        if kind == b"params" and not re.match(rb"[A-Za-z][A-Za-z0-9_.-]*=", value):
+            raise ScrapeError("bad_arguments", f'{shown}: not of the form "name=value"')
+        if not is_accepted(module, kind, value):
+            raise ScrapeError("bad_arguments", f"{shown}: not accepted by this module")
 
 
 def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
@@ -4306,23 +4259,9 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
     return any(fnmatch.fnmatchcase(os.fsdecode(value), glob) for glob in accepted)
 
 
-def log_access(request: Request, response: Response, seconds: float) -> None:
-    """Write a line of the access log."""
-    line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
-    phrase = http.client.responses.get(response.status, "")
-    ended = f"{phrase}, aborted" if response.aborted else phrase
-    LOGGER.info("%s %d %s (took %.2fms)", line, response.status, ended, seconds * 1000)
-
-
-WRONG_CREDENTIALS: Final = {"Bearer": "Invalid Bearer Token", "Basic": "Invalid user or password"}
-
-
 def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
-    """Return the request without credentials for expexp. Raises RequestError with 403 or 401.
-
-    Without networks, all are allowed. Without a token and users, no credentials are needed.
-    """
-    if networks:
+    """Return the request without credentials for expexp. Raises RequestError with 403 or 401."""
+    if networks:  # otherwise all clients are allowed
         address = parse_client_address(request.client)
         if not any(address in network for network in networks):
             raise RequestError(403, "Forbidden")
@@ -4331,64 +4270,212 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
         proofs["Bearer"] = held.is_token
     if held.users:
         proofs["Basic"] = held.users.prove
-    if not proofs:
+    if not proofs:  # no credentials are needed
         return request
-    scheme, _, given = request.header("authorization").partition(" ")
-    prove = proofs.get(scheme.title())
-    if not (prove and prove(given.strip())):
-        found = f"not of {' or '.join(proofs)} type" if scheme else "is missing"
-        wrong = WRONG_CREDENTIALS[scheme.title()] if prove else f"Authorization header {found}"
-        challenge = ", ".join(f'{name} realm="expexp"' for name in proofs)
-        raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
-    rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-    return request._replace(headers=rest)
+    name, _, given = request.header("authorization").partition(" ")
+    scheme = name.title()
+    if scheme in proofs:
+        if proofs[scheme](given.strip()):
+            rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+            return request._replace(headers=rest)
+        wrong = "Invalid Bearer Token" if scheme == "Bearer" else "Invalid user or password"
+    elif scheme:
+        wrong = f"Authorization header not of {' or '.join(proofs)} type"
+    else:
+        wrong = "Authorization header is missing"
+    challenge = ", ".join([f'{each} realm="expexp"' for each in proofs])
+    raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+
+
+class History:
+    """Logs the failures and recoveries of one module, as warnings if they are news."""
+
+    def __init__(self, limits: Limits, clock: Clock = time.monotonic) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._succeeded_at = clock()
+        self._logged = ""  # the reason in the last warning
+        self._logged_at = -math.inf
+        self._left_out = 0  # warnings since then
+
+    def succeed(self, name: str) -> None:
+        """Log that the module has recovered, if the last warning was about a failure."""
+        with self._lock:
+            self._succeeded_at = self._clock()
+            if self._logged:
+                self._warn("", f"module {name}: recovered")
+
+    def fail(self, reason: str, text: str, patience: float) -> None:
+        """Log a failure: at debug if a scrape has succeeded in the last `patience` seconds."""
+        with self._lock:
+            is_due = self._clock() - self._logged_at >= self._limits.failure_reminder_seconds
+            is_news = is_due or reason not in ("busy", self._logged)  # no scrape recovers from busy
+            is_news = is_news and self._clock() - self._succeeded_at >= patience
+            if is_news and self._warn(reason, text):
+                return
+        LOGGER.debug("%s", text)
+
+    def _warn(self, reason: str, text: str) -> bool:
+        """Log a warning. Return False, and count it, soon after the last one."""
+        if self._clock() - self._logged_at < self._limits.failure_pause_seconds:
+            self._left_out += 1
+            return False
+        more = f" ({self._left_out} more left out)" if self._left_out else ""
+        LOGGER.warning("%s%s", text, more)
+        self._left_out = 0
+        self._logged_at = self._clock()
+        if reason != "busy":
+            self._logged = reason
+        return True
+
+
+class Attempt(NamedTuple):
+    """A request for a module's exposition. Counts and logs how it ends."""
+
+    module: Module
+    seconds: float  # until the deadline
+    history: History
+    tools: Tools
+
+    def follow(self, scrape: Scrape) -> Any:
+        """Return the body of a target's answer. If it is an iterator, note its end."""
+        if scrape.status != OK:
+            error = ScrapeError("status", f"the target answered with status {scrape.status}")
+            self.fail(error, error.reason)
+        elif isinstance(scrape.body, bytes):
+            self.history.succeed(self.module.name)
+        return scrape.body if isinstance(scrape.body, bytes) else self._pieces(scrape)
+
+    def _pieces(self, scrape: Scrape) -> Iterator[bytes]:
+        """Yield the pieces of a body. A failure after the status was sent counts as aborted."""
+        try:
+            yield from cast("Iterator[bytes]", scrape.body)
+        except ScrapeError as error:
+            self.fail(error, REASONS["aborted"])
+            raise
+        if scrape.status == OK:
+            self.history.succeed(self.module.name)
+
+    def fail(self, error: ScrapeError, reason: Reason) -> str:
+        """Count and log a failure. Return its words, with the target's URL where it matters."""
+        module = self.module
+        limits = self.tools.limits
+        kind = error.reason.name
+        words = error.message
+        # The target's URL does not matter for the request, the body's text and our own limits.
+        if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
+            words = f"{excerpt(module.target.shown, 200)}: {words}"
+        text = f"module {module.name}: {reason.name}: {words}"
+        if error.detail:
+            text += f": {error.detail}"
+        if kind == "aborted":  # the client hung up: the module has not failed
+            self.tools.metrics.increment("expexp_proxy_failures_total", module.name, kind)
+        else:
+            self.tools.metrics.fail(module.name, module.method, reason)
+        patience = 0.0
+        if kind == "timeout" and self.seconds < (module.timeout or limits.scrape_seconds):
+            patience = limits.failure_reminder_seconds  # the client's own deadline
+        if kind in ("aborted", "bad_arguments"):  # what clients do must not fill the log
+            LOGGER.debug("%s", text)
+        else:
+            self.history.fail(reason.name, text, patience)
+        return words
+
+
+def outline(module: Module) -> dict[str, Any]:
+    """Return what clients may know of a module: nothing that may hold a secret."""
+    timeout = module.timeout or None
+    shown = module.target.shown
+    return {"method": module.method, "timeout": timeout, "target": shown, "verify": module.verify}
+
+
+PAGE: Final = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>expexp</title></head>
+<body><h1>expexp</h1><h2>Exporters:</h2><ul>{items}</ul>
+<p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
+
+
+def render_index(modules: Mapping[str, Module], options: Options) -> str:
+    """Return the page at /. Its links are relative: they work behind a reverse proxy."""
+    items = ""
+    proxy = f".{options['web.proxy-path']}"
+    for name, module in modules.items():
+        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
+        shown = html.escape(f"{module.method} {module.target.shown}")
+        items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
+    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
+
+
+def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
+    """Set the metrics of reloads, and of our certificate."""
+    parts = [snapshot.credentials, *snapshot.targets.values()]
+    failed = any(part.problems for part in parts)
+    metrics.set("expexp_credentials_last_reload_successful", to=int(not failed))
+    metrics.set("expexp_config_last_reload_successful", to=int(not snapshot.config.problems))
+    metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
+    tls = snapshot.credentials.value.tls
+    if tls:
+        metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
+
+
+def collect_process(metrics: SelfMetrics) -> None:
+    """Set the metrics of this process. Those that a system does not have stay 0. IO."""
+    started = time.time() - (time.monotonic() - STARTED)
+    metrics.set("process_start_time_seconds", to=round(started, 2))
+    metrics.set("process_cpu_seconds_total", to=time.process_time())
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    metrics.set("process_max_fds", to=soft)
+    with contextlib.suppress(OSError), open("/proc/self/stat", "rb") as file:
+        # The program's name may contain blanks and brackets. proc(5) counts from 1.
+        fields = file.read().rpartition(b")")[2].split()
+        metrics.set("process_threads", to=int(fields[17]))
+        metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
+        metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
+        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 class Application:
-    """Answers requests by their routes. Counts and logs them."""
+    """Answers requests by their routes."""
 
     def __init__(self, loader: Loader, options: Options, tools: Tools) -> None:
         """Raises ConfigError if two routes have one path."""
-        self.loader, self.options = loader, options
-        self._tools, self.metrics, self.limits = tools, tools.metrics, tools.limits
-        new_log = functools.partial(FailureLog, tools.limits, time.monotonic)
-        self._failures: dict[str, FailureLog] = collections.defaultdict(new_log)
-        self._reloads = threading.BoundedSemaphore(self.limits.reload_requests)
+        self.loader = loader
+        self.options = options
+        self.metrics = tools.metrics
+        self.limits = tools.limits
+        self._tools = tools
+        self._histories: dict[str, History] = {}  # by module
+        self._reloads = threading.BoundedSemaphore(tools.limits.reload_requests)
         self._routes: dict[str, Callable[[Request], Response]] = {
-            "/": lambda request: list_modules(request, self.modules, options),
-            "/-/healthy": lambda _: own_response(200, "expexp is healthy."),
-            "/-/ready": lambda _: own_response(200, "expexp is ready."),
+            "/": self._index,
+            "/-/healthy": self._probe,
+            "/-/ready": self._probe,
             "/-/reload": self._reload,
-            "/sd": lambda request: list_targets(request, self.modules, options),
+            "/sd": self._list_targets,
         }
-        self._add_route("web.telemetry-path", self._telemetry)
-        self._add_route("web.proxy-path", self._proxy)
+        flags = {"web.telemetry-path": self._telemetry, "web.proxy-path": self._proxy}
+        for flag, route in flags.items():
+            path = options[flag]
+            if self._routes.setdefault(path, route) != route:
+                message = f"flag -{flag} can not be set to {path}: that path is taken"
+                raise ConfigError(Problem("", 0, 0, "", message))
         self._take_config()
-
-    def _add_route(self, flag: str, route: Callable[[Request], Response]) -> None:
-        """Add the route of a flag. Raises ConfigError if another one has its path."""
-        path = self.options[flag]
-        taken = self._routes.setdefault(path, route)
-        if taken != route:
-            message = f"flag -{flag} can not be set to {path}: that path is taken"
-            if taken == self._telemetry:
-                message = f"flags -{flag} and -web.telemetry-path can not be set to the same value"
-            raise ConfigError(Problem("", 0, 0, "", message))
 
     @property
     def modules(self) -> Mapping[str, Module]:
         """Return the modules of the configuration in use, by name."""
-        return cast("Mapping[str, Module]", self.loader.snapshot.config.value.modules)
+        return cast(Config, self.loader.snapshot.config.value).modules
 
     def _take_config(self) -> None:
         """Prepare metrics and FIFOs for the modules of the snapshot."""
-        modules = self.modules.values()
-        paths = [each.target.path for each in modules if each.method == "file"]
+        modules = self.modules
+        paths = [each.target.path for each in modules.values() if each.method == "file"]
         forget_fifos(self._tools.fifos, paths)
-        for module in modules:
+        for module in modules.values():
             self.metrics.create_module(module.name, module.method)
-        for gone in set(self._failures) - set(self.modules):
-            self._failures.pop(gone, None)  # or another reload does it just now
+        for gone in set(self._histories) - set(modules):
+            self._histories.pop(gone, None)  # or another reload does it just now
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again and return the problems. Raises RequestError."""
@@ -4415,118 +4502,122 @@ class Application:
         """Count and log a request that has been answered."""
         seconds = time.monotonic() - started
         path = request.path if request.path in self._routes else "other"
+        status = int(response.status)
         self.metrics.increment("expexp_http_requests_in_flight", by=-1)
-        self.metrics.increment("expexp_http_requests_total", path, str(int(response.status)))
+        self.metrics.increment("expexp_http_requests_total", path, str(status))
         if response.module:
             self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
         if LOGGER.isEnabledFor(logging.INFO):
-            log_access(request, response, seconds)
+            line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
+            ended = http.client.responses.get(status, "")
+            if response.aborted:
+                ended += ", aborted"
+            LOGGER.info("%s %d %s (took %.2fms)", line, status, ended, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """Return the route's response. Raises RequestError."""
         if refusal:
             raise refusal
         path = request.path
-        credentials = self.loader.current().credentials.value
-        request = admit(request, self.options["allow.net"], credentials)
+        snapshot = self.loader.current()
+        request = admit(request, self.options["allow.net"], snapshot.credentials.value)
         if path not in self._routes:
             raise RequestError(404, "404 page not found")
-        allowed = ("POST", "PUT") if path == "/-/reload" else ("GET", "HEAD")
-        if request.method not in allowed:
-            raise RequestError(405, "405 method not allowed", ("Allow", ", ".join(allowed)))
+        allowed = "POST, PUT" if path == "/-/reload" else "GET, HEAD"
+        if request.method not in allowed.split(", "):
+            raise RequestError(405, "405 method not allowed", ("Allow", allowed))
         return self._routes[path](request)
 
     def _proxy(self, request: Request) -> Response:
         """Return a module's exposition, or why there is none."""
         snapshot = self.loader.snapshot
-        module, pairs = None, parse_query(request.target.partition("?")[2])
-        hurried = False
-        header, offset = request.header(TIMEOUT_FIELD), self.options["timeout-offset"]
+        query = parse_query(request.target.partition("?")[2])
+        try:
+            module, pairs = choose_module(snapshot.config.value, query)
+        except ScrapeError as error:
+            self.metrics.fail(UNKNOWN_MODULE, "", error.reason)
+            LOGGER.debug("no module: %s: %s", error.reason.name, error.message)
+            return own_response(error.reason.status, error.message)
+        header = request.header(TIMEOUT_FIELD)
+        offset = self.options["timeout-offset"]
+        seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+        history = self._histories.setdefault(module.name, History(self.limits))
+        attempt = Attempt(module, seconds, history, self._tools)
         with contextlib.ExitStack() as cleanup:
             try:
-                module, pairs = choose_module(snapshot.config.value, pairs)
                 check_arguments(module, pairs, self.limits)
-                seconds = scrape_timeout(module.timeout, header, offset, self.limits)
-                hurried = seconds < (module.timeout or self.limits.scrape_seconds)
                 deadline = Deadline(seconds, time.monotonic, client=request.connection)
                 held = Held(self._tools)
                 cleanup.callback(held.release)
-                asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 credentials = snapshot.targets.get(module.name)
                 if credentials:
                     credentials = self.loader.target(module.name, credentials)
+                asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 job = Job(*asked, held, self._tools, credentials)
                 reserve_request(job)
                 found = answer_job(job)
-                body = self._noted_body(module, found, hurried)
+                body = attempt.follow(found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
-                who = f"module {excerpt(module.name)}: " if module else ""
-                words = self._note(module, error, hurried)
-                response = own_response(error.reason.status or 502, who + words)
+                text = f"module {excerpt(module.name)}: {attempt.fail(error, error.reason)}"
+                response = own_response(error.reason.status or 502, text)
                 response.aborted = error.reason.name == "aborted"
-            response.module = module.name if module else ""
-            return response
+        response.module = module.name
+        return response
 
-    def _noted_body(self, module: Module, result: Scrape, hurried: bool) -> Any:
-        """Return the body of a target's answer. Count a failure of the target's own."""
-        if result.status != OK:
-            message = f"the target answered with status {result.status}"
-            self._note(module, ScrapeError("status", message), hurried)
-        if not isinstance(result.body, bytes):
-            return self._streamed(module, result, hurried)
-        self._note_success(module, result.status)
-        return result.body
+    def _index(self, request: Request) -> Response:
+        """Return the modules as HTML, or as JSON if the client accepts that."""
+        if accepts(request.header("accept"), "application/json"):
+            text = json.dumps({name: outline(module) for name, module in self.modules.items()})
+            return own_response(200, text, ("Content-Type", "application/json"))
+        text = render_index(self.modules, self.options)
+        policy = ("Content-Security-Policy", "default-src 'none'")
+        return own_response(200, text, policy, ("Content-Type", "text/html; charset=utf-8"))
 
-    def _note_success(self, module: Module, status: int) -> None:
-        """Log that a module has recovered, if it has."""
-        if status == OK:
-            self._failures[module.name].log("", f"module {module.name}: recovered")
+    def _probe(self, request: Request) -> Response:
+        """Return that expexp is healthy, or ready."""
+        return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
 
-    def _streamed(self, module: Module, result: Scrape, hurried: bool) -> Iterator[bytes]:
-        """Yield the body's pieces. A failure after the status was sent counts as aborted."""
-        try:
-            yield from cast("Iterator[bytes]", result.body)
-        except ScrapeError as error:
-            self._note(module, error, hurried, REASONS["aborted"])
-            raise
-        self._note_success(module, result.status)
-
-    def _note(
-        self, module: Module | None, error: ScrapeError, hurried: bool, later: Reason | None = None
-    ) -> str:
-        """Count a failure and log it. Return its words, and the target's URL where it matters."""
-        name, method = (module.name, module.method) if module else (UNKNOWN_MODULE, "")
-        words = error.message
-        if error.reason.name == "aborted":  # the client hung up: the module has not failed
-            self.metrics.increment("expexp_proxy_failures_total", name, "aborted")
-            LOGGER.debug("module %s: aborted: the client hung up", name)
-            return words
-        reason = later or error.reason  # later: after the status was sent
-        self.metrics.fail(name, method, reason)
-        # The target's URL does not matter for the request, the body's text and our own limits.
-        if module and reason.name not in ("bad_arguments", "malformed", "busy"):
-            words = f"{excerpt(module.target.shown, 200)}: {words}"
-        place = f"module {name}" if module else "no module"
-        text = ": ".join(filter(None, (place, reason.name, words, error.detail)))
-        # A client's mistake is no failure of the module, and must not fill the log.
-        if reason.status in range(400, 500):
-            LOGGER.debug("%s", text)
-        else:
-            is_hurried = hurried and error.reason.name == "timeout"
-            self._failures[name].log(reason.name, text, is_hurried)
-        return words
+    def _list_targets(self, request: Request) -> Response:
+        """Return the modules for Prometheus's HTTP service discovery. Raises RequestError."""
+        options = self.options
+        address = options["web.external-address"] or request.header("host")
+        if not is_host(address):
+            expected = "a header Host with a host and perhaps a port, or -web.external-address"
+            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
+        groups = []
+        for module in self.modules.values():
+            labels = {
+                "__metrics_path__": options["web.proxy-path"],
+                "__scheme__": request.scheme,
+                "__param_module": module.name,
+                "__meta_expexp_method": module.method,
+                "module": module.name,  # else the go_* series of two modules would be the same
+            }
+            interval = module.scrape_interval
+            if interval:
+                # Both or none: a timeout above the interval drops a target, and so does a fraction.
+                timeout = min(interval, (module.timeout or interval) + options["timeout-offset"])
+                labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
+                labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
+            groups.append({"targets": [address], "labels": labels})
+        return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
 
     def _telemetry(self, request: Request) -> Response:
-        """Return our own metrics."""
+        """Return our own metrics, compressed if the client accepts that."""
         collect_process(self.metrics)
         collect_reloads(self.metrics, self.loader.snapshot)
         # Not at a reload: requests for modules that are gone may have ended since.
         self.metrics.forget_modules(lambda: self.modules)
-        return exposition_response(self.metrics.render(), request.header("accept-encoding"))
+        body = self.metrics.render().encode()
+        headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
+        if accepts(request.header("accept-encoding"), "gzip"):
+            body = b"".join(gzip_pieces(body, 6))
+            headers.append(("Content-Encoding", "gzip"))
+        return Response(OK, headers, body)
 
     def _reload(self, _request: Request) -> Response:
-        """Reload, if clients may ask for that. Return the problems."""
+        """Reload, if clients may ask for that. Return the problems. Raises RequestError."""
         if not self.options["web.enable-lifecycle"]:
             raise RequestError(403, "-web.enable-lifecycle is not set")
         if not self._reloads.acquire(blocking=False):
@@ -4538,96 +4629,6 @@ class Application:
             self._reloads.release()
         text = "\n".join(map(str, problems))
         return own_response(500 if problems else 200, text or "expexp has reloaded.")
-
-
-def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
-    """Return all modules for Prometheus's HTTP service discovery. Raises RequestError."""
-    address = options["web.external-address"] or request.header("host")
-    if not is_host(address):
-        expected = "a header Host with a host and perhaps a port, or -web.external-address"
-        raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
-    groups = []
-    for module in modules.values():
-        labels = {
-            "__metrics_path__": options["web.proxy-path"],
-            "__scheme__": request.scheme,
-            "__param_module": module.name,
-            "__meta_expexp_method": module.method,
-            "module": module.name,  # else the go_* series of two modules would be the same
-        }
-        if module.scrape_interval:
-            # Both or none: a timeout above the interval drops a target, and so does a fraction.
-            longest = module.timeout + options["timeout-offset"] if module.timeout else math.inf
-            timeout = min(module.scrape_interval, longest)
-            labels["__scrape_interval__"] = f"{module.scrape_interval * 1000:.0f}ms"
-            labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
-        groups.append({"targets": [address], "labels": labels})
-    fresh = ("Cache-Control", "no-store")
-    return own_response(200, json.dumps(groups), fresh, ("Content-Type", "application/json"))
-
-
-def outline(module: Module) -> dict[str, Any]:
-    """Return what clients may know of a module: nothing that may hold a secret."""
-    timeout, shown = module.timeout or None, module.target.shown
-    return {"method": module.method, "timeout": timeout, "target": shown, "verify": module.verify}
-
-
-PAGE: Final = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>expexp</title></head>
-<body><h1>expexp</h1><h2>Exporters:</h2>
-<ul>{items}</ul>
-<p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
-
-
-def render_index(modules: Mapping[str, Module], options: Options) -> str:
-    """Return the page at /. Its links are relative: they work behind a reverse proxy."""
-    items = ""
-    proxy = f".{options['web.proxy-path']}"
-    for name, module in modules.items():
-        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
-        shown = html.escape(f"{module.method} {module.target.shown}")
-        items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
-    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
-
-
-def list_modules(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
-    """Return the modules as HTML, or as JSON if the client accepts that."""
-    vary = ("Vary", "Accept")
-    if accepts(request.header("accept"), "application/json"):
-        text = json.dumps({name: outline(module) for name, module in modules.items()})
-        return own_response(200, text, vary, ("Content-Type", "application/json"))
-    text = render_index(modules, options)
-    policy = ("Content-Security-Policy", "default-src 'none'")
-    return own_response(200, text, vary, policy, ("Content-Type", "text/html; charset=utf-8"))
-
-
-def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
-    """Set the metrics of reloads, and of our certificate."""
-    parts = [snapshot.credentials, *snapshot.targets.values()]
-    failed = any(part.problems for part in parts)
-    metrics.set("expexp_credentials_last_reload_successful", to=int(not failed))
-    successful = not snapshot.config.problems
-    metrics.set("expexp_config_last_reload_successful", to=int(successful))
-    metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
-    tls = snapshot.credentials.value.tls
-    if tls:
-        metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
-
-
-def collect_process(metrics: SelfMetrics) -> None:
-    """Set the metrics of this process. Those that a system does not have stay 0. IO."""
-    metrics.set("process_cpu_seconds_total", to=time.process_time())
-    metrics.set("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/stat", "rb") as file:
-        # The program's name may contain blanks and brackets. proc(5) counts from 1.
-        fields = file.read().rpartition(b")")[2].split()
-        started = int(fields[19]) / os.sysconf("SC_CLK_TCK")  # in seconds since boot
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - started
-        metrics.set("process_start_time_seconds", to=round(time.time() - age, 2))
-        metrics.set("process_threads", to=int(fields[17]))
-        metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
-        metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 # ==================================================================================================

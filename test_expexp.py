@@ -12065,6 +12065,11 @@ def test_healthy_and_ready_answer_one_line() -> None:
     assert ask(app, "/-/ready").text == "expexp is ready.\n"
 
 
+@pytest.mark.parametrize("path", ["/", "/sd", "/-/healthy", "/nope", "/proxy?module=nope"])
+def test_no_cache_keeps_a_page_of_our_own(path: str) -> None:
+    assert ask(application({}), path, {"Host": "h"}).headers["cache-control"] == "no-store"
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "get", "X"])
 @pytest.mark.parametrize("path", ["/", "/proxy?module=e", "/metrics", "/-/healthy"])
 def test_other_methods_are_not_allowed(method: str, path: str) -> None:
@@ -13779,14 +13784,19 @@ def test_failures_are_logged_when_they_are_news(
 ) -> None:
     now = 0.0
     caplog.set_level(logging.DEBUG, "expexp")
-    log = expexp.FailureLog(expexp.Limits(), lambda: now)
+    limits = expexp.Limits()
+    history = expexp.History(limits, lambda: now)
     for at, outcome, expected in steps:
         now = at
         caplog.clear()
         hurried = outcome == "hurried"
         reason = "timeout" if hurried else outcome
-        log.log(reason, reason or "recovered", hurried)
-        found = [(record.levelname, record.getMessage()) for record in caplog.records]
+        if reason:
+            history.fail(reason, reason, limits.failure_reminder_seconds if hurried else 0)
+        else:
+            history.succeed("m")
+        texts = [record.getMessage().replace("module m: ", "") for record in caplog.records]
+        found = list(zip([record.levelname for record in caplog.records], texts))
         if expected is None:
             assert found == ([("DEBUG", reason)] if reason else []), at
         else:
@@ -13809,7 +13819,7 @@ def test_a_client_that_fails_and_succeeds_all_the_time_writes_a_warning_in_10_s_
         "module a:",
         "module b:",
     ]
-    assert app._failures["a"]._left_out == 49
+    assert app._histories["a"]._left_out == 49
 
 
 #: A module's settings and the client's header, and whether the deadline is that of the module.
@@ -13863,18 +13873,18 @@ def test_a_reload_forgets_what_the_log_said_of_modules_that_are_gone(tmp_path: P
     app = expexp.Program(flags, FAST).application
     for name in modules:
         assert ask(app, f"/proxy?module={name}").status == 500
-    stays = app._failures["stays"]
+    stays = app._histories["stays"]
     del modules["gone"]
     path.write_text(json.dumps({"modules": modules}))
     assert app.reload() == []
-    assert app._failures == {"stays": stays}
+    assert app._histories == {"stays": stays}
 
 
-class MeetingFailures(dict):  # type: ignore[type-arg]
-    """The failures of modules; two threads that go through them do so at the same time."""
+class MeetingHistories(dict):  # type: ignore[type-arg]
+    """Histories of modules. Two threads iterate over them at the same time."""
 
-    def __init__(self, failures: Mapping[str, expexp.FailureLog]) -> None:
-        super().__init__(failures)
+    def __init__(self, histories: Mapping[str, expexp.History]) -> None:
+        super().__init__(histories)
         self._both = threading.Barrier(2)
 
     def __iter__(self) -> Iterator[str]:
@@ -13889,12 +13899,12 @@ def test_two_reloads_at_once_forget_a_module_that_is_gone(tmp_path: Path) -> Non
     flags = expexp.parse_flags([f"-config={path}", "-web.listen-address="])
     app = expexp.Program(flags, FAST).application
     assert ask(app, "/proxy?module=gone").status == 500
-    app._failures = MeetingFailures(app._failures)
+    app._histories = MeetingHistories(app._histories)
     path.write_text(json.dumps({"modules": {"stays": file_module("/no/file")}}))
     with ThreadPoolExecutor(2) as pool:
         reloads = [pool.submit(app.reload) for _ in range(2)]
         assert [reload.result() for reload in reloads] == [[], []]
-    assert len(app._failures) == 0
+    assert len(app._histories) == 0
 
 
 def test_failures_and_recoveries_are_one_warning_each_bug_20(
@@ -17951,7 +17961,7 @@ def test_nothing_to_listen_on_is_a_warning_and_exit_0() -> None:
     assert re.fullmatch(rf'time="{TIME}" {message}\n', ended.stderr)
 
 
-EQUAL = "flags -web.proxy-path and -web.telemetry-path can not be set to the same value"
+EQUAL = "flag -web.proxy-path can not be set to /x: that path is taken"
 REFUSED_STARTS = {
     "a bad configuration": (
         ["-config", "bad.yaml"],
