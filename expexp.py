@@ -4221,10 +4221,10 @@ def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
     name = config.default_module
     names = [each for each, _ in pairs]
     rest = list(pairs)
-    if b"module" in names:
+    if b"module" in names:  # also if it is empty, as an empty relabelling makes it
         given = rest.pop(names.index(b"module"))[1]  # later ones are for the target
-        name = given.decode("utf-8", "replace") or name
-    if not name:
+        name = given.decode("utf-8", "replace")
+    elif not name:
         raise ScrapeError("bad_arguments", "the parameter module is missing")
     if name not in config.modules:
         raise ScrapeError("unknown_module", f'unknown module "{excerpt(name)}"')

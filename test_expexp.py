@@ -12417,15 +12417,22 @@ def test_the_default_module_answers_where_none_is_named_bug_1() -> None:
     heads: list[bytes] = []
     with target(recording(heads)) as port:
         app = application({"h": http_module(port), "x": http_module(1)}, default="h")
-        for query in ("", "?", "?module=", "?x=1", "?Module=x"):
+        for query in ("", "?", "?x=1", "?Module=x"):
             assert ask(app, f"/proxy{query}").text == "up 1\n"
     assert [request_line(head).split()[1] for head in heads] == [
-        "/metrics",
         "/metrics",
         "/metrics",
         "/metrics?x=1",
         "/metrics?Module=x",
     ]
+
+
+@pytest.mark.parametrize("query", ["module=", "module", "x=1&module=", "module=&module=f"])
+def test_an_empty_module_does_not_scrape_the_default_one(query: str) -> None:
+    app = application({"f": file_module("/no/file")}, default="f")
+    reply = ask(app, f"/proxy?{query}")
+    assert (reply.status, reply.text) == (404, 'unknown module ""\n')
+    assert metric(app, 'expexp_proxy_errors_total{module="f"}') == 0
 
 
 def test_a_default_modules_own_parameter_named_module_is_kept_bug_1b() -> None:
@@ -12442,7 +12449,7 @@ def test_a_default_modules_own_parameter_named_module_is_kept_bug_1b() -> None:
 
 NO_MODULE = {
     "no parameter (bug 18)": ("/proxy", 400, "the parameter module is missing\n"),
-    "an empty parameter (bug 18)": ("/proxy?module=", 400, "the parameter module is missing\n"),
+    "an empty parameter": ("/proxy?module=", 404, 'unknown module ""\n'),
     "an unknown name": ("/proxy?module=nope", 404, 'unknown module "nope"\n'),
     "an unknown name twice": ("/proxy?module=nope&module=e", 404, 'unknown module "nope"\n'),
     "a semicolon (bug 1)": ("/proxy?module=e;y=1", 404, 'unknown module "e;y=1"\n'),
