@@ -328,6 +328,12 @@ class Secret:
     def __bool__(self) -> bool:
         return bool(self._text)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
 
 @dataclass
 class Deadline:
@@ -2070,6 +2076,7 @@ class DocumentReader:
 # problem with a file is a ConfigError at start, and a line in the log later. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
+NOTICE: Final = logging.CRITICAL + 10  # a start, a reload, an end: written at every -log.level
 
 
 @functools.lru_cache
@@ -2734,6 +2741,15 @@ class Snapshot(NamedTuple):
         return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
 
 
+def log_changes(former: Mapping[str, Module], modules: Mapping[str, Module]) -> None:
+    """Log what a reload has changed."""
+    added = len(modules.keys() - former.keys())
+    removed = len(former) + added - len(modules)
+    changed = sum(module != former.get(name, module) for name, module in modules.items())
+    words = "configuration reloaded: %d modules, %d added, %d changed, %d removed"
+    LOGGER.log(NOTICE, words, len(modules), added, changed, removed)
+
+
 class Loader:
     """Holds the snapshot in use. Replaces it when credentials change, and on a reload."""
 
@@ -2792,7 +2808,7 @@ class Loader:
                     new = self.snapshot._replace(config=config, credentials=config.credentials)
                 else:
                     new = Snapshot(config, config.credentials, config.targets, time.time())
-                    LOGGER.info("configuration reloaded: %d modules", len(config.modules))
+                    log_changes(self.snapshot.config.modules, config.modules)
                 self.snapshot = new
             return config.problems
         finally:
@@ -5088,6 +5104,7 @@ def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options["log.level"])
     logging.addLevelName(logging.CRITICAL, "FATAL")
+    logging.addLevelName(NOTICE, "NOTICE")
     logging.logThreads = False  # or `threading` keeps an object for each thread, to name it
     logging.raiseExceptions = False  # a closed stderr must not stop a scrape
 
@@ -5182,6 +5199,7 @@ class Program:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             LOGGER.info("listening on %s", server.url)
+        self._tell_start()
         notify("READY=1")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
@@ -5202,6 +5220,15 @@ class Program:
             except MemoryError:  # noqa: PERF203 - this thread must not end
                 continue
         self.stop()
+
+    def _tell_start(self) -> None:
+        """Log what is served, where, and to which clients."""
+        demands = self.loader.snapshot.credentials.value.demands
+        access = [*map(str, self.application.options["allow.net"]), *sorted(demands)]
+        urls = ", ".join([server.url for server in self.servers])
+        modules = len(self.application.modules)
+        words = "expexp %s started: %d modules, %s, clients: %s"
+        LOGGER.log(NOTICE, words, __version__, modules, urls, ", ".join(access) or "all")
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Note a signal. Take no lock, not even a `threading.Event`'s: 5 of 30 runs hung."""
@@ -5227,7 +5254,7 @@ class Program:
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""
-        LOGGER.info("stopping")
+        LOGGER.log(NOTICE, "stopping")
         notify("STOPPING=1")
         for server in self.servers:
             server.shutdown()

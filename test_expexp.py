@@ -18571,7 +18571,7 @@ def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
         assert process.wait(5) == 0
     lines = path.read_text().splitlines()
     assert re.findall(r"healthy\?(\d+)", "\n".join(lines)) == [str(n) for n in range(200)]
-    assert any(line.endswith('level=info msg="stopping"') for line in lines[-2:])
+    assert any(line.endswith('level=notice msg="stopping"') for line in lines[-2:])
 
 
 @contextlib.contextmanager
@@ -19042,6 +19042,42 @@ def test_sighup_reloads_and_nothing_else_does_without_the_flag(tmp_path: Path) -
         assert "stopping" in rest_of_log(process)
 
 
+#: Flags, and which clients the line at the start names.
+ADMITTED: dict[str, tuple[list[str], str]] = {
+    "at the level panic": (["-log.level=panic"], "all"),
+    "networks": (["-allow.net=127.0.0.0/8", "-allow.net=::1/128"], "127.0.0.0/8, ::1/128"),
+    "a token": (["-web.bearer.token=s3ntinel"], "authentication"),
+}
+
+
+@pytest.mark.parametrize(("flags", "clients"), ADMITTED.values(), ids=ADMITTED)
+def test_a_start_a_good_reload_and_the_end_are_a_line_each_at_every_level(
+    flags: list[str], clients: str, tmp_path: Path
+) -> None:
+    secret = exec_module("true", env={"TOKEN": "s3ntinel"})
+    path, old = tmp_path / "expexp.yaml", {"a": exec_module("true"), "b": secret, "c": secret}
+    write_modules(path, old)
+    with process("-web.listen-address", LOCAL, *flags, folder=tmp_path) as own:
+        log = Log(own)
+        wait_until(lambda: log.count("started"))
+        write_modules(path, {"a": exec_module("false"), "b": secret, "d": secret, "e": secret})
+        own.send_signal(signal.SIGHUP)
+        wait_until(lambda: log.count("reloaded"))
+        own.send_signal(signal.SIGTERM)
+        assert own.wait(5) == 0
+        log.end()
+    lines = [line for line in log.lines if "level=notice" in line]
+    url = r"http://127\.0\.0\.1:\d+"
+    said = [
+        rf"expexp {expexp.__version__} started: 3 modules, {url}, clients: {clients}",
+        "configuration reloaded: 4 modules, 2 added, 1 changed, 1 removed",
+        "stopping",
+    ]
+    for line, words in zip(lines, said):
+        assert re.fullmatch(f'time="{TIME}" level=notice msg="{words}"\n', line)
+    assert len(lines) == len(said)
+
+
 def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None:
     # A thread that begins or ends just then may be the one that the kernel interrupts.
     over = threading.Event()
@@ -19051,7 +19087,7 @@ def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None
             fetch(port, "/-/ready")
 
     with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
-        log, said = Log(process), "configuration reloaded: 1 modules"
+        log, said = Log(process), "configuration reloaded: 1 modules, 0 added, 0 changed, 0 removed"
         with ThreadPoolExecutor(2) as pool:
             clients = [pool.submit(come_and_go, port) for _ in range(2)]
             try:
@@ -20260,7 +20296,7 @@ def test_every_line_of_the_log_is_printable_and_bounded(
 
 
 def test_a_line_of_the_log_is_time_level_and_message(journals: dict[str, Journal]) -> None:
-    line = rf'time="{TIME}" level=(info|warning|error|debug) msg="(?:[^"\\]|\\.)*"'
+    line = rf'time="{TIME}" level=(notice|info|warning|error|debug) msg="(?:[^"\\]|\\.)*"'
     assert [text for text in journals["text"].log if not re.fullmatch(line, text)] == []
 
 
@@ -20269,7 +20305,7 @@ def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Jo
         record = json.loads(text)
         assert set(record) == {"level", "msg", "time"}
         assert re.fullmatch(TIME, record["time"])
-        assert record["level"] in ("debug", "info", "warning", "error")
+        assert record["level"] in ("debug", "info", "warning", "error", "notice")
 
 
 def test_no_repr_shows_a_secret(here: Path) -> None:
