@@ -54,12 +54,15 @@ import _thread
 import base64
 import bisect
 import calendar
+import collections
 import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
+import hashlib
 import hmac
 import html
 import http.client
@@ -83,6 +86,7 @@ import socket
 import socketserver
 import ssl
 import stat
+import string
 import struct
 import subprocess
 import sys
@@ -506,9 +510,14 @@ def compose_wide_series(comma: bytes) -> bytes:
     return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
-SECONDS: Final = rb"(?: %b|)" % FINITE
+OPENMETRICS_TIME: Final = rb"(?: %b|)" % FINITE
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
-AFTER_VALUE: Final = rb"%b(?: # %b %b%b|)" % (SECONDS, EXEMPLAR_LABELS, CANONICAL_NUMBER, SECONDS)
+AFTER_VALUE: Final = rb"%b(?: # %b %b%b|)" % (
+    OPENMETRICS_TIME,
+    EXEMPLAR_LABELS,
+    CANONICAL_NUMBER,
+    OPENMETRICS_TIME,
+)
 #: The base units of OpenMetrics. The reader reads others: to compare a unit with the name by a
 #: group takes time in the square of its length.
 UNIT: Final = (
@@ -2218,7 +2227,7 @@ class FileReader(DocumentReader):
             raise ValueError("a pipe, which can be read but once")
         return mode
 
-    def read(self, filename: str, most_bytes: int = Limits.config_bytes) -> bytes:
+    def content(self, filename: str, most_bytes: int = Limits.config_bytes) -> bytes:
         """Return the content of a file. Raise OSError, or ValueError if it is too large. IO."""
         self.watch(filename)
         with open(filename, "rb") as file:
@@ -2230,17 +2239,17 @@ class FileReader(DocumentReader):
     def document(self, filename: str) -> Node:
         """Return the tree of a file, JSON if it is named so, else YAML. Raise as `noting` says."""
         # What is not UTF-8 becomes surrogates, which no reader of nodes takes.
-        text = self.read(filename).decode("utf-8-sig", "surrogateescape")
+        text = self.content(filename).decode("utf-8-sig", "surrogateescape")
         return parse_json(text) if filename.endswith(".json") else parse_yaml(text)
 
     def secret(self, named: NamedFile) -> Secret:
         """Return the content of a file, if one is named, without blanks around it. IO."""
         if named.name:
             with self.using(named):
-                content = self.read(named.name, Limits.secret_bytes)
+                content = self.content(named.name, Limits.secret_bytes)
                 self.warn_of_readers(named.name)
                 text = content.decode("utf-8-sig", "surrogateescape").strip()
-                if not re.fullmatch(A_NAME, text):
+                if not (text and re.fullmatch(A_TEXT, text)):
                     raise ValueError("expected text in UTF-8, not empty and without a NUL")
                 return Secret(text)
         return Secret("")
@@ -2253,7 +2262,7 @@ class FileReader(DocumentReader):
 
     def pem(self, pattern: re.Pattern[bytes], what: str, filename: str) -> list[str]:
         """Return what matches in a PEM file. Raise OSError, or ValueError if nothing does. IO."""
-        content = self.read(filename)
+        content = self.content(filename)
         blocks = [block.decode() for block in pattern.findall(content)]
         if not blocks:
             rows = (row for row in PEM_MISTAKES if re.search(row[0], content, re.DOTALL))
@@ -2808,7 +2817,7 @@ class Loader:
                     new = self.snapshot._replace(config=config, credentials=config.credentials)
                 else:
                     new = Snapshot(config, config.credentials, config.targets, time.time())
-                    log_changes(self.snapshot.config.modules, config.modules)
+                    log_changes(former.config.value.modules, config.value.modules)
                 self.snapshot = new
             return config.problems
         finally:
@@ -3124,6 +3133,7 @@ class Scrape(NamedTuple):
     body: bytes | Iterator[bytes]
     modified: float | None = None  # when a regular file was, in seconds since 1970
     packed: bytes = b""  # the body in gzip
+    samples: int | None = None  # of a verified body
 
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
@@ -4058,8 +4068,11 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 
 
-def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> str:
-    """Return the content type that replaces the target's, or "". Raises ScrapeError."""
+def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> tuple[str, int]:
+    """Return the content type that replaces the target's or "", and the number of samples.
+
+    Raises ScrapeError.
+    """
     encoding = (*values_of(headers, "content-encoding"), "")[0]
     content_type = configured or (*values_of(headers, "content-type"), "")[0]
     decoded = Held(job.tools)
@@ -4070,7 +4083,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
         # small scrapes have a p99 of 375 ms, and 90 to 156 ms with this bound.
         is_large = len(body) > MEBIBYTE
         with hold(job.tools.verifications, job.deadline) if is_large else contextlib.nullcontext():
-            verify_exposition(body, content_type, job.deadline.remaining)
+            samples = verify_exposition(body, content_type, job.deadline.remaining)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
@@ -4084,8 +4097,8 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> s
         decoded.release()
     is_plain = parse_media_type(content_type) == "text/plain"
     if configured or is_plain or choose_dialect(content_type) is not TEXT:
-        return configured
-    return TEXT_CONTENT_TYPE
+        return configured, samples
+    return TEXT_CONTENT_TYPE, samples
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
@@ -4123,8 +4136,9 @@ def scrape_target(job: Job) -> Scrape:
         return result
     headers, body = result.headers, cast(bytes, result.body)
     content_type: str = getattr(module.target, "content_type", "")
+    samples = None
     if module.verify:
-        content_type = verify_scrape(job, headers, body, content_type)
+        content_type, samples = verify_scrape(job, headers, body, content_type)
     if content_type:
         headers = with_header(headers, "Content-Type", content_type)
     if result.modified is not None:
@@ -4134,7 +4148,7 @@ def scrape_target(job: Job) -> Scrape:
         headers = with_header(headers, "Vary", "Accept-Encoding")
         if module.cache or takes_gzip(job):
             packed = join_pieces(job, gzip_pieces(body, 1))
-    return result._replace(headers=headers, body=body, packed=packed)
+    return result._replace(headers=headers, body=body, packed=packed, samples=samples)
 
 
 GZIP_BYTES: Final = 1024  # smaller bodies fit into a packet
@@ -4235,11 +4249,11 @@ def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
 def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
     """Return the module that a query names, or the default one, and the rest of the query."""
     name = config.default_module
-    names = [each for each, _ in pairs]
     rest = list(pairs)
-    if b"module" in names:  # also if it is empty, as an empty relabelling makes it
-        given = rest.pop(names.index(b"module"))[1]  # later ones are for the target
+    given = dict(reversed(rest)).get(b"module")  # the first one: later ones are for the target
+    if given is not None:  # also if it is empty, as an empty relabelling makes it
         name = given.decode("utf-8", "replace")
+        rest.remove((b"module", given))
     elif not name:
         raise ScrapeError("bad_arguments", "the parameter module is missing")
     if name not in config.modules:
@@ -4252,17 +4266,18 @@ def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
     added = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
     if len(added) > limits.arguments:
         raise ScrapeError("bad_arguments", f"more than {limits.arguments} args and params")
-    most = limits.argument_bytes
     for kind, value in added:
-        shown = f'{kind.decode()} "{excerpt(value)}"'
-        if len(value) > most:
-            raise ScrapeError("bad_arguments", f"{shown}: longer than {most} bytes")
-        if b"\0" in value:
-            raise ScrapeError("bad_arguments", f"{shown}: a NUL in it")
-        if kind == b"params" and not re.match(rb"[A-Za-z][A-Za-z0-9_.-]*=", value):
-            raise ScrapeError("bad_arguments", f'{shown}: not of the form "name=value"')
-        if not is_accepted(module, kind, value):
-            raise ScrapeError("bad_arguments", f"{shown}: not accepted by this module")
+        fault = ""
+        if len(value) > limits.argument_bytes:
+            fault = f"longer than {limits.argument_bytes} bytes"
+        elif b"\0" in value:
+            fault = "a NUL in it"
+        elif kind == b"params" and not re.match(rb"[A-Za-z][A-Za-z0-9_.-]*=", value):
+            fault = 'not of the form "name=value"'
+        elif not is_accepted(module, kind, value):
+            fault = "not accepted by this module"
+        if fault:
+            raise ScrapeError("bad_arguments", f'{kind.decode()} "{excerpt(value)}": {fault}')
 
 
 def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
@@ -4292,55 +4307,70 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     scheme = name.title()
     if scheme in proofs:
         if proofs[scheme](given.strip()):
-            rest = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-            return request._replace(headers=rest)
+            return request._replace(
+                headers=[pair for pair in request.headers if pair[0].lower() != "authorization"]
+            )
         wrong = "Invalid Bearer Token" if scheme == "Bearer" else "Invalid user or password"
     elif scheme:
         wrong = f"Authorization header not of {' or '.join(proofs)} type"
     else:
         wrong = "Authorization header is missing"
-    challenge = ", ".join([f'{each} realm="expexp"' for each in proofs])
-    raise RequestError(401, wrong, ("WWW-Authenticate", challenge))
+    raise RequestError(
+        401, wrong, ("WWW-Authenticate", ", ".join([f'{each} realm="expexp"' for each in proofs]))
+    )
+
+
+def utc_now() -> str:
+    """Return the time, such as `2026-11-30T15:12:20Z`."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 class History:
-    """Logs the failures and recoveries of one module, as warnings if they are news."""
+    """Keeps a module's last outcome. Logs its failures and recoveries, as warnings if news."""
 
-    def __init__(self, limits: Limits, clock: Clock = time.monotonic) -> None:
+    last_scrape: dict[str, Any] | None = None
+    failing_since: str | None = None
+
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._clock = clock
         self._lock = threading.Lock()
-        self._succeeded_at = clock()
+        self._succeeded_at = time.monotonic()
         self._logged = ""  # the reason in the last warning
         self._logged_at = -math.inf
         self._left_out = 0  # warnings since then
 
+    def note(self, started: float, **outcome: Any) -> None:
+        """Keep the outcome of a scrape, which has `started` (monotonic), for the page at /."""
+        now = utc_now()
+        self.last_scrape = {"time": now, "seconds": round(time.monotonic() - started, 4), **outcome}
+        self.failing_since = (self.failing_since or now) if "error" in outcome else None
+
     def succeed(self, name: str) -> None:
         """Log that the module has recovered, if the last warning was about a failure."""
         with self._lock:
-            self._succeeded_at = self._clock()
+            self._succeeded_at = time.monotonic()
             if self._logged:
                 self._warn("", f"module {name}: recovered")
 
     def fail(self, reason: str, text: str, patience: float) -> None:
         """Log a failure: at debug if a scrape has succeeded in the last `patience` seconds."""
         with self._lock:
-            is_due = self._clock() - self._logged_at >= self._limits.failure_reminder_seconds
+            is_due = time.monotonic() - self._logged_at >= self._limits.failure_reminder_seconds
             is_news = is_due or reason not in ("busy", self._logged)  # no scrape recovers from busy
-            is_news = is_news and self._clock() - self._succeeded_at >= patience
+            is_news = is_news and time.monotonic() - self._succeeded_at >= patience
             if is_news and self._warn(reason, text):
                 return
         LOGGER.debug("%s", text)
 
     def _warn(self, reason: str, text: str) -> bool:
         """Log a warning. Return False, and count it, soon after the last one."""
-        if self._clock() - self._logged_at < self._limits.failure_pause_seconds:
+        if time.monotonic() - self._logged_at < self._limits.failure_pause_seconds:
             self._left_out += 1
             return False
         more = f" ({self._left_out} more left out)" if self._left_out else ""
         LOGGER.warning("%s%s", text, more)
         self._left_out = 0
-        self._logged_at = self._clock()
+        self._logged_at = time.monotonic()
         if reason != "busy":
             self._logged = reason
         return True
@@ -4350,33 +4380,44 @@ class Attempt(NamedTuple):
     """A request for a module's exposition. Counts and logs how it ends."""
 
     module: Module
-    seconds: float  # until the deadline
     history: History
-    tools: Tools
+    metrics: SelfMetrics
+    started: float  # monotonic
+    patience: float  # a timeout is no news if a scrape has succeeded in so many seconds
 
     def follow(self, scrape: Scrape) -> Any:
         """Return the body of a target's answer. If it is an iterator, note its end."""
         if scrape.status != OK:
             error = ScrapeError("status", f"the target answered with status {scrape.status}")
-            self.fail(error, error.reason)
-        elif isinstance(scrape.body, bytes):
-            self.history.succeed(self.module.name)
-        return scrape.body if isinstance(scrape.body, bytes) else self._pieces(scrape)
+            self.fail(error, error.reason, scrape.status)
+        if not isinstance(scrape.body, bytes):
+            return self._pieces(scrape)
+        self._end(scrape, len(scrape.body))
+        return scrape.body
 
     def _pieces(self, scrape: Scrape) -> Iterator[bytes]:
         """Yield the pieces of a body. A failure after the status was sent counts as aborted."""
+        size = 0
         try:
-            yield from cast("Iterator[bytes]", scrape.body)
+            for piece in cast("Iterator[bytes]", scrape.body):
+                size += len(piece)
+                yield piece
         except ScrapeError as error:
-            self.fail(error, REASONS["aborted"])
+            self.fail(error, REASONS["aborted"], scrape.status)
             raise
+        self._end(scrape, size)
+
+    def _end(self, scrape: Scrape, size: int) -> None:
+        """Note that an answer was read to its end."""
         if scrape.status == OK:
             self.history.succeed(self.module.name)
+            self.history.note(
+                self.started, state="ok", status=200, samples=scrape.samples, bytes=size
+            )
 
-    def fail(self, error: ScrapeError, reason: Reason) -> str:
+    def fail(self, error: ScrapeError, reason: Reason, status: int) -> str:
         """Count and log a failure. Return its words, with the target's URL where it matters."""
         module = self.module
-        limits = self.tools.limits
         kind = error.reason.name
         words = error.message
         # The target's URL does not matter for the request, the body's text and our own limits.
@@ -4386,48 +4427,105 @@ class Attempt(NamedTuple):
         if error.detail:
             text += f": {error.detail}"
         if kind == "aborted":  # the client hung up: the module has not failed
-            self.tools.metrics.increment("expexp_proxy_failures_total", module.name, kind)
+            self.metrics.increment("expexp_proxy_failures_total", module.name, kind)
         else:
-            self.tools.metrics.fail(module.name, module.method, reason)
-        patience = 0.0
-        if kind == "timeout" and self.seconds < (module.timeout or limits.scrape_seconds):
-            patience = limits.failure_reminder_seconds  # the client's own deadline
+            self.metrics.fail(module.name, module.method, reason)
         if kind in ("aborted", "bad_arguments"):  # what clients do must not fill the log
             LOGGER.debug("%s", text)
         else:
-            self.history.fail(reason.name, text, patience)
+            self.history.fail(reason.name, text, self.patience if kind == "timeout" else 0)
+            self.history.note(
+                self.started, state="failing", status=status, reason=reason.name, error=words
+            )
         return words
 
 
-def outline(module: Module) -> dict[str, Any]:
+def outline(module: Module, history: History) -> dict[str, Any]:
     """Return what clients may know of a module: nothing that may hold a secret."""
     timeout = module.timeout or None
-    shown = module.target.shown
-    return {"method": module.method, "timeout": timeout, "target": shown, "verify": module.verify}
+    return {
+        "method": module.method,
+        "timeout": timeout,
+        "target": module.target.shown,
+        "verify": module.verify,
+        "last_scrape": history.last_scrape,
+        "failing_since": history.failing_since,
+    }
 
 
+# The templates of the page at /. Its links are relative: they work behind a reverse proxy.
+STARTED_AT: Final = utc_now()
+STYLE: Final = """
+:root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif }
+table { border-collapse: collapse; width: 100% }
+th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
+.failing { border-left-color: #d33 } .ok { border-left-color: #2a4 }
+pre { white-space: pre-wrap } pre:not(:empty)::before { content: attr(title); display: block }
+@media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
+td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
+"""
+STYLE_HASH: Final = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY: Final = (
+    "Content-Security-Policy",
+    f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",  # noqa: E501
+)
 PAGE: Final = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>expexp</title></head>
-<body><h1>expexp</h1><h2>Exporters:</h2><ul>{items}</ul>
-<p><a href=".{telemetry}">Metrics of expexp itself</a></p></body></html>"""
+<html lang="en"><head><meta charset="utf-8"><title>expexp</title><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{refresh}">
+<style>{style}</style></head><body><h1>expexp {version}</h1>
+<p>Started {started}, modules: {modules}.
+<a href=".{telemetry}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
+<a href="./-/healthy">Health</a></p>
+<pre title="Reload failed, the previous configuration is in use:">{problems}</pre>
+<table><thead><tr><th>Module<th>Target<th>Last scrape, failing since<th>At<th>Seconds<th>Status\
+<th>Samples<th>Bytes</thead>
+"""
+ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{link}">{name}</a>\
+<td title="Target">{method} {target}<td title="Last scrape">{state} {failing_since} {error}\
+<td title="At">{time}<td title="Seconds">{seconds}<td title="Status">{status}\
+<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
+"""
 
 
-def render_index(modules: Mapping[str, Module], options: Options) -> str:
-    """Return the page at /. Its links are relative: they work behind a reverse proxy."""
-    items = ""
-    proxy = f".{options['web.proxy-path']}"
-    for name, module in modules.items():
-        link = html.escape(f"{proxy}?module={urllib.parse.quote(name, safe='')}")
-        shown = html.escape(f"{module.method} {module.target.shown}")
-        items += f'<li><a href="{link}">{html.escape(name)}</a> {shown}</li>\n'
-    return PAGE.format(items=items, telemetry=html.escape(options["web.telemetry-path"]))
+class HtmlFormatter(string.Formatter):
+    """Fills templates. Values are escaped, and missing ones empty."""
+
+    def get_value(self, key: Any, _args: Any, values: Any) -> str:
+        """Return the HTML for a value."""
+        return html.escape(str(values.get(key, "")))
+
+
+def render_page(target: str, outlines: dict[str, Any], options: Options, snapshot: Snapshot) -> str:
+    """Return the page at /."""
+    rows = []
+    path = options["web.proxy-path"]
+    for name, about in outlines.items():
+        known = {"state": "never", **about, **(about["last_scrape"] or {})}
+        known["failing_since"] = about["failing_since"] or ""
+        link = f"{path}?module={urllib.parse.quote(name, safe='')}"
+        rows.append(HtmlFormatter().format(ROW, name=name, link=link, **known))
+    rows.sort()  # by the state, with which a row begins: failing, never, ok
+    seconds = re.findall(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
+    head = HtmlFormatter().format(
+        PAGE,
+        style=STYLE,
+        version=__version__,
+        started=STARTED_AT,
+        refresh="".join(seconds),
+        modules=len(rows),
+        problems="\n".join(map(str, snapshot.config.problems[:20])),
+        telemetry=options["web.telemetry-path"],
+    )
+    return head + "".join(rows) + "</table></body></html>"
 
 
 def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
     """Set the metrics of reloads, and of our certificate."""
-    parts = [snapshot.credentials, *snapshot.targets.values()]
-    failed = any(part.problems for part in parts)
-    metrics.set("expexp_credentials_last_reload_successful", to=int(not failed))
+    metrics.set(
+        "expexp_credentials_last_reload_successful",
+        to=int(not any(x.problems for x in (snapshot.credentials, *snapshot.targets.values()))),
+    )
     metrics.set("expexp_config_last_reload_successful", to=int(not snapshot.config.problems))
     metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
     tls = snapshot.credentials.value.tls
@@ -4437,25 +4535,29 @@ def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
 
 def collect_process(metrics: SelfMetrics) -> None:
     """Set the metrics of this process. Those that a system does not have stay 0. IO."""
-    started = time.time() - (time.monotonic() - STARTED)
-    metrics.set("process_start_time_seconds", to=round(started, 2))
-    metrics.set("process_cpu_seconds_total", to=time.process_time())
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    metrics.set("process_max_fds", to=soft)
+    put = metrics.set
+    put("process_start_time_seconds", to=round(time.time() - time.monotonic() + STARTED, 2))
+    put("process_cpu_seconds_total", to=time.process_time())
+    put("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with contextlib.suppress(OSError), open("/proc/self/stat", "rb") as file:
         # The program's name may contain blanks and brackets. proc(5) counts from 1.
         fields = file.read().rpartition(b")")[2].split()
-        metrics.set("process_threads", to=int(fields[17]))
-        metrics.set("process_virtual_memory_bytes", to=int(fields[20]))
-        metrics.set("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        metrics.set("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
+        put("process_threads", to=int(fields[17]))
+        put("process_virtual_memory_bytes", to=int(fields[20]))
+        put("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
+        put("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
+
+
+def answer_probe(request: Request) -> Response:
+    """Return that expexp is healthy, or ready."""
+    return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
 
 
 class Application:
     """Answers requests by their routes."""
 
     def __init__(self, loader: Loader, options: Options, tools: Tools) -> None:
-        """Raises ConfigError if two routes have one path."""
+        """Add the routes. Raise ConfigError if two of them have one path."""
         self.loader = loader
         self.options = options
         self.metrics = tools.metrics
@@ -4465,17 +4567,19 @@ class Application:
         self._reloads = threading.BoundedSemaphore(tools.limits.reload_requests)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
-            "/-/healthy": self._probe,
-            "/-/ready": self._probe,
+            "/-/healthy": answer_probe,
+            "/-/ready": answer_probe,
             "/-/reload": self._reload,
             "/sd": self._list_targets,
+            options["web.telemetry-path"]: self._telemetry,
+            options["web.proxy-path"]: self._proxy,
         }
-        flags = {"web.telemetry-path": self._telemetry, "web.proxy-path": self._proxy}
-        for flag, route in flags.items():
-            path = options[flag]
-            if self._routes.setdefault(path, route) != route:
-                message = f"flag -{flag} can not be set to {path}: that path is taken"
-                raise ConfigError(Problem("", 0, 0, "", message))
+        if len(self._routes) < 7:  # noqa: PLR2004 - a path is there twice
+            message = (
+                "-web.telemetry-path and -web.proxy-path need two paths other than /, /sd, "
+                "/-/healthy, /-/ready and /-/reload"
+            )
+            raise ConfigError(Problem("", 0, 0, "", message))
         self._take_config()
 
     @property
@@ -4486,11 +4590,13 @@ class Application:
     def _take_config(self) -> None:
         """Prepare metrics and FIFOs for the modules of the snapshot."""
         modules = self.modules
-        paths = [each.target.path for each in modules.values() if each.method == "file"]
-        forget_fifos(self._tools.fifos, paths)
+        forget_fifos(
+            self._tools.fifos,
+            [each.target.path for each in modules.values() if each.method == "file"],
+        )
         for module in modules.values():
             self.metrics.create_module(module.name, module.method)
-        for gone in set(self._histories) - set(modules):
+        for gone in set(self._histories).difference(modules):
             self._histories.pop(gone, None)  # or another reload does it just now
 
     def reload(self) -> Sequence[Problem]:
@@ -4509,7 +4615,7 @@ class Application:
         except RequestError as error:
             response = own_response(error.status, error.message, *error.headers)
         except Exception:
-            LOGGER.exception("unexpected error in answering %s", excerpt(request.target, 200))
+            LOGGER.exception("unexpected error in answering %s", excerpt(request.target))
             response = own_response(500, "Internal Server Error: see the log")
         response.cleanup.callback(self._finish, request, response, started)
         return response
@@ -4524,19 +4630,20 @@ class Application:
         if response.module:
             self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
         if LOGGER.isEnabledFor(logging.INFO):
-            line = f'{request.client} - {excerpt(request.method)} "{excerpt(request.target, 2000)}"'
+            method = excerpt(request.method)
+            target = excerpt(request.target, 2000)
             ended = http.client.responses.get(status, "")
             if response.aborted:
                 ended += ", aborted"
-            LOGGER.info("%s %d %s (took %.2fms)", line, status, ended, seconds * 1000)
+            words = '%s - %s "%s" %d %s (took %.2fms)'
+            LOGGER.info(words, request.client, method, target, status, ended, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """Return the route's response. Raises RequestError."""
         if refusal:
             raise refusal
         path = request.path
-        snapshot = self.loader.current()
-        request = admit(request, self.options["allow.net"], snapshot.credentials.value)
+        request = admit(request, self.options["allow.net"], self.loader.current().credentials.value)
         if path not in self._routes:
             raise RequestError(404, "404 page not found")
         allowed = "POST, PUT" if path == "/-/reload" else "GET, HEAD"
@@ -4554,20 +4661,24 @@ class Application:
             self.metrics.fail(UNKNOWN_MODULE, "", error.reason)
             LOGGER.debug("no module: %s: %s", error.reason.name, error.message)
             return own_response(error.reason.status, error.message)
-        header = request.header(TIMEOUT_FIELD)
-        offset = self.options["timeout-offset"]
-        seconds = scrape_timeout(module.timeout, header, offset, self.limits)
+        seconds = scrape_timeout(
+            module.timeout,
+            request.header(TIMEOUT_FIELD),
+            self.options["timeout-offset"],
+            self.limits,
+        )
         history = self._histories.setdefault(module.name, History(self.limits))
-        attempt = Attempt(module, seconds, history, self._tools)
+        is_early = seconds < (module.timeout or self.limits.scrape_seconds)
+        patience = self.limits.failure_reminder_seconds if is_early else 0
+        attempt = Attempt(module, history, self.metrics, time.monotonic(), patience)
         with contextlib.ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, self.limits)
                 deadline = Deadline(seconds, time.monotonic, client=request.connection)
                 held = Held(self._tools)
                 cleanup.callback(held.release)
-                credentials = snapshot.targets.get(module.name)
-                if credentials:
-                    credentials = self.loader.target(module.name, credentials)
+                known = snapshot.targets.get(module.name)
+                credentials = known and self.loader.target(module.name, known)
                 asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 job = Job(*asked, held, self._tools, credentials)
                 reserve_request(job)
@@ -4575,24 +4686,22 @@ class Application:
                 body = attempt.follow(found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
-                text = f"module {excerpt(module.name)}: {attempt.fail(error, error.reason)}"
-                response = own_response(error.reason.status or 502, text)
+                status = error.reason.status or 502
+                text = f"module {excerpt(module.name)}: {attempt.fail(error, error.reason, status)}"
+                response = own_response(status, text)
                 response.aborted = error.reason.name == "aborted"
         response.module = module.name
         return response
 
     def _index(self, request: Request) -> Response:
-        """Return the modules as HTML, or as JSON if the client accepts that."""
+        """Return the state of the modules as HTML, or as JSON if the client accepts that."""
+        outlines = {}
+        for name, module in self.modules.items():
+            outlines[name] = outline(module, self._histories.setdefault(name, History(self.limits)))
         if accepts(request.header("accept"), "application/json"):
-            text = json.dumps({name: outline(module) for name, module in self.modules.items()})
-            return own_response(200, text, ("Content-Type", "application/json"))
-        text = render_index(self.modules, self.options)
-        policy = ("Content-Security-Policy", "default-src 'none'")
-        return own_response(200, text, policy, ("Content-Type", "text/html; charset=utf-8"))
-
-    def _probe(self, request: Request) -> Response:
-        """Return that expexp is healthy, or ready."""
-        return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
+            return own_response(200, json.dumps(outlines), ("Content-Type", "application/json"))
+        page = render_page(request.target, outlines, self.options, self.loader.snapshot)
+        return own_response(200, page, POLICY, ("Content-Type", "text/html; charset=utf-8"))
 
     def _list_targets(self, request: Request) -> Response:
         """Return the modules for Prometheus's HTTP service discovery. Raises RequestError."""
@@ -4637,8 +4746,7 @@ class Application:
         if not self.options["web.enable-lifecycle"]:
             raise RequestError(403, "-web.enable-lifecycle is not set")
         if not self._reloads.acquire(blocking=False):
-            most = self.limits.reload_requests
-            raise RequestError(503, f"{most} requests wait for a reload, try again later")
+            raise RequestError(503, "too many requests wait for a reload, try again later")
         try:
             problems = self.reload()
         finally:
@@ -4666,7 +4774,7 @@ class Connections:
         self._most = 0  # until `fit`
         self._open: set[socket.socket] = set()  # each use of it is atomic
         #: The ones that can be evicted, the one that could be for longest first. Also atomic.
-        self._exposed: collections.OrderedDict[socket.socket, bool] = collections.OrderedDict()
+        self._exposed = collections.OrderedDict[socket.socket, bool]()
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:

@@ -19,8 +19,10 @@ import fcntl
 import functools
 import gc
 import gzip
+import hashlib
 import hmac
 import html
+import html.parser
 import http.client
 import http.server
 import importlib
@@ -10155,7 +10157,7 @@ def test_a_redirect_is_followed_with_all_that_the_module_sends(status: int) -> N
 
 
 #: What a target redirects to elsewhere, and what the message says of it.
-ELSEWHERE: dict[str, tuple[bytes, str]] = {
+ELSEWHERE_LOCATIONS: dict[str, tuple[bytes, str]] = {
     "another scheme": (b"https://localhost:PORT/ok", "https://localhost:PORT/ok"),
     "another port": (b"http://localhost:1/ok", "http://localhost:1/ok"),
     "the default port": (b"http://localhost/ok", "http://localhost/ok"),
@@ -10179,9 +10181,9 @@ ELSEWHERE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("to", ELSEWHERE)
+@pytest.mark.parametrize("to", ELSEWHERE_LOCATIONS)
 def test_a_redirect_is_a_failure_to(to: str, verify: bool, log: list[str]) -> None:
-    location, shown = ELSEWHERE[to]
+    location, shown = ELSEWHERE_LOCATIONS[to]
     redirects = Redirects()
     with (
         target(redirects.answer) as port,
@@ -12100,11 +12102,114 @@ INDEX_MODULES = {
 def test_the_index_as_json_is_keyed_by_module_bug_6() -> None:
     reply = ask(application(INDEX_MODULES), "/", {"Accept": "application/json"})
     assert reply.headers["content-type"] == "application/json"
+    unscraped = {"last_scrape": None, "failing_since": None}
+    url = "http://[::1]:9100/m"
     assert json.loads(reply.body) == {
-        "e": {"method": "exec", "timeout": None, "target": "sh", "verify": True},
-        "f": {"method": "file", "timeout": None, "target": "/no/file", "verify": True},
-        "h": {"method": "http", "timeout": 2.5, "target": "http://[::1]:9100/m", "verify": False},
+        "e": {"method": "exec", "timeout": None, "target": "sh", "verify": True, **unscraped},
+        "f": {"method": "file", "timeout": None, "target": "/no/file", "verify": True, **unscraped},
+        "h": {"method": "http", "timeout": 2.5, "target": url, "verify": False, **unscraped},
     }
+
+
+def described(app: expexp.Application, name: str = "m") -> dict[str, Any]:
+    """What the JSON at / says of a module."""
+    return dict(json.loads(ask(app, "/", {"Accept": "application/json"}).body)[name])
+
+
+#: Lines of a script, and what the JSON at / then says of its scrape.
+LAST_SCRAPES: dict[str, tuple[str, dict[str, object]]] = {
+    "a good one": ("echo a 1; echo b 2", {"state": "ok", "status": 200, "samples": 2, "bytes": 8}),
+    "a failed one": (
+        "echo s3ntinel >&2; exit 3",
+        {
+            "state": "failing",
+            "status": 500,
+            "reason": "command",
+            "error": "sh: the command exited with status 3",
+        },
+    ),
+    "one that is no exposition": (
+        r"printf '\033'",
+        {
+            "state": "failing",
+            "status": 500,
+            "reason": "malformed",
+            "error": r'line 1, column 1: expected a metric name, found "\x1b"',
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "expected"), LAST_SCRAPES.values(), ids=LAST_SCRAPES)
+def test_the_index_says_how_the_last_scrape_of_a_module_ended(
+    script: str, expected: dict[str, object]
+) -> None:
+    app = application({"m": exec_module(script), "other": exec_module("true")})
+    begun = time.monotonic()
+    ask(app, "/proxy?module=m")
+    about = described(app)
+    last = about["last_scrape"]
+    assert re.fullmatch(TIME, last["time"])
+    assert 0 < last["seconds"] <= time.monotonic() - begun + 0.0001
+    assert {**last, **expected} == last
+    assert len(last) == len(expected) + 2
+    assert about["failing_since"] == (last["time"] if "error" in expected else None)
+    assert described(app, "other")["last_scrape"] is None
+
+
+def test_a_module_fails_since_its_first_failure_until_it_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(["first", "second", "third", "fourth"])
+    monkeypatch.setattr(expexp, "utc_now", lambda: next(clock))
+    app = application({"m": file_module(tmp_path / "m")})
+    seen = []
+    for body in (None, "up", "up 1\n", "up"):
+        if body:
+            (tmp_path / "m").write_text(body)
+        ask(app, "/proxy?module=m")
+        about = described(app)
+        seen.append((about["last_scrape"]["time"], about["failing_since"]))
+    assert seen == [
+        ("first", "first"),
+        ("second", "first"),
+        ("third", None),
+        ("fourth", "fourth"),
+    ]
+
+
+def test_the_index_does_not_count_what_is_no_scrape_or_no_failure_of_the_module() -> None:
+    app = application({"m": {**exec_module("echo up 1"), "accept_args": False}})
+    ask(app, "/proxy?module=m&args=x")
+    assert described(app)["last_scrape"] is None
+    ask(app, "/proxy?module=m")
+    ask(app, "/proxy?module=m&args=x")
+    assert described(app)["last_scrape"]["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (200, b"anything", {"state": "ok", "status": 200, "samples": None, "bytes": 8}),
+        (404, b"gone", {"state": "failing", "status": 404, "reason": "status"}),
+    ],
+)
+def test_the_index_says_what_streamed_through(
+    status: int, body: bytes, expected: dict[str, object]
+) -> None:
+    head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
+    with (
+        target(head + body) as port,
+        running({"m": http_module(port, verify=False)}) as served,
+    ):
+        assert served.scrape("m").status == status
+
+        def last() -> dict[str, object]:
+            index = served.get("/", {"Accept": "application/json"}).body
+            return dict(json.loads(index)["m"]["last_scrape"] or {})
+
+        wait_until(last)
+        assert {**last(), **expected} == last()
 
 
 INDEX_FORMS = {
@@ -12137,7 +12242,7 @@ def test_odd_names_are_escaped_in_the_index_and_their_links_work(name: str) -> N
     app = application({name: exec_module("echo up 1")})
     page = ask(app, "/").text
     assert f">{html.escape(name)}</a>" in page
-    (link, _) = links(page, "http://host:9999/")
+    link = links(page, "http://host:9999/")[-1]
     assert link.startswith("http://host:9999/proxy?module=")
     assert ask(app, link[len("http://host:9999") :]).text == "up 1\n"
 
@@ -12149,8 +12254,11 @@ def test_links_are_relative_and_right_under_a_changed_proxy_path_bug_9(path: str
     )
     page = ask(app, "/").text
     assert links(page, "http://h/behind/") == [
-        f"http://h/behind{path}?module=e",
+        "data:,",
         "http://h/behind/t/m",
+        "http://h/behind/sd",
+        "http://h/behind/-/healthy",
+        f"http://h/behind{path}?module=e",
     ]
     assert ask(app, f"{path}?module=e").status == 200
     assert ask(app, "/t/m").status == 200
@@ -12160,6 +12268,113 @@ def test_links_are_relative_and_right_under_a_changed_proxy_path_bug_9(path: str
 def test_modules_are_listed_in_order() -> None:
     page = ask(application({name: exec_module("") for name in ("b", "a", "C")}), "/").text
     assert re.findall(r">(\w)</a>", page) == ["C", "a", "b"]
+
+
+class CellsParser(html.parser.HTMLParser):
+    """Collects the texts of the rows of a table, and all names of elements and attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.names: set[str] = set()
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.update((tag, *(name for name, _ in attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip("\n")
+
+
+def test_the_page_shows_failing_modules_first_then_unscraped_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expexp, "utc_now", lambda: "2026-11-30T15:16:09Z")
+    scripts = {"good": "echo a 1", "<b>": "exit 3", "a": "", "new": "", "bad": "echo '<i>'"}
+    app = application({name: exec_module(script) for name, script in scripts.items()})
+    for name in ("good", "%3Cb%3E", "a", "bad"):
+        ask(app, f"/proxy?module={name}")
+    found = CellsParser(ask(app, "/").text)
+    failing = "failing 2026-11-30T15:16:09Z"
+    at = "2026-11-30T15:16:09Z"
+    assert [[*row[:4], *row[5:]] for row in found.rows[1:]] == [
+        ["<b>", "exec sh", f"{failing} sh: the command exited with status 3", at, "500", "", ""],
+        [
+            "bad",
+            "exec sh",
+            f'{failing} line 1, column 1: expected a metric name, found "<i>"',
+            at,
+            "500",
+            "",
+            "",
+        ],
+        ["new", "exec sh", "never  ", "", "", "", ""],
+        ["a", "exec sh", "ok  ", at, "200", "0", "0"],
+        ["good", "exec sh", "ok  ", at, "200", "1", "4"],
+    ]
+    assert all(re.fullmatch(r"\d+\.\d{1,4}|", row[4]) for row in found.rows[1:])
+    assert not found.names & {"script", "b", "i", "onclick", "onload", "form"}
+
+
+def test_the_page_allows_only_its_own_style() -> None:
+    reply = ask(application(INDEX_MODULES), "/")
+    (style,) = re.findall(r"(?s)<style>(.*?)</style>", reply.text)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert reply.headers["content-security-policy"] == (
+        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'"
+    )
+    assert "style=" not in reply.text
+
+
+REFRESHES = {
+    "/": "",
+    "/?refresh=1": "1",
+    "/?x=1&refresh=5&y=2": "5",
+    "/?refresh=3600": "3600",
+    "/?refresh=3601": "",
+    "/?refresh=0": "",
+    "/?refresh=05": "",
+    "/?refresh=5;url=http://x": "",
+    "/?xrefresh=5": "",
+    '/?refresh="': "",
+}
+
+
+@pytest.mark.parametrize(("path", "seconds"), REFRESHES.items(), ids=REFRESHES)
+def test_the_page_refreshes_itself_where_the_client_asks_for_that(path: str, seconds: str) -> None:
+    page = ask(application({}), path).text
+    assert f'<meta http-equiv="refresh" content="{seconds}">' in page
+    assert re.search(rf"<p>Started {TIME}, modules: 0\.", page)
+
+
+def test_the_page_shows_the_problems_of_a_failed_reload(tmp_path: Path) -> None:
+    with reloadable(tmp_path, {"m": exec_module("true")}) as (served, reload):
+        assert 'use:"></pre>' in served.get("/").text
+        reload({f"<{number}>": {} for number in range(30)})
+        page = served.get("/").text
+        assert "modules.&lt;0&gt;: required" in page or "modules.&lt;0&gt;.method" in page
+        assert page.count("modules.&lt;") == 20
+        assert ">m</a>" in page
+        reload({"m": exec_module("true")})
+        assert 'use:"></pre>' in served.get("/").text
+
+
+def test_a_page_of_500_failing_modules_takes_less_than_100_ms() -> None:
+    app = application({f"m{number}": file_module("/no/file") for number in range(500)})
+    for number in range(500):
+        ask(app, f"/proxy?module=m{number}")
+    durations = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        assert ask(app, "/").text.count("cannot be read") == 500
+        durations.append(time.perf_counter() - begun)
+    assert min(durations) < 0.1
 
 
 # --- our own page
@@ -13787,12 +14002,15 @@ FAILURE_NEWS: dict[str, list[tuple[float, str, str | None]]] = {
 
 @pytest.mark.parametrize("steps", FAILURE_NEWS.values(), ids=FAILURE_NEWS)
 def test_failures_are_logged_when_they_are_news(
-    steps: list[tuple[float, str, str | None]], caplog: pytest.LogCaptureFixture
+    steps: list[tuple[float, str, str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0
     caplog.set_level(logging.DEBUG, "expexp")
     limits = expexp.Limits()
-    history = expexp.History(limits, lambda: now)
+    monkeypatch.setattr(expexp, "time", types.SimpleNamespace(monotonic=lambda: now))
+    history = expexp.History(limits)
     for at, outcome, expected in steps:
         now = at
         caplog.clear()
@@ -17968,24 +18186,27 @@ def test_nothing_to_listen_on_is_a_warning_and_exit_0() -> None:
     assert re.fullmatch(rf'time="{TIME}" {message}\n', ended.stderr)
 
 
-EQUAL = "flag -web.proxy-path can not be set to /x: that path is taken"
+TAKEN = (
+    "-web.telemetry-path and -web.proxy-path need two paths other than /, /sd, /-/healthy, "
+    "/-/ready and /-/reload"
+)
 REFUSED_STARTS = {
     "a bad configuration": (
         ["-config", "bad.yaml"],
         'bad.yaml:1:1: module: unknown key; did you mean "modules"?',
     ),
-    "equal paths": (["-web.proxy-path=/x", "-web.telemetry-path=x/"], EQUAL),
+    "equal paths": (["-web.proxy-path=/x", "-web.telemetry-path=x/"], TAKEN),
     "the root for modules (bug 10)": (
         ["-web.proxy-path=/"],
-        "flag -web.proxy-path can not be set to /: that path is taken",
+        TAKEN,
     ),
     "an empty path (bug 10)": (
         ["-web.telemetry-path="],
-        "flag -web.telemetry-path can not be set to /: that path is taken",
+        TAKEN,
     ),
     "a path that is taken": (
         ["-web.proxy-path=/-/ready"],
-        "flag -web.proxy-path can not be set to /-/ready: that path is taken",
+        TAKEN,
     ),
     "a token and a file with one (bug 22)": (
         ["-web.bearer.token=s3ntinel", "-web.bearer.token-file=empty"],
@@ -19730,7 +19951,7 @@ def test_requests_for_a_reload_that_hangs_leave_connections_for_others(
             wait_until(lambda: began and being_answered(served, 2))
             with taking(0, 2):
                 answer = served.get("/-/reload", None, "POST")
-            words = "2 requests wait for a reload, try again later\n"
+            words = "too many requests wait for a reload, try again later\n"
             assert (answer.status, answer.text) == (503, words)
         assert {reload.result().status for reload in reloads} == {200}
         assert served.get("/-/reload", None, "POST").status == 200
@@ -19814,7 +20035,7 @@ def test_a_check_with_flags_that_are_none_exits_with_2() -> None:
 
 def test_a_check_refuses_flags_that_do_not_go_together() -> None:
     ended = run("-config.check", "-config=", "-web.proxy-path=/x", "-web.telemetry-path=/x")
-    assert (ended.returncode, ended.stderr) == (1, f"{EQUAL}\n")
+    assert (ended.returncode, ended.stderr) == (1, f"{TAKEN}\n")
 
 
 def test_a_check_binds_no_port_and_so_works_beside_a_running_expexp(tmp_path: Path) -> None:
