@@ -11062,7 +11062,7 @@ def test_verified_modules_pass_what_is_well_formed(tmp_path: Path) -> None:
 
 def test_verify_is_true_or_false() -> None:
     with (
-        pytest.raises(expexp.ConfigError, match='expected true or false, found "x"'),
+        pytest.raises(expexp.ConfigError, match=r'expected true or false .*, found "x"'),
         running({"x": http_module(1, verify="x")}),
     ):
         pass
@@ -13673,7 +13673,7 @@ def test_a_password_is_changed(tmp_path: Path) -> None:
 
 
 BROKEN_WEB = {
-    "nothing": ("", "1:1: expected a mapping, found nothing"),
+    "nothing": ("", " neither tls_server_config nor basic_auth_users is set"),
     "no YAML": ("basic_auth_users: {", "1:20: not YAML: "),
     "a password instead of its hash": (
         with_users("a: s3ntinel"),
@@ -13681,7 +13681,7 @@ BROKEN_WEB = {
     ),
     "a hash cut short": (
         with_users(f"a: {HASHED}", f"b: {HASHED[:30]}"),
-        "3:6: basic_auth_users.a: expected a bcrypt hash of cost 4-14",
+        "3:6: basic_auth_users.b: expected a bcrypt hash of cost 4-14",
     ),
     "an unknown key": (with_users(f"a: {HASHED}") + "b: 1\n", "3:1: b: unknown key"),
     "no users": (
@@ -14632,7 +14632,6 @@ modules:
 BAD_PROBLEMS = [
     '4:14: modules.m.timeout: expected a duration such as "5s" or "1m30s", found "soon"',
     "7:13: modules.m.exec.args: expected a list, found the string",
-    "11:7: modules.n.http.port: required: port of the exporter",
     '11:7: modules.n.http.prot: unknown key; did you mean "port"?',
     "12:16: modules.n.http.headers: expected a mapping, found the list",
 ]
