@@ -2238,8 +2238,10 @@ class FileReader(DocumentReader):
 
     def document(self, filename: str) -> Node:
         """Return the tree of a file, JSON if it is named so, else YAML. Raise as `noting` says."""
-        # What is not UTF-8 becomes surrogates, which no reader of nodes takes.
         text = self.content(filename).decode("utf-8-sig", "surrogateescape")
+        wrong = re.search("[\ud800-\udfff]", text)
+        if wrong:
+            raise NodeError("not UTF-8", place_after(text[: wrong.start()]))
         return parse_json(text) if filename.endswith(".json") else parse_yaml(text)
 
     def secret(self, named: NamedFile) -> Secret:
@@ -2730,9 +2732,6 @@ class ConfigLoader(FileReader):
             missing = "file"
         if missing:
             self.warnings.append(f"module {module.name}: no {missing} {excerpt(target.shown)}")
-
-
-# --- what is in use
 
 
 class Snapshot(NamedTuple):
