@@ -20003,8 +20003,8 @@ def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
     assert ended.stderr.splitlines() == [
         *(f"c.yaml:{problem}" for problem in BAD_PROBLEMS),
         "d/a.yaml:1:1: modules.a.file.path: required: regular file or FIFO to read",
-        f"{TOKEN_FILE}: cannot use token: {NO_SECRET}",
         "web.yaml: -web.tls.certmatch needs -web.tls.verify or RequireAndVerifyClientCert",
+        f"web.yaml: {TOKEN_FILE}: cannot use token: {NO_SECRET}",
         "web.yaml:1:23: basic_auth_users.u: expected a bcrypt hash of cost 4-14",
         f"{len(BAD_PROBLEMS) + 4} problems",
     ]
