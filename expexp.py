@@ -3317,10 +3317,7 @@ class Task:
 
 
 def start_task(done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> Task:
-    """Start work in a thread and return its task. Raises ScrapeError("busy") without a thread.
-
-    Call `done` when the work has ended or cannot start.
-    """
+    """Start work in a thread, with `done` as its end. Raises ScrapeError("busy") without one."""
     try:
         task = Task()
         # `threading.Thread.start` takes twice as long, and for ever if memory runs out just then.
@@ -3390,7 +3387,9 @@ class Commands:
         self._limits = limits
         self._soft_descriptors = soft_descriptors  # that commands get back; 0: not raised
         #: What every command inherits; it does not change while expexp runs.
-        self.environment = {k: v for k, v in os.environb.items() if not OWN_VARIABLE.fullmatch(k)}
+        self.environment = dict(os.environb)
+        for name in filter(OWN_VARIABLE.fullmatch, os.environb):
+            del self.environment[name]
         #: Commands not reaped. The module's name if its scrape ended before the command exited, or
         #: else "". Each use is atomic.
         self.running: dict[subprocess.Popen[bytes], str] = {}
@@ -3471,12 +3470,12 @@ class Commands:
 def start_fault(error: Exception, command: str, path: bytes) -> str:
     """Return why a command cannot be started."""
     words = words_of(error)
-    code = getattr(error, "errno", 0)
+    places = os.fsdecode(path) or os.defpath
     if isinstance(error, UnicodeError):
         words = "it cannot be written in this locale"
-    elif code == errno.ENOEXEC:
+    elif getattr(error, "errno", 0) == errno.ENOEXEC:
         words += ": begin the script with #!/bin/sh, and with no byte order mark before it"
-    elif code == errno.ENOENT and shutil.which(command, path=os.fsdecode(path) or os.defpath):
+    elif isinstance(error, FileNotFoundError) and shutil.which(command, path=places):
         words = "the interpreter in its first line is missing, or this line ends in CR"
     return words
 
@@ -3502,7 +3501,9 @@ class Tools:
     """What the scrapers share."""
 
     def __init__(self, limits: Limits, commands: Commands, metrics: SelfMetrics) -> None:
-        self.limits, self.commands, self.metrics = limits, commands, metrics
+        self.limits = limits
+        self.commands = commands
+        self.metrics = metrics
         self.cache = Cache(limits)
         #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
         self.used: dict[str, int] = collections.Counter()
@@ -3856,9 +3857,10 @@ def connect_target(job: Job) -> Wire:
 
 def command_arguments(job: Job) -> list[bytes]:
     """Return the command, its configured arguments, then the client's in the query's order."""
+    target = job.module.target
     prefixes = {b"args": b"", b"params": b"--"}
     added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
-    return [*map(os.fsencode, (job.module.target.command, *job.module.target.args)), *added]
+    return [*map(os.fsencode, (target.command, *target.args)), *added]
 
 
 def command_environment(job: Job) -> dict[bytes, bytes]:
@@ -3866,7 +3868,8 @@ def command_environment(job: Job) -> dict[bytes, bytes]:
     target = job.module.target
     inherited = {} if target.clear_env else job.tools.commands.environment
     added = {os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()}
-    return {**inherited, b"EXPEXP_TIMEOUT_SECONDS": b"%.3f" % job.deadline.remaining(), **added}
+    seconds = b"%.3f" % job.deadline.remaining()
+    return {**inherited, b"EXPEXP_TIMEOUT_SECONDS": seconds, **added}
 
 
 def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Iterator[bytes]:
@@ -3943,15 +3946,15 @@ def scrape_file(job: Job) -> Scrape:
     # A `stat`, `open` or `read` that hangs cannot be interrupted. At the deadline its thread is
     # left behind. A module leaves behind at most as many threads as it may run scrapes.
     most = scrape_bound(job)
-    words = f"{most} reads of it have not returned: its file system may hang"
     held = Held(job.tools)
+    words = f"{most} reads of it have not returned: its file system may hang"
     held.reserve(f"reads of {job.module.name}", most, words)
     task = start_task(held.release, read_module_path, job._replace(held=held))
     try:
         found: Scrape = wait_for(task, job.deadline)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
-    job.held.add(len(cast(bytes, found.body)))
+    job.held.add(body_size(found))
     return found
 
 
@@ -3972,8 +3975,7 @@ def read_module_path(job: Job) -> Scrape:
 @contextlib.contextmanager
 def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
     """Open a module's file or FIFO. Raises OSError, or ScrapeError if it is of another kind."""
-    # A FIFO without a writer does not block.
-    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO may have no writer
     with io.FileIO(os.open(job.module.target.path, flags)) as file:
         found = os.fstat(file.fileno())
         if stat.S_IFMT(found.st_mode) != kind:
@@ -4039,8 +4041,6 @@ def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
 
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
 MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
-
-
 MTIME_LINES: Final = """\
 # HELP {0} Time of modification of parsed file.
 # TYPE {0} gauge

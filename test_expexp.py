@@ -12004,7 +12004,8 @@ def ask(
 ) -> Reply:
     """One request, without a socket."""
     request = expexp.Request(method, target_of_request, list((headers or {}).items()), client)
-    response = app.handle(request)
+    with ThreadPoolExecutor(1) as pool:  # as in the server, the main thread starts no command
+        response = pool.submit(app.handle, request).result()
     with response.cleanup:
         body = response.body if isinstance(response.body, bytes) else b"".join(response.body)
     return Reply(int(response.status), {n.lower(): v for n, v in response.headers}, body)
