@@ -5326,6 +5326,7 @@ class Program:
                     notify("WATCHDOG=1")
             except MemoryError:  # noqa: PERF203 - this thread must not end
                 continue
+        LOGGER.log(NOTICE, "stopping")
         self.stop()
 
     def _tell_start(self) -> None:
@@ -5361,7 +5362,6 @@ class Program:
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""
-        LOGGER.log(NOTICE, "stopping")
         notify("STOPPING=1")
         for server in self.servers:
             server.shutdown()
@@ -5434,7 +5434,7 @@ def limit_memory() -> None:
 def perform(options: Options, limits: Limits) -> int:
     """Do what the flags ask for. Return the exit code. Raise FlagError or ConfigError."""
     if options["verify.content-type"] and not options["verify"]:
-        raise FlagError("flag -verify.content-type needs -verify")
+        raise FlagError("flag -verify.content-type needs -verify.")
     if options["help"]:
         with contextlib.suppress(OSError):
             os.write(1, render_usage().encode())

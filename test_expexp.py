@@ -18448,7 +18448,7 @@ def test_a_type_for_verify_without_a_file_is_refused(
     main_in_process: Callable[..., tuple[int, str]], more: list[str]
 ) -> None:
     code, text = main_in_process(OF_TYPE, "text/plain", *more)
-    assert (code, text.splitlines()[0]) == (2, "flag -verify.content-type needs -verify")
+    assert (code, text.splitlines()[0]) == (2, "flag -verify.content-type needs -verify. See -help")
 
 
 def test_verify_ends_with_2_where_there_is_no_stdin() -> None:
