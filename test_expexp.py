@@ -21184,9 +21184,9 @@ def test_a_real_prometheus_scrapes_the_list_of_fleet_sd(
     assert ended.returncode == 0, ended.stderr
     with discovery.prometheus_config.open("a") as config:
         files = f"    file_sd_configs:\n      - files: [{tmp_path}/out.json]\n"
-        config.write(f"  - job_name: fleet\n{files}")
+        config.write(f"  - job_name: listed\n{files}")
     discovery.prometheus.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: discovery.up("fleet").get((host, "script")) == "1", 30)
+    wait_until(lambda: discovery.up("listed").get((host, "script")) == "1", 30)
 
 
 # ==================================================================================================
