@@ -2183,7 +2183,7 @@ class FileReader(DocumentReader):
         self.warnings: list[str] = []
         self.looked = time.monotonic()  # when the files were looked at; infinite during a look
         self._tried = self.looked
-        self._arguments = arguments
+        self.arguments = arguments
         try:
             value = cast(Any, self).load(*arguments)  # of the class that knows the value
         except Exception:  # an error of ours must not end a service that works
@@ -2203,16 +2203,6 @@ class FileReader(DocumentReader):
         """Return whether files have changed, or a failed load is to be retried. IO."""
         is_late = time.monotonic() - self._tried >= Limits.retry_seconds  # descriptors can lack
         return bool(self.problems and is_late) or self.look() != self.files
-
-    def rotate(self) -> FileReader:
-        """Return the credentials, loaded again if they are due. Log what is new. IO."""
-        if not self.is_due():
-            return self
-        fresh = type(self)(self, False, *self._arguments)
-        log_problems(problem for problem in fresh.problems if problem not in self.problems)
-        if not fresh.problems:
-            LOGGER.info("credentials reloaded: %s", excerpt(", ".join(fresh.files), 400))
-        return fresh
 
     def using(self, named: NamedFile) -> contextlib.AbstractContextManager[None]:
         """Note an error inside as a problem with a file."""
@@ -2251,9 +2241,9 @@ class FileReader(DocumentReader):
                 content = self.content(named.name, Limits.secret_bytes)
                 self.warn_of_readers(named.name)
                 text = content.decode("utf-8-sig", "surrogateescape").strip()
-                if not (text and re.fullmatch(A_TEXT, text)):
-                    raise ValueError("expected text in UTF-8, not empty and without a NUL")
-                return Secret(text)
+                if text and re.fullmatch(A_TEXT, text):
+                    return Secret(text)
+                raise ValueError("expected text in UTF-8, not empty and without a NUL")
         return Secret("")
 
     def warn_of_readers(self, filename: str) -> None:
@@ -2266,10 +2256,9 @@ class FileReader(DocumentReader):
         """Return what matches in a PEM file. Raise OSError, or ValueError if nothing does. IO."""
         content = self.content(filename)
         blocks = [block.decode() for block in pattern.findall(content)]
-        if not blocks:
-            rows = (row for row in PEM_MISTAKES if re.search(row[0], content, re.DOTALL))
-            _, found, advice = next(rows)  # the last row matches anything
-            raise ValueError(f"expected {what} in PEM, found {found}: {advice}")
+        for mistake, found, advice in PEM_MISTAKES:  # the last one matches anything
+            if not blocks and re.search(mistake, content, re.DOTALL):
+                raise ValueError(f"expected {what} in PEM, found {found}: {advice}")
         return blocks
 
     def certificates(self, context: ssl.SSLContext, filename: str) -> list[str]:
@@ -2385,8 +2374,7 @@ class Users(NamedTuple):
             like = stored or max(others, key=lambda text: text[4:6])
             hashed = hash_password(self.crypt_rn, password, like) or b""
             is_right = hmac.compare_digest(hashed, stored.encode())
-            # A NUL would end the password for bcrypt.
-            if is_right and stored and colon and b"\0" not in password:
+            if is_right and stored and colon and b"\0" not in password:  # bcrypt stops at NUL
                 proofs[name] = proof
                 return True
         return False
@@ -2405,17 +2393,14 @@ MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 
 @functools.lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
-    """Return whether a name matches. Raise CertificateError if that is unknown. IO.
-
-    New names are matched in a process of its own: on 29 bytes of a client's text an innocent
-    pattern like `([a-z0-9]+[.-]?)+` took 14 s, in which no other thread of this process could run.
-    """
+    """Return whether a name matches. Raise CertificateError if that is unknown. IO."""
+    # In this process, `([a-z0-9]+[.-]?)+` took 14 s for 29 bytes, and all other threads waited.
     command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
-    null: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    null = subprocess.DEVNULL
     if not MATCHING.acquire(timeout=seconds):
         raise CertificateError("too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
-        status = subprocess.call(command, timeout=seconds, **null)  # noqa: S603 - see above
+        status = subprocess.call(command, timeout=seconds, stdin=null, stdout=null, stderr=null)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise CertificateError("matching -web.tls.certmatch takes too long") from None
     except OSError as error:  # it did not start
@@ -2460,8 +2445,6 @@ class LoadedTls(NamedTuple):
             raise CertificateError(f"no name in the certificate is allowed: {found}")
 
 
-PARTIAL_CHAIN: Final = 0x80000  # trust what the operator names, as Go does; named from 3.10 on
-SERVER_SUITES: Final = "ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2"  # of TLS 1.2; 1.3 has no others
 TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 
 
@@ -2510,7 +2493,10 @@ class CredentialsLoader(FileReader):
         elif options["web.tls.verify"] and not settings:  # it promises a check that nobody makes
             self.problem("", "-web.tls.verify needs -web.tls.listen-address")
         tls = self._tls(options, settings) if settings else None
-        self._warn_of_idle_flags(options)
+        if not options["web.tls.listen-address"]:
+            idle = [name for name in TLS_FLAGS if options[name] != FLAGS[name].typed]
+            words = "flag -%s has no effect without -web.tls.listen-address"
+            self.warnings += [words % name for name in idle]
         credentials = Credentials(token or self.secret(file), users, tls)
         if options["web.tls.certmatch"] and "client certificates" not in credentials.demands:
             self.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
@@ -2522,26 +2508,18 @@ class CredentialsLoader(FileReader):
                 self.problem("", "TLS cannot be turned on without a restart")
         return credentials
 
-    def _warn_of_idle_flags(self, options: Options) -> None:
-        """Warn of files for a TLS listener that does not exist."""
-        for name in TLS_FLAGS:
-            if options[name] != FLAGS[name].typed and not options["web.tls.listen-address"]:
-                message = f"flag -{name} has no effect without -web.tls.listen-address"
-                self.warnings.append(message)
-
     def _web_config(self, options: Options) -> WebConfig:
         """Return the content of -web.config.file. Note problems. IO."""
         web = WebConfig()
-        if not self.filename:
-            return web
-        with self.noting(""):
-            # A file that is no mapping but a password, named by mistake, is not shown.
-            node = self.document(self.filename)._replace(text="")
-            web = self.section(WebConfig, node, "") or web
-            if web.basic_auth_users:
-                self.warn_of_readers(self.filename)
-            elif not (web.tls_server_config or self.problems):
-                raise NodeError("neither tls_server_config nor basic_auth_users is set")
+        if self.filename:
+            with self.noting(""):
+                # A file that is no mapping but a password, named by mistake, is not shown.
+                node = self.document(self.filename)._replace(text="")
+                web = self.section(WebConfig, node, "") or web
+                if web.basic_auth_users:
+                    self.warn_of_readers(self.filename)
+                elif not (web.tls_server_config or self.problems):
+                    raise NodeError("neither tls_server_config nor basic_auth_users is set")
         advice = "remove the flag, and set client_auth_type to ask for certificates"
         for flag in ("web.tls.listen-address", "web.tls.verify"):
             if web.tls_server_config and options[flag]:  # ignored, -verify would let anybody in
@@ -2562,27 +2540,20 @@ class CredentialsLoader(FileReader):
             self.problem("tls_server_config.min_version", "is above max_version")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.options &= ~IGNORE_UNEXPECTED_EOF
-        context.set_ciphers(SERVER_SUITES)
+        context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2")  # not for TLS 1.3
         context.minimum_version = TLS_VERSIONS[settings.min_version]
         context.maximum_version = TLS_VERSIONS[settings.max_version]
         # No connection gets in by a ticket of an earlier one: each proves itself.
         context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
         context.num_tickets = 0
-        expires = self.show(context, certificate, key)
-        context.verify_flags |= PARTIAL_CHAIN
+        context.verify_flags |= 0x80000  # PARTIAL_CHAIN: trust what the operator names, as Go does
         # AUTH_TYPES has the order of these modes: none, optional, required.
         context.verify_mode = ssl.VerifyMode(AUTH_TYPES.index(settings.client_auth_type))
         authorities = self.trust(context, ca) if context.verify_mode else ""
-        return LoadedTls(settings, context, expires, authorities)
+        return LoadedTls(settings, context, self.show(context, certificate, key), authorities)
 
 
 # --- modules and their targets
-
-#: Up to TLS 1.2, as of Go's client since 1.22: without RSA key exchange. Python's own list differs.
-TARGET_SUITES: Final = (
-    "ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE-ECDSA-AES128-SHA:ECDHE-RSA-AES128-SHA:"
-    "ECDHE-ECDSA-AES256-SHA:ECDHE-RSA-AES256-SHA"
-)
 
 
 @functools.cache
@@ -2590,8 +2561,9 @@ def client_context(version: str, trusts_system: bool, is_verified: bool) -> ssl.
     """Return a TLS context towards targets. The system's authorities take 35 ms and 1 MB. IO."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options &= ~IGNORE_UNEXPECTED_EOF
-    # Versions below 1.2 sign with SHA-1, which OpenSSL has at level 0 only.
-    context.set_ciphers(f"{TARGET_SUITES}:@SECLEVEL={0 if version < 'TLS12' else 2}")
+    level = 0 if version < "TLS12" else 2  # before 1.2 SHA-1 signs, which needs OpenSSL's level 0
+    # Up to TLS 1.2, as of Go's client since 1.22: without RSA key exchange. Python's list differs.
+    context.set_ciphers(f"ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES+SHA1:@SECLEVEL={level}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of these versions
         context.minimum_version = TLS_VERSIONS[version]
@@ -2633,10 +2605,10 @@ class TargetLoader(FileReader):
         """Return the TLS settings towards a target, if any. Note problems. IO."""
         keys = ("tls_ca_cert_file", "tls_root_ca_file", "tls_cert_file", "tls_key_file")
         own, more, certificate, key = (NamedFile(f"{path}.{k}", getattr(target, k)) for k in keys)
-        has_files = bool(own.name or more.name or certificate.name)
+        has_files = own.name or more.name or certificate.name
         if target.scheme == "http" and not has_files:
             return None
-        version = getattr(target, "tls_min_version", "TLS12")
+        version = target.tls_min_version
         if version < "TLS12":
             self.warnings.append(f"{target.shown}: others can read and alter what {version} sends")
         is_verified = not target.tls_insecure_skip_verify
@@ -2656,8 +2628,7 @@ class ConfigLoader(FileReader):
 
     def load(self, web: DocumentReader, options: Options, checks: PasswordChecks) -> Config:
         """Return the configuration, without the modules that have problems. IO."""
-        credentials = CredentialsLoader(web, self.at_start, options, checks)
-        self.credentials = self._included(credentials)
+        self.credentials = CredentialsLoader(web, self.at_start, options, checks)
         client_context.cache_clear()  # the system's authorities may have changed, too
         self.modules: dict[str, Module] = {}
         self.origins: dict[str, str] = {}
@@ -2675,16 +2646,13 @@ class ConfigLoader(FileReader):
         if default and default not in self.origins:
             message = suggest(f'no module "{excerpt(default)}"', default, self.modules)
             source.problem("defaultModule", message)
+        for included in (self.credentials, *self.targets.values()):
+            self.problems += included.problems
+            if included.problems:  # the configuration is due when these files change, too
+                self.files.update(included.files)
         if self.value and self.value.modules and not (self.modules or self.problems):
             self.problem("", "no modules are left: that needs a restart")  # it is being written
         return Config(dict(sorted(self.modules.items())), default)
-
-    def _included(self, credentials: FileReader) -> FileReader:
-        """Return credentials. Take over their problems."""
-        self.problems += credentials.problems
-        if credentials.problems:  # the configuration is due when these files change, too
-            self.files.update(credentials.files)
-        return credentials
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order. Raise OSError."""
@@ -2706,14 +2674,13 @@ class ConfigLoader(FileReader):
 
     def _add(self, source: DocumentReader, name: str, node: Node) -> None:
         """Add a module if it has no problems. A missing command or file is a warning. IO."""
+        path = f"modules.{name}"
         module = source.module(name, node)
         here = str(Problem(source.filename, *node.place, "", ""))
         first = self.origins.setdefault(name, here)
         if first != here:
-            message = f"module {excerpt(name)} is already defined in {first}"
-            source.problem(f"modules.{name}", message)
-            return
-        if not module:
+            source.problem(path, f"module {excerpt(name)} is already defined in {first}")
+        if first != here or not module:
             return
         self.modules[name] = module
         target = module.target
@@ -2721,9 +2688,7 @@ class ConfigLoader(FileReader):
         if isinstance(target, HttpTarget):
             if target.basic_auth_password or "Authorization" in target.headers:
                 self.warn_of_readers(source.filename)
-            path = f"modules.{module.name}.http"
-            credentials = TargetLoader(source, self.at_start, target, path)
-            self.targets[module.name] = self._included(credentials)
+            self.targets[name] = TargetLoader(source, self.at_start, target, f"{path}.http")
         elif isinstance(target, ExecTarget):
             search = target.env.get("PATH", Secret("")).reveal()
             if not shutil.which(target.command, path=search or None):
@@ -2731,7 +2696,7 @@ class ConfigLoader(FileReader):
         elif not os.path.exists(target.path):
             missing = "file"
         if missing:
-            self.warnings.append(f"module {module.name}: no {missing} {excerpt(target.shown)}")
+            self.warnings.append(f"module {name}: no {missing} {excerpt(target.shown)}")
 
 
 class Snapshot(NamedTuple):
@@ -2747,15 +2712,6 @@ class Snapshot(NamedTuple):
         """Return the settings whose change invalidates existing TLS connections."""
         tls = self.credentials.value.tls
         return tls and (tls.authorities, tls.context.verify_mode, tls.settings.client_allowed_sans)
-
-
-def log_changes(former: Mapping[str, Module], modules: Mapping[str, Module]) -> None:
-    """Log what a reload has changed."""
-    added = len(modules.keys() - former.keys())
-    removed = len(former) + added - len(modules)
-    changed = sum(module != former.get(name, module) for name, module in modules.items())
-    words = "configuration reloaded: %d modules, %d added, %d changed, %d removed"
-    LOGGER.log(NOTICE, words, len(modules), added, changed, removed)
 
 
 class Loader:
@@ -2785,8 +2741,13 @@ class Loader:
             if time.monotonic() - former.looked < self._limits.rotation_seconds:
                 return former
             former.looked = math.inf  # while this thread looks, others go on with what there is
+        fresh = former
         try:
-            fresh = former.rotate()
+            if former.is_due():
+                fresh = type(former)(former, False, *former.arguments)
+                log_problems(found for found in fresh.problems if found not in former.problems)
+                if not fresh.problems:
+                    LOGGER.info("credentials reloaded: %s", excerpt(", ".join(fresh.files), 400))
         finally:
             former.looked = time.monotonic()
         with self._swapping:
@@ -2807,17 +2768,23 @@ class Loader:
                 return self.snapshot.config.problems
             self._reloads += 1
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            former = self.snapshot
-            config = ConfigLoader(former.config, False, former.credentials, *self._arguments)
+            former = self.snapshot.config
+            config = ConfigLoader(former, False, self.snapshot.credentials, *self._arguments)
             notify("READY=1")
             log_problems(config.problems)
             with self._swapping:
-                if config.problems:
-                    new = self.snapshot._replace(config=config, credentials=config.credentials)
-                else:
-                    new = Snapshot(config, config.credentials, config.targets, time.time())
-                    log_changes(former.config.value.modules, config.value.modules)
+                new = self.snapshot._replace(config=config, credentials=config.credentials)
+                if not config.problems:
+                    new = new._replace(targets=config.targets, loaded=time.time())
                 self.snapshot = new
+            if not config.problems:
+                old = former.value.modules
+                modules = config.value.modules
+                added = len(modules.keys() - old.keys())
+                removed = len(old.keys() - modules.keys())
+                changed = sum(modules[name] != old.get(name, modules[name]) for name in modules)
+                words = "configuration reloaded: %d modules, %d added, %d changed, %d removed"
+                LOGGER.log(NOTICE, words, len(modules), added, changed, removed)
             return config.problems
         finally:
             self._reloading.release()
