@@ -77,6 +77,7 @@ import operator
 import os
 import platform
 import queue
+import random
 import re
 import resource
 import select
@@ -178,7 +179,8 @@ class Limits:
     log_line_bytes: int = 4096  # a log line: writing that many to a pipe is atomic
     log_queue_lines: int = 1000  # waiting for a slow stderr; more lines are dropped
     log_flush_seconds: float = 0.5  # to write the queued log lines at the end
-    hang_up_seconds: float = 0.5  # between checks for a waiting client's hang-up
+    hang_up_seconds: float = 0.2  # between checks for a waiting client's hang-up
+    hang_up_spread_seconds: float = 0.3  # up to this a thread waits then: 520 may wake at once
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
     client_scrape_seconds: float = 600  # with only the client's: a day would hold a slot
@@ -2856,6 +2858,9 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.in
     seconds = min(deadline.remaining(), longest)
     ready = {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
     if deadline.client in ready:
+        # Measured: if 520 clients hang up at once, the p99 of another scrape is 65 to 196 ms. If
+        # their threads went on at once, it would be 252 to 274 ms.
+        time.sleep(random.random() * Limits.hang_up_spread_seconds)  # noqa: S311 - no secret
         raise ScrapeError("aborted", "the client closed its side before the answer")
     return ready
 

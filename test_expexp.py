@@ -15215,6 +15215,30 @@ def test_a_client_that_shuts_down_its_sending_side_is_told_so_and_left_by(
         assert answer.endswith(f"\r\nConnection: close\r\n\r\n{LEFT}")
 
 
+def test_the_threads_of_clients_that_hang_up_at_once_go_on_spread_over_a_moment() -> None:
+    pairs = [socket.socketpair() for _ in range(20)]
+
+    def leave(client: socket.socket) -> float:
+        """Wait for ever, and return when the wait has ended."""
+        deadline = expexp.Deadline(20, time.monotonic, client=client.fileno())
+        with pytest.raises(expexp.ScrapeError, match="the client closed its side"):
+            expexp.wait(deadline, {})
+        return time.monotonic()
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        ended = [pool.submit(leave, ours) for ours, _ in pairs]
+        left = time.monotonic()
+        for _, theirs in pairs:
+            theirs.close()
+        after = sorted(each.result() - left for each in ended)
+    assert after[-1] - after[0] > 0.1
+    assert after[-1] < 2
+    for ours, _ in pairs:
+        ours.close()
+    limits = expexp.Limits()
+    assert limits.hang_up_seconds + limits.hang_up_spread_seconds <= 0.5
+
+
 def test_a_command_of_a_client_that_hangs_up_is_ended(tmp_path: Path) -> None:
     with (
         waiting_modules(tmp_path) as modules,
