@@ -2845,7 +2845,8 @@ def connection_options(headers: Headers) -> list[str]:
 def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
     """Return the head of a request or an answer. `parse_headers` allows no line breaks in it."""
     lines = [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join([first_line, *lines, "\r\n"]).encode("latin-1", "replace")
+    text = "\r\n".join([first_line, *lines, "\r\n"])
+    return text.encode("latin-1", "replace")
 
 
 def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.inf) -> set[int]:
@@ -2913,10 +2914,7 @@ class Wire:
         return bool(self._received) or self._fill()
 
     def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
-        """Return the bytes through the first match of `end`, which is at most two bytes long.
-
-        Without a match, return `most` + 1 bytes, or all bytes if the peer closes before.
-        """
+        """Return the bytes through a match of `end`, or `most` + 1, or all if the peer closes."""
         searched = 0
         while True:
             found = end.search(self._received, searched)
@@ -2925,7 +2923,7 @@ class Wire:
             count = len(self._received)
             if count > most or not self._fill():
                 return self._take(most + 1)
-            searched = max(0, count - 1)
+            searched = max(0, count - 1)  # a match has at most two bytes
 
     def _fill(self) -> bool:
         """Receive one more piece. Return False if the peer has closed."""
@@ -2988,7 +2986,8 @@ class TargetExchange:
         self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
     ) -> None:
         """Keep the request. urllib would wrap an OSError from sending it in a URLError."""
-        self._request = render_head(f"{method} {selector or '/'} HTTP/1.1", headers.items())
+        line = f"{method} {selector or '/'} HTTP/1.1"
+        self._request = render_head(line, headers.items())
 
     def getresponse(self) -> TargetExchange:
         """Send the request, and read the answer's head. Raise OSError or ScrapeError."""
@@ -3055,12 +3054,9 @@ class TargetExchange:
 
     def _chunks(self) -> Iterator[bytes]:
         """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
-        size = 1
-        while size:
-            size = int(self._read_match(LINE_END, CHUNK_SIZE)[1], 16)
+        while size := int(self._read_match(LINE_END, CHUNK_SIZE)[1], 16):
             yield from self._read(size)
-            if size:
-                self._read_match(LINE_END, LINE_BREAK)
+            self._read_match(LINE_END, LINE_BREAK)
         self._read_match(EMPTY_LINE, EMPTY_LINE)
 
     def _read_match(self, end: re.Pattern[bytes], part: re.Pattern[bytes]) -> re.Match[bytes]:
@@ -3152,8 +3148,7 @@ class Run:
 class Cache:
     """The last good answers of modules with `cache`. Concurrent requests share one run."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._runs: dict[Any, Run] = {}  # of the completed ones the oldest first
 
@@ -3190,7 +3185,7 @@ class Cache:
         cleanup.callback(held.release)
         seconds = job.deadline.remaining()
         if job.module.method == "exec":
-            longest = scrape_timeout(job.module.timeout, "", 0, self._limits)
+            longest = scrape_timeout(job.module.timeout, "", 0, job.tools.limits)
             deadline = Deadline(max(longest, seconds), time.monotonic)
         else:
             try:
@@ -3221,12 +3216,12 @@ class Cache:
         except ScrapeError as error:  # its traceback would keep bodies
             outcome = error.reason.name, error.message, error.detail
         finally:
-            self._keep(key, run, outcome)
+            self._keep(job.tools.limits, key, run, outcome)
         return outcome
 
-    def _keep(self, key: Any, run: Run, outcome: Any) -> None:
+    def _keep(self, limits: Limits, key: Any, run: Run, outcome: Any) -> None:
         """Cache a good answer. Evict the oldest ones beyond the bounds."""
-        most = self._limits.cache_bytes
+        most = limits.cache_bytes
         with self._lock:
             if self._runs.get(key) is not run:  # nobody waits, or a later module has its place
                 return
@@ -3237,7 +3232,7 @@ class Cache:
                 run.made = time.monotonic()
                 self._runs[key] = run
             made = [each for each in self._runs.items() if each[1].made < math.inf]
-            while len(made) > self._limits.cache_entries or sum(r.size for _, r in made) > most:
+            while len(made) > limits.cache_entries or sum(r.size for _, r in made) > most:
                 del self._runs[made.pop(0)[0]]
 
 
@@ -3326,7 +3321,9 @@ class Commands:
         self._soft_descriptors = soft_descriptors  # that commands get back; 0: not raised
         # A service manager sets these variables for expexp alone.
         own = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
-        self._environment = {k: v for k, v in os.environb.items() if not own.fullmatch(k)}
+        self._environment = dict(os.environb)
+        for name in filter(own.fullmatch, os.environb):
+            del self._environment[name]
         #: Not reaped, and the module's name if its scrape ended earlier. Each use is atomic.
         self.running: dict[subprocess.Popen[bytes], str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
@@ -3335,12 +3332,11 @@ class Commands:
     def start(self, job: Job) -> Any:
         """Start the job's command and return its process. Raises ScrapeError("command")."""
         target = job.module.target
-        seconds = b"%.3f" % job.deadline.remaining()
         prefixes = {b"args": b"", b"params": b"--"}
         null = subprocess.DEVNULL
         pipe = subprocess.PIPE
-        env = {} if target.clear_env else self._environment
-        env = {**env, b"EXPEXP_TIMEOUT_SECONDS": seconds}
+        env = {} if target.clear_env else dict(self._environment)
+        env[b"EXPEXP_TIMEOUT_SECONDS"] = b"%.3f" % job.deadline.remaining()
         try:
             env.update({os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()})
             # The client's arguments follow the configured ones, in the query's order.
@@ -3390,7 +3386,8 @@ class Commands:
         # another thread waits for a process that it has started, that is a child of this thread.
         with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = set(map(int, file.read().split()))
-            for orphan in children.difference(process.pid for process in list(self.running)):
+            known = {process.pid for process in list(self.running)}
+            for orphan in children - known:
                 os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG)
 
     def end_all(self) -> None:
@@ -3423,8 +3420,7 @@ def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def exit_of(process: subprocess.Popen[bytes]) -> str | None:
-    """Return how a command failed, "" if it exited with 0, None while it runs."""
-    # It is not reaped: its id stays its own.
+    """Return how a command failed, "" if it exited with 0, None while it runs. Do not reap it."""
     try:
         found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
     except ChildProcessError:  # the reaper was faster
@@ -3444,7 +3440,7 @@ class Tools:
         self.limits = limits
         self.commands = commands
         self.metrics = metrics
-        self.cache = Cache(limits)
+        self.cache = Cache()
         #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
         self.used: dict[str, int] = collections.Counter()
         self.lock = threading.Lock()  # of `used`
@@ -3499,8 +3495,6 @@ def check_size(limits: Limits, count: int) -> None:
 #: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
-#: Knows no proxies, `file:` or `ftp:`. Keeps no state, so all requests share it.
-HANDLER: Final[Any] = urllib.request.AbstractHTTPHandler()
 REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
 #: Other characters of a Location are escaped. Brackets make urllib refuse a URL.
 URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
@@ -3592,15 +3586,15 @@ def end_to_end(headers: Headers) -> list[tuple[str, str]]:
 
 def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, str]) -> Any:
     """Send a GET on a new connection. Return its TargetExchange. Raise ScrapeError."""
+    handler: Any = urllib.request.AbstractHTTPHandler()  # knows no proxies, `file:` or `ftp:`
     most = job.tools.limits.target_head_bytes
     request = urllib.request.Request(url, None, headers, "localhost")  # noqa: S310 - http(s)
     request.timeout = None  # urllib's timeout applies to each read; the wire has a deadline
     try:
-        exchange = HANDLER.do_open(TargetExchange, request, wire=connect(job), most=most)
+        exchange = handler.do_open(TargetExchange, request, wire=connect(job), most=most)
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
-    # Measured: two short texts and their pair take 200 bytes.
-    job.held.add(sum(len(name) + len(value) + 200 for name, value in exchange.headers))
+    job.held.add(sum(len(n) + len(v) + 200 for n, v in exchange.headers))  # 200 a pair: measured
     return exchange
 
 
@@ -3631,8 +3625,7 @@ def fetch(job: Job) -> Any:
         if origin_of(url) != origin:
             break
     # Prometheus would follow it on our address, and take other metrics for the target's.
-    # User, password and query may be secret.
-    path = urllib.parse.urlsplit(url).path.rpartition("@")[2]
+    path = urllib.parse.urlsplit(url).path.rpartition("@")[2]  # user, password, query may be secret
     words = f"redirect {response.status} not followed: it leads to {origin_of(url)}{path}"
     raise ScrapeError("status", f"{excerpt(words, 300)}; set path, port or scheme")
 
@@ -3667,9 +3660,8 @@ def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
 
 def connect_engine(job: Job) -> Wire:
     """Return a connection to a container's engine. Raise ScrapeError, which names all tried."""
-    engines: Sequence[str] = (job.module.target.container_host,)
-    if engines[0] == ENGINES[0]:
-        engines = ENGINES
+    host = job.module.target.container_host
+    engines = ENGINES if host == ENGINES[0] else (host,)
     faults = []
     for engine in engines:
         try:
