@@ -50,6 +50,11 @@ Contents:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until `run` Ctrl-C ends expexp without a traceback, as SIGTERM does
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import _thread
 import base64
 import bisect
@@ -82,7 +87,6 @@ import re
 import resource
 import select
 import shutil
-import signal
 import socket
 import socketserver
 import ssl

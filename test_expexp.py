@@ -18561,6 +18561,33 @@ def test_a_signal_lets_a_scrape_finish_then_ends_with_0(
         assert "Traceback" not in cast("IO[str]", process.stderr).read()
 
 
+#: Flags with which expexp reads the FIFO `held`. PyYAML's stand-in reads it with the first ones.
+NOT_STARTED: Final = {
+    "imports": ["-version"],
+    "loads its configuration": ["-config.check", "-config.file=held"],
+    "reads what to verify": ["-verify=held"],
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("flags", NOT_STARTED.values(), ids=NOT_STARTED)
+def test_a_signal_ends_an_expexp_that_has_not_started_without_a_word(
+    flags: list[str], number: signal.Signals, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "held")
+    if flags == NOT_STARTED["imports"]:
+        (tmp_path / "yaml.py").write_text("open('held').read()\n")
+    command = [sys.executable, str(SOURCE), *flags]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as own:
+        with (tmp_path / "held").open("w"):  # as soon as expexp opens it
+            own.send_signal(number)
+            assert own.wait(5) == -number
+        assert cast("IO[str]", own.stderr).read() == ""
+
+
 @pytest.mark.load
 def test_many_signals_at_once_end_the_program(tmp_path: Path) -> None:
     for _ in range(20):  # with a lock in the handler one of six runs hung
