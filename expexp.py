@@ -4644,6 +4644,7 @@ class Application:
 # shakes hands. A client cannot hold a thread for ever: reads have deadlines, writes must make
 # progress. A new connection can evict another one, unless that is answered or sent metrics.
 
+POLL_SECONDS: Final = 0.05  # between looks for a signal, a shutdown, a watchdog that is due
 # Of an absolute form. The lookahead fixes the host's end: the match does not backtrack.
 URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n", re.ASCII)
@@ -4711,12 +4712,12 @@ class Connections:
 
 def handshake_fault(error: Exception) -> str:
     """Return which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
+    reason = str(getattr(error, "reason", "EOF"))
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    reason = str(getattr(error, "reason", "EOF"))
-    # UnicodeError: a name in it. UNKNOWN_CA: also an alert of a client that does not trust ours.
-    is_certificate = isinstance(error, (CertificateError, UnicodeError))
-    if is_certificate or re.search("CERTIFICATE|UNKNOWN_CA", reason):
+    if isinstance(error, (CertificateError, UnicodeError)):  # UnicodeError: a name in it
+        return "certificate"
+    if re.search("CERTIFICATE|UNKNOWN_CA", reason):  # also an alert that ours is not trusted
         return "certificate"
     # "Closed before" are Python's words for a reset.
     return "closed" if re.search("EOF|Closed before", reason) else "protocol"
@@ -4724,11 +4725,10 @@ def handshake_fault(error: Exception) -> str:
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
     """Return the next request. Raise RequestError; OSError, EOFError, ScrapeError without one."""
-    most = limits.request_line_bytes
-    line = wire.read_through(LINE_END, most)
+    line = wire.read_through(LINE_END, limits.request_line_bytes)
     if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
-        line = wire.read_through(LINE_END, most)
-    if len(line) > most:
+        line = wire.read_through(LINE_END, limits.request_line_bytes)
+    if len(line) > limits.request_line_bytes:
         raise RequestError(414, "the request line is too long")
     found = REQUEST_LINE.fullmatch(line.decode("latin-1"))
     if not found:  # also for a bare `GET /` of HTTP/0.9
@@ -4767,7 +4767,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if self.server.speaks_tls:
                 self._shake_hands()
         except (OSError, ScrapeError, UnicodeError) as error:
-            self._end_handshake(error)
+            fault = handshake_fault(error)
+            self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
+            LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words_of(error))
+            self._wire.close()  # without close_notify OpenSSL forgets the session
+            if fault not in ("timeout", "closed"):
+                self._discard()  # or else the alert could be lost
             return
         self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
         try:
@@ -4781,9 +4786,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.server.connections.expose(self._socket)
         first = self._wire.attempt(self._socket.recv, select.POLLIN, 1, socket.MSG_PEEK)
         tls: Any = self._snapshot.credentials.value.tls
-        if not first:
-            raise ConnectionResetError("closed before the handshake")
-        if first != b"\x16":  # of a handshake: RFC 8446, 5.1
+        if first not in (b"\x16", b""):  # of a handshake: RFC 8446, 5.1; empty if closed
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         # A duplicate: the server ends connections by their sockets, and wrapping detaches one.
@@ -4794,16 +4797,6 @@ class ClientConnection(socketserver.BaseRequestHandler):
             raise CertificateError("certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
         tls.check(certificate, pattern, self._limits.certmatch_seconds)
-
-    def _end_handshake(self, error: Exception) -> None:
-        """Count and log a failed handshake, and end its connection."""
-        fault = handshake_fault(error)
-        self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
-        LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words_of(error))
-        if self._wire.connection is not self._socket:
-            self._wire.close()  # without close_notify OpenSSL forgets the session
-        if fault not in ("timeout", "closed"):
-            self._discard()  # or else the alert could be lost
 
     def finish(self) -> None:
         """Send close_notify and close the duplicate socket. The server closes the plain one."""
@@ -4826,8 +4819,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def _answer(self) -> None:
         """Answer the next request. Close the connection if the client has closed its side."""
         self._is_closing = True
-        connections = self.server.connections
-        connections.expose(self._socket)
+        self.server.connections.expose(self._socket)
         arrived = self._wire.await_data()
         snapshot = self._application.loader.current()
         # No answer to a client that was admitted under rules that have changed since.
@@ -4842,8 +4834,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
             refusal = error
         except (TimeoutError, ScrapeError):
             refusal = RequestError(408, "the request did not arrive in time")
-        if not connections.protect(self._socket):  # evicted: a slow request keeps no slot
-            return
+        if not self.server.connections.protect(self._socket):
+            return  # evicted: a slow request keeps no slot
         if self.server.speaks_tls and self._wire.connection is self._socket:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
         length = request.header("content-length").strip(" 0")
@@ -4854,14 +4846,14 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._is_closing |= response.aborted  # the client has shut down its sending side
         # Requests to modules are bounded. Any other client that does not read can be evicted.
         if not response.module or response.status != OK:
-            connections.expose(self._socket)
+            self.server.connections.expose(self._socket)
         self._write(response, request)
         if is_unread:
             self._discard()
         self._wire.deadline = Deadline(self._limits.idle_seconds, time.monotonic)
 
     def _write(self, response: Response, request: Request) -> None:
-        """Send a response. Reset the connection if that fails."""
+        """Send a response. Reset the connection if that fails. Raise OSError or ScrapeError."""
         stall = self._limits.write_stall_seconds
         with response.cleanup:
             response.aborted = True
@@ -4872,19 +4864,12 @@ class ClientConnection(socketserver.BaseRequestHandler):
                     self._wire.deadline = Deadline(seconds, time.monotonic, stall)
                     self._wire.send(piece)
                 response.aborted = False
-            except (OSError, ScrapeError) as error:
-                LOGGER.debug("%s: response not sent: %s", request.client, error)
-            finally:  # also after an error of ours in a body
-                if response.aborted:
-                    self._reset()
-
-    def _reset(self) -> None:
-        """Reset the connection: to an HTTP/1.0 client a plain close is a complete body."""
-        self._is_closing = True
-        with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._wire.close()
-        self._socket.close()
+            finally:
+                if response.aborted:  # to an HTTP/1.0 client a plain close is a complete body
+                    linger = struct.pack("ii", 1, 0)
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    self._wire.close()
+                    self._socket.close()
 
     def _pieces(self, response: Response, request: Request) -> Iterator[bytes | memoryview]:
         """Yield head and body, as one piece if they are small."""
@@ -4916,11 +4901,6 @@ class ClientConnection(socketserver.BaseRequestHandler):
         else:
             yield head
             yield from body
-
-
-POLL_SECONDS: Final = 0.05  # between looks for a signal, a shutdown, a watchdog that is due
-THREAD_ATTEMPTS: Final = 4  # for a connection, with a pause after each
-EVICTED_TOGETHER: Final = 16  # one at a time, a scrape behind 300 idle clients waits for 15 s
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -4984,13 +4964,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _make_room(self) -> None:
         """Evict a batch of connections. Wait until their threads have ended."""
-        for _ in range(EVICTED_TOGETHER):
+        for _ in range(16):  # one at a time, a scrape behind 300 idle clients waits for 15 s
             self.connections.evict()
         time.sleep(self.limits.accept_pause_seconds)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
-        attempts = THREAD_ATTEMPTS if self.connections.admit(request) else 0
+        attempts = 4 if self.connections.admit(request) else 0
         # `threading.Thread.start` waits for ever if the new thread finds no memory.
         for _ in range(attempts):
             try:
@@ -5012,8 +4992,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
         """Log an error of ours."""
-        error = sys.exc_info()[1]
-        LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=error)
+        LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=sys.exc_info())
 
 
 # ==================================================================================================
@@ -5146,17 +5125,15 @@ class Program:
         plain = self.application.options["web.listen-address"]
         secure = self.application.options["web.tls.listen-address"]
         has_tls = self.loader.snapshot.credentials.value.tls is not None
-        shared = self.application, self.connections
-        address = plain
-        try:
-            if plain:  # TLS is for this listener if it has none of its own
-                self.servers.append(Server(plain, has_tls and not secure, *shared))
-            if secure:
-                address = secure
-                self.servers.append(Server(secure, True, *shared))
-        except (OSError, UnicodeError) as error:
-            message = f"cannot listen on {render_address(address)}: {words_of(error)}"
-            raise ConfigError(Problem("", 0, 0, "", message)) from None
+        # TLS is for the plain listener if it has none of its own.
+        for address, speaks_tls in ((plain, has_tls and not secure), (secure, True)):
+            if address:
+                try:
+                    server = Server(address, speaks_tls, self.application, self.connections)
+                except (OSError, UnicodeError) as error:
+                    message = f"cannot listen on {render_address(address)}: {words_of(error)}"
+                    raise ConfigError(Problem("", 0, 0, "", message)) from None
+                self.servers.append(server)
         self._log_exposure()
 
     def _log_exposure(self) -> None:
@@ -5170,11 +5147,9 @@ class Program:
         if plain and "TLS" in demands:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
         is_open = plain or (exposed and "client certificates" not in demands)
-        if networks or "authentication" in demands or not is_open:
-            return
         modules = [each for each in self.application.modules.values() if each.method == "exec"]
         names = [each.name for each in modules if each.accept_args or each.accept_params]
-        if names:
+        if names and is_open and not networks and "authentication" not in demands:
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",
@@ -5189,7 +5164,11 @@ class Program:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             LOGGER.info("listening on %s", server.url)
-        self._tell_start()
+        demands = self.loader.snapshot.credentials.value.demands
+        clients = ", ".join([*map(str, self.application.options["allow.net"]), *sorted(demands)])
+        urls = ", ".join([server.url for server in self.servers])
+        started = (__version__, len(self.application.modules), urls, clients or "all")
+        LOGGER.log(NOTICE, "expexp %s started: %d modules, %s, clients: %s", *started)
         notify("READY=1")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
@@ -5211,15 +5190,6 @@ class Program:
                 continue
         LOGGER.log(NOTICE, "stopping")
         self.stop()
-
-    def _tell_start(self) -> None:
-        """Log what is served, where, and to which clients."""
-        demands = self.loader.snapshot.credentials.value.demands
-        access = [*map(str, self.application.options["allow.net"]), *sorted(demands)]
-        urls = ", ".join([server.url for server in self.servers])
-        modules = len(self.application.modules)
-        words = "expexp %s started: %d modules, %s, clients: %s"
-        LOGGER.log(NOTICE, words, __version__, modules, urls, ", ".join(access) or "all")
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Note a signal. Take no lock, not even a `threading.Event`'s: 5 of 30 runs hung."""
@@ -5266,20 +5236,11 @@ def read_input(name: str, limits: Limits) -> bytes:
 
 def point_at(line: bytes, column: int) -> str:
     """Return the escaped text around a column of a line, and a caret below the column."""
-    text = line.decode() if is_utf8(line) else line.decode("latin-1")  # columns are bytes then
-    before = excerpt(text[max(0, column - 60) : column - 1], 200)
+    text = line.decode("utf-8" if is_utf8(line) else "latin-1")  # columns are bytes in the latter
+    before = excerpt(text[: column - 1][-59:], 200)
     rest = excerpt(text[column - 1 :], 60)
     caret = " " * len(before) + "^"
     return f"    {before}{rest}\n    {caret}\n"
-
-
-def render_error(name: str, body: bytes, error: ExpositionError) -> str:
-    """Return `file:line:column: message` and the text, for protobuf `file: byte N: message`."""
-    if not error.line:
-        return f"{name}: {error}\n"
-    line = body[error.offset : error.offset + LINE_BYTES].partition(b"\n")[0]
-    place = f"{name}:{error.line}:{error.column}"
-    return f"{place}: {error.message}\n{point_at(line, error.column)}"
 
 
 def verify_file(name: str, options: Options, limits: Limits) -> int:
@@ -5294,24 +5255,18 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
             samples = verify_exposition(body, content_type)
             text = f"{shown}: well-formed, samples: {samples}\n"
         except ExpositionError as error:
-            text = render_error(shown, body, error)
             code = 1
+            text = f"{shown}: {error}\n"
+            if error.line:  # 0 in protobuf
+                line = body[error.offset : error.offset + LINE_BYTES].partition(b"\n")[0]
+                text = f"{shown}:{error.line}:{error.column}: {error.message}\n"
+                text += point_at(line, error.column)
         failure = "<stdout>: cannot be written"
         os.write(1, text.encode("utf-8", "replace"))
     except (OSError, ScrapeError) as error:
         tell(f"{failure}: {words_of(error)}\n")
         code = 2
     return code
-
-
-def limit_memory() -> None:
-    """Make glibc return freed memory to the system. IO."""
-    # It keeps an arena for each thread: 1.5 GB stayed after 40 bodies of 50 MB. With blocks from
-    # 1 MiB mapped apart, 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
-    with contextlib.suppress(OSError, AttributeError):  # musl has neither
-        library = ctypes.CDLL(None)
-        library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
-        library.malloc_trim(0)  # of loading the configuration
 
 
 def perform(options: Options, limits: Limits) -> int:
@@ -5333,7 +5288,12 @@ def perform(options: Options, limits: Limits) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
         program = Program(options, limits)
         program.listen()
-        limit_memory()
+        # glibc keeps an arena for each thread: 1.5 GB stayed after 40 bodies of 50 MB. With blocks
+        # from 1 MiB mapped apart, 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
+        with contextlib.suppress(OSError, AttributeError):  # musl has neither
+            library = ctypes.CDLL(None)
+            library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
+            library.malloc_trim(0)  # of loading the configuration
         # Without a stderr, descriptor 2 may become a client's.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
         set_up_logging(writer, options, limits)
