@@ -91,7 +91,6 @@ import socket
 import socketserver
 import ssl
 import stat
-import string
 import struct
 import subprocess
 import sys
@@ -4081,7 +4080,7 @@ def answer_job(job: Job) -> Scrape:
 # here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
 STARTED: Final = time.monotonic()
-OWN_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store"}
+OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
 
 
 class Request(NamedTuple):
@@ -4123,16 +4122,18 @@ class Response:
     module: str = ""  # the module whose duration is observed, if any
 
 
-def own_response(status: int, text: str, *more: tuple[str, str]) -> Response:
-    """Return a page of ours: plain text, unless `more` headers give it another type."""
-    fields = {"Content-Type": PLAIN_CONTENT_TYPE, **OWN_HEADERS, **dict(more)}
-    return Response(status, [*fields.items()], f"{text}\n".encode("utf-8", "replace"))
+def own_response(
+    status: int, text: str, *more: tuple[str, str], media_type: str = PLAIN_CONTENT_TYPE
+) -> Response:
+    """Return a page of ours."""
+    headers = [("Content-Type", media_type), *OWN_HEADERS, *more]
+    return Response(status, headers, f"{text}\n".encode("utf-8", "replace"))
 
 
-def choose_module(config: Config, pairs: Pairs) -> tuple[Module, Pairs]:
+def choose_module(config: Config, request: Request) -> tuple[Module, Pairs]:
     """Return the module that a query names, or the default one, and the rest of the query."""
     name = config.default_module
-    rest = list(pairs)
+    rest = list(parse_query(request.target.partition("?")[2]))
     given = dict(reversed(rest)).get(b"module")  # the first one: later ones are for the target
     if given is not None:  # also if it is empty, as an empty relabelling makes it
         name = given.decode("utf-8", "replace")
@@ -4181,26 +4182,23 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
             raise RequestError(403, "Forbidden")
     proofs = {}
     if held.token:
-        proofs["Bearer"] = held.is_token
+        proofs["Bearer"] = (held.is_token, "Invalid Bearer Token")
     if held.users:
-        proofs["Basic"] = held.users.prove
+        proofs["Basic"] = (held.users.prove, "Invalid user or password")
     if not proofs:  # no credentials are needed
         return request
     name, _, given = request.header("authorization").partition(" ")
     scheme = name.title()
+    wrong = "Authorization header is missing"
     if scheme in proofs:
-        if proofs[scheme](given.strip()):
-            return request._replace(
-                headers=[pair for pair in request.headers if pair[0].lower() != "authorization"]
-            )
-        wrong = "Invalid Bearer Token" if scheme == "Bearer" else "Invalid user or password"
+        prove, wrong = proofs[scheme]
+        if prove(given.strip()):
+            others = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+            return request._replace(headers=others)
     elif scheme:
         wrong = f"Authorization header not of {' or '.join(proofs)} type"
-    else:
-        wrong = "Authorization header is missing"
-    raise RequestError(
-        401, wrong, ("WWW-Authenticate", ", ".join([f'{each} realm="expexp"' for each in proofs]))
-    )
+    challenges = ", ".join([f'{each} realm="expexp"' for each in proofs])
+    raise RequestError(401, wrong, ("WWW-Authenticate", challenges))
 
 
 def utc_now() -> str:
@@ -4213,20 +4211,22 @@ class History:
 
     last_scrape: dict[str, Any] | None = None
     failing_since: str | None = None
+    _logged = ""  # the reason in the last warning
+    _logged_at = -math.inf
+    _left_out = 0  # warnings since then
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
         self._succeeded_at = time.monotonic()
-        self._logged = ""  # the reason in the last warning
-        self._logged_at = -math.inf
-        self._left_out = 0  # warnings since then
 
     def note(self, started: float, **outcome: Any) -> None:
         """Keep the outcome of a scrape, which has `started` (monotonic), for the page at /."""
         now = utc_now()
-        self.last_scrape = {"time": now, "seconds": round(time.monotonic() - started, 4), **outcome}
+        seconds = round(time.monotonic() - started, 4)
         self.failing_since = (self.failing_since or now) if "error" in outcome else None
+        state = "failing" if self.failing_since else "ok"
+        self.last_scrape = {"time": now, "seconds": seconds, "state": state, **outcome}
 
     def succeed(self, name: str) -> None:
         """Log that the module has recovered, if the last warning was about a failure."""
@@ -4273,30 +4273,23 @@ class Attempt(NamedTuple):
         if scrape.status != OK:
             error = ScrapeError("status", f"the target answered with status {scrape.status}")
             self.fail(error, error.reason, scrape.status)
-        if not isinstance(scrape.body, bytes):
-            return self._pieces(scrape)
-        self._end(scrape, len(scrape.body))
-        return scrape.body
+        if isinstance(scrape.body, bytes):
+            return b"".join(self._pieces(scrape, [scrape.body]))  # which copies nothing
+        return self._pieces(scrape, scrape.body)
 
-    def _pieces(self, scrape: Scrape) -> Iterator[bytes]:
+    def _pieces(self, scrape: Scrape, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Yield the pieces of a body. A failure after the status was sent counts as aborted."""
         size = 0
         try:
-            for piece in cast("Iterator[bytes]", scrape.body):
+            for piece in pieces:
                 size += len(piece)
                 yield piece
         except ScrapeError as error:
             self.fail(error, REASONS["aborted"], scrape.status)
             raise
-        self._end(scrape, size)
-
-    def _end(self, scrape: Scrape, size: int) -> None:
-        """Note that an answer was read to its end."""
         if scrape.status == OK:
             self.history.succeed(self.module.name)
-            self.history.note(
-                self.started, state="ok", status=200, samples=scrape.samples, bytes=size
-            )
+            self.history.note(self.started, status=OK, samples=scrape.samples, bytes=size)
 
     def fail(self, error: ScrapeError, reason: Reason, status: int) -> str:
         """Count and log a failure. Return its words, with the target's URL where it matters."""
@@ -4317,23 +4310,8 @@ class Attempt(NamedTuple):
             LOGGER.debug("%s", text)
         else:
             self.history.fail(reason.name, text, self.patience if kind == "timeout" else 0)
-            self.history.note(
-                self.started, state="failing", status=status, reason=reason.name, error=words
-            )
+            self.history.note(self.started, status=status, reason=reason.name, error=words)
         return words
-
-
-def outline(module: Module, history: History) -> dict[str, Any]:
-    """Return what clients may know of a module: nothing that may hold a secret."""
-    timeout = module.timeout or None
-    return {
-        "method": module.method,
-        "timeout": timeout,
-        "target": module.target.shown,
-        "verify": module.verify,
-        "last_scrape": history.last_scrape,
-        "failing_since": history.failing_since,
-    }
 
 
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
@@ -4353,10 +4331,11 @@ POLICY: Final = (
     "Content-Security-Policy",
     f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",  # noqa: E501
 )
-PAGE: Final = """<!DOCTYPE html>
+PAGE_START: Final = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>expexp</title><link rel="icon" href="data:,">
-<meta name="viewport" content="width=device-width"><meta http-equiv="refresh" content="{refresh}">
-<style>{style}</style></head><body><h1>expexp {version}</h1>
+<meta name="viewport" content="width=device-width"><style>{STYLE}</style>
+"""
+PAGE: Final = """</head><body><h1>expexp {version}</h1>
 <p>Started {started}, modules: {modules}.
 <a href=".{telemetry}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
@@ -4371,54 +4350,47 @@ ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{link}">{name}<
 """
 
 
-class HtmlFormatter(string.Formatter):
-    """Fills templates. Values are escaped, and missing ones empty."""
-
-    def get_value(self, key: Any, _args: Any, values: Any) -> str:
-        """Return the HTML for a value."""
-        return html.escape(str(values.get(key, "")))
+def fill(template: str, **values: Any) -> str:
+    """Return a template with its values, escaped. Missing ones and None become empty."""
+    escaped = {name: html.escape(str(value)) for name, value in values.items() if value is not None}
+    return template.format_map(collections.defaultdict(str, escaped))
 
 
 def render_page(target: str, outlines: dict[str, Any], options: Options, snapshot: Snapshot) -> str:
     """Return the page at /."""
     rows = []
-    path = options["web.proxy-path"]
     for name, about in outlines.items():
         known = {"state": "never", **about, **(about["last_scrape"] or {})}
-        known["failing_since"] = about["failing_since"] or ""
-        link = f"{path}?module={urllib.parse.quote(name, safe='')}"
-        rows.append(HtmlFormatter().format(ROW, name=name, link=link, **known))
+        known["name"] = excerpt(name, 200)
+        known["target"] = excerpt(about["target"], 200)
+        link = f"{options['web.proxy-path']}?module={urllib.parse.quote(name, safe='')}"
+        rows.append(fill(ROW, link=link, **known))
     rows.sort()  # by the state, with which a row begins: failing, never, ok
-    seconds = re.findall(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
-    head = HtmlFormatter().format(
+    page = PAGE_START
+    found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
+    if found:
+        page += f'<meta http-equiv="refresh" content="{found[1]}">'
+    page += fill(
         PAGE,
-        style=STYLE,
         version=__version__,
         started=STARTED_AT,
-        refresh="".join(seconds),
         modules=len(rows),
         problems="\n".join(map(str, snapshot.config.problems[:20])),
         telemetry=options["web.telemetry-path"],
     )
-    return head + "".join(rows) + "</table></body></html>"
+    return page + "".join(rows) + "</table></body></html>"
 
 
-def collect_reloads(metrics: SelfMetrics, snapshot: Snapshot) -> None:
-    """Set the metrics of reloads, and of our certificate."""
-    metrics.set(
-        "expexp_credentials_last_reload_successful",
-        to=int(not any(x.problems for x in (snapshot.credentials, *snapshot.targets.values()))),
-    )
-    metrics.set("expexp_config_last_reload_successful", to=int(not snapshot.config.problems))
-    metrics.set("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
-    tls = snapshot.credentials.value.tls
-    if tls:
-        metrics.set("expexp_tls_certificate_expiry_timestamp_seconds", to=tls.expires)
-
-
-def collect_process(metrics: SelfMetrics) -> None:
-    """Set the metrics of this process. Those that a system does not have stay 0. IO."""
+def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
+    """Set the metrics of reloads and of this process. What a system lacks stays 0. IO."""
     put = metrics.set
+    own = snapshot.credentials
+    has_problems = any(each.problems for each in (own, *snapshot.targets.values()))
+    put("expexp_credentials_last_reload_successful", to=int(not has_problems))
+    put("expexp_config_last_reload_successful", to=int(not snapshot.config.problems))
+    put("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
+    if own.value.tls:
+        put("expexp_tls_certificate_expiry_timestamp_seconds", to=own.value.tls.expires)
     put("process_start_time_seconds", to=round(time.time() - time.monotonic() + STARTED, 2))
     put("process_cpu_seconds_total", to=time.process_time())
     put("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -4473,12 +4445,10 @@ class Application:
     def _take_config(self) -> None:
         """Prepare metrics and FIFOs for the modules of the snapshot."""
         modules = self.modules
-        forget_fifos(
-            self._tools.fifos,
-            [each.target.path for each in modules.values() if each.method == "file"],
-        )
-        for module in modules.values():
-            self.metrics.create_module(module.name, module.method)
+        files = [each.target.path for each in modules.values() if each.method == "file"]
+        forget_fifos(self._tools.fifos, files)
+        for name, module in modules.items():
+            self.metrics.create_module(name, module.method)
         for gone in set(self._histories).difference(modules):
             self._histories.pop(gone, None)  # or another reload does it just now
 
@@ -4512,14 +4482,13 @@ class Application:
         self.metrics.increment("expexp_http_requests_total", path, str(status))
         if response.module:
             self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
-        if LOGGER.isEnabledFor(logging.INFO):
-            method = excerpt(request.method)
-            target = excerpt(request.target, 2000)
-            ended = http.client.responses.get(status, "")
-            if response.aborted:
-                ended += ", aborted"
-            words = '%s - %s "%s" %d %s (took %.2fms)'
-            LOGGER.info(words, request.client, method, target, status, ended, seconds * 1000)
+        method = excerpt(request.method)
+        target = excerpt(request.target, 2000)
+        ended = http.client.responses.get(status, "")
+        if response.aborted:
+            ended += ", aborted"
+        words = '%s - %s "%s" %d %s (took %.2fms)'
+        LOGGER.info(words, request.client, method, target, status, ended, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """Return the route's response. Raises RequestError."""
@@ -4537,26 +4506,21 @@ class Application:
     def _proxy(self, request: Request) -> Response:
         """Return a module's exposition, or why there is none."""
         snapshot = self.loader.snapshot
-        query = parse_query(request.target.partition("?")[2])
         try:
-            module, pairs = choose_module(snapshot.config.value, query)
+            module, pairs = choose_module(snapshot.config.value, request)
         except ScrapeError as error:
             self.metrics.fail(UNKNOWN_MODULE, "", error.reason)
-            LOGGER.debug("no module: %s: %s", error.reason.name, error.message)
             return own_response(error.reason.status, error.message)
-        seconds = scrape_timeout(
-            module.timeout,
-            request.header(TIMEOUT_FIELD),
-            self.options["timeout-offset"],
-            self.limits,
-        )
-        history = self._histories.setdefault(module.name, History(self.limits))
-        is_early = seconds < (module.timeout or self.limits.scrape_seconds)
-        patience = self.limits.failure_reminder_seconds if is_early else 0
+        limits = self.limits
+        wanted = request.header(TIMEOUT_FIELD)
+        seconds = scrape_timeout(module.timeout, wanted, self.options["timeout-offset"], limits)
+        history = self._histories.setdefault(module.name, History(limits))
+        is_early = seconds < (module.timeout or limits.scrape_seconds)
+        patience = limits.failure_reminder_seconds if is_early else 0
         attempt = Attempt(module, history, self.metrics, time.monotonic(), patience)
         with contextlib.ExitStack() as cleanup:
             try:
-                check_arguments(module, pairs, self.limits)
+                check_arguments(module, pairs, limits)
                 deadline = Deadline(seconds, time.monotonic, client=request.connection)
                 held = Held(self._tools)
                 cleanup.callback(held.release)
@@ -4579,11 +4543,19 @@ class Application:
         """Return the state of the modules as HTML, or as JSON if the client accepts that."""
         outlines = {}
         for name, module in self.modules.items():
-            outlines[name] = outline(module, self._histories.setdefault(name, History(self.limits)))
+            history = self._histories.setdefault(name, History(self.limits))
+            outlines[name] = {  # nothing that may hold a secret
+                "method": module.method,
+                "timeout": module.timeout or None,
+                "target": module.target.shown,
+                "verify": module.verify,
+                "last_scrape": history.last_scrape,
+                "failing_since": history.failing_since,
+            }
         if accepts(request.header("accept"), "application/json"):
-            return own_response(200, json.dumps(outlines), ("Content-Type", "application/json"))
+            return own_response(200, json.dumps(outlines), media_type="application/json")
         page = render_page(request.target, outlines, self.options, self.loader.snapshot)
-        return own_response(200, page, POLICY, ("Content-Type", "text/html; charset=utf-8"))
+        return own_response(200, page, POLICY, media_type="text/html; charset=utf-8")
 
     def _list_targets(self, request: Request) -> Response:
         """Return the modules for Prometheus's HTTP service discovery. Raises RequestError."""
@@ -4608,12 +4580,11 @@ class Application:
                 labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
                 labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
             groups.append({"targets": [address], "labels": labels})
-        return own_response(200, json.dumps(groups), ("Content-Type", "application/json"))
+        return own_response(200, json.dumps(groups), media_type="application/json")
 
     def _telemetry(self, request: Request) -> Response:
         """Return our own metrics, compressed if the client accepts that."""
-        collect_process(self.metrics)
-        collect_reloads(self.metrics, self.loader.snapshot)
+        collect(self.metrics, self.loader.snapshot)
         # Not at a reload: requests for modules that are gone may have ended since.
         self.metrics.forget_modules(lambda: self.modules)
         body = self.metrics.render().encode()
