@@ -1571,11 +1571,7 @@ Values = dict[str, Any]
 
 
 class NodeError(ExpexpError):
-    """A node has an unexpected kind or text. DocumentReader adds the file and the path."""
-
-    def __init__(self, message: str, place: Place | None = None) -> None:
-        super().__init__(message)
-        self.place = place
+    """A node has an unexpected kind or text. Its arguments are a message and a place, if known."""
 
 
 class Node(NamedTuple):
@@ -1586,14 +1582,6 @@ class Node(NamedTuple):
     place: Place = (0, 0)
     items: Sequence[Node] = ()
     entries: Sequence[tuple[Node, Node]] = ()
-
-
-def mismatch(what: str, node: Node) -> NodeError:
-    """Return the error for an unexpected node. It hides what precedes an @."""
-    text = excerpt(re.sub(r"(?s)\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1...@", node.text))
-    shown = {"string": f'"{text}"', "nothing": "nothing"}
-    found = shown.get(node.kind, f"the {node.kind} {text}".rstrip())
-    return NodeError(f"expected {what}, found {found}", node.place)
 
 
 def place_after(before: str) -> Place:
@@ -1610,14 +1598,19 @@ def build_yaml(loader: Any, raw: Any) -> Node:
         return Node(kind, "" if kind == "nothing" else raw.value, place)  # `~` has no text
     if raw.id == "sequence":
         return Node("list", "", place, [build(item) for item in raw.value])
-    pairs = [(name.tag.endswith(":merge"), build(name), build(value)) for name, value in raw.value]
-    entries = [(name, value) for is_merge, name, value in pairs if not is_merge]
-    for source in (value for is_merge, _, value in pairs if is_merge):
-        for mapping in source.items or (source,):
-            if mapping.kind != "mapping":
-                raise mismatch("a mapping to merge", mapping)
-            names = {name.text for name, _ in entries}  # own entries win
-            entries += [entry for entry in mapping.entries if entry[0].text not in names]
+    entries: list[tuple[Node, Node]] = []
+    merged: list[Node] = []
+    for name, value in raw.value:
+        if name.tag.endswith(":merge"):
+            source = build(value)
+            merged += source.items or [source]
+        else:
+            entries.append((build(name), build(value)))
+    for mapping in merged:
+        if mapping.kind != "mapping":  # its text may be secret
+            raise NodeError(f"expected a mapping to merge, found the {mapping.kind}", mapping.place)
+        names = {name.text for name, _ in entries}  # own entries win
+        entries += [entry for entry in mapping.entries if entry[0].text not in names]
     return Node("mapping", "", place, entries=entries)
 
 
@@ -1676,15 +1669,19 @@ def scalar(
     """Return a reader of scalars whose source text matches `pattern`. `convert` makes the value."""
 
     def read(node: Node) -> Any:
-        """Return the value of a node. Raise NodeError, which never shows the text of a secret."""
+        """Return the value of a node. Raise NodeError, without a secret or what precedes an @."""
         if node.kind not in ("list", "mapping") and re.fullmatch(pattern, node.text):
             if kind and node.kind != kind:
                 found = f'found the text "{node.text}": remove the quotes'
                 raise NodeError(f"expected a {kind}, {found}", node.place)
             with contextlib.suppress(ValueError):
                 return convert(node.text)
-        hidden = secret and node.text
-        raise NodeError(f"expected {what}", node.place) if hidden else mismatch(what, node)
+        text = excerpt(re.sub(r"(?s)\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1...@", node.text))
+        shown = {"string": f'"{text}"', "nothing": "nothing"}
+        found = ", found " + shown.get(node.kind, f"the {node.kind} {text}".rstrip())
+        if text and (secret or convert is Secret):
+            found = ""
+        raise NodeError(f"expected {what}{found}", node.place)
 
     return read
 
@@ -1711,7 +1708,7 @@ def to_address(text: str) -> str:
 def to_path(text: str) -> str:
     """Return path and query of a URL, escaped for a request line and with a leading slash."""
     path = urllib.parse.quote(text.partition("#")[0], safe="/%?&=+,;:@!$'()*~")
-    return path if path.startswith("/") else "/" + path
+    return "/" + path.removeprefix("/")
 
 
 def read_list(node: Node, what: str = "a list") -> Sequence[str]:
@@ -1732,7 +1729,7 @@ LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
 read_text: Final = scalar("text without a NUL")
-read_secret: Final = scalar("text without a NUL", convert=Secret, secret=True)
+read_secret: Final = scalar("text without a NUL", convert=Secret)
 read_module_name: Final = scalar("a name", "[^\0\ud800-\udfff]+")
 BOOLEAN: Final = "(?i:true|false|yes|no|on|off)"
 A_CHOICE: Final = "true or false (contrib/expolint.py has the former strict level)"
@@ -1742,17 +1739,14 @@ read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "numbe
 read_address: Final = scalar("a host or IP address (use port, scheme and path)", HOST, to_address)
 read_place: Final = scalar("a name or path, without a password", NO_PASSWORD + A_TEXT)
 read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{A_TEXT}")
-read_path: Final = scalar(A_PATH, URL_PATH, to_path, secret=True)  # its query may have a token
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
-read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret, secret=True)
+read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret)
 read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Messages do not show names of users: a password could follow a colon.
-read_user: Final = scalar("the name of a user, without a colon", "[^:\0]+", secret=True)
-read_hash: Final = scalar(
-    f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret, secret=True
-)
+read_user: Final = scalar("the name of a user, without a colon", f"(?=[^:]+$){A_TEXT}", secret=True)
+read_hash: Final = scalar(f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret)
 
 
 def read_accepted(node: Node) -> Any:
@@ -1787,7 +1781,7 @@ class HttpTarget:
     address: str = key(read_address, "localhost")
     container: str = key(scalar("the name of a container", "[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"))
     container_host: str = key(read_engine, ENGINES[0], "container")
-    path: str = key(read_path, "/metrics")
+    path: str = key(scalar(A_PATH, URL_PATH, to_path, secret=True), "/metrics")  # may hold a token
     headers: Mapping[str, Secret] = key((read_header, read_header_value), {})
     basic_auth_username: str = key(read_user, "", "basic_auth_password", "basic_auth_password_file")
     basic_auth_password: Secret = key(read_secret, Secret(""), "basic_auth_username")  # noqa: RUF009 - frozen
@@ -1805,7 +1799,7 @@ class HttpTarget:
     @property
     def host(self) -> str:
         """Return the host of the target's URL."""
-        return self.container or ("localhost" if self.unix_socket else self.address)
+        return self.container or self.address
 
     @functools.cached_property
     def netloc(self) -> str:
@@ -1844,7 +1838,6 @@ class FileTarget:
     shown = property(operator.attrgetter("path"))
 
 
-A_METHOD: Final = "http, exec or file"
 TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
 
 
@@ -1852,7 +1845,7 @@ TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "fi
 class Module:
     """A module."""
 
-    method: str = key(scalar(A_METHOD, "http|exec|file"), required=A_METHOD)
+    method: str = key(scalar("http, exec or file", "http|exec|file"), required="http, exec or file")
     timeout: float = key(read_duration, 0.0)
     verify: bool = key(scalar(A_CHOICE, BOOLEAN, to_boolean, "boolean"), True)
     cache: float = key(read_duration, 0.0)
@@ -1898,8 +1891,13 @@ def declared_keys(section: Any) -> Mapping[str, Any]:
 
 
 MODULE_KEYS: Final = declared_keys(Module)
-#: Keys of a module that its method's section may have instead, and the methods that refuse them.
-SHARED_KEYS: Final = {"verify": (), "accept_args": ("http", "file"), "accept_params": ("file",)}
+#: Keys of a module that its method's section may have instead.
+SHARED_KEYS: Final = {k: MODULE_KEYS[k] for k in ("verify", "accept_args", "accept_params")}
+REFUSED_KEYS: Final = {
+    "http": ["accept_args"],
+    "exec": [],
+    "file": ["accept_args", "accept_params"],
+}
 TOP_KEYS: Final = ("modules", "defaultModule", "global")
 TOOLKIT_KEYS: Final = "http_server_config|rate_limit|cert|key|client_ca|.*cipher_suites|curve_.*"
 
@@ -1914,11 +1912,9 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown key, with the key that it could be or its place."""
     if re.fullmatch(TOOLKIT_KEYS, name):
         return "known to exporter-toolkit, not supported here"
-    home = " or ".join(f"section {one}" for one in TARGETS if name in declared_keys(TARGETS[one]))
-    if name in MODULE_KEYS:
-        home = "the module, beside method"
-    if name in TOP_KEYS:
-        home = "the top of -config.file"
+    homes: dict[str, Any] = {f"section {one}": declared_keys(TARGETS[one]) for one in TARGETS}
+    homes |= {"the module, beside method": MODULE_KEYS, "the top of -config.file": TOP_KEYS}
+    home = " or ".join(one for one in homes if name in homes[one])
     if home:
         return f"unknown key here; it belongs to {home}"
     return suggest("unknown key", name, known)
@@ -1935,9 +1931,7 @@ def words_of(error: BaseException) -> str:
     """Return the message of a system or TLS error, without numbers and names of C."""
     text = ""
     for name in ("strerror", "reason", "verify_message"):  # the last is the most exact
-        found = getattr(error, name, None)
-        if isinstance(found, str):
-            text = found
+        text = str(getattr(error, name, None) or text)
     plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
     return plain or str(error).strip() or type(error).__name__
 
@@ -1965,7 +1959,7 @@ class DocumentReader:
         try:
             yield
         except NodeError as error:
-            self.problem(path, str(error), error.place)
+            self.problem(path, *error.args)
         except RecursionError:  # in a parser
             self.problem(path, "nested too deeply")
         except (OSError, ValueError, OverflowError) as error:  # ssl.SSLError is an OSError
@@ -2003,27 +1997,21 @@ class DocumentReader:
             return read(node)
 
     def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
-        """Return the values of the declared keys, None after a problem with one."""
+        """Return the values of the declared keys, None after a problem. Note contradictions."""
         values: Values = {}
-        given: Values = {}  # what the keys need that differ from their default
         for name, metadata in declared.items():
             node = nodes.get(name, Node())
             where = f"{path}.{name}"
             is_text = node.kind == "string" and isinstance(metadata["default"], (str, Secret))
             if node.text or not (is_text or node.kind == "nothing"):  # empty texts do not count
                 values[name] = self.read(metadata["read"], node, where)
-                if values[name] != metadata["default"]:
-                    given[name] = metadata["needs"]
             elif metadata["required"] and not ("unix_socket" in values or self._has_refused_keys):
                 self.problem(where, f"required: {metadata['required']}")
-        for name, needs in given.items():
+        given = [name for name in values if values[name] != declared[name]["default"]]
+        for name in given:
+            needs = declared[name]["needs"]
             if values[name] and needs and set(needs).isdisjoint(given):
                 self.problem(f"{path}.{name}", f"needs {needs[0]} beside it")
-        self._check(values, given, path)
-        return values
-
-    def _check(self, values: Values, given: Iterable[str], path: str) -> None:
-        """Note values that contradict each other, or would let everybody in."""
         for group in RIVAL_KEYS:
             rivals = [name for name in group if name in given]
             for name in rivals[1:]:
@@ -2032,6 +2020,7 @@ class DocumentReader:
             self.problem(f"{path}.client_allowed_sans", "must list at least one name")
         if 0 < (values.get("scrape_interval") or 0) < 1:
             self.problem(f"{path}.scrape_interval", "expected 1s or more, or 0")
+        return values
 
     def section(self, section: Any, node: Node, path: str) -> Any:
         """Return the instance of a dataclass for a mapping, or None after a problem."""
@@ -2058,28 +2047,22 @@ class DocumentReader:
         method = values.get("method")
         if not method:
             return None
-        target = self.target(nodes, values, path)
-        refused = [shared for shared in SHARED_KEYS if method in SHARED_KEYS[shared]]
-        for other in (*TARGETS, *refused):
-            if other in {**nodes, **values} and other != method:
-                self.problem(f"{path}.{other}", f'does not go with method "{method}"')
-        return None if len(self.problems) > before else Module(**values, name=name, target=target)
-
-    def target(self, nodes: Mapping[str, Node], values: Values, path: str) -> Any:
-        """Return the target of a module. Shared keys in its section join the module's values."""
-        method = values["method"]
         where = f"{path}.{method}"
-        shared = {name: MODULE_KEYS[name] for name in SHARED_KEYS}
-        declared = {**declared_keys(TARGETS[method]), **shared}
+        declared = {**declared_keys(TARGETS[method]), **SHARED_KEYS}
         own = self.entries(nodes.get(method, Node()), where, declared)
         target = self.values(declared, own, where)
-        for name in SHARED_KEYS:
-            value = target.pop(name, None)
-            if value is not None and values.setdefault(name, value) not in (value, None):
-                self.problem(f"{where}.{name}", f"differs from {path}.{name}")
+        for shared in SHARED_KEYS:  # the section's join the module's values
+            value = target.pop(shared, None)
+            if value is not None and values.setdefault(shared, value) not in (value, None):
+                self.problem(f"{where}.{shared}", f"differs from {path}.{shared}")
         if method == "http" and values.get("verify") is False and values.get("cache"):
             self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
-        return TARGETS[method](**target)
+        for other in (*TARGETS, *REFUSED_KEYS[method]):
+            if other in {**nodes, **values} and other != method:
+                self.problem(f"{path}.{other}", f'does not go with method "{method}"')
+        if len(self.problems) > before:
+            return None
+        return Module(**values, name=name, target=TARGETS[method](**target))
 
 
 # ==================================================================================================
@@ -3412,6 +3395,8 @@ def start_fault(error: Exception, command: str, path: bytes) -> str:
         words += ": begin the script with #!/bin/sh, and with no byte order mark before it"
     elif isinstance(error, FileNotFoundError) and shutil.which(command, path=places):
         words = "the interpreter in its first line is missing, or this line ends in CR"
+    elif isinstance(error, FileNotFoundError):
+        words = "; ".join(filter(None, (words, command_fault(command))))
     return words
 
 

@@ -5985,6 +5985,10 @@ MISPLACED = {
         of_exec('env: {A: "\\ud800"}'),
         "c.yaml:6:16: modules.a.exec.env.A: ",
     ),
+    "a lone surrogate in a user's name": (
+        of_http("port: 1", 'basic_auth_username: "\\ud800"', "basic_auth_password: x"),
+        "c.yaml:6:28: modules.a.http.basic_auth_username: expected the name of a user",
+    ),
     "a lone surrogate in a file's path": (
         a_module("method: file", 'file: {path: "/\\ud800"}'),
         "c.yaml:4:18: modules.a.file.path: ",
@@ -10373,7 +10377,9 @@ EXEC_COUNTERS = {
         ("/nowhere/script", "no such file or directory"),
         ("no-such-command", "no such file or directory"),
         ("/dev/null", "permission denied"),
-        ("/\n" + "x" * 250, "no such file or directory"),
+        ("/\x1b" + "x" * 250, "no such file or directory"),
+        ("ls | wc -l", f"no such file or directory; {NO_SHELL}"),
+        ("/bin/ls -l", f"no such file or directory; {NO_SHELL}"),
     ],
 )
 def test_a_command_that_cannot_start_fails(name: str, message: str) -> None:
