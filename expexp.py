@@ -1743,7 +1743,6 @@ read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.tit
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret)
 read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
-read_tls_version: Final = scalar("TLS12 or TLS13", "TLS1[23]")
 # Messages do not show names of users: a password could follow a colon.
 read_user: Final = scalar("the name of a user, without a colon", f"(?=[^:]+$){A_TEXT}", secret=True)
 read_hash: Final = scalar(f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret)
@@ -1796,15 +1795,11 @@ class HttpTarget:
     content_type: str = key(scalar("one line of Latin-1 text", LINE))
     server_name: str = key(read_place)
 
-    @property
-    def host(self) -> str:
-        """Return the host of the target's URL."""
-        return self.container or self.address
-
     @functools.cached_property
     def netloc(self) -> str:
         """Return the value of the header Host."""
-        return render_address((self.host, self.port)) if self.port else self.host
+        host = self.container or self.address
+        return render_address((host, self.port)) if self.port else host
 
     @functools.cached_property
     def url(self) -> str:
@@ -1873,8 +1868,8 @@ class TlsServer:
     client_auth_type: str = key(read_auth_type, AUTH_TYPES[0], "client_ca_file")
     client_ca_file: str = key(read_text, "", "client_auth_type")
     client_allowed_sans: Sequence[str] = key(read_list, (), "client_auth_type")
-    min_version: str = key(read_tls_version, "TLS12")
-    max_version: str = key(read_tls_version, "TLS13")
+    min_version: str = key(scalar("TLS12 or TLS13", "TLS1[23]"), "TLS12")
+    max_version: str = key(scalar("TLS12 or TLS13", "TLS1[23]"), "TLS13")
 
 
 @dataclass(frozen=True, repr=False)
@@ -1988,8 +1983,11 @@ class DocumentReader:
 
     def read(self, read: Any, node: Node, path: str) -> Any:
         """Return the value of a key's node, or None after a problem."""
-        if isinstance(read, type):
-            return self.section(read, node, path)
+        if isinstance(read, type):  # the dataclass of a section
+            before = len(self.problems)
+            declared = declared_keys(read)
+            values = self.values(declared, self.entries(node, path, declared), path)
+            return None if len(self.problems) > before else read(**values)
         if isinstance(read, tuple):  # readers of names and of secrets
             found = self.entries(node, path, read_name=read[0])
             return {name: self.read(read[1], found[name], f"{path}.{name}") for name in found}
@@ -2018,23 +2016,10 @@ class DocumentReader:
                 self.problem(f"{path}.{name}", f"does not go with {rivals[0]}")
         if values.get("client_allowed_sans") == ():
             self.problem(f"{path}.client_allowed_sans", "must list at least one name")
-        if 0 < (values.get("scrape_interval") or 0) < 1:
+        interval = values.get("scrape_interval")
+        if interval and interval < 1:
             self.problem(f"{path}.scrape_interval", "expected 1s or more, or 0")
         return values
-
-    def section(self, section: Any, node: Node, path: str) -> Any:
-        """Return the instance of a dataclass for a mapping, or None after a problem."""
-        before = len(self.problems)
-        declared = declared_keys(section)
-        values = self.values(declared, self.entries(node, path, declared), path)
-        return None if len(self.problems) > before else section(**values)
-
-    def config(self, node: Node) -> tuple[Mapping[str, Node], str]:
-        """Return the nodes of a file's modules, and the name of the default module or ""."""
-        nodes = self.entries(node, "", TOP_KEYS)
-        modules = self.entries(nodes.get("modules", Node()), "modules")
-        default = self.read(read_text, nodes.get("defaultModule", Node()), "defaultModule")
-        return modules, default or ""
 
     def module(self, name: str, node: Node) -> Module | None:
         """Return a module, or None after a problem."""
@@ -2503,7 +2488,7 @@ class CredentialsLoader(FileReader):
             with self.noting(""):
                 # A file that is no mapping but a password, named by mistake, is not shown.
                 node = self.document(self.filename)._replace(text="")
-                web = self.section(WebConfig, node, "") or web
+                web = self.read(WebConfig, node, "") or web
                 if web.basic_auth_users:
                     self.warn_of_readers(self.filename)
                 elif not (web.tls_server_config or self.problems):
@@ -2625,8 +2610,11 @@ class ConfigLoader(FileReader):
         default = ""
         if source.filename:
             with source.noting(""):
-                nodes, default = source.config(self.document(source.filename))
-                for name, node in nodes.items():
+                top = source.entries(self.document(source.filename), "", TOP_KEYS)
+                modules = source.entries(top.get("modules", Node()), "modules")
+                given = top.get("defaultModule", Node())
+                default = source.read(read_text, given, "defaultModule") or ""
+                for name, node in modules.items():
                     self._add(source, name, node)
         for folder in options["config.dirs"]:
             with DocumentReader(folder, self.problems).noting("", "failed reading directory"):
@@ -3739,7 +3727,7 @@ def connect_target(job: Job) -> Wire:
         wire = connect_host(job, target.address, target.port)
     if target.scheme == "https":
         # The final dot of a name is for the resolver: SNI and certificates have none.
-        name = (target.server_name or target.host).removesuffix(".")
+        name = (target.server_name or target.container or target.address).removesuffix(".")
         context = job.credentials.value.context
         # An attacker can cut a body short: an end without close_notify is an error.
         wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
