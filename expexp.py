@@ -21,13 +21,11 @@ The path of one scrape. No section uses a name of a later one:
      `_answer` waits for a request. `read_request` reads its line and headers.
  14  `Application.handle` counts and logs the request. `_route` has `admit` check the client.
      `_proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
- 13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls the
-     scraper of the module's method: `scrape_http`, `scrape_exec` or `scrape_file`.
-     `verify_scrape` unpacks gzip and passes the body to `verify_exposition`.
-  7  `verify_exposition` has section 5 read text line by line, or section 6 protobuf.
- 14  `_proxy` returns a `Response`, with the body or the error.
-  2  An error is a `ScrapeError`. REASONS has its status. `SelfMetrics.fail` (section 8) counts it.
- 15  `_write` sends the response, in one write if it is small. Then the request counts as answered.
+ 13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls
+     `scrape_http`, `scrape_exec` or `scrape_file`. `verify_scrape` unpacks gzip.
+  7  `verify_exposition` reads text by section 5, protobuf by section 6.
+  2  A `ScrapeError` has its status in REASONS. `SelfMetrics.fail` (section 8) counts it.
+ 15  `_write` sends the `Response` of `_proxy`. Then the request counts as answered.
 
 Contents:
   1  Constants and limits
@@ -324,11 +322,11 @@ DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|
 Pairs = Sequence[tuple[bytes, bytes]]  # names and values of a query
 
 
+@dataclass(frozen=True, repr=False)
 class Secret:
     """A text that no page, log, error, repr or metric shows."""
 
-    def __init__(self, text: str) -> None:
-        self._text = text
+    _text: str
 
     def reveal(self) -> str:
         """Return the text."""
@@ -336,12 +334,6 @@ class Secret:
 
     def __bool__(self) -> bool:
         return bool(self._text)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and self._text == other._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
 
 
 @dataclass
@@ -443,7 +435,8 @@ def compile_production(pattern: bytes) -> Pattern:
 
 
 # Prometheus ingests more. A token is a name, a label value, a number, a text of metadata or a run
-# of blanks: one match takes it in less than 1 ms, and a copy of it is small.
+# of blanks: one match takes it in less than 1 ms, and a copy of it is small. Longer ones and more
+# labels would cost many times the body's memory, or hold up all other threads.
 MAX_TOKEN_BYTES: Final = 65_536
 MAX_LABELS: Final = 10_000
 MAX_LABELS_BYTES: Final = 1_048_576
@@ -461,7 +454,6 @@ NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % D
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
 NOTHING: Final = re.compile(rb"(?!)")
 BLANKS: Final = re.compile(rb"[ \t]+")
-NOT_IN_EXEMPLAR: Final = re.compile(rb"[\0\n]")
 WORD: Final = re.compile(rb"[A-Z][A-Z\0]*")
 NULS: Final = re.compile(rb"\0+")
 REST: Final = re.compile(rb"[^\n]+")
@@ -789,13 +781,9 @@ def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Label
     return name, labels
 
 
-def find_wrong_label(
-    tick: Tick, labels: Labels, taken: set[bytes], needed: tuple[bytes, ...]
-) -> Label | None:
-    """Return the first label that is not in UTF-8, or whose name is bad or `taken`.
-
-    Prometheus first drops all labels of a name that has an empty value, unless it is `needed`.
-    """
+def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *needed: bytes) -> Label | None:
+    """Return the first label that is not in UTF-8, or whose name is bad or `taken`."""
+    # Prometheus first drops all labels of a name that has an empty value, unless it is `needed`.
     dropped = {name for _, name, value in labels if not value}.difference(needed)
     for label in labels:
         tick()
@@ -848,7 +836,7 @@ def read_exemplar(source: Source) -> Labels | None:
         return None
     source.pos += 3
     _, labels = read_labels(source, b"")
-    if NOT_IN_EXEMPLAR.search(source.body, start, source.pos):
+    if re.search(rb"[\0\n]", source.body[start : source.pos]):
         raise source.refuse(start + 1, "expected no NUL and no newline in an exemplar")
     read_number(source, "an exemplar's value")
     read_timestamp(source)
@@ -868,7 +856,7 @@ def read_sample(source: Source) -> Sample:
     if name is None:
         raise source.expected(start, "a metric name, before the braces or quoted in them")
     source.require(name and is_utf8(name), start, "a name in UTF-8", name)
-    wrong = find_wrong_label(source.tick, labels, {b"__name__"}, (b"__name__",))
+    wrong = find_wrong_label(source.tick, labels, {b"__name__"}, b"__name__")
     if wrong:
         label = wrong.name
         source.require(label and is_utf8(label), wrong.pos, "a name in UTF-8", label)
@@ -969,9 +957,7 @@ def read_runs(source: Source, end: int, fast: Pattern) -> int:
             if source.pos < run.end():
                 break
     lines = b"\n" + body[last : source.pos]
-    others = lines.count(b"\n#")
-    if fast is source.dialect.wide:
-        others += lines.count(b"\n\n")
+    others = lines.count(b"\n#") + lines.count(b"\n\n")
     return max(samples - RUN_SAMPLES, 0) + lines.count(b"\n", 1) - others
 
 
@@ -1166,7 +1152,7 @@ def check_metric(source: Source, pos: int, end: int) -> None:
         taken.add(b"quantile")
     if "histogram" in found and NATIVE.isdisjoint(found):
         taken.add(b"le")
-    wrong = find_wrong_label(source.tick, labels, taken, (b"__name__", b""))
+    wrong = find_wrong_label(source.tick, labels, taken, b"__name__", b"")
     if wrong:
         shown = f"{quote(wrong.name)}={quote(wrong.value)}"
         message = f"expected UTF-8 and a name of its own, found {shown}"
@@ -1214,11 +1200,6 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
 # ==================================================================================================
 # Chooses a reader by the content type, and judges a body with it. No content type raises an error.
 
-DIALECTS: Final = {
-    "application/openmetrics-text": OPENMETRICS,
-    "application/vnd.google.protobuf": None,
-}
-
 
 def is_openmetrics_body(body: bytes) -> bool:
     """Return whether the last line is `# EOF`, with or without its newline."""
@@ -1232,17 +1213,18 @@ def parse_media_type(content_type: str) -> str:
 
 def choose_dialect(content_type: str) -> Dialect | None:
     """Return the dialect of a content type, None for protobuf. Unknown types are read as text."""
-    return DIALECTS.get(parse_media_type(content_type), TEXT)
+    media_type = parse_media_type(content_type)
+    if media_type == "application/vnd.google.protobuf":
+        return None
+    return OPENMETRICS if media_type == "application/openmetrics-text" else TEXT
 
 
 def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> int:
     """Return the number of samples in `body`, in protobuf the number of metrics.
 
     Raise ExpositionError if Prometheus would not ingest the body, and any error of `tick`. Refuse
-    a NUL byte, after which Prometheus loses the rest of a text in silence. Refuse a token of more
-    than 64 KiB (a name, a value, a text, a run of blanks), and a series with more than 10,000
-    labels or 1 MiB of labels. They would cost many times the body's memory, or hold up all other
-    threads. Refuse groups in protobuf, which are obsolete, and which no client writes.
+    more than Prometheus: a NUL byte that hides the rest of a text, a token of more than 64 KiB, a
+    series with more than 10,000 labels or 1 MiB of labels, and obsolete groups in protobuf.
     """
     dialect = choose_dialect(content_type)
     if dialect is None:
@@ -1365,20 +1347,16 @@ class SelfMetrics:
 
     def render(self) -> str:
         """Return all series in the text format."""
+        with self._lock:
+            samples = {name: sorted(series.items()) for name, series in self._samples.items()}
         text = ""
         for (kind, *labels), names in SELF_METRICS.items():
-            suffixes = ("_sum", "_count") if kind == "summary" else ("",)
             for name, documentation in names.items():
                 text += f"# HELP {name} {documentation}\n# TYPE {name} {kind}\n"
-                for suffix in suffixes:
-                    text += self._lines(name + suffix, labels)
+                for part in (name, name + "_sum", name + "_count"):
+                    rows = samples.get(part, ())
+                    text += "".join(f"{part}{render_labels(labels, own)} {n}\n" for own, n in rows)
         return text
-
-    def _lines(self, name: str, labels: Sequence[str]) -> str:
-        """Return a line for each series of a name, sorted."""
-        with self._lock:
-            samples = sorted(self._samples[name].items())
-        return "".join(f"{name}{render_labels(labels, own)} {number}\n" for own, number in samples)
 
 
 # ==================================================================================================
@@ -1512,15 +1490,6 @@ WARNINGS: Final = "warnings"  #: the key in Options of warnings about the flags
 Options = Mapping[str, Any]
 
 
-def unknown_flag(name: str) -> str:
-    """Return the message about a flag that does not exist, with the nearest one if one is near."""
-    if name in GONE:
-        return GONE[name]
-    for near in difflib.get_close_matches(name, FLAGS, 1):
-        return f"unknown flag -{excerpt(name)}; did you mean -{near}?"
-    return f"unknown flag -{excerpt(name)}."
-
-
 def parse_flags(arguments: Sequence[str]) -> Options:
     """Return the options of a command line. Raise FlagError."""
     options: dict[str, Any] = {WARNINGS: ()}
@@ -1533,8 +1502,12 @@ def parse_flags(arguments: Sequence[str]) -> Options:
             raise FlagError(f'unexpected argument "{excerpt(argument)}".')
         typed, text = found.groups()
         name = ALIASES.get(typed, typed)
+        if name in GONE:
+            raise FlagError(GONE[name])
         if name not in FLAGS:
-            raise FlagError(unknown_flag(name))
+            near = "".join(difflib.get_close_matches(name, FLAGS, 1))
+            hint = f"; did you mean -{near}?" if near else "."
+            raise FlagError(f"unknown flag -{excerpt(name)}{hint}")
         flag = FLAGS[name]
         if text is None:
             text = "true" if flag.parse is parse_boolean else next(rest, None)
