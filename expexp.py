@@ -133,7 +133,6 @@ HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
-HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
 
@@ -315,7 +314,7 @@ class ExpositionError(ExpexpError):
 # ==================================================================================================
 # 3  Small values
 # ==================================================================================================
-# Values that several sections share. The functions are pure: texts and numbers in, values out.
+# Values that several sections share. Pure: texts and numbers in, values out.
 
 SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
@@ -559,7 +558,6 @@ class Dialect(NamedTuple):
         WIDE_NUMBER,
         TEXT_TIMESTAMP + rb"[ \t]{0,9999}+",
     )
-    free: Pattern = BLANKS  #: may be anywhere
     separator: Pattern = BLANKS  #: before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
     after_name: Pattern = re.compile(rb"[^\0\n]|(?=\n)|\Z")  #: in metadata
@@ -571,7 +569,6 @@ class Dialect(NamedTuple):
 TEXT: Final = Dialect()
 OPENMETRICS: Final = Dialect(
     types=OPENMETRICS_TYPES,
-    free=NOTHING,
     separator=re.compile(b" "),
     number=re.compile(rb"[^ \n\0]+"),
     label_value=compile_production(rb'[^"\\\n]*+(?:\\\0*+[^\n\0][^"\\\n]*+)*'),
@@ -674,7 +671,8 @@ class Source:
 
     def skip_blanks(self) -> None:
         """Skip the blanks that may stand anywhere. OpenMetrics has none."""
-        self.take(self.dialect.free, "a run of blanks")
+        if not self.dialect.openmetrics:
+            self.take(BLANKS, "a run of blanks")
 
     def skip_separator(self) -> bytes:
         """Return and skip what separates two tokens, nothing if it is missing."""
@@ -829,20 +827,6 @@ def read_timestamp(source: Source) -> bytes:
     return number
 
 
-def read_exemplar(source: Source) -> Labels | None:
-    """Return the labels of an exemplar, if there is one."""
-    start = source.pos
-    if not source.dialect.openmetrics or not source.body.startswith(b" # {", start):
-        return None
-    source.pos += 3
-    _, labels = read_labels(source, b"")
-    if re.search(rb"[\0\n]", source.body[start : source.pos]):
-        raise source.refuse(start + 1, "expected no NUL and no newline in an exemplar")
-    read_number(source, "an exemplar's value")
-    read_timestamp(source)
-    return labels
-
-
 def read_sample(source: Source) -> Sample:
     """Return a sample."""
     start = source.pos
@@ -863,7 +847,15 @@ def read_sample(source: Source) -> Sample:
         raise source.refuse(wrong.pos, f"found the label {quote(label)} twice")
     value = read_number(source, "a value")
     timestamp = read_timestamp(source)
-    exemplar = read_exemplar(source)
+    exemplar = None
+    end = source.pos
+    if source.dialect.openmetrics and source.body.startswith(b" # {", end):
+        source.pos += 3
+        _, exemplar = read_labels(source, b"")
+        if re.search(rb"[\0\n]", source.body[end : source.pos]):
+            raise source.refuse(end + 1, "expected no NUL and no newline in an exemplar")
+        read_number(source, "an exemplar's value")
+        read_timestamp(source)
     return Sample(start, name, labels, value, timestamp, exemplar)
 
 
@@ -957,7 +949,9 @@ def read_runs(source: Source, end: int, fast: Pattern) -> int:
             if source.pos < run.end():
                 break
     lines = b"\n" + body[last : source.pos]
-    others = lines.count(b"\n#") + lines.count(b"\n\n")
+    others = lines.count(b"\n#")
+    if fast is source.dialect.wide:
+        others += lines.count(b"\n\n")
     return max(samples - RUN_SAMPLES, 0) + lines.count(b"\n", 1) - others
 
 
@@ -3529,7 +3523,7 @@ def request_headers(job: Job) -> dict[str, str]:
 
 def end_to_end(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
-    dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
+    dropped = {*HOP_BY_HOP.split("|"), *connection_options(headers)}
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
