@@ -1855,11 +1855,7 @@ def declared_keys(section: Any) -> Mapping[str, Any]:
 MODULE_KEYS: Final = declared_keys(Module)
 #: Keys of a module that its method's section may have instead.
 SHARED_KEYS: Final = {k: MODULE_KEYS[k] for k in ("verify", "accept_args", "accept_params")}
-REFUSED_KEYS: Final = {
-    "http": ["accept_args"],
-    "exec": [],
-    "file": ["accept_args", "accept_params"],
-}
+REFUSED: Final = {"http": ["accept_args"], "exec": [], "file": ["accept_args", "accept_params"]}
 TOP_KEYS: Final = ("modules", "defaultModule", "global")
 TOOLKIT_KEYS: Final = "http_server_config|rate_limit|cert|key|client_ca|.*cipher_suites|curve_.*"
 
@@ -2009,7 +2005,7 @@ class DocumentReader:
                 self.problem(f"{where}.{shared}", f"differs from {path}.{shared}")
         if method == "http" and values.get("verify") is False and values.get("cache"):
             self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
-        for other in (*TARGETS, *REFUSED_KEYS[method]):
+        for other in (*TARGETS, *REFUSED[method]):
             if other in {**nodes, **values} and other != method:
                 self.problem(f"{path}.{other}", f'does not go with method "{method}"')
         if len(self.problems) > before:
