@@ -1889,7 +1889,9 @@ def words_of(error: BaseException) -> str:
     """Return the message of a system or TLS error, without numbers and names of C."""
     text = ""
     for name in ("strerror", "reason", "verify_message"):  # the last is the most exact
-        text = str(getattr(error, name, None) or text)
+        found = getattr(error, name, None)
+        if found and isinstance(found, str):
+            text = found
     plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
     return plain or str(error).strip() or type(error).__name__
 
