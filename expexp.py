@@ -133,6 +133,7 @@ HOP_BY_HOP: Final = (
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
+HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
 
@@ -346,10 +347,11 @@ class Deadline:
 
     def __post_init__(self) -> None:
         self._at = self.clock() + self.seconds
+        self._yield_at = math.inf  # remaining seconds
 
     def share(self, count: int) -> Deadline:
         """Return a deadline after one of `count` equal parts of the remaining time."""
-        return dataclasses.replace(self, seconds=self.remaining() / count)
+        return Deadline(self.remaining() / count, self.clock, self.longest_wait, self.client)
 
     def remaining(self) -> float:
         """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
@@ -357,6 +359,13 @@ class Deadline:
         if left <= 0:  # poll would wait for ever with a negative timeout
             raise ScrapeError("timeout", f"timed out after {self.seconds:.3g} s")
         return min(left, self.longest_wait)
+
+    def tick(self) -> None:
+        """Let other threads run, once a millisecond. Raise ScrapeError after the deadline."""
+        left = self.remaining()
+        if left < self._yield_at:
+            self._yield_at = left - 0.001
+            time.sleep(0)  # or each step of another thread waits for 5 ms, Python's interval
 
 
 def parse_duration(text: str) -> float:
@@ -2615,6 +2624,8 @@ class ConfigLoader(FileReader):
 
     def _add(self, source: DocumentReader, name: str, node: Node) -> None:
         """Add a module if it has no problems. A missing command or file is a warning. IO."""
+        # A reload of 300 modules would keep the interpreter's lock, 5 ms at a time, from scrapes.
+        time.sleep(0)
         path = f"modules.{name}"
         module = source.module(name, node)
         here = str(Problem(source.filename, *node.place, "", ""))
@@ -2964,15 +2975,17 @@ class TargetExchange:
     def _find_end(self, version: bytes) -> None:
         """Find how the body ends: RFC 9112, 6.3. Raise ScrapeError on a contradiction."""
         lengths = set(values_of(self.headers, "content-length"))
-        length = excerpt(", ".join(sorted(lengths)))
+        length = ", ".join(sorted(lengths))
         if lengths and not re.fullmatch("[0-9]{1,19}", length):  # enough for 64 bits
-            raise ScrapeError("protocol", f'not HTTP: an invalid Content-Length "{length}"')
+            words = f'not HTTP: an invalid Content-Length "{excerpt(length)}"'
+            raise ScrapeError("protocol", words)
         codings = []
         if version >= b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
             codings = values_of(self.headers, "transfer-encoding")
-        coding = excerpt(", ".join(codings))
+        coding = ", ".join(codings)
         if codings and coding.lower() != "chunked":
-            raise ScrapeError("protocol", f'not HTTP: an unknown Transfer-Encoding "{coding}"')
+            words = f'not HTTP: an unknown Transfer-Encoding "{excerpt(coding)}"'
+            raise ScrapeError("protocol", words)
         if self.status in BODILESS:
             return
         if lengths and not codings:
@@ -3522,7 +3535,7 @@ def request_headers(job: Job) -> dict[str, str]:
 
 def end_to_end(headers: Headers) -> list[tuple[str, str]]:
     """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
-    dropped = {*HOP_BY_HOP.split("|"), *connection_options(headers)}
+    dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
     return [(name, value) for name, value in headers if name.lower() not in dropped]
 
 
@@ -3551,7 +3564,6 @@ def origin_of(url: str) -> str:
 def fetch(job: Job) -> Any:
     """Return a target's TargetExchange, after redirects within its origin. Raise ScrapeError."""
     url: str = job.module.target.url
-    origin = origin_of(url)
     # `params=name=value` is a parameter of that name. The path's own parameters follow.
     pairs = [v.partition(b"=")[::2] if n == b"params" else (n, v) for n, v in job.pairs]
     queries = urllib.parse.urlencode(pairs), job.module.target.path.partition("?")[2]
@@ -3563,8 +3575,9 @@ def fetch(job: Job) -> Any:
         if response.status not in REDIRECTS or not location:
             return response
         response.close()  # its body is not read
+        former = origin_of(url)
         url = urllib.parse.urljoin(url, urllib.parse.quote(location, URL_CHARACTERS, "latin-1"))
-        if origin_of(url) != origin:
+        if origin_of(url) != former:
             break
     # Prometheus would follow it on our address, and take other metrics for the target's.
     path = urllib.parse.urlsplit(url).path.rpartition("@")[2]  # user, password, query may be secret
@@ -3903,7 +3916,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
         # small scrapes have a p99 of 375 ms, and 90 to 156 ms with this bound.
         is_large = len(body) > MEBIBYTE
         with hold(job.tools.verifications, job.deadline) if is_large else contextlib.nullcontext():
-            samples = verify_exposition(body, content_type, job.deadline.remaining)
+            samples = verify_exposition(body, content_type, job.deadline.tick)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
@@ -4140,9 +4153,10 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     raise RequestError(401, wrong, ("WWW-Authenticate", challenges))
 
 
-def utc_now() -> str:
-    """Return the time, such as `2026-11-30T15:12:20Z`."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+@functools.lru_cache(maxsize=1)
+def utc_time(seconds: int) -> str:
+    """Return a Unix time in words, such as `2026-11-30T15:12:20Z`."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class History:
@@ -4161,7 +4175,7 @@ class History:
 
     def note(self, started: float, **outcome: Any) -> None:
         """Keep the outcome of a scrape, which has `started` (monotonic), for the page at /."""
-        now = utc_now()
+        now = utc_time(int(time.time()))
         seconds = round(time.monotonic() - started, 4)
         self.failing_since = (self.failing_since or now) if "error" in outcome else None
         state = "failing" if self.failing_since else "ok"
@@ -4254,7 +4268,7 @@ class Attempt(NamedTuple):
 
 
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
-STARTED_AT: Final = utc_now()
+STARTED_AT: Final = utc_time(int(time.time()))
 STYLE: Final = """
 :root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif }
 table { border-collapse: collapse; width: 100% }
@@ -4347,6 +4361,31 @@ def answer_probe(request: Request) -> Response:
     return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
 
 
+def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
+    """Return the modules for Prometheus's HTTP service discovery. Raises RequestError."""
+    address = options["web.external-address"] or request.header("host")
+    if not is_host(address):
+        expected = "a header Host with a host and perhaps a port, or -web.external-address"
+        raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
+    groups = []
+    for module in modules.values():
+        labels = {
+            "__metrics_path__": options["web.proxy-path"],
+            "__scheme__": request.scheme,
+            "__param_module": module.name,
+            "__meta_expexp_method": module.method,
+            "module": module.name,  # else the go_* series of two modules would be the same
+        }
+        interval = module.scrape_interval
+        if interval:
+            # Both or none: a timeout above the interval drops a target, and so does a fraction.
+            timeout = min(interval, (module.timeout or interval) + options["timeout-offset"])
+            labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
+            labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
+        groups.append({"targets": [address], "labels": labels})
+    return own_response(200, json.dumps(groups), media_type="application/json")
+
+
 class Application:
     """Answers requests by their routes."""
 
@@ -4357,7 +4396,8 @@ class Application:
         self.metrics = tools.metrics
         self.limits = tools.limits
         self._tools = tools
-        self._histories: dict[str, History] = {}  # by module
+        new_history = functools.partial(History, tools.limits)
+        self._histories: dict[str, History] = collections.defaultdict(new_history)  # by module
         self._reloads = threading.BoundedSemaphore(tools.limits.reload_requests)
         self._routes: dict[str, Callable[[Request], Response]] = {
             "/": self._index,
@@ -4374,6 +4414,7 @@ class Application:
                 "/-/healthy, /-/ready and /-/reload"
             )
             raise ConfigError(Problem("", 0, 0, "", message))
+        self._taken: FileReader | None = None
         self._take_config()
 
     @property
@@ -4382,7 +4423,11 @@ class Application:
         return cast(Config, self.loader.snapshot.config.value).modules
 
     def _take_config(self) -> None:
-        """Prepare metrics and FIFOs for the modules of the snapshot."""
+        """Prepare metrics and FIFOs for the modules of a snapshot, once for all its reloads."""
+        config = self.loader.snapshot.config
+        if config is self._taken:  # 50 threads at once took 3.9 s for 300 modules
+            return
+        self._taken = config
         modules = self.modules
         files = [each.target.path for each in modules.values() if each.method == "file"]
         forget_fifos(self._tools.fifos, files)
@@ -4421,6 +4466,8 @@ class Application:
         self.metrics.increment("expexp_http_requests_total", path, str(status))
         if response.module:
             self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
+        if not LOGGER.isEnabledFor(logging.INFO):
+            return
         method = excerpt(request.method)
         target = excerpt(request.target, 2000)
         ended = http.client.responses.get(status, "")
@@ -4453,7 +4500,7 @@ class Application:
         limits = self.limits
         wanted = request.header(TIMEOUT_FIELD)
         seconds = scrape_timeout(module.timeout, wanted, self.options["timeout-offset"], limits)
-        history = self._histories.setdefault(module.name, History(limits))
+        history = self._histories[module.name]
         is_early = seconds < (module.timeout or limits.scrape_seconds)
         patience = limits.failure_reminder_seconds if is_early else 0
         attempt = Attempt(module, history, self.metrics, time.monotonic(), patience)
@@ -4482,7 +4529,7 @@ class Application:
         """Return the state of the modules as HTML, or as JSON if the client accepts that."""
         outlines = {}
         for name, module in self.modules.items():
-            history = self._histories.setdefault(name, History(self.limits))
+            history = self._histories[name]
             outlines[name] = {  # nothing that may hold a secret
                 "method": module.method,
                 "timeout": module.timeout or None,
@@ -4497,29 +4544,8 @@ class Application:
         return own_response(200, page, POLICY, media_type="text/html; charset=utf-8")
 
     def _list_targets(self, request: Request) -> Response:
-        """Return the modules for Prometheus's HTTP service discovery. Raises RequestError."""
-        options = self.options
-        address = options["web.external-address"] or request.header("host")
-        if not is_host(address):
-            expected = "a header Host with a host and perhaps a port, or -web.external-address"
-            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
-        groups = []
-        for module in self.modules.values():
-            labels = {
-                "__metrics_path__": options["web.proxy-path"],
-                "__scheme__": request.scheme,
-                "__param_module": module.name,
-                "__meta_expexp_method": module.method,
-                "module": module.name,  # else the go_* series of two modules would be the same
-            }
-            interval = module.scrape_interval
-            if interval:
-                # Both or none: a timeout above the interval drops a target, and so does a fraction.
-                timeout = min(interval, (module.timeout or interval) + options["timeout-offset"])
-                labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
-                labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
-            groups.append({"targets": [address], "labels": labels})
-        return own_response(200, json.dumps(groups), media_type="application/json")
+        """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
+        return list_targets(request, self.modules, self.options)
 
     def _telemetry(self, request: Request) -> Response:
         """Return our own metrics, compressed if the client accepts that."""
