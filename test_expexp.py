@@ -2240,6 +2240,25 @@ def test_scrape_timeout_is_never_longer_than_the_clients_own() -> None:
         assert 0 < expexp.scrape_timeout(0, header, 0.5, FAST) < float(header)
 
 
+def test_work_with_a_deadline_lets_other_threads_run_once_a_millisecond(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    yields: list[float] = []
+    monkeypatch.setattr(time, "sleep", yields.append)
+    deadline = expexp.Deadline(1, lambda: now)
+    for _ in range(1000):
+        deadline.tick()
+        now += 0.0003
+        if now > 100.3:
+            break
+    assert 70 <= len(yields) <= 300
+    assert set(yields) == {0}
+    now = 101.5
+    with pytest.raises(expexp.ScrapeError, match="timed out after 1 s"):
+        deadline.tick()
+
+
 # ==================================================================================================
 # 4  Exposition: grammar
 # ==================================================================================================
@@ -14132,6 +14151,21 @@ def test_a_reload_forgets_what_the_log_said_of_modules_that_are_gone(tmp_path: P
     path.write_text(json.dumps({"modules": modules}))
     assert app.reload() == []
     assert app._histories == {"stays": stays}
+
+
+def test_reloads_that_share_one_prepare_the_metrics_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"modules": {"m": file_module("/no/file")}}))
+    flags = expexp.parse_flags([f"-config={path}", "-web.listen-address="])
+    app = expexp.Program(flags, FAST).application
+    made: list[str] = []
+    monkeypatch.setattr(app.metrics, "create_module", lambda name, _: made.append(name))
+    app.loader.reload()
+    for _ in range(3):
+        app._take_config()
+    assert made == ["m"]
 
 
 class MeetingHistories(dict):  # type: ignore[type-arg]
