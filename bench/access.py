@@ -33,7 +33,7 @@ PASSWORD = b"correct horse"
 
 
 def write_files(folder: Path) -> ssl.SSLContext:
-    """Configuration and certificates; what a client needs to get in over TLS."""
+    """Write configuration and certificates. Return what a client needs to get in over TLS."""
     authority = trustme.CA()
     server = authority.issue_cert("localhost", "127.0.0.1")
     server.private_key_and_cert_chain_pem.write_to_path(str(folder / "server.pem"))
@@ -59,7 +59,7 @@ basic_auth_users: {{ prometheus: "{(hashed or b"").decode()}" }}
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[int]:
-    """The port of an expexp with TLS and a user."""
+    """Yield the port of an expexp with TLS and a user."""
     flags = ["-web.listen-address=127.0.0.1:0", "-web.config.file=web.yaml", "-log.level=info"]
     command = [sys.executable, expexp.__file__, *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder) as process:

@@ -55,7 +55,7 @@ PARSERS: dict[str, Callable[[str], object]] = {TEXT: parse_text, OPENMETRICS: pa
 
 @contextlib.contextmanager
 def node_exporter() -> Iterator[int]:
-    """The port of a real node_exporter; exits with 1 where there is none."""
+    """Yield the port of a real node_exporter. Exit with 1 where there is none."""
     program = shutil.which("prometheus-node-exporter") or shutil.which("node_exporter")
     if not program:
         sys.exit("bench/verify.py needs node_exporter (Debian: prometheus-node-exporter)")
@@ -106,12 +106,12 @@ class Recorded:
         self._families = [f for f in families if not f.name.startswith("go_memstats_alloc_bytes")]
 
     def collect(self) -> Iterable[Metric]:
-        """The families."""
+        """Yield the families."""
         return self._families
 
 
 def to_openmetrics(body: bytes) -> bytes:
-    """The same scrape in OpenMetrics, which Debian's node_exporter does not speak."""
+    """Return the same scrape in OpenMetrics, which Debian's node_exporter does not speak."""
     registry = CollectorRegistry()
     registry.register(Recorded(body.decode()))
     exposition: bytes = generate_latest(registry)  # type: ignore[no-untyped-call]
@@ -124,7 +124,7 @@ def canonical_labels(number: int) -> str:
 
 
 def canonical_value(number: int) -> str:
-    """A value as Go's libraries write it."""
+    """Return a value as Go's libraries write it."""
     return f" {number * 12345.5}"
 
 
@@ -139,7 +139,7 @@ def changed_labels(old: str, new: str) -> Callable[[int], str]:
 
 
 def changed_value(value: str) -> Callable[[int], str]:
-    """A value with the number in it."""
+    """Return a value with the number in it."""
     return value.format
 
 
@@ -157,7 +157,7 @@ def lines(
 
 
 def with_metadata(samples: list[str]) -> bytes:
-    """A body with a family for each ten samples."""
+    """Return a body with a family for each ten samples."""
     body = []
     for number in range(0, len(samples), 10):
         name = f"jvm_{number // 10}_seconds_total"
@@ -270,7 +270,7 @@ def measure_against(file: str, bodies: dict[str, tuple[bytes, str]]) -> None:
 
 
 def best(work: Callable[[], object], times: int) -> float:
-    """The shortest of several runs, in seconds."""
+    """Return the shortest of several runs, in seconds."""
     runs = []
     for _ in range(times):
         started = time.perf_counter()
