@@ -72,7 +72,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import pkcs7, pkcs12
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
-from hypothesis import HealthCheck, given, settings, strategies
+from hypothesis import HealthCheck, example, given, settings, strategies
 from prometheus_client.registry import Collector
 
 import expexp
@@ -22214,6 +22214,7 @@ def test_the_linter_raises_nothing(body: bytes, content_type: str) -> None:
 
 
 @given(bodies(), strategies.sampled_from([PLAIN, OPENMETRICS]))
+@example(b'{",} 1.0\n{a="b",c="d",} 1.0\n', PLAIN)  # a quoted name over two lines
 def test_the_first_finding_that_is_not_strict_is_the_verdict_of_prometheus(
     body: bytes, content_type: str
 ) -> None:

@@ -195,7 +195,8 @@ def read_strictly(source: Source) -> Reading:
         reader = source
         line = try_line(reader)
         if isinstance(line, ExpositionError):
-            source.pos = find_line_end(source.body, start) + 1
+            # A quoted name may go on in the next lines: the fault can be in one of them.
+            source.pos = find_line_end(source.body, line.offset) + 1
             return Reading(None, False, [to_finding(line)])
         findings.append(stricter)
     end = reader.pos
