@@ -1443,7 +1443,10 @@ def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subproc
             place = folder / "bin" / tool.replace("_", "-")
             place.write_text(f"#!/bin/sh\n{script}\n")
             place.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+        # `make test ARGS=...` hands its variables on to any make below it.
+        outer = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL"}
+        environment = {name: text for name, text in os.environ.items() if name not in outer}
+        environment["PATH"] = f"{folder}/bin:{environment['PATH']}"
 
         def start() -> subprocess.Popen[str]:
             return subprocess.Popen(
@@ -12230,7 +12233,7 @@ def test_a_module_fails_since_its_first_failure_until_it_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(["first", "second", "third", "fourth"])
-    monkeypatch.setattr(expexp, "utc_now", lambda: next(clock))
+    monkeypatch.setattr(expexp, "utc_time", lambda _: next(clock))
     app = application({"m": file_module(tmp_path / "m")})
     seen = []
     for body in (None, "up", "up 1\n", "up"):
@@ -12372,7 +12375,7 @@ class CellsParser(html.parser.HTMLParser):
 def test_the_page_shows_failing_modules_first_then_unscraped_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(expexp, "utc_now", lambda: "2026-11-30T15:16:09Z")
+    monkeypatch.setattr(expexp, "utc_time", lambda _: "2026-11-30T15:16:09Z")
     scripts = {"good": "echo a 1", "<b>": "exit 3", "a": "", "new": "", "bad": "echo '<i>'"}
     app = application({name: exec_module(script) for name, script in scripts.items()})
     for name in ("good", "%3Cb%3E", "a", "bad"):
