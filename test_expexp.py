@@ -1444,7 +1444,7 @@ def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subproc
             place.write_text(f"#!/bin/sh\n{script}\n")
             place.chmod(0o755)
         # `make test ARGS=...` hands its variables on to any make below it.
-        outer = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL"}
+        outer = {"ARGS", "VENV", "PYTHON", "PORT", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"}
         environment = {name: text for name, text in os.environ.items() if name not in outer}
         environment["PATH"] = f"{folder}/bin:{environment['PATH']}"
 
