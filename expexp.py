@@ -3801,6 +3801,12 @@ def scrape_file(job: Job) -> Scrape:
         found: Scrape = wait_for(task, job.deadline)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
+    except ScrapeError:
+        # The thread has the same deadline. It should have closed its FIFO before the answer: what
+        # is written later belongs to the next scrape.
+        if task.running.acquire(timeout=0.03):
+            task.running.release()
+        raise
     job.held.add(body_size(found))
     return found
 
