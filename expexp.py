@@ -3055,7 +3055,7 @@ class Held:
         self._counts: dict[str, int] = collections.Counter()
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> None:
-        """Hold more of something. Raises ScrapeError("busy") with the words beyond `most`."""
+        """Hold more of something. Raise ScrapeError("busy") with the words beyond `most`."""
         with self._tools.lock:
             used = self._tools.used[what] + count
             if used > most:
@@ -3064,7 +3064,7 @@ class Held:
             self._counts[what] += count
 
     def add(self, count: int) -> None:
-        """Hold more bytes of bodies. Raises ScrapeError("busy") if all requests hold too many."""
+        """Hold more bytes of bodies. Raise ScrapeError("busy") if all requests hold too many."""
         most = self._tools.limits.held_bytes
         self.reserve("bytes", most, "too many bodies in memory, try again later", count)
 
@@ -3106,7 +3106,7 @@ class Cache:
         self._runs: dict[Any, Run] = {}  # of the completed ones the oldest first
 
     def answer(self, job: Job, key: Any) -> Scrape:
-        """Return a fresh answer, cached or new. Raises ScrapeError."""
+        """Return a fresh answer, cached or new. Raise ScrapeError."""
         module = job.module
         while True:
             asked = time.monotonic()
@@ -3131,7 +3131,7 @@ class Cache:
         return outcome._replace(headers=aged)
 
     def _start(self, job: Job, key: Any) -> Run:
-        """Start a run for a request in a thread of its own. Raises ScrapeError."""
+        """Start a run for a request in a thread of its own. Raise ScrapeError."""
         run = Run(job.module)
         cleanup = contextlib.ExitStack()
         held = Held(job.tools)
@@ -3215,7 +3215,7 @@ class Task:
 
 
 def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
-    """Acquire a lock or a semaphore. Raises ScrapeError."""
+    """Acquire a lock or a semaphore. Raise ScrapeError."""
     # No call waits for a thread and for the client at once.
     while not lock.acquire(timeout=min(deadline.remaining(), Limits.hang_up_seconds)):
         wait(deadline, {}, 0)
@@ -3223,7 +3223,7 @@ def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> N
 
 @contextlib.contextmanager
 def hold(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> Iterator[None]:
-    """Hold a lock or a semaphore. Raises ScrapeError."""
+    """Hold a lock or a semaphore. Raise ScrapeError."""
     acquire(lock, deadline)
     try:
         yield
@@ -3232,7 +3232,7 @@ def hold(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> Iter
 
 
 def wait_for(task: Task, deadline: Deadline) -> Any:
-    """Return the result of a task. Raises the errors of its work, and ScrapeError."""
+    """Return the result of a task. Raise the errors of its work, and ScrapeError."""
     with hold(task.running, deadline):  # others may wait for it, too
         if not task.outcome:
             raise RuntimeError("unexpected error in a thread: see the log")
@@ -3283,7 +3283,7 @@ class Commands:
         threading.Thread(target=self._reap, daemon=True).start()
 
     def start(self, job: Job) -> Any:
-        """Start the job's command and return its process. Raises ScrapeError("command")."""
+        """Start the job's command and return its process. Raise ScrapeError("command")."""
         target = job.module.target
         prefixes = {b"args": b"", b"params": b"--"}
         null = subprocess.DEVNULL
@@ -3429,7 +3429,7 @@ def scrape_bound(job: Job) -> int:
 
 
 def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
-    """Return all pieces as one body. Raises ScrapeError if it is too large or too late."""
+    """Return all pieces as one body. Raise ScrapeError if it is too large or too late."""
     body = io.BytesIO()  # `getvalue` does not copy
     for piece in pieces:
         job.deadline.remaining()
@@ -3717,7 +3717,7 @@ def connect_target(job: Job) -> Wire:
 
 
 def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Iterator[bytes]:
-    """Yield a command's stdout, keep the end of its stderr in `words`. Raises ScrapeError."""
+    """Yield a command's stdout, keep the end of its stderr in `words`. Raise ScrapeError."""
     stdout = process.stdout.fileno()
     pipes = {stdout, process.stderr.fileno()}
     awaited = dict.fromkeys(pipes, select.POLLIN)
@@ -3745,7 +3745,7 @@ def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Ite
 
 
 def scrape_exec(job: Job) -> Scrape:
-    """Return the output of a command that exits with 0. Raises ScrapeError."""
+    """Return the output of a command that exits with 0. Raise ScrapeError."""
     name = job.module.name
     commands = job.tools.commands
     most = scrape_bound(job)
@@ -3789,7 +3789,7 @@ MTIME_LINES: Final = """\
 
 
 def scrape_file(job: Job) -> Scrape:
-    """Return the scrape of a file or FIFO. Raises ScrapeError."""
+    """Return the scrape of a file or FIFO. Raise ScrapeError."""
     # A `stat`, `open` or `read` that hangs cannot be interrupted. At the deadline its thread is
     # left behind. A module leaves behind at most as many threads as it may run scrapes.
     most = scrape_bound(job)
@@ -3812,7 +3812,7 @@ def scrape_file(job: Job) -> Scrape:
 
 
 def read_module_path(job: Job) -> Scrape:
-    """Return the scrape of a file or FIFO. Raises OSError, UnicodeError or ScrapeError."""
+    """Return the scrape of a file or FIFO. Raise OSError, UnicodeError or ScrapeError."""
     path: str = job.module.target.path
     kind = stat.S_IFMT(os.stat(path).st_mode)  # first: to open a device may act on it
     if kind == stat.S_IFIFO:
@@ -3827,7 +3827,7 @@ def read_module_path(job: Job) -> Scrape:
 
 @contextlib.contextmanager
 def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
-    """Open a module's file or FIFO. Raises OSError, or ScrapeError if it is of another kind."""
+    """Open a module's file or FIFO. Raise OSError, or ScrapeError if it is of another kind."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO may have no writer
     with io.FileIO(os.open(job.module.target.path, flags)) as file:
         found = os.fstat(file.fileno())
@@ -3864,7 +3864,7 @@ def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
 
 
 def read_fifo(job: Job, key: str) -> Scrape:
-    """Return the scrape of the FIFO with the real path `key`. Raises OSError or ScrapeError."""
+    """Return the scrape of the FIFO with the real path `key`. Raise OSError or ScrapeError."""
     path: str = job.module.target.path
     fifo = job.tools.fifos.setdefault(key, Fifo(path))
     with hold(fifo.lock, job.deadline):
@@ -3941,7 +3941,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
-    """Yield the decoded body of one or more gzip members. Raises zlib.error."""
+    """Yield the decoded body of one or more gzip members. Raise zlib.error."""
     member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     for start in range(0, len(body), PIECE_BYTES):  # in parts: zlib copies unused input
         part = body[start : start + PIECE_BYTES]
@@ -3964,7 +3964,7 @@ NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", TIMEOUT_FIELD
 
 
 def scrape_target(job: Job) -> Scrape:
-    """Return the module's scrape, verified if the module wants that. Raises ScrapeError."""
+    """Return the module's scrape, verified if the module wants that. Raise ScrapeError."""
     module = job.module
     most = scrape_bound(job)
     slot = Held(job.tools)
@@ -4007,7 +4007,7 @@ def gzip_pieces(body: bytes, level: int) -> Iterator[bytes]:
 
 
 def answer_job(job: Job) -> Scrape:
-    """Return the target's answer, new or cached. Raises ScrapeError."""
+    """Return the target's answer, new or cached. Raise ScrapeError."""
     module = job.module
     limits = job.tools.limits
     # A target that hangs must not take all connections. Requests that wait for a cache count, too.
@@ -4133,7 +4133,7 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
 
 
 def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
-    """Return the request without credentials for expexp. Raises RequestError with 403 or 401."""
+    """Return the request without credentials for expexp. Raise RequestError with 403 or 401."""
     if networks:  # otherwise all clients are allowed
         address = parse_client_address(request.client)
         if not any(address in network for network in networks):
@@ -4341,7 +4341,7 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
 
 
 def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
-    """Set the metrics of reloads and of this process. What a system lacks stays 0. IO."""
+    """Set the metrics of reloads and of this process. What a system lacks is left out. IO."""
     put = metrics.set
     own = snapshot.credentials
     has_problems = any(each.problems for each in (own, *snapshot.targets.values()))
@@ -4368,7 +4368,7 @@ def answer_probe(request: Request) -> Response:
 
 
 def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
-    """Return the modules for Prometheus's HTTP service discovery. Raises RequestError."""
+    """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
     address = options["web.external-address"] or request.header("host")
     if not is_host(address):
         expected = "a header Host with a host and perhaps a port, or -web.external-address"
@@ -4443,7 +4443,7 @@ class Application:
             self._histories.pop(gone, None)  # or another reload does it just now
 
     def reload(self) -> Sequence[Problem]:
-        """Read all files again and return the problems. Raises RequestError."""
+        """Read all files again and return the problems. Raise RequestError."""
         problems = self.loader.reload()
         self._tools.containers.clear()  # a container may have moved
         self._take_config()
@@ -4483,7 +4483,7 @@ class Application:
         LOGGER.info(words, request.client, method, target, status, ended, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
-        """Return the route's response. Raises RequestError."""
+        """Return the route's response. Raise RequestError."""
         if refusal:
             raise refusal
         path = request.path
@@ -4566,7 +4566,7 @@ class Application:
         return Response(OK, headers, body)
 
     def _reload(self, _request: Request) -> Response:
-        """Reload, if clients may ask for that. Return the problems. Raises RequestError."""
+        """Reload, if clients may ask for that. Return the problems. Raise RequestError."""
         if not self.options["web.enable-lifecycle"]:
             raise RequestError(403, "-web.enable-lifecycle is not set")
         if not self._reloads.acquire(blocking=False):
@@ -4954,7 +4954,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line. A long message loses its middle, because a trace ends in its cause."""
         message = super().format(record)
-        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        created = utc_time(int(record.created))
         level = record.levelname.lower()
         while True:
             if self._as_json:
@@ -4999,7 +4999,8 @@ class LogWriter(logging.Handler):
         """Write lines until `stop`. Drop a line that cannot be written."""
         while line := self._lines.get():
             try:
-                os.write(self._descriptor, line)  # whole: a pipe takes 4,096 bytes or none
+                while line:  # a terminal, a socket or a full disk can take a part
+                    line = line[os.write(self._descriptor, line) :]
             except (OSError, MemoryError):  # noqa: PERF203 - the next line may be written
                 self._drop()
 
@@ -5041,7 +5042,7 @@ def fit_descriptors(limits: Limits) -> tuple[Limits, int]:
 
 
 class Program:
-    """All parts of a running expexp. Raises ConfigError if something is wrong at the start."""
+    """All parts of a running expexp. Raise ConfigError if something is wrong at the start."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
         limits, former_descriptors = fit_descriptors(limits)
