@@ -3266,6 +3266,9 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     return wait_for(Task(slots.release, socket.getaddrinfo, *query), deadline)
 
 
+REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
+
+
 class Commands:
     """Runs commands in process groups of their own, and ends these groups."""
 
@@ -3313,25 +3316,26 @@ class Commands:
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """Send TERM to a command's group. The reaper sends KILL later, outside the request."""
         signal_group(process, signal.SIGTERM)
-        self._ending.put((time.monotonic() + self._limits.term_to_kill_seconds, process))
+        due = time.monotonic() + self._limits.term_to_kill_seconds
+        # Rounded up: the reaper wakes once for many groups.
+        self._ending.put((math.ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
 
     def _reap(self) -> None:
         """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
         # Until its leader is reaped, a group's id is its own.
         due, process = self._ending.get()
-        pause = 0.02  # between looks at a command that has not died of KILL
         while True:
             try:
                 time.sleep(max(0, due - time.monotonic()))
                 signal_group(process, signal.SIGKILL)
                 if process.poll() is None:  # it dies soon, or hangs in the kernel
-                    self._ending.put((time.monotonic() + pause, process))
+                    self._ending.put((time.monotonic() + REAPING_SECONDS, process))
                 else:
                     self.running.pop(process, None)
                     self._reap_orphans()
                 due, process = self._ending.get()
             except (MemoryError, RuntimeError):  # noqa: PERF203 - the same leader is tried again
-                time.sleep(pause)
+                time.sleep(REAPING_SECONDS)
 
     def _reap_orphans(self) -> None:
         """Reap what commands have left behind. A container's first process is its parent."""
