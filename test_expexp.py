@@ -15344,6 +15344,32 @@ def test_a_client_that_shuts_down_its_sending_side_is_told_so_and_left_by(
         assert answer.endswith(f"\r\nConnection: close\r\n\r\n{LEFT}")
 
 
+def test_many_scrapes_of_a_module_at_once_begin_spread_over_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expexp.random, "random", lambda: 1.0)
+    begun: list[float] = []
+    all_here = threading.Barrier(6, timeout=20)
+
+    def answer(connection: socket.socket, _head: bytes) -> None:
+        """Answer when all six scrapes have begun."""
+        begun.append(time.monotonic())
+        all_here.wait()
+        connection.sendall(ok(b"a 1\n"))
+
+    own = dataclasses.replace(FAST, unspread_scrapes=2, scrape_spread_seconds=0.1)
+    with (
+        target(answer) as port,
+        running({"m": http_module(port)}, limits=own) as served,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        scrapes = [pool.submit(served.scrape, "m") for _ in range(6)]
+        assert [each.result().status for each in scrapes] == [200] * 6
+    waits = [moment - begun[0] for moment in sorted(begun)]
+    assert waits[1] < 0.2
+    assert [wait > 0.1 * number for number, wait in enumerate(waits)][2:] == [True] * 4
+
+
 def test_the_threads_of_clients_that_hang_up_at_once_go_on_spread_over_a_moment() -> None:
     pairs = [socket.socketpair() for _ in range(20)]
 
