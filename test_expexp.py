@@ -21057,6 +21057,33 @@ def test_systemd_finds_nothing_wrong_with_the_contrib(tmp_path: Path, with_drop_
     assert run_peer(tmp_path, "systemd-analyze", *verify) == ""
 
 
+def dashboard_queries() -> dict[str, str]:
+    """Return the queries of the dashboard by panel, with values for Grafana's variables."""
+    dashboard = json.loads((CONTRIB / "dashboard.json").read_text(encoding="utf-8"))
+    values = {"$__rate_interval": "1m", "$instance": ".*", "$module": ".*"}
+    queries = {}
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"]
+            for variable, value in values.items():
+                query = query.replace(variable, value)
+            queries[f"{panel['title']} {target['refId']}"] = query
+    return queries
+
+
+def test_the_dashboard_describes_each_panel_and_places_none_upon_another() -> None:
+    dashboard = json.loads((CONTRIB / "dashboard.json").read_text(encoding="utf-8"))
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        assert panel["description"].endswith("."), panel["title"]
+        place = panel["gridPos"]
+        columns = range(place["x"], place["x"] + place["w"])
+        cells = set(itertools.product(columns, range(place["y"], place["y"] + place["h"])))
+        assert not taken & cells, panel["title"]
+        taken |= cells
+    assert {column for column, _ in taken} == set(range(24))
+
+
 @pytest.mark.peer
 @pytest.mark.parametrize("with_drop_in", [False, True], ids=["unit", "unit and drop-in"])
 def test_systemd_measures_the_exposure_of_the_contrib(tmp_path: Path, with_drop_in: bool) -> None:
@@ -22935,6 +22962,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedWorld]:
 @pytest.mark.parametrize("job", ["expexp_metrics", "cadvisor", "mtail", "somescript", "node"])
 def test_prometheus_finds_the_jobs_of_the_original_up(world: ScrapedWorld, job: str) -> None:
     assert world.value("up", job) == 1, world.explain()
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("panel", dashboard_queries())
+def test_prometheus_answers_each_query_of_the_dashboard(world: ScrapedWorld, panel: str) -> None:
+    query = urllib.parse.urlencode({"query": dashboard_queries()[panel]})
+
+    def is_answered() -> bool | None:  # a rate needs two scrapes
+        answer = get(f"{world.prometheus.url}/api/v1/query?{query}")
+        assert answer.status == 200, answer.body
+        is_without_tls = panel.startswith("First certificate to expire")
+        return bool(json.loads(answer.body)["data"]["result"]) or is_without_tls or None
+
+    eventually(is_answered, "a result")
 
 
 @pytest.mark.peer
