@@ -15347,7 +15347,7 @@ def test_a_client_that_shuts_down_its_sending_side_is_told_so_and_left_by(
 def test_many_scrapes_of_a_module_at_once_begin_spread_over_a_moment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(expexp.random, "random", lambda: 1.0)
+    monkeypatch.setattr("random.random", lambda: 1.0)
     begun: list[float] = []
     all_here = threading.Barrier(6, timeout=20)
 
