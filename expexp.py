@@ -4288,7 +4288,7 @@ class Attempt(NamedTuple):
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
 STARTED_AT: Final = utc_time(int(time.time()))
 STYLE: Final = """
-:root { color-scheme: light dark; font: 1rem/1.4 system-ui, sans-serif }
+:root { color-scheme: light dark; background: canvas; font: 1rem/1.4 system-ui, sans-serif }
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
@@ -4306,7 +4306,7 @@ PAGE_START: Final = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>expexp</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 """
-PAGE: Final = """</head><body><h1>expexp {version}</h1>
+PAGE: Final = """</head><body><main><h1>expexp {version}</h1>
 <p>Started {started}, modules: {modules}.
 <a href=".{telemetry}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
@@ -4349,7 +4349,7 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
         problems="\n".join(map(str, snapshot.config.problems[:20])),
         telemetry=options["web.telemetry-path"],
     )
-    return page + "".join(rows) + "</table></body></html>"
+    return page + "".join(rows) + "</table></main></body></html>"
 
 
 def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:

@@ -22747,6 +22747,17 @@ def peer_program(name: str) -> str:
     return path
 
 
+def peer_module(name: str) -> Any:
+    """Return a module of a peer that is installed, or end this test."""
+    with peer(
+        f"the Python module {name} is needed, which `make test` installs from Python 3.11 on"
+    ):
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            raise FileNotFoundError(error) from error
+
+
 def families(body: bytes) -> set[str]:
     """The TYPE lines of an exposition."""
     return set(re.findall(r"(?m)^# TYPE \S+ \S+$", body.decode()))
@@ -24176,3 +24187,140 @@ def test_the_service_takes_the_flags_of_its_own_file(service: Systemd) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# --- the status page in a real browser: Debian's chromium, driven by selenium
+
+#: Names, errors and bodies that a browser must show and not run.
+HOSTILE_TEXT = """<script>alert(1)</script>"'><img src=x onerror=alert(2)> \u202egpj.exe \x1b[31m"""
+
+
+def browser_modules(folder: Path, port: int, broken_port: int) -> dict[str, Any]:
+    """Return modules for the page: good, slow and failing ones, with hostile texts."""
+    (folder / "a.prom").write_bytes(COUNTED_BODY)
+    failing = {
+        "command": "/bin/sh",
+        "args": ["-c", f"printf '%s' {shlex.quote(HOSTILE_TEXT)} >&2; exit 3"],
+    }
+    return {
+        "node": {"method": "http", "http": {"address": "127.0.0.1", "port": port}},
+        "file": {"method": "file", "file": {"path": str(folder / "a.prom")}},
+        "slow": {
+            "method": "exec",
+            "exec": {"command": "/bin/sh", "args": ["-c", "sleep 0.3; echo a 1"]},
+        },
+        "broken": {"method": "http", "http": {"address": "127.0.0.1", "port": broken_port}},
+        "never": {"method": "file", "file": {"path": str(folder / "none.prom")}},
+        "script": {"method": "exec", "exec": failing},
+        HOSTILE_TEXT: {"method": "http", "http": {"port": 9, "path": "/" + "x" * 300}},
+    }
+
+
+NGINX_PREFIX = """\
+daemon off; pid {folder}/nginx.pid; error_log stderr; worker_processes 1;
+events {{ worker_connections 64; }}
+http {{
+    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
+    server {{
+        listen 127.0.0.1:{port};
+        location /host1/ {{ proxy_pass {url}/; }}
+    }}
+}}
+"""
+
+
+@pytest.fixture(scope="module")
+def browsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str, str]]:
+    """A browser, the page of an expexp that has scraped its modules, and that behind nginx."""
+    for program in ("chromium", "chromedriver", "nginx"):
+        peer_program(program)
+    webdriver = peer_module("selenium.webdriver")
+    folder = tmp_path_factory.mktemp("browser")
+    folder.chmod(0o755)  # for nginx's worker
+    options = webdriver.ChromeOptions()
+    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
+        options.add_argument(f"--{argument}")
+    options.add_argument(f"--user-data-dir={folder / 'profile'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    broken = Target(f"a 1\n{HOSTILE_TEXT}\n".encode())
+    with ExitStack() as stack:
+        ports = [
+            urllib.parse.urlsplit(stack.enter_context(serving(target))).port or 0
+            for target in (Target(NODE_BODY), broken)
+        ]
+        config = folder / "c.json"
+        modules = browser_modules(folder, *ports)
+        config.write_text(json.dumps({"modules": modules}), encoding="utf-8")
+        expexp = stack.enter_context(running_expexp(folder, "-config", str(config)))
+        for name in [name for name in modules if name != "never"] * 2:
+            get(f"{expexp.url}/proxy?{urllib.parse.urlencode({'module': name})}")
+        outer = free_port()
+        nginx = folder / "nginx.conf"
+        nginx.write_text(NGINX_PREFIX.format(folder=folder, port=outer, url=expexp.url))
+        command = [peer_program("nginx"), "-c", str(nginx), "-e", "stderr"]
+        url = f"http://127.0.0.1:{outer}"
+        stack.enter_context(peer_running(command, url, "/host1/-/ready", folder))
+        service = webdriver.ChromeService(peer_program("chromedriver"))
+        driver = webdriver.Chrome(options=options, service=service)
+        stack.callback(driver.quit)
+        driver.set_page_load_timeout(60)
+        yield driver, f"{expexp.url}/", f"{url}/host1/"
+
+
+def open_page(driver: Any, url: str, width: int, scheme: str) -> None:
+    """Open a page in a window of this width, in light or dark colours."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    driver.get(url)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1440])
+def test_the_status_page_fits_the_window_and_serves_everybody(
+    browsed: tuple[Any, str, str], width: int, scheme: str
+) -> None:
+    driver, url, _ = browsed
+    open_page(driver, url, width, scheme)
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    axe = peer_module("axe_core_python.selenium").Axe()
+    assert axe.run(driver)["violations"] == []
+    assert driver.get_log("browser") == []
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(180)
+def test_the_status_page_begins_with_what_fails_and_shows_texts_as_texts(
+    browsed: tuple[Any, str, str],
+) -> None:
+    driver, url, _ = browsed
+    open_page(driver, f"{url}?refresh=3600", 1440, "light")
+    states = driver.execute_script(
+        "return [...document.querySelectorAll('tbody tr')].map(row => row.className)"
+    )
+    assert states == ["failing"] * 3 + ["never"] + ["ok"] * 3
+    text = driver.execute_script("return document.querySelector('tbody').innerText")
+    assert "the command exited with status 3" in text
+    assert "<script>alert(1)</script>" in text
+    assert "\u202e" not in text
+    assert "\x1b" not in text
+    assert driver.execute_script("return document.querySelectorAll('script, img').length") == 0
+    assert driver.get_log("browser") == []
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(180)
+def test_the_links_of_the_status_page_lead_to_expexp_behind_a_prefix(
+    browsed: tuple[Any, str, str],
+) -> None:
+    driver, _, url = browsed
+    open_page(driver, url, 1440, "light")
+    links = driver.execute_script("return [...document.querySelectorAll('a')].map(a => a.href)")
+    assert len(links) >= 10
+    for link in links:
+        assert link.startswith(url), link
+        assert get(link).status != 404, link
