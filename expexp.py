@@ -49,7 +49,10 @@ Contents:
 from __future__ import annotations
 
 import signal
+import sys
 
+if (found := sys.version_info) < (3, 9):  # expexp needs Python 3.9 or later
+    sys.exit(f"expexp needs Python 3.9 or later, found {found[0]}.{found[1]}")
 if __name__ == "__main__":  # until `run` Ctrl-C ends expexp without a traceback, as SIGTERM does
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -91,7 +94,6 @@ import ssl
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse
@@ -106,9 +108,6 @@ try:
     import yaml
 except ImportError:  # a host without PyYAML can still use a configuration in JSON
     yaml = None  # type: ignore[assignment]
-
-if sys.version_info < (3, 9):  # noqa: UP036 - a message instead of a traceback
-    sys.exit("expexp needs Python 3.9 or later")
 
 __version__ = "1.0.0"
 __all__ = ["ExpositionError", "main", "verify_exposition"]

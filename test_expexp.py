@@ -18326,6 +18326,28 @@ STARTS = {
 }
 
 
+#: The line that Python before 3.8 cannot parse, and shows in its error.
+OLD_PYTHON_LINE = "if (found := sys.version_info) < (3, 9):  # expexp needs Python 3.9 or later"
+
+
+def test_a_python_that_is_too_old_finds_out_which_one_it_needs() -> None:
+    text = SOURCE.read_text(encoding="utf-8")
+    ast.parse(text, feature_version=(3, 8))
+    with pytest.raises(SyntaxError) as refusal:
+        ast.parse(text, feature_version=(3, 7))
+    assert text.splitlines()[(refusal.value.lineno or 0) - 1] == OLD_PYTHON_LINE
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
+def test_an_old_python_that_is_installed_says_so(version: str) -> None:
+    versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for python in versions.glob(f"{version}.*/bin/python"):
+        done = subprocess.run([python, SOURCE], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "expexp needs Python 3.9 or later" in done.stderr
+        assert version != "3.8" or done.stderr.endswith("or later, found 3.8\n")
+
+
 @pytest.mark.parametrize(("flags", "code", "beginning"), STARTS.values(), ids=STARTS)
 def test_main_without_serving(
     main_in_process: Callable[..., tuple[int, str]], flags: list[str], code: int, beginning: str
