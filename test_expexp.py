@@ -46,6 +46,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import tokenize
@@ -1126,9 +1127,13 @@ DOCUMENTS: Final = {
 }
 REFERENCE: Final = [path for path in DOCUMENTS if path.startswith("docs/")]
 HEADING = re.compile(r"(?m)^(#+) (.+)$")
-DEEPEST_LEVEL = 6
 FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
-LANGUAGES = {"yaml expexp", "yaml prometheus", "yaml web", "json", "sh", "text"}
+INDENTED = re.compile(r"(?m)^(?<=\n\n) {4}\S.*\n(?: {4}.*\n)*")
+
+#: Code blocks that no test takes, by their first lines, and why.
+NOT_RUN: Final = {
+    "host, one open port": "a drawing",
+}
 
 #: A configuration with one problem for each line that is shown under "Configuration".
 SHOWN_PROBLEMS = """\
@@ -1148,6 +1153,15 @@ class Heading(NamedTuple):
     level: int
     title: str
     end: int
+
+
+class Block(NamedTuple):
+    """A code block: its document and heading, its language (or "indented"), and its text."""
+
+    document: str
+    heading: str
+    language: str
+    text: str
 
 
 def without_code(text: str) -> str:
@@ -1170,24 +1184,14 @@ def find_heading(title: str) -> Heading:
     return found[0]
 
 
-def text_until(title: str, deepest_level: int) -> str:
-    """Return the text under a heading, down to the next heading of at most this level."""
+def document_section(title: str) -> str:
+    """Return the text under a heading, without its subsections."""
     heading = find_heading(title)
     text = DOCUMENTS[heading.document]
     for following in headings_of(heading.document):
-        if following.end > heading.end and following.level <= deepest_level:
+        if following.end > heading.end:
             return text[heading.end : text.rindex("\n", 0, following.end) + 1]
     return text[heading.end :]
-
-
-def document_section(title: str) -> str:
-    """Return the text under a heading, without its subsections."""
-    return text_until(title, DEEPEST_LEVEL)
-
-
-def document_chapter(title: str) -> str:
-    """Return the text under a heading, with its subsections."""
-    return text_until(title, find_heading(title).level)
 
 
 def document_table(heading: str, number: int = 0) -> list[list[str]]:
@@ -1201,10 +1205,36 @@ def document_table(heading: str, number: int = 0) -> list[list[str]]:
     return rows[2:]
 
 
+def blocks_of(document: str) -> Iterator[Block]:
+    """Yield the code blocks of a document, fenced and indented, from top to bottom."""
+    text = DOCUMENTS[document]
+    found = [(block.start(), block[1], block[2]) for block in FENCE.finditer(text)]
+    found += [
+        (block.start(), "indented", textwrap.dedent(block[0]))
+        for block in INDENTED.finditer(without_code(text))
+    ]
+    for start, language, code in sorted(found):
+        above = [heading.title for heading in headings_of(document) if heading.end < start]
+        yield Block(document, above[-1], language, code)
+
+
+BLOCKS: Final = [block for document in DOCUMENTS for block in blocks_of(document)]
+#: The blocks that tests take. All are taken when this file has been imported.
+TAKEN_BLOCKS: Final[set[Block]] = set()
+
+
+def take_blocks(heading: str, *languages: str) -> list[str]:
+    """Return the code blocks under a heading for a test. Call it while this file is imported."""
+    taken = [one for one in BLOCKS if one.heading == heading and one.language in languages]
+    TAKEN_BLOCKS.update(taken)
+    return [block.text for block in taken]
+
+
 def document_blocks(language: str) -> list[str]:
-    """Return the code blocks of a language in all documents."""
-    blocks = chain.from_iterable(FENCE.findall(text) for text in DOCUMENTS.values())
-    return [text for name, text in blocks if name == language]
+    """Return all code blocks of a language for a test. Call it while this file is imported."""
+    taken = [block for block in BLOCKS if block.language == language]
+    TAKEN_BLOCKS.update(taken)
+    return [block.text for block in taken]
 
 
 def names_in(cell: str) -> tuple[str, ...]:
@@ -1462,6 +1492,15 @@ def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subproc
         yield folder, start
 
 
+def plain_log(text: str, port: int = 9999) -> str:
+    """Return a log with one time, duration and port."""
+    return re.sub(r'(?<=time=")[^"]+|(?<=took )[0-9.]+', "", text.replace(str(port), "9999"))
+
+
+MAKE, ASK = take_blocks("Try it", "indented")
+(MADE,) = take_blocks("Try it", "text")
+
+
 @pytest.mark.parametrize(
     ("options", "config"), [("", "expexp.yaml.example"), (" -S", "contrib/example.json")]
 )
@@ -1471,17 +1510,24 @@ def test_make_run_answers_at_another_port_with_and_without_pyyaml(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     python = f"PYTHON={sys.executable}{options}"
-    with made("run", f"PORT={port}", python) as (_, start), start() as make:
+    make_run, make_test = MAKE.splitlines()
+    assert make_test == "make test"  # it runs this test
+    with made(*make_run.split()[1:], f"PORT={port}", python) as (_, start), start() as make:
         assert make.stdout
         try:
-            log = iter(make.stdout)
-            said = list(itertools.takewhile(lambda line: "listening on" not in line, log))
-            assert bool(options) == any(f"same modules from {config}" in line for line in said)
-            assert fetch(port, "/proxy?module=self").status == 200
-            assert fetch(port, "/proxy?module=demo_script").status == 200
+            said = ""
+            for line in make.stdout:
+                said += line
+                if " started: " in line:
+                    break
+            said = re.sub(r"\S+/(?=expexp\.yaml\.example)", "", said)
+            assert bool(options) == (f"same modules from {config}" in said)
+            assert bool(options) != (plain_log(said, port) == plain_log(MADE))
+            for path in ("/proxy?module=self", *re.findall(r"localhost:9999([^']+)", ASK)):
+                assert fetch(port, path).status == 200
         finally:
             os.killpg(make.pid, signal.SIGTERM)
-        assert "stopping" in "".join(log)
+        assert "stopping" in make.stdout.read()
 
 
 NO_VENV = f'case "$*" in *ensurepip*) test -e installed;; *) exec {sys.executable} "$@";; esac'
@@ -1522,9 +1568,9 @@ def test_make_says_that_pip_needs_a_registry() -> None:
         assert not (folder / ".venv/.dev").exists()
 
 
-def test_every_code_block_of_the_documents_has_a_language_that_is_tested() -> None:
-    blocks = chain.from_iterable(FENCE.findall(text) for text in DOCUMENTS.values())
-    assert {name for name, _ in blocks} == LANGUAGES
+def test_every_code_block_of_the_documents_is_taken_by_a_test_or_has_a_reason() -> None:
+    left = {block.text.partition("\n")[0].strip() for block in BLOCKS if block not in TAKEN_BLOCKS}
+    assert left == set(NOT_RUN), "take_blocks() gives a block to a test, NOT_RUN has the reasons"
 
 
 @pytest.mark.parametrize("text", document_blocks("yaml expexp"))
@@ -1541,32 +1587,47 @@ def test_a_configuration_in_the_documents_loads(text: str, tmp_path: Path) -> No
     assert set(load_configuration(document).modules) == set(re.findall(r"(?m)^  (\w+):$", text))
 
 
+@pytest.mark.parametrize("shown", take_blocks("Configuration", "text"))
 def test_the_documents_show_the_problems_that_a_bad_configuration_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = re.findall(r"(?m)^bad\.yaml:.*$", document_section("Configuration"))
     monkeypatch.chdir(tmp_path)
     document = Path("bad.yaml")
     document.write_text(SHOWN_PROBLEMS, encoding="utf-8")
     with pytest.raises(expexp.ConfigError) as caught:
         load_configuration(document)
-    assert shown == [str(problem) for problem in caught.value.problems]
+    assert shown.splitlines() == [str(problem) for problem in caught.value.problems]
 
 
-def test_the_documents_show_the_verdict_on_a_body_that_is_no_exposition() -> None:
-    shown = re.findall(r"(?m)^module badhtml: (.*)$", document_section("Verification"))
+HTML_VERDICT, PROTOBUF_VERDICT = take_blocks("Verification", "text")
+
+
+@pytest.mark.parametrize(
+    ("shown", "body", "content_type"),
+    [
+        (HTML_VERDICT, b"<html>\n", "text/html"),
+        (
+            PROTOBUF_VERDICT,
+            b"\x0d\n\3abc\x18\1\x22\4\x12\2\x09\0",
+            "application/vnd.google.protobuf",
+        ),
+    ],
+    ids=["text", "protobuf"],
+)
+def test_the_documents_show_the_verdict_on(shown: str, body: bytes, content_type: str) -> None:
     with pytest.raises(expexp.ExpositionError) as caught:
-        expexp.verify_exposition(b"<html>\n", "text/html")
-    assert shown == [str(caught.value)]
+        expexp.verify_exposition(body, content_type)
+    assert re.sub(r"^module \w+: ", "", shown) == f"{caught.value}\n"
 
 
-def test_the_documents_show_the_listing_of_the_example() -> None:
+@pytest.mark.parametrize("shown", document_blocks("json"))
+def test_the_documents_show_the_listing_of_the_example(shown: str) -> None:
     program = silent_program(str(FOLDER / "expexp.yaml.example"))
     headers = (("Accept", "application/json"),)
     response = program.application.handle(expexp.Request("GET", "/", headers, "127.0.0.1"))
     response.cleanup.close()
     assert isinstance(response.body, bytes)
-    assert [json.loads(text) for text in document_blocks("json")] == [json.loads(response.body)]
+    assert json.loads(shown) == json.loads(response.body)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -1627,6 +1688,100 @@ def as_the_documents_say(command: str, folder: Path, *more: str) -> Iterator[str
         yield f"localhost:{found[1]}"
 
 
+(INSTALLATION,) = take_blocks("Installation", "sh")
+(SERVICE_FLAGS,) = take_blocks("Installation", "text")
+
+
+def test_the_flags_of_the_service_in_the_readme_are_flags() -> None:
+    (assigned,) = shlex.split(SERVICE_FLAGS)
+    name, _, flags = assigned.partition("=")
+    assert expexp.parse_flags(flags.split())["web.config.file"] == "/etc/expexp/web.yaml"
+    unit = (FOLDER / "contrib/expexp.service").read_text(encoding="utf-8")
+    assert re.search(rf"(?m)^ExecStart=.* \${name}$", unit)
+
+
+(LOGGED, MALFORMED_LOGGED) = take_blocks("Logs", "text")
+
+
+def test_the_documents_show_lines_of_the_log(tmp_path: Path) -> None:
+    (tmp_path / "x.prom").write_text("\n" * 11 + "jobs  abc\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        closed = taken.getsockname()[1]
+    modules = {"node": http_module(closed), "x": file_module("x.prom")}
+    with program(tmp_path, modules) as (process, port):
+        for path in ("/proxy?module=node", "/metrics", "/proxy?module=x"):
+            fetch(port, path)
+        process.terminate()
+        assert process.stderr
+        log = plain_log(process.stderr.read(), port).replace(f":{closed}/", ":9100/")
+    for line in plain_log(LOGGED + MALFORMED_LOGGED).splitlines():
+        assert f"{line}\n" in log
+
+
+METRICS_PROM, VERIFY_OUTPUT = take_blocks("Checking an exposition in CI", "text")
+VERIFY, VERIFY_SCRAPE, VERIFY_PROTOBUF = take_blocks("Checking an exposition in CI", "sh")
+(FLEET,) = take_blocks("The list of a fleet", "sh")
+(CHECK_AND_RELOAD,) = take_blocks("Reload", "sh")
+(CHECK_RULES,) = take_blocks("Alerts", "sh")
+(CHECK_OLD,) = take_blocks("Moving over from exporter_exporter", "sh")
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="promtool is not installed"
+)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        pytest.param(VERIFY_SCRAPE, "scrape.prom: well-formed, samples: 1\n", id="a scrape"),
+        pytest.param(VERIFY_PROTOBUF, "metrics.pb: well-formed, samples: 1\n", id="protobuf"),
+        pytest.param(FLEET, "", id="a fleet"),
+        pytest.param(
+            CHECK_AND_RELOAD, "0 problems, 0 warnings, modules: 3\nreload expexp\n", id="a reload"
+        ),
+        pytest.param(CHECK_OLD, " warnings, modules: 4\n", id="an old file"),
+        pytest.param(CHECK_RULES, "SUCCESS", id="alerts", marks=[pytest.mark.peer, needs_promtool]),
+    ],
+)
+def test_a_command_of_the_documents_works_on(command: str, said: str, tmp_path: Path) -> None:
+    def answer(connection: socket.socket, head: bytes) -> None:
+        group = [{"targets": ["host:9999"], "labels": {}}]
+        body = json.dumps(group).encode() if b" /sd " in head else b"a 1\n"
+        connection.sendall(ok(body))
+
+    shutil.copytree(FOLDER / "contrib", tmp_path / "contrib")
+    shutil.copy(FOLDER / "contrib/fleet_sd.py", tmp_path)
+    shutil.copy(SOURCE, tmp_path)
+    shutil.copy(FOLDER / "expexp.yaml.example", tmp_path / "expexp.yaml")
+    (tmp_path / "exporter-exporter.yml").write_text(original_readme("expexp.yaml"))
+    (tmp_path / "metrics.pb").write_bytes(b"\7\x0a\1a\x22\2\x12\0")
+    (tmp_path / "bin").mkdir()
+    for name, line in {"python3": f'exec {sys.executable} "$@"', "systemctl": "echo $*"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    with target(answer) as port:
+        (tmp_path / "hosts.txt").write_text(f"127.0.0.1:{port}\n")
+        text = command.replace("localhost:9100", f"127.0.0.1:{port}")
+        ended = subprocess.run(
+            ["bash", "-euc", text.replace("/etc/prometheus/", f"{tmp_path}/")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env=environment,
+            timeout=60,
+        )
+    assert ended.returncode == 0, ended.stdout
+    assert said in ended.stdout
+    assert command is not FLEET or '"host:9999"' in (tmp_path / "expexp.json").read_text()
+
+
+BY_FLAGS, BY_FILE, CURL = take_blocks("TLS and access", "sh")
+(CERTIFICATES,) = take_blocks("Certificates", "sh")
+(WEB_FILE,) = document_blocks("yaml web")
+
+
 @pytest.mark.peer
 @pytest.mark.skipif(
     not (shutil.which("openssl") and shutil.which("curl") and shutil.which("promtool")),
@@ -1635,20 +1790,17 @@ def as_the_documents_say(command: str, folder: Path, *more: str) -> Iterator[str
 def test_the_commands_of_the_documents_make_certificates_and_let_a_client_in(
     tmp_path: Path,
 ) -> None:
-    blocks = FENCE.findall(document_chapter("TLS and access"))
-    by_flags, by_file, curl, certificates = (text for name, text in blocks if name == "sh")
-    make = ["bash", "-euc", certificates]
+    make = ["bash", "-euc", CERTIFICATES]
     subprocess.run(make, check=True, capture_output=True, cwd=tmp_path, timeout=60)
-    (web_file,) = document_blocks("yaml web")
-    (tmp_path / "web.yaml").write_text(web_file)
-    older = re.sub("(?m)^.*client_allowed_sans.*\n", "", web_file)  # Prometheus 2.42 has none
+    (tmp_path / "web.yaml").write_text(WEB_FILE)
+    older = re.sub("(?m)^.*client_allowed_sans.*\n", "", WEB_FILE)  # Prometheus 2.42 has none
     (tmp_path / "older.yaml").write_text(older)
     check = ["promtool", "check", "web-config", "older.yaml"]
     assert not subprocess.run(check, capture_output=True, check=False, cwd=tmp_path).returncode
     (tmp_path / "a.prom").write_text("up_here 1\n")
     (tmp_path / "expexp.yaml").write_text("modules: {node: {method: file, file: {path: a.prom}}}")
-    ask = shlex.split(curl.replace("-u prometheus", "-u prometheus:change-me"))
-    for command, more in ((by_flags, []), (by_file, ["-web.listen-address=127.0.0.1:0"])):
+    ask = shlex.split(CURL.replace("-u prometheus", "-u prometheus:change-me"))
+    for command, more in ((BY_FLAGS, []), (BY_FILE, ["-web.listen-address=127.0.0.1:0"])):
         with as_the_documents_say(command, tmp_path, *more) as address:
             asked = [word.replace("localhost:9999", address) for word in ask]
             told = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path)
@@ -1661,7 +1813,7 @@ def test_the_commands_of_the_documents_make_certificates_and_let_a_client_in(
 
 
 @pytest.mark.peer
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+@needs_promtool
 @pytest.mark.parametrize("text", document_blocks("yaml prometheus"))
 def test_prometheus_takes_the_jobs_of_the_documents(text: str, tmp_path: Path) -> None:
     document = tmp_path / "prometheus.yml"
@@ -18671,13 +18823,11 @@ def test_verify_reads_no_more_than_a_scrape_would(
 
 
 def test_the_documents_show_what_verify_says(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    blocks = FENCE.findall(document_section("Checking an exposition in CI"))
-    (_, exposition), (_, command), (_, output) = blocks[:3]
-    (here / "metrics.prom").write_text(exposition, encoding="utf-8")
-    program, script, *flags = command.split()
+    (here / "metrics.prom").write_text(METRICS_PROM, encoding="utf-8")
+    program, script, *flags = VERIFY.split()
     assert (program, script) == ("python3", "expexp.py")
     assert expexp.main(flags) == 1
-    assert capfd.readouterr().out == output
+    assert capfd.readouterr().out == VERIFY_OUTPUT
 
 
 # expexp as users start it: signals, the shutdown, odd surroundings.
@@ -22504,12 +22654,11 @@ def test_bad_arguments_of_the_linter_end_it_with_2(
     assert capfd.readouterr().err.startswith("usage: expolint.py ")
 
 
+@pytest.mark.parametrize(("command", "output"), [take_blocks("The linter", "sh", "text")])
 def test_the_documents_show_what_the_linter_says(
-    here: Path, capfd: pytest.CaptureFixture[str]
+    command: str, output: str, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (_, exposition), *_ = FENCE.findall(document_section("Checking an exposition in CI"))
-    (_, command), (_, output) = FENCE.findall(document_section("The linter"))
-    (here / "metrics.prom").write_text(exposition, encoding="utf-8")
+    (here / "metrics.prom").write_text(METRICS_PROM, encoding="utf-8")
     program, script, *arguments = command.split()
     assert (program, script) == ("python3", "contrib/expolint.py")
     assert expolint.main(arguments) == 1
@@ -23990,11 +24139,8 @@ def installed(booted: Systemd) -> dict[str, str]:
     with peer("PyYAML is needed for the system's Python, which Debian has as python3-yaml"):
         if booted("/usr/bin/python3", "-c", "import yaml").returncode:
             raise FileNotFoundError("it is not installed")
-    blocks = [
-        text for name, text in FENCE.findall(document_section("Installation")) if name == "sh"
-    ]
     said = {}
-    for command in blocks[0].splitlines():
+    for command in INSTALLATION.splitlines():
         if not command.startswith("apt "):
             done = booted("sh", "-c", f"cd /srv && {command}")
             assert done.returncode == 0, done.stderr + booted.log()
