@@ -24353,10 +24353,6 @@ def test_the_service_takes_the_flags_of_its_own_file(service: Systemd) -> None:
     assert service.get("/p?module=m") == (200, "m 1\n")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 # --- the status page in a real browser: Debian's chromium, driven by selenium
 
 #: Names, errors and bodies that a browser must show and not run.
@@ -24384,18 +24380,30 @@ def browser_modules(folder: Path, port: int, broken_port: int) -> dict[str, Any]
     }
 
 
-NGINX_PREFIX = """\
-daemon off; pid {folder}/nginx.pid; error_log stderr; worker_processes 1;
-events {{ worker_connections 64; }}
+#: Keeps bodies in a folder of the test, and needs no other user.
+NGINX_MAIN: Final = """
+daemon off; user root; pid {folder}/nginx.pid; error_log stderr; events {{}}
 http {{
-    access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
-    fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
-    server {{
-        listen 127.0.0.1:{port};
-        location /host1/ {{ proxy_pass {url}/; }}
-    }}
+    access_log off; {temporary}
+    server {{ listen 127.0.0.1:{port}; location / {{ return 200; }} }}
+    include {folder}/site.conf;
 }}
 """
+
+
+@contextmanager
+def nginx_serving(site: str, folder: Path) -> Iterator[PeerRunning]:
+    """A real nginx with this site, and one more that says that it runs."""
+    (folder / "site.conf").write_text(site)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    temporary = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
+    port, config = free_port(), folder / "nginx.conf"
+    config.write_text(NGINX_MAIN.format(folder=folder, temporary=temporary, port=port))
+    command = [peer_program("nginx"), "-c", str(config), "-e", "stderr"]
+    with peer_running(command, f"http://127.0.0.1:{port}", "/", folder) as server:
+        yield server
+    warned = [line for line in server.log().splitlines() if "[warn]" in line]
+    assert [line for line in warned if '"user" directive' not in line] == []
 
 
 @pytest.fixture(scope="module")
@@ -24405,7 +24413,6 @@ def browsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str
         peer_program(program)
     webdriver = peer_module("selenium.webdriver")
     folder = tmp_path_factory.mktemp("browser")
-    folder.chmod(0o755)  # for nginx's worker
     options = webdriver.ChromeOptions()
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu"):
         options.add_argument(f"--{argument}")
@@ -24423,12 +24430,10 @@ def browsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str
         expexp = stack.enter_context(running_expexp(folder, "-config", str(config)))
         for name in [name for name in modules if name != "never"] * 2:
             get(f"{expexp.url}/proxy?{urllib.parse.urlencode({'module': name})}")
-        outer = free_port()
-        nginx = folder / "nginx.conf"
-        nginx.write_text(NGINX_PREFIX.format(folder=folder, port=outer, url=expexp.url))
-        command = [peer_program("nginx"), "-c", str(nginx), "-e", "stderr"]
-        url = f"http://127.0.0.1:{outer}"
-        stack.enter_context(peer_running(command, url, "/host1/-/ready", folder))
+        url = f"http://127.0.0.1:{free_port()}"
+        site = f"server {{ listen {urllib.parse.urlsplit(url).netloc}; "
+        site += f"location /host1/ {{ proxy_pass {expexp.url}/; }} }}"
+        stack.enter_context(nginx_serving(site, folder))
         service = webdriver.ChromeService(peer_program("chromedriver"))
         driver = webdriver.Chrome(options=options, service=service)
         stack.callback(driver.quit)
@@ -24492,3 +24497,464 @@ def test_the_links_of_the_status_page_lead_to_expexp_behind_a_prefix(
     for link in links:
         assert link.startswith(url), link
         assert get(link).status != 404, link
+
+
+# The recipes of docs/recipes.md, with the files, commands and results that the document itself has.
+# Only addresses, ports and folders of the examples are replaced by those of a test.
+
+DEFAULT_FLAGS: Final = "/etc/default/expexp"
+PROMETHEUS_CONFIG: Final = "/etc/prometheus/prometheus.yml"
+PROMETHEUS_RULES: Final = "/etc/prometheus/rules.yml"
+RECIPE_PLACES: Final = {
+    "yaml expexp": INSTALLED_CONFIG,
+    "yaml prometheus": PROMETHEUS_CONFIG,
+    "yaml rules": PROMETHEUS_RULES,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is under a heading: its text, files by path, commands, and what they print."""
+
+    text: str
+    files: dict[str, str]
+    commands: str
+    shown: str
+
+    def adapted(self, path: str, changes: Mapping[str, object]) -> str:
+        """A file, with each of these texts replaced, which must be in it."""
+        text = self.files[path]
+        for old, new in changes.items():
+            assert old in text, f"{path} has no {old}"
+            text = text.replace(old, str(new))
+        return text
+
+    def flags(self) -> list[str]:
+        """The flags of expexp."""
+        (assigned,) = shlex.split(self.files[DEFAULT_FLAGS])
+        return assigned.removeprefix("ARGS=").split()
+
+    def install(self, systemd: Systemd) -> None:
+        """Write the files where the document has them."""
+        for path, text in self.files.items():
+            place = systemd.path(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+            place.chmod(0o755 if text.startswith("#!") else 0o644)
+
+
+def read_recipe(title: str) -> Recipe:
+    """Read a recipe. A file begins with its path, or its kind of block says where it belongs."""
+    text = without_code(document_section(title))
+    files, commands, shown = {}, "", ""
+    for block in BLOCKS:
+        if block.heading == title:
+            TAKEN_BLOCKS.add(block)
+            named = re.match(r"(?:#!.*\n)?# (/\S+)\n", block.text)
+            path = named[1] if named else RECIPE_PLACES.get(block.language)
+            if path:
+                files[path] = block.text
+            elif block.language == "sh":
+                commands += block.text
+            else:
+                shown += block.text
+    flags = r'(?:`(/etc/default/\S+)` then has\n)?`(ARGS="[^"]+")`'
+    for path, line in re.findall(flags, text):
+        files[path or DEFAULT_FLAGS] = line
+    return Recipe(text, files, commands, shown)
+
+
+TIMER_RECIPE: Final = read_recipe("Scripts that need root")
+SUDO_RECIPE: Final = read_recipe("Scripts that need root, with sudo")
+FILES_RECIPE: Final = read_recipe("Many files of metrics")
+CONTAINERS_RECIPE: Final = read_recipe("Exporters in containers by name")
+NGINX_RECIPE: Final = read_recipe("Behind nginx")
+IPV6_RECIPE: Final = read_recipe("IPv6 alone")
+PROBES_RECIPE: Final = read_recipe("Probes of blackbox_exporter and snmp_exporter")
+
+
+def without_time(exposition: str) -> str:
+    """Leave out comments, and the time of modification, which is another one each time."""
+    return re.sub(r"(?m)^#.*\n|\d{10}\.\d+$", "", exposition)
+
+
+def as_user(systemd: Systemd, name: str, *command: str) -> int:
+    """The exit status of a command that a user runs outside of all units."""
+    return systemd("setpriv", f"--reuid={name}", "--init-groups", *command).returncode
+
+
+ACCOUNTS: Final = "/usr/local/sbin/account-metrics"
+
+
+@pytest.mark.peer
+def test_the_recipe_of_a_timer_has_root_write_a_file_that_expexp_reads(service: Systemd) -> None:
+    service("cp", "/lib/systemd/system/timers.target", UNITS)
+    assert service.systemctl("start") == 0
+    TIMER_RECIPE.install(service)
+    assert as_user(service, "expexp", ACCOUNTS) != 0
+    done = service("sh", "-euc", TIMER_RECIPE.commands)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: service.get("/proxy?module=accounts")[0] == 200, 15)
+    status, body = service.get("/proxy?module=accounts")
+    assert (status, without_time(body)) == (200, without_time(TIMER_RECIPE.shown))
+    service.path(ACCOUNTS).write_text("#!/bin/sh\necho half 1\nexit 1\n")
+    assert service("systemctl", "start", "account-metrics.service").returncode == 1
+    assert service.get("/proxy?module=accounts") == (200, body)
+    service.path(ACCOUNTS).write_text("#!/bin/sh\necho whole 1\n")
+    assert service("systemctl", "start", "account-metrics.service").returncode == 0
+    assert service.get("/proxy?module=accounts")[1].startswith("whole 1\n")
+
+
+@pytest.mark.peer
+def test_the_recipe_of_an_alert_finds_a_file_that_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "rules.yml").write_text(TIMER_RECIPE.files[PROMETHEUS_RULES])
+    series = 'expexp_file_mtime_timestamp{module="accounts",instance="%s"}'
+    values = {"written": "0+60x90", "forgotten": "0x90"}
+    labels = {"alertname": "FileNotWritten", "module": "accounts", "instance": "forgotten"}
+    cases = [
+        {"alertname": labels["alertname"], "eval_time": when, "exp_alerts": firing}
+        for when, firing in (("64m", []), ("67m", [{"exp_labels": labels}]))
+    ]
+    inputs = [{"series": series % name, "values": text} for name, text in values.items()]
+    trial = {"interval": "1m", "input_series": inputs, "alert_rule_test": cases}
+    document = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": [trial]}
+    (tmp_path / "trial.yml").write_text(json.dumps(document))
+    assert "SUCCESS" in run_peer(tmp_path, "promtool", "test", "rules", "trial.yml")
+
+
+@pytest.fixture
+def unconfined(service: Systemd) -> Iterator[Systemd]:
+    """The service with a unit that has only a user, and none of the sandbox."""
+    place = service.path(f"{UNITS}/{UNIT.name}")
+    installed = place.read_text()
+    kept = re.findall(r"(?m)^(?:Type|EnvironmentFile|ExecStart|User)=.*\n", installed)
+    place.write_text("[Service]\n" + "".join(kept))
+    service("systemctl", "daemon-reload")
+    yield service
+    place.write_text(installed)
+
+
+@pytest.mark.peer
+def test_the_recipe_of_sudo_lets_expexp_run_one_script_as_root_for_some_time(
+    unconfined: Systemd,
+) -> None:
+    peer_program("visudo")
+    (rule,) = re.findall(r"`(expexp ALL=.*)`", SUDO_RECIPE.text)
+    rules = unconfined.path("/etc/sudoers.d/expexp")
+    TIMER_RECIPE.install(unconfined)
+    SUDO_RECIPE.install(unconfined)
+    rules.write_text(f"{rule}\n")
+    rules.chmod(0o440)
+    checked = unconfined("visudo", "-c")
+    assert (checked.returncode, "/expexp: parsed OK\n" in checked.stdout) == (0, True), checked
+    assert unconfined.systemctl("start") == 0
+    assert unconfined.get("/proxy?module=accounts") == (200, "accounts_without_password 0\n")
+    allowed = rule.rpartition("NOPASSWD: ")[2].split()
+    refused = ([ACCOUNTS], ["id"], [*allowed, "argument"], [*allowed[:-1], "id"])
+    ended = [as_user(unconfined, "expexp", "sudo", "-n", *words) for words in (allowed, *refused)]
+    assert ended == [0, 1, 1, 1, 1]
+    # What the script has started ends, too. The time is shorter here, in both files.
+    unconfined.path(ACCOUNTS).write_text("#!/bin/sh\nsleep 600\n")
+    rules.write_text(f"{rule.replace(' 10 ', ' 1 ')}\n")
+    changed = SUDO_RECIPE.adapted(INSTALLED_CONFIG, {" 10,": " 1,"})
+    unconfined.path(INSTALLED_CONFIG).write_text(changed)
+    assert unconfined.systemctl("restart") == 0
+    status, body = unconfined.get("/proxy?module=accounts")
+    assert (status, "the command exited with status 124" in body) == (500, True), body
+    wait_until(lambda: len(unconfined.processes()) == 1)
+
+
+@pytest.mark.peer
+def test_the_recipe_of_sudo_does_not_work_in_the_sandbox(service: Systemd) -> None:
+    SUDO_RECIPE.install(service)
+    service.override("NoNewPrivileges=no")
+    assert service.systemctl("start") == 0
+    assert service.get("/proxy?module=accounts")[0] == 500
+    assert "no new privileges" in service.log()
+
+
+@pytest.mark.peer
+def test_the_recipe_of_many_files_finds_one_broken_file_as_the_document_says(
+    service: Systemd,
+) -> None:
+    unit = peer_program("prometheus-node-exporter").replace("/usr/bin", "/lib/systemd/system")
+    folder = service.path("/var/lib/prom")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, line in (("good", "1"), ("broken", ""), ("stamped", "1 1796064000000")):
+        (folder / f"{name}.prom").write_text(f"{name}_jobs {line}\n")
+    FILES_RECIPE.install(service)
+    done = service("sh", "-euc", FILES_RECIPE.commands)
+    assert done.returncode == 0, done.stderr + service.log()
+    discovered = [one["labels"]["module"] for one in json.loads(service.get("/sd")[1])]
+    assert sorted(discovered) == ["broken", "good", "m", "stamped"]
+    status, body = service.get("/proxy?module=broken")
+    assert (status, "line 1, column 13" in body) == (500, True), body
+    for name in ("good", "stamped"):
+        assert service.get(f"/proxy?module={name}")[1].startswith(f"{name}_jobs 1")
+    assert service("cp", f"{unit}.service", UNITS).returncode == 0
+    assert service("systemctl", "start", Path(unit).name).returncode == 0
+
+    def textfiles() -> str:
+        return service("curl", "-sS", "http://localhost:9100/metrics").stdout
+
+    wait_until(lambda: "\nnode_textfile_scrape_error 1\n" in textfiles(), 15)
+    assert 'node_textfile_mtime_seconds{file="/var/lib/prom/good.prom"}' in textfiles()
+    assert re.findall(r"(?m)^(\w+)_jobs ", textfiles()) == ["good"]
+    (folder / "broken.prom").unlink()
+    assert "\nnode_textfile_scrape_error 1\n" in textfiles()
+    (folder / "stamped.prom").unlink()
+    assert "\nnode_textfile_scrape_error 0\n" in textfiles()
+    service("systemctl", "stop", Path(unit).name)
+
+
+#: What nginx lets through to the engine of a host, by the words for curl.
+ENGINE_ANSWERS: Final = {
+    "http://a/containers/web/json": "200",
+    "http://a/containers/web/json?size=true": "200",
+    "http://a/containers/json": "403",
+    "http://a/containers/other/json": "403",
+    "http://a/containers/web/../json": "403",
+    "http://a/v4.0.0/libpod/containers/web/json": "403",
+    "-XPOST http://a/containers/web/json": "403",
+    "-XPOST http://a/containers/web/stop": "403",
+}
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_the_recipe_of_containers_finds_one_with_no_more_rights_than_it_needs(
+    service: Systemd, podman: Podman, tmp_path: Path
+) -> None:
+    peer_program("nginx")
+    CONTAINERS_RECIPE.install(service)
+    engine, own = service.path("/run/podman/podman.sock"), service.path("/run/expexp-engine")
+    engine.parent.mkdir(exist_ok=True)
+    podman.start("web")
+    config = tmp_path / "expexp.yaml"
+    config.write_text(CONTAINERS_RECIPE.adapted(INSTALLED_CONFIG, {"/run/expexp-engine": own}))
+    with podman.service(engine):
+        assert service("systemctl", "enable", "--now", "expexp-engine").returncode == 0
+        with running_expexp(tmp_path, "-config", str(config)) as expexp:
+            scrape_until(expexp, "web", 200, "web 1")
+        ask = "curl -sS -o /dev/null -w %{http_code} --path-as-is"
+        ask += " --unix-socket /run/expexp-engine/engine.sock "
+        asked = {words: service(*f"{ask}{words}".split()).stdout for words in ENGINE_ANSWERS}
+    assert asked == ENGINE_ANSWERS
+    may_connect = [
+        as_user(service, name, *f"{ask}http://a/".split()) for name in ("expexp", "nobody")
+    ]
+    assert may_connect == [0, 7]
+    assert service("systemctl", "disable", "--now", "expexp-engine").returncode == 0
+
+
+@contextmanager
+def discovering(jobs: str, folder: Path, *before: str) -> Iterator[Discovery]:
+    """A real Prometheus with these jobs, which scrapes every 2 seconds."""
+    path, address = folder / "prometheus.yml", f"127.0.0.1:{free_port()}"
+    path.write_text(f"global: {{scrape_interval: 2s, scrape_timeout: 2s}}\n{jobs}")
+    command = [*before, peer_program("prometheus"), f"--config.file={path}"]
+    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
+    with peer_running(command, f"http://{address}", "/-/ready", folder) as server:
+        yield Discovery(server, server, path, path)
+
+
+class BehindNginx(NamedTuple):
+    """An expexp behind nginx, both with the flags and the file of the recipe, and their target."""
+
+    expexp: PeerRunning
+    port: int
+    context: ssl.SSLContext
+    echo: Echo
+
+    def get(
+        self, path: str, headers: Mapping[str, str] | None = None, source: str = "127.0.0.1"
+    ) -> tuple[int, str]:
+        """The status and the body that nginx sends to a client with this address."""
+        client = http.client.HTTPSConnection(
+            "localhost", self.port, timeout=9, context=self.context, source_address=(source, 0)
+        )
+        with contextlib.closing(client):
+            client.request("GET", path, headers=dict(headers or {}))
+            answer = client.getresponse()
+            return answer.status, answer.read().decode()
+
+
+@pytest.fixture(scope="module")
+def behind_nginx(
+    authorities: Authorities, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BehindNginx]:
+    echo, folder = Echo(), tmp_path_factory.mktemp("nginx")
+    port, own_port = free_port(), free_port()
+    changes = {
+        "listen 443": f"listen 127.0.0.1:{port}",
+        "/etc/nginx/server.pem": authorities.server,
+        "/etc/nginx/server.key": authorities.server,
+        "192.0.2.0/24": "127.0.0.0/30",
+        "127.0.0.1:9999": f"127.0.0.1:{own_port}",
+    }
+    site = NGINX_RECIPE.adapted("/etc/nginx/conf.d/expexp.conf", changes)
+    # A second location does what the document says of passwords that nginx asks for.
+    (said,) = re.findall(r"`(proxy_set_header Authorization .*;)`", NGINX_RECIPE.text)
+    (location,) = re.findall(r"(?s)    location .*?\n    }\n", site)
+    second = location.replace("/expexp/", "/second/").replace("deny all;", f"deny all; {said}")
+    flags = [flag.replace("9999", str(own_port)) for flag in NGINX_RECIPE.flags()]
+    with target(echo.answer) as target_port:
+        modules = {"echo": http_module(target_port), "script": exec_module("echo a 1")}
+        (folder / "c.json").write_text(json.dumps({"modules": modules}))
+        flags += ["-config", str(folder / "c.json")]
+        site = site.replace(location, location + second)
+        with running_expexp(folder, *flags, port=own_port) as expexp, nginx_serving(site, folder):
+            yield BehindNginx(expexp, port, authorities.context(), echo)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_the_recipe_of_nginx_lets_prometheus_discover_modules_under_a_prefix(
+    behind_nginx: BehindNginx, authorities: Authorities, tmp_path: Path
+) -> None:
+    own = f"localhost:{behind_nginx.port}"
+    jobs = NGINX_RECIPE.adapted(PROMETHEUS_CONFIG, {"host.example.org": own})
+    trust = ["env", f"SSL_CERT_FILE={authorities.ours.file}"]
+    with discovering(jobs, tmp_path, *trust) as world:
+        wanted = {(own, name): "1" for name in ("echo", "script")}
+        eventually(lambda: world.up("expexp") == wanted or None, "both modules to be up")
+
+
+@pytest.mark.peer
+def test_the_recipe_of_nginx_keeps_all_links_of_the_page_under_the_prefix(
+    behind_nginx: BehindNginx,
+) -> None:
+    status, page = behind_nginx.get("/expexp/")
+    found = re.findall(r'href="(\.[^"]*)"', page)
+    links = {urllib.parse.urljoin("/expexp/", html.unescape(link)) for link in found}
+    assert (status, len(links)) == (200, 5)
+    answers = {link: behind_nginx.get(link)[0] for link in links if link.startswith("/expexp/")}
+    assert answers == dict.fromkeys(links, 200)
+
+
+@pytest.mark.peer
+def test_the_recipe_of_nginx_decides_which_clients_and_headers_get_through(
+    behind_nginx: BehindNginx,
+) -> None:
+    assert behind_nginx.get("/expexp/", source="127.0.0.9")[0] == 403
+    user = {"Authorization": "Basic dXNlcjpwYXNzd29yZA==", "X-Forwarded-For": "192.0.2.1"}
+    heads = []
+    for prefix in ("/expexp", "/second"):
+        path = f"{prefix}/proxy?module=echo"
+        assert behind_nginx.get(path, user, source="127.0.0.2")[0] == 200
+        heads.append(behind_nginx.echo.heads[-1].decode())
+    assert ["\r\nAuthorization: Basic " in head for head in heads] == [True, False]
+    assert "\r\nX-Forwarded-For: 192.0.2.1, 127.0.0.1\r\n" in heads[0]
+    clients = re.findall(r'msg="(\S+) - GET', behind_nginx.expexp.log())
+    assert set(clients) == {"127.0.0.1"}
+
+
+def start_in_background(stack: ExitStack, *command: str) -> None:
+    """Start a program that no HTTP client can ask whether it is ready."""
+    process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+    stack.callback(process.terminate)
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_the_recipe_of_ipv6_needs_no_ipv4(tmp_path: Path) -> None:
+    net = f"2001:db8:{os.getpid() % 65536:x}:"
+    (url,) = re.findall(r"`(http://\S+/sd)`", IPV6_RECIPE.text)
+    jobs = f"scrape_configs:\n{discovery_job('expexp', urllib.parse.urlsplit(url).netloc)}"
+    config = tmp_path / "expexp.yaml"
+    config.write_text(IPV6_RECIPE.files[INSTALLED_CONFIG])
+    flags = [flag.replace("2001:db8:", net) for flag in IPV6_RECIPE.flags()]
+    address = urllib.parse.urlsplit(url.replace("2001:db8:", net)).netloc
+    with namespace(9) as (inside, _), ExitStack() as stack:
+        ip, outside = peer_program("ip"), f"ex{os.getpid()}-9"
+        for command in (
+            [ip, "address", "add", f"{net}:2/64", "dev", outside, "nodad"],
+            [*inside, ip, "address", "add", f"{net}:1/64", "dev", "expexp0", "nodad"],
+            [*inside, ip, "-4", "address", "flush", "dev", "expexp0"],
+            [*inside, ip, "-4", "address", "flush", "dev", "lo"],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        (listen,) = re.findall(r"`(--web\.listen-address=.*?)`", IPV6_RECIPE.text)
+        start_in_background(stack, *inside, peer_program("prometheus-node-exporter"), listen)
+        command = [*inside, sys.executable, str(SOURCE), "-config", str(config), "-log.level=info"]
+        started = peer_running([*command, *flags], f"http://{address}", "/-/ready", tmp_path)
+        expexp = stack.enter_context(started)
+        world = stack.enter_context(discovering(jobs.replace("2001:db8:", net), tmp_path))
+        wanted = {(address, "node"): "1"}
+        eventually(lambda: world.up("expexp") == wanted or None, "the module to be up")
+        assert f'msg="{net}:2 - GET' in expexp.log()
+
+
+#: A stand-in for what a generator makes of a device's MIB, which Debian may not have. Its name is
+#: not snmp_exporter's default, if_mib: a job that does not name it fails.
+SNMP_MODULE: Final = """
+uptime:
+  get: [1.3.6.1.2.1.1.3.0]
+  metrics: [{name: sysUpTime, oid: 1.3.6.1.2.1.1.3, type: gauge, help: Uptime.}]
+  auth: {community: public}
+"""
+
+
+@contextmanager
+def probing(device: str, folder: Path) -> Iterator[dict[str, int]]:
+    """Both exporters, with a device for SNMP at this address; gives their ports."""
+    (folder / "snmp.yml").write_text(SNMP_MODULE)
+    (folder / "snmpd.conf").write_text(f"agentaddress udp:{device}\nrocommunity public\n")
+    configs = {"blackbox": "/etc/prometheus/blackbox.yml", "snmp": str(folder / "snmp.yml")}
+    agent = [peer_program("snmpd"), "-f", "-Lf", "/dev/null", "-C", "-c", f"{folder}/snmpd.conf"]
+    with ExitStack() as stack:
+        start_in_background(stack, "env", f"SNMP_PERSISTENT_DIR={folder}", *agent)
+        ports = {}
+        for name, path in configs.items():
+            port = ports[name] = free_port()
+            command = [peer_program(f"prometheus-{name}-exporter"), f"--config.file={path}"]
+            command.append(f"--web.listen-address=127.0.0.1:{port}")
+            stack.enter_context(peer_running(command, f"http://127.0.0.1:{port}", "/", folder))
+        yield ports
+
+
+def shown_series(found: list[dict[str, Any]], hosts: Mapping[str, str]) -> str:
+    """Series as Prometheus's own page shows them, with the hosts of the document."""
+    lines = ""
+    for one in found:
+        name = one["metric"].pop("__name__")
+        labels = [f'{label}="{value}"' for label, value in sorted(one["metric"].items())]
+        lines += f"{name}{{{', '.join(labels)}}}  {one['value'][1]}\n"
+    for host, ours in hosts.items():
+        lines = lines.replace(ours, host)
+    return lines
+
+
+@pytest.mark.peer
+@pytest.mark.timeout(120)
+def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_path: Path) -> None:
+    hosts = {
+        "http://shop.example.org/": f"http://127.0.0.1:{free_port()}/",
+        "switch.example.org": f"127.0.0.1:{free_port()}",
+    }
+    with ExitStack() as stack:
+        ports = stack.enter_context(probing(hosts["switch.example.org"], tmp_path))
+        hosts["http://www.example.org/"] = stack.enter_context(serving(Target(b"<html>")))
+        config = tmp_path / "expexp.yaml"
+        changes = {"9115": ports["blackbox"], "9116": ports["snmp"]}
+        config.write_text(PROBES_RECIPE.adapted(INSTALLED_CONFIG, changes))
+        expexp = stack.enter_context(running_expexp(tmp_path, "-config", str(config)))
+        more = {"host:9999": urllib.parse.urlsplit(expexp.url).netloc, "if_mib": "uptime"}
+        jobs = PROBES_RECIPE.adapted(PROMETHEUS_CONFIG, {**hosts, **more})
+        world = stack.enter_context(discovering(jobs, tmp_path))
+        names = {host: "snmp" if host.startswith("switch") else "blackbox" for host in hosts}
+        wanted = {(hosts[host], name): "1" for host, name in names.items()}
+        eventually(lambda: world.up("probes") == wanted or None, "all exporters to answer")
+
+        def is_as_shown() -> bool | None:
+            assert shown_series(world.query("sort(probe_success)"), hosts) == PROBES_RECIPE.shown
+            return True
+
+        eventually(is_as_shown, "the results of the probes")
+        (uptime,) = world.query("sysUpTime")
+        assert (uptime["metric"]["probe"], float(uptime["value"][1]) > 0) == ("uptime", True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
