@@ -180,6 +180,8 @@ class Limits:
     log_queue_lines: int = 1000  # waiting for a slow stderr; more lines are dropped
     log_flush_seconds: float = 0.5  # to write the queued log lines at the end
     hang_up_seconds: float = 0.2  # between checks for a waiting client's hang-up
+    evicted_connections: int = 32  # whose threads have not ended, then the next one waits
+    evicted_seconds: float = 1  # at most for that: memory may run out before a thread begins
     unspread_scrapes: int = 32  # of one module at once. Beyond, each begins at a random time
     scrape_spread_seconds: float = 0.001  # times the running ones, within which it begins
     hang_up_spread_seconds: float = 0.3  # up to this a thread waits then: 520 may wake at once
@@ -4609,16 +4611,29 @@ class Connections:
     def __init__(self) -> None:
         self._most = 0  # until `fit`
         self._open: set[socket.socket] = set()  # each use of it is atomic
+        self._ending: set[socket.socket] = set()  # evicted, until their threads have ended
         #: The ones that can be evicted, the one that could be for longest first. Also atomic.
         self._exposed = collections.OrderedDict[socket.socket, bool]()
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
         """Give a connection a free slot, or an evicted one's. Return False if there is neither."""
-        if len(self._open) >= self._most and not self.evict():
-            return False
+        if len(self._open) >= self._most:
+            if not self.evict():
+                return False
+            self._await_evicted()
         self._open.add(connection)
         return True
+
+    def _await_evicted(self) -> None:
+        """Wait until few evicted connections still have a thread."""
+        # Measured on a busy host: floods left 8,000 of them. Each that waits for the interpreter's
+        # lock wakes 200 times a second: expexp answered nothing for minutes.
+        end = time.monotonic() + Limits.evicted_seconds
+        while len(self._ending) > Limits.evicted_connections:
+            if time.monotonic() > end:
+                self._ending.clear()  # no thread may have begun
+            time.sleep(0.001)
 
     def fit(self, most: int) -> int:
         """Change the number of slots. Evict connections beyond it. Return how many are left."""
@@ -4630,6 +4645,7 @@ class Connections:
     def remove(self, connection: socket.socket) -> None:
         """Free a connection's slot."""
         self._open.discard(connection)
+        self._ending.discard(connection)
         self._exposed.pop(connection, None)
 
     def expose(self, connection: socket.socket) -> None:
@@ -4649,6 +4665,7 @@ class Connections:
         except KeyError:
             return False
         self.remove(oldest)
+        self._ending.add(oldest)
         with contextlib.suppress(OSError):
             oldest.shutdown(socket.SHUT_RDWR)  # wakes its thread
         return True

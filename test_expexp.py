@@ -16675,6 +16675,25 @@ def test_an_idle_connection_makes_room_for_a_new_one(tmp_path: Path) -> None:
         assert served.metric("expexp_rejected_connections_total") == 0
 
 
+def test_a_new_connection_waits_for_the_threads_of_evicted_ones_a_second_at_most() -> None:
+    most = expexp.Limits.evicted_connections
+    connections = expexp.Connections()
+    connections.fit(most + 5)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket()) for _ in range(2 * most + 7)]
+        oldest, newest = clients[: most + 5], clients[most + 5 :]
+        for client in oldest:
+            assert connections.admit(client)
+            connections.expose(client)
+        with taking(0, 0.5):
+            assert all(connections.admit(client) for client in newest[:most])
+        threading.Timer(0.3, connections.remove, oldest[:1]).start()
+        with taking(0.25, 0.9):
+            assert connections.admit(newest[most])
+        with taking(1, 3):  # a thread that found no memory never ends
+            assert connections.admit(newest[most + 1])
+
+
 BEGINNINGS = pytest.mark.parametrize(
     "beginning",
     [
