@@ -5,7 +5,7 @@ VENV ?= .venv
 PORT ?= 9999
 ARGS ?=
 MINUTES ?= 30
-JOBS ?= 2
+JOBS ?= 3
 EXCEPT ?=
 
 SHELL := /bin/sh
@@ -13,12 +13,12 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix bench difference hostile fuzz clean
+.PHONY: help run test check matrix matrix-venvs bench difference hostile fuzz clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference and hostile)"
+	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference and hostile), JOBS=$(JOBS) (processes of test and matrix, 0: pytest alone)"
 
 define python_is_new_enough
 if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
@@ -62,8 +62,14 @@ run: ## start expexp on PORT=9999 with expexp.yaml.example; needs only Python
 	echo "Starting expexp at http://localhost:$(PORT)/ with $$config (Ctrl-C ends it)"
 	$(PYTHON) expexp.py -config "$$config" -web.listen-address ":$(PORT)" -log.level=info $(ARGS)
 
-test: $(VENV)/.dev ## run the tests (ARGS='-k name' chooses some)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+# What failed is run once more, alone; -rp names what passes then.
+rerun := -rsp --last-failed --last-failed-no-failures=none
+
+# Bytecode is always written: a process that finds none compiles the tests for eight seconds.
+pytest := PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest
+
+test: $(VENV)/.dev ## run the tests in JOBS=3 processes (ARGS='-k name' chooses some)
+	@$(pytest) -p test_expexp -n $(JOBS) $(ARGS)
 
 check: $(VENV)/.dev ## lint, format, types, and the gates of the two programs
 	@bin="$(VENV)/bin"
@@ -76,9 +82,8 @@ check: $(VENV)/.dev ## lint, format, types, and the gates of the two programs
 describe_python := import sys; v = sys.version_info; \
 	v >= (3, 9) and sys.implementation.name == "cpython" and print("3.%d" % v[1], sys.executable)
 
-matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv), JOBS=2 at once
-	@work=$$(mktemp -d)
-	trap 'rm -rf "$$work"' EXIT
+# Writes lines such as "3.9 /path/of/python3.9" into $$work/pythons, the oldest first, one a version.
+define find_pythons
 	{
 		ls -d "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/*/bin/python3 2>/dev/null || :
 		minor=9
@@ -89,36 +94,47 @@ matrix: ## run the tests on every Python from 3.9 that is here (PATH and pyenv),
 		"$$python" -c '$(describe_python)' < /dev/null 2>/dev/null || :
 	done < "$$work/candidates" | awk '!seen[$$1]++' | sort -t . -k 2 -n > "$$work/pythons"
 	if [ ! -s "$$work/pythons" ]; then echo "no Python from 3.9 found" >&2; exit 1; fi
-	run_one() {
-		log="$$work/log-$$1"
-		if $(MAKE) test VENV=.venv-$$1 PYTHON="$$2" \
-			ARGS="-q -o cache_dir=$$work/cache-$$1 -m 'not peer and not load' $(ARGS)" > "$$log" 2>&1; then
+endef
+
+matrix: ## run the tests on the oldest and the newest Python from 3.9, the pure ones on those between
+	@work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	$(find_pythons)
+	ends="$$(sed -n '1p;$$p' "$$work/pythons")"
+	run_tests() { # version, path, JOBS, and flags of pytest
+		$(MAKE) test VENV=".venv-$$1" PYTHON="$$2" JOBS="$$3" \
+			ARGS="-q -o cache_dir=$$work/cache-$$1 $$4" < /dev/null > "$$work/log" 2>&1
+	}
+	while read -r version python; do
+		if [ "$$version" = "$(EXCEPT)" ]; then continue; fi
+		chosen=pure
+		case "$$ends" in *"$$version $$python"*) chosen="not peer and not load" ;; esac
+		echo "Python $$version: $$python ($$chosen)"
+		began=$$(date +%s)
+		if run_tests "$$version" "$$python" $(JOBS) "-m '$$chosen' $(ARGS)"; then
 			verdict=passed
-		elif cat "$$log" && $(MAKE) test VENV=.venv-$$1 PYTHON="$$2" \
-			ARGS="-q -o cache_dir=$$work/cache-$$1 --last-failed --last-failed-no-failures=none" > "$$log" 2>&1; then
+		elif cat "$$work/log" && run_tests "$$version" "$$python" 0 "$(rerun)"; then
 			verdict="passed at the second try, what had failed"
+			sed -n "s/^PASSED /rerun on Python $$version: /p" "$$work/log"
 		else
 			verdict=FAILED
 			touch "$$work/failed"
-			cat "$$log"
+			cat "$$work/log"
 		fi
-		closing=$$(grep -E '^(=+ )?[0-9]+ .* in [0-9.]+s' "$$log" | tail -n 1 || :)
-		printf 'Python %-5s %s: %s\n' "$$1" "$$verdict" "$${closing:-no tests were run}" > "$$work/summary-$$1"
-	}
-	running=0
-	while read -r version python; do
-		if [ "$$version" = "$(EXCEPT)" ]; then continue; fi
-		echo "Python $$version: $$python"
-		run_one "$$version" "$$python" < /dev/null &
-		running=$$((running + 1))
-		if [ $$running = $(JOBS) ]; then wait; running=0; fi
-	done < "$$work/pythons"
-	wait
-	echo
-	while read -r version _; do
-		if [ "$$version" != "$(EXCEPT)" ]; then cat "$$work/summary-$$version"; fi
+		closing=$$(grep -E '^(=+ )?[0-9]+ .* in [0-9.]+s' "$$work/log" | tail -n 1 || :)
+		printf 'Python %-5s %s: %s, with all else %s s\n' "$$version" "$$verdict" \
+			"$${closing:-no tests were run}" $$(($$(date +%s) - began))
 	done < "$$work/pythons"
 	if [ -e "$$work/failed" ]; then exit 1; fi
+
+matrix-venvs: # what matrix needs; .ci/run makes it while other steps run
+	@work=$$(mktemp -d)
+	trap 'rm -rf "$$work"' EXIT
+	$(find_pythons)
+	while read -r version python; do
+		if [ "$$version" = "$(EXCEPT)" ]; then continue; fi
+		$(MAKE) .venv-$$version/.dev VENV=.venv-$$version PYTHON="$$python" < /dev/null
+	done < "$$work/pythons"
 
 bench: $(VENV)/.dev ## measure the verifier, what silent clients cost, and expexp beside its peers
 	@$(VENV)/bin/python bench/verify.py
@@ -137,7 +153,7 @@ fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis
 	end=$$(($$(date +%s) + $(MINUTES) * 60))
 	failed=0
 	while [ $$failed = 0 ] && [ $$(date +%s) -lt $$end ]; do
-		HYPOTHESIS_PROFILE=fuzz $(VENV)/bin/python -m pytest -q -s --timeout=0 -m hypothesis \
+		HYPOTHESIS_PROFILE=fuzz $(pytest) -q -s --timeout=0 -m hypothesis \
 			$(ARGS) > "$$rounds/last" 2>&1 || failed=1
 		grep '^examples tried: ' "$$rounds/last" >> "$$rounds/tried" || failed=1
 	done

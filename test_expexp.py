@@ -1481,7 +1481,7 @@ def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subproc
             place.write_text(f"#!/bin/sh\n{script}\n")
             place.chmod(0o755)
         # `make test ARGS=...` hands its variables on to any make below it.
-        outer = {"ARGS", "VENV", "PYTHON", "PORT", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"}
+        outer = {"ARGS", "JOBS", "VENV", "PYTHON", "PORT", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"}
         environment = {name: text for name, text in os.environ.items() if name not in outer}
         environment["PATH"] = f"{folder}/bin:{environment['PATH']}"
 
@@ -4338,6 +4338,7 @@ def longest_wait_of_another_thread(body: bytes) -> float:
     return longest
 
 
+@pytest.mark.alone
 def test_no_other_thread_waits_long() -> None:
     body = b'up{a="b"} 1\n' * 1_000_000
     assert any(longest_wait_of_another_thread(body) < 0.05 for _ in range(3))
@@ -21603,6 +21604,7 @@ async def ask_a_fleet(folder: Path, kinds: Mapping[str, str]) -> tuple[list[str]
 
 
 @pytest.mark.load
+@pytest.mark.alone
 def test_fleet_sd_asks_two_thousand_hosts_of_which_many_are_ill(tmp_path: Path) -> None:
     addresses = [f"127.{1 + place // 250}.0.{1 + place % 250}" for place in range(2000)]
     kinds = dict.fromkeys(addresses, "good")
@@ -25002,6 +25004,103 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
         eventually(is_as_shown, "the results of the probes")
         (uptime,) = world.query("sysUpTime")
         assert (uptime["metric"]["probe"], float(uptime["value"][1]) > 0) == ("uptime", True)
+
+
+# ==================================================================================================
+# R  How the tests are run
+# ==================================================================================================
+# `make test` loads this file as a plugin of pytest as well (-p): pytest-xdist finds the hooks
+# below. Its own groups (--dist loadgroup) do nothing with pytest 9.
+
+#: The sections without sockets and processes. On the Pythons between the oldest and the newest
+#: `make matrix` runs only their tests, which are marked `pure`.
+PURE_SECTIONS: Final = (
+    "Exposition: grammar",
+    "Exposition: reading lines",
+    "Exposition: protobuf",
+    "Exposition: verdict",
+    "Self-metrics",
+    "Flags",
+    "Configuration",
+)
+
+#: The marks of tests that one process runs, one after the other. All begin at once, since they take
+#: long. Tests that are marked `alone` follow when the others are over.
+GROUPS: Final = ("peer", "load")
+ALONE: Final = "alone"
+
+
+def names_of_tests() -> dict[str, list[str]]:
+    """Return the names of the tests of this file by the titles of its sections."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    _, *parts = re.split(rf"(?m)^{RULE}\n# \w+  (.*)\n{RULE}\n", text)
+    return {
+        title: re.findall(r"(?m)^def (test_\w+)", part)
+        for title, part in zip(parts[::2], parts[1::2])
+    }
+
+
+def mark_pure_tests() -> None:
+    """Mark the tests of the pure sections."""
+    names = names_of_tests()
+    for title in PURE_SECTIONS:
+        for name in names[title]:
+            pytest.mark.pure(globals()[name])
+
+
+mark_pure_tests()
+
+
+def marks_of(node_id: str) -> set[str]:
+    """Return the names of the marks of the test with this node id."""
+    test = globals().get(node_id.partition("::")[2].partition("[")[0])
+    return {mark.name for mark in getattr(test, "pytestmark", ())}
+
+
+def group_of(node_id: str) -> str:
+    """Return the group of a test, whose tests one process runs. Most tests are groups of one."""
+    marks = marks_of(node_id)
+    return next((mark for mark in (ALONE, *GROUPS) if mark in marks), node_id)
+
+
+def place_in_order(item: pytest.Item) -> int:
+    """Return a number by which groups come first, and tests that run alone come last."""
+    group = group_of(item.nodeid)
+    return -1 if group in GROUPS else int(group == ALONE)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=place_in_order)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    config.option.loadscopereorder = False
+    scheduler = importlib.import_module("xdist.scheduler").LoadScopeScheduling(config, log)
+    scheduler._split_scope = group_of
+    return scheduler
+
+
+@pytest.mark.parametrize("title", PURE_SECTIONS)
+def test_the_matrix_finds_the_tests_of_the_pure_section(title: str) -> None:
+    names = names_of_tests()[title]
+    assert names
+    assert all("pure" in marks_of(f"{Path(__file__).name}::{name}[a]") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("test", "group"),
+    [
+        ("test_the_service_takes_the_flags_of_its_own_file", "peer"),
+        ("test_many_signals_at_once_end_the_program", "load"),
+        ("test_fleet_sd_asks_two_thousand_hosts_of_which_many_are_ill", "alone"),
+        ("test_a_target_that_speaks[TLS 1.1 alone]", ""),
+    ],
+)
+def test_one_process_runs_the_tests_of(test: str, group: str) -> None:
+    node_id = f"test_expexp.py::{test}"
+    assert group_of(node_id) == (group or node_id)
 
 
 if __name__ == "__main__":
