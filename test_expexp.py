@@ -1459,6 +1459,50 @@ def test_the_readme_lists_the_targets_of_the_makefile() -> None:
     assert listed == {f"make {name}" for name in re.findall(r"(?m)^([a-z]+):.*## ", makefile)}
 
 
+def test_continuous_integration_calls_targets_of_the_makefile() -> None:
+    makefile = (FOLDER / "Makefile").read_text(encoding="utf-8")
+    called = set(re.findall(r"\bmake ([a-z-]+)", "\n".join(code_of_ci())))
+    assert {"check", "test", "matrix"} <= called
+    assert called <= set(re.findall(r"(?m)^([a-z-]+):", makefile))
+
+
+def code_of_ci() -> list[str]:
+    """Return the lines of .ci/run that are no comments."""
+    lines = (FOLDER / ".ci/run").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        (
+            ["== 3 passed in 130.25s (0:02:10) =="],
+            "== 3 passed in 130.25s (0:02:10) ==",
+        ),
+        (
+            [
+                "== 2 failed, 10 passed, 1 warning in 8.50s ==",
+                "== 2 passed, 10 deselected in 1.25s ==",
+            ],
+            "=== 12 passed in 9.75s ===",
+        ),
+        (
+            ["== 2 failed, 10 passed in 8.50s ==", "== 1 failed, 1 passed in 1.25s =="],
+            "== 1 failed, 1 passed in 1.25s ==",
+        ),
+    ],
+    ids=["of one run", "of what failed first", "of what failed twice"],
+)
+def test_continuous_integration_prints_the_closing_line(
+    said: list[str], line: str, tmp_path: Path
+) -> None:
+    found = re.search(r"(?ms)^closing_line\(\) \{\n.*?^\}", "\n".join(code_of_ci()))
+    assert found
+    (tmp_path / "suite").write_text("\n".join(["== slowest 10 durations ==", *said]) + "\n")
+    command = ["bash", "-euc", f"work={tmp_path}\n{found[0]}\nclosing_line"]
+    assert subprocess.run(command, check=True, capture_output=True).stdout.decode() == f"{line}\n"
+
+
 def test_the_example_without_pyyaml_has_the_modules_of_the_example() -> None:
     text = (FOLDER / "contrib/example.json").read_text(encoding="utf-8")
     assert load_configuration(FOLDER / "expexp.yaml.example") == load_configuration(
