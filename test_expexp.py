@@ -1525,7 +1525,8 @@ def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subproc
             place.write_text(f"#!/bin/sh\n{script}\n")
             place.chmod(0o755)
         # `make test ARGS=...` hands its variables on to any make below it.
-        outer = {"ARGS", "JOBS", "VENV", "PYTHON", "PORT", "MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES"}
+        outer = {"ARGS", "JOBS", "VENV", "PYTHON", "PORT"}
+        outer |= {"MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
         environment = {name: text for name, text in os.environ.items() if name not in outer}
         environment["PATH"] = f"{folder}/bin:{environment['PATH']}"
 
