@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import hostile_attacks as attacks
+import hostile_slow as slow
 from compare import REPOSITORY, BenchError, describe_file, end, output_of
 from hostile_attacks import Figure
 from hostile_peers import Bench, open_bench
@@ -42,6 +43,7 @@ BACK = "everything is given back"
 FREED = f"{SERVED}; threads free in 2 s; {BACK}"
 HUNG = f"{SERVED}; all 2,000 are answered; at most 50 threads hang; TERM ends it; {BACK}"
 OUTAGE = f"a scrape succeeds within 5 s; {BACK}"
+SLOW = f"median at most {slow.MEDIAN_RATIO} times the control's; {SERVED}; {BACK}"
 LOUD = f"{SERVED}; 100 bytes of log a second; {BACK}"
 
 ATTACKS = (
@@ -101,6 +103,19 @@ ATTACKS = (
            f"{SERVED}; {IN}; {BACK}", attacks.attack_bcrypt_known),
     Attack("signals", "TERM and INT close together, many of them", "all runs end",
            attacks.attack_signals),
+    Attack("slow-line", "500 clients that send a byte of the request line a second", SLOW,
+           slow.attack_slow_line),
+    Attack("slow-headers", "the same with a byte of the headers a second", SLOW,
+           slow.attack_slow_headers),
+    Attack("slow-handshake", "the same with a byte of the TLS handshake a second", SLOW,
+           slow.attack_slow_handshake),
+    Attack("no-handshake", "500 clients that never begin the TLS handshake", SLOW,
+           slow.attack_no_handshake),
+    Attack("slow-answer", "500 clients that read 1 MB slowly", SLOW, slow.attack_slow_answer),
+    Attack("flood", "5,000 more connections than there may be",
+           f"{SERVED}; idle ones make room; {BACK}", slow.attack_flood),
+    Attack("flood-full", "the same when none can make room",
+           f"refused within a second, and counted; {BACK}", slow.attack_flood_full),
     Attack("reloads", "50 queued reloads", f"{SERVED}; the time of five", attacks.attack_reloads),
 )  # fmt: skip
 NAMES = [attack.name for attack in ATTACKS]
@@ -132,6 +147,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--signal-runs", type=int, default=200, help="of the attack `signals` (200)"
     )
+    parser.add_argument(
+        "--slow-seconds", type=float, default=60, help="of each attack with slow clients (60)"
+    )
     options = parser.parse_args()
     python = shutil.which(options.python)
     if python is None or not options.expexp.is_file():
@@ -153,7 +171,8 @@ def main() -> int:
     print(f"processors {os.cpu_count()}; load at the start {os.getloadavg()[0]:.2f}.\n")
     print("| attack | measured | value | bound | holds |\n|---|---|---|---|---|", flush=True)
     failed = 0
-    with open_bench(options.expexp.resolve(), options.python, options.signal_runs) as bench:
+    lengths = options.signal_runs, options.slow_seconds
+    with open_bench(options.expexp.resolve(), options.python, *lengths) as bench:
         for attack in ATTACKS:
             if options.only and attack.name not in options.only:
                 continue

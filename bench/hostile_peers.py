@@ -117,6 +117,7 @@ ANSWERS: Mapping[str, Callable[[], bytes]] = {
     "protobuf": lambda: packed(protobuf_body(16 * MEBIBYTE), PROTOBUF),
     "protobuf-half": lambda: packed(protobuf_body(8 * MEBIBYTE), PROTOBUF),
     "large": lambda: answer_with(large_body(50_000_000)),
+    "megabyte": lambda: answer_with(large_body(1_000_000)),
     "large-gzip": lambda: packed(large_body(50_000_000), TEXT),
     "head": lambda: head_of(6_200_000),
     "broken": lambda: answer_with(b"a one\n"),
@@ -195,6 +196,7 @@ class Samples(NamedTuple):
     statuses: list[int]
     interval: float
     control: float  # the 99th percentile, in seconds, of an expexp that nobody attacked meanwhile
+    control_median: float
 
     @property
     def failed(self) -> int:
@@ -247,8 +249,9 @@ class Scraper:
 
     def samples(self) -> Samples:
         """Return the samples so far; a try that is under way counts with the time that it took."""
-        control = self._control.samples().percentile(0.99) if self._control else 0
-        samples = Samples([], [], [], self._interval, control)
+        control = self._control.samples() if self._control else Samples([0], [0], [200], 1, 0, 0)
+        figures = control.percentile(0.99), control.percentile(0.5)
+        samples = Samples([], [], [], self._interval, *figures)
         now = time.monotonic()
         done = self._started
         for line in self._process.errors.read_text(encoding="ascii").splitlines():
@@ -530,6 +533,7 @@ class Bench(NamedTuple):
     healthy_port: int
     hostile_port: int
     signal_runs: int
+    slow_seconds: float
     control: Scraper | None = None
 
     def http(self, name: str, **settings: Any) -> dict[str, Any]:
@@ -540,7 +544,7 @@ class Bench(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_bench(expexp: Path, python: str, signal_runs: int) -> Iterator[Bench]:
+def open_bench(expexp: Path, python: str, signal_runs: int, slow_seconds: float) -> Iterator[Bench]:
     """Start the targets and an expexp that nobody attacks, and end them at the end.
 
     All files are in a temporary folder.
@@ -550,7 +554,8 @@ def open_bench(expexp: Path, python: str, signal_runs: int) -> Iterator[Bench]:
         healthy = stack.enter_context(targets_running(folder, "targets"))
         hostile = stack.enter_context(targets_running(folder, "hostile-targets"))
         certificates = make_certificates(folder)
-        bench = Bench(expexp, python, folder, certificates, healthy, hostile, signal_runs)
+        runs = signal_runs, slow_seconds
+        bench = Bench(expexp, python, folder, certificates, healthy, hostile, *runs)
         bystander = stack.enter_context(serving(bench, {}))
         control = stack.enter_context(scraping(bystander, interval=0.02))
         yield bench._replace(control=control)
