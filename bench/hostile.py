@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import hostile_attacks as attacks
+import hostile_faults as faults
 import hostile_slow as slow
 from compare import REPOSITORY, BenchError, describe_file, end, output_of
 from hostile_attacks import Figure
@@ -103,6 +104,9 @@ ATTACKS = (
            f"{SERVED}; {IN}; {BACK}", attacks.attack_bcrypt_known),
     Attack("signals", "TERM and INT close together, many of them", "all runs end",
            attacks.attack_signals),
+    Attack("faults", "targets that are ill, one after the other",
+           "documented status and reason; at most 50 ms late; nothing is left",
+           faults.attack_faults),
     Attack("slow-line", "500 clients that send a byte of the request line a second", SLOW,
            slow.attack_slow_line),
     Attack("slow-headers", "the same with a byte of the headers a second", SLOW,

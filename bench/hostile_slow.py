@@ -14,6 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Callable, NamedTuple, cast
 
 from compare import BenchError
@@ -51,6 +52,8 @@ SLOW_CLIENTS = 500
 MEDIAN_RATIO = 1.2
 SLOW_INTERVAL = 0.02  # that of the control: both medians are of scrapes that are as frequent
 TICKS = 10  # a second: each client acts in one of them
+NEW_PER_TICK = 10  # connections: 384 scrapes at once would be another attack
+RAMP_SECONDS = 8
 HANDSHAKE_SECONDS = 10  # the limit `handshake_seconds`
 HEADER_SECONDS = 10  # the limit `header_seconds`
 ANSWER_BYTES = 1_000_000  # 384 of these bodies are less than `held_bytes`
@@ -74,11 +77,18 @@ class Drip(NamedTuple):
     read: int = 0  # 0: the first byte of an answer is the end
 
 
-class SlowClient(NamedTuple):
-    """A connection of a slow client."""
+@dataclass
+class SlowClient:
+    """A connection of a slow client, and since when it is slow: an answer may take its time."""
 
     connection: socket.socket
-    opened: float
+    since: float = math.inf
+    sent: int = 0  # bytes, one by one
+
+    @property
+    def seconds(self) -> float:
+        """Return for how long the client has been slow."""
+        return max(0.0, time.monotonic() - self.since)
 
 
 class SlowClients:
@@ -91,6 +101,7 @@ class SlowClients:
         self._over = threading.Event()
         self._clients: dict[int, SlowClient] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
+        self._may_connect = 0
         self.ended = 0
         self.longest = 0.0
 
@@ -103,9 +114,8 @@ class SlowClients:
         finally:
             self._over.set()
             self._thread.join()
-            now = time.monotonic()
             for client in self._clients.values():
-                self.longest = max(self.longest, now - client.opened)
+                self.longest = max(self.longest, client.seconds)
             close_all([client.connection for client in self._clients.values()])
 
     def _run(self) -> None:
@@ -114,6 +124,7 @@ class SlowClients:
         tick = 0
         while not self._over.wait(1 / TICKS):
             tick += 1
+            self._may_connect = NEW_PER_TICK
             for number in range(tick % TICKS, SLOW_CLIENTS, TICKS):
                 with contextlib.suppress(OSError):
                     self._act(number)
@@ -121,14 +132,17 @@ class SlowClients:
     def _act(self, number: int) -> None:
         """Connect, or act on the connection. Raise OSError if it cannot be made."""
         client = self._clients.get(number)
-        if client and self._is_open(client):
-            return
+        with contextlib.suppress(ConnectionError):
+            if client and self._is_open(client):
+                return
         if client:
             self.ended += 1
-            self.longest = max(self.longest, time.monotonic() - client.opened)
+            self.longest = max(self.longest, client.seconds)
             client.connection.close()
             del self._clients[number]
-        self._clients[number] = self._connect()
+        if self._may_connect:
+            self._may_connect -= 1
+            self._clients[number] = self._connect()
 
     def _connect(self) -> SlowClient:
         """Open a connection, and send what is sent at once."""
@@ -143,19 +157,20 @@ class SlowClients:
         except OSError:
             connection.close()
             raise
-        return SlowClient(connection, time.monotonic())
+        return SlowClient(connection, math.inf if self._drip.read else time.monotonic())
 
     def _is_open(self, client: SlowClient) -> bool:
         """Send the next byte, or read the next ones. Return whether the connection goes on."""
-        seconds = int(time.monotonic() - client.opened)
-        with contextlib.suppress(ConnectionError):
-            try:
-                if client.connection.recv(self._drip.read or 1):
-                    return bool(self._drip.read)
-            except BlockingIOError:
-                client.connection.send(self._drip.dripped[seconds : seconds + 1])
-                return True
-        return False
+        try:
+            piece = client.connection.recv(self._drip.read or 1)
+        except BlockingIOError:
+            byte = self._drip.dripped[client.sent : client.sent + 1]
+            with contextlib.suppress(BlockingIOError):
+                client.sent += client.connection.send(byte)
+            return True
+        if client.since == math.inf:
+            client.since = time.monotonic()
+        return bool(piece and self._drip.read)
 
 
 def median_figure(samples: Samples) -> Figure:
@@ -172,9 +187,9 @@ def be_slow(bench: Bench, drip: Drip, limit: float, tls: bool = False) -> list[F
     with serving(bench, modules, *tls_flags(bench, tls)) as service:
         clients = SlowClients(service.tls_port if tls else service.port, drip)
         with scraping(service, SLOW_INTERVAL) as scraper, clients.running():
-            time.sleep(2)
-            scraper.restart()
+            time.sleep(RAMP_SECONDS)
             require_open(service)
+            scraper.restart()
             time.sleep(bench.slow_seconds)
             samples = scraper.samples()
         held = "longest connection of a slow client, s"

@@ -2,8 +2,9 @@
 
     .venv/bin/python bench/soak.py                            # 60 minutes with faults
     .venv/bin/python bench/soak.py --minutes 15 --no-faults   # the same targets, all healthy
-    .venv/bin/python bench/soak.py --minutes 1.5              # what CI runs
+    .venv/bin/python bench/soak.py --minutes 1.5              # 100 targets, what CI runs
     .venv/bin/python bench/soak.py --minutes 1.5 --plant byte # must exit with 1
+    .venv/bin/python bench/soak.py --no-faults --against-original  # beside exporter_exporter
 
 Prometheus scrapes every target once a second: http, https with client certificates, exec and file.
 Meanwhile targets hang, drip, cut, redirect and refuse; scripts fail, hang and leave children; files
@@ -18,48 +19,65 @@ import argparse
 import contextlib
 import http.client
 import json
-import math
 import os
 import random
 import shutil
 import signal
 import socket
-import statistics
 import sys
 import tempfile
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import trustme
 from compare import (
+    PEER,
     REPOSITORY,
     BenchError,
     Process,
     cpu_seconds,
     describe_file,
     end,
+    find_program,
+    first_match,
     free_port,
-    memory,
     output_of,
     process_running,
     wait_for_port,
 )
-from soak_targets import ILL, LOOPBACK, healthy_body
+from soak_report import (
+    STAYING_SECONDS,
+    Answers,
+    Findings,
+    Look,
+    Row,
+    Scrapes,
+    Span,
+    Wrong,
+    control_of,
+    held_at_last,
+    held_by,
+    look_at,
+    report,
+    scrapes_of,
+    usage_of,
+    wrong_values,
+    zombies_of,
+)
+from soak_targets import CONTROL, ILL, LOOPBACK, healthy_body
 
 INTERVAL = 1.0  # seconds between two scrapes of a target
-LONGEST_GAP = 2.6  # seconds between two samples of `up`: Prometheus itself is late at times
 LOOK_SECONDS = 5.0  # between two looks at what expexp holds
-SETTLED_SECONDS = 300  # what expexp holds until then is what it may hold at the end
-GROWTH = 1.10
-SLACK = 8  # descriptors and threads of scrapes that run just now
-SLACK_MEGABYTES = 8
-HEALTHY_P99_SECONDS = 0.5
+CONTROLS = 10  # targets that Prometheus scrapes directly, at other moments of a second
+LONG_MINUTES = 10  # a shorter soak has fewer targets: it is for a machine of CI
+TARGETS = 300
+FEW_TARGETS = 100
 #: Of a hundred targets, in this order. The ill ones take what is left.
 SHARES = {"http": 60, "https": 10, "exec": 5, "file": 10}
+SHARES_OF_ORIGINAL = {"http": 0, "https": 0, "exec": 5, "file": 0}
 DEAD_PORT = 9  # discard: nobody listens there
 
 
@@ -72,6 +90,7 @@ class World(NamedTuple):
     healthy: tuple[str, ...]  # names of modules that must never miss a scrape
     ill: tuple[str, ...]
     bodies: Mapping[str, bytes]  # what a healthy module must answer
+    original_port: int | None  # of exporter_exporter
 
 
 # The modules
@@ -111,12 +130,15 @@ ILL_SCRIPTS = {
 
 
 def make_modules(
-    folder: Path, ports: tuple[int, int], count: int, with_ill: bool
+    folder: Path, ports: tuple[int, int], options: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return all modules, and the body of each healthy one."""
     modules: dict[str, Any] = {}
     bodies: dict[str, bytes] = {}
-    counts = {method: count * share // 100 for method, share in SHARES.items()}
+    count = options.targets
+    with_ill = options.faults
+    shares = SHARES_OF_ORIGINAL if options.against_original else SHARES
+    counts = {method: count * share // 100 for method, share in shares.items()}
     if not with_ill:
         counts["http"] += count - sum(counts.values())
     for number in range(counts["http"]):
@@ -232,8 +254,11 @@ class Faults:
         self._write_config(self._good)
 
     def _replace_file(self) -> None:
-        """Replace the file of a file module by one with the same content."""
-        names = [name for name in self._world.healthy if name.startswith("file")]
+        """Replace the file of a file module by one with the same content.
+
+        `--plant scrape` takes that of `file0` away.
+        """
+        names = [name for name in self._world.healthy if name.startswith("file")][1:]
         path = self._world.folder / f"{self._random.choice(names)}.prom"
         content = path.read_bytes()
         path.with_suffix(".new").write_bytes(content)
@@ -271,99 +296,104 @@ class Faults:
 # The watchers
 
 
-class Look(NamedTuple):
-    """What expexp held at a moment."""
-
-    seconds: float
-    megabytes: float
-    descriptors: int
-    threads: int
-    zombies: frozenset[int]
-
-
-def look_at(pid: int, seconds: float) -> Look:
-    """Return what a process holds; raise BenchError if it has ended."""
-    try:
-        folder = Path(f"/proc/{pid}")
-        return Look(
-            seconds,
-            memory(pid, "VmRSS"),
-            len(list((folder / "fd").iterdir())),
-            len(list((folder / "task").iterdir())),
-            zombies_of(pid),
-        )
-    except OSError as error:
-        raise BenchError(f"expexp has ended: {error}") from None
-
-
-def zombies_of(parent: int) -> frozenset[int]:
-    """Return the children of a process that have ended and are not reaped."""
-    found = set()
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = file.read_text(encoding="utf-8", errors="replace").rpartition(") ")[2].split()
-            if fields[0] == "Z" and int(fields[1]) == parent:
-                found.add(int(file.parent.name))
-    return frozenset(found)
-
-
 class Checker:
-    """An honest client that scrapes healthy modules and compares each body with what it must be."""
+    """An honest client that scrapes healthy modules and compares each body with what it must be.
+
+    After each scrape it asks a target directly, to tell how late the machine is.
+    """
 
     def __init__(self, world: World) -> None:
         """Wait for `run_until`."""
         self._world = world
-        self.seconds: list[float] = []
-        self.wrong: list[str] = []
+        self.answers = Answers([], [], [])
 
     def run_until(self, finish: float) -> None:
         """Scrape ten modules a second until this time."""
         order = random.Random(2)  # noqa: S311 - an order, no secret
         while time.monotonic() < finish:
             name = order.choice(self._world.healthy)
+            begun = time.time()
             started = time.monotonic()
             fault = self._fault(name)
-            self.seconds.append(time.monotonic() - started)
+            asked = time.monotonic()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self._ask(self._world.ports[0], f"/good/{CONTROL}")
+            self.answers.seconds.append(asked - started)
+            self.answers.control.append(time.monotonic() - asked)
+            if self._world.original_port:  # so that both have the same work
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    self._ask(self._world.original_port, f"/proxy?module={name}")
             if fault:
-                self.wrong.append(f"{name}: {fault}")
+                what, may_be_late = fault
+                span = Span(begun, begun + asked - started)
+                self.answers.wrong.append(Wrong(span, f"{name}: {what}", may_be_late))
             time.sleep(0.1)
 
-    def _fault(self, name: str) -> str:
-        """Return what is wrong with the answer of a module, or nothing."""
-        connection = http.client.HTTPConnection(LOOPBACK, self._world.port, timeout=10)
+    def _ask(self, port: int, path: str) -> tuple[int, bytes]:
+        """Return status and body of an answer. Raise OSError or HTTPException without one."""
+        connection = http.client.HTTPConnection(LOOPBACK, port, timeout=10)
         with contextlib.closing(connection):
-            try:
-                connection.request("GET", f"/proxy?module={name}")
-                answer = connection.getresponse()
-                body = answer.read()
-            except (OSError, http.client.HTTPException) as error:
-                return repr(error)
-        if answer.status != 200:
-            return f"status {answer.status}: {body[:200]!r}"
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def _fault(self, name: str) -> tuple[str, bool] | None:
+        """Return what is wrong with the answer of a module, and whether lateness can be why."""
+        try:
+            status, body = self._ask(self._world.port, f"/proxy?module={name}")
+        except (OSError, http.client.HTTPException) as error:
+            return repr(error), isinstance(error, socket.timeout)
+        if status != 200:
+            return f"status {status}: {body[:200]!r}", status == 504
         expected = self._world.bodies[name]
         if name.startswith("file"):  # expexp adds the time of modification
             body = body[: len(expected)]
-        return "" if body == expected else "a wrong body"
+        return None if body == expected else ("a wrong body", False)
 
 
 # Prometheus
 
 
 def prometheus_config(world: World) -> str:
-    """Return a configuration that discovers all modules and scrapes them once a second."""
-    job = {
-        "job_name": "soak",
-        "http_sd_configs": [
-            {"url": f"http://{LOOPBACK}:{world.port}/sd", "refresh_interval": "1h"}
-        ],
-    }
+    """Return a configuration that scrapes once a second.
+
+    Prometheus discovers the modules, and scrapes some targets directly. Through exporter_exporter
+    it scrapes the same modules, if that runs.
+    """
+    url = f"http://{LOOPBACK}:{world.port}/sd"
+    soak = {"job_name": "soak", "http_sd_configs": [{"url": url, "refresh_interval": "1h"}]}
+    direct = [
+        target_group(world.ports[0], __metrics_path__=f"/good/{CONTROL}{number}")
+        for number in range(CONTROLS)
+    ]
+    jobs: list[dict[str, Any]] = [soak, {"job_name": "control", "static_configs": direct}]
+    if world.original_port:
+        groups = [
+            target_group(
+                world.original_port, __metrics_path__="/proxy", __param_module=name, module=name
+            )
+            for name in world.healthy
+        ]
+        jobs.append({"job_name": "original", "static_configs": groups})
     limits = {"scrape_interval": f"{INTERVAL:.0f}s", "scrape_timeout": f"{INTERVAL:.0f}s"}
-    return json.dumps({"global": limits, "scrape_configs": [job]})
+    return json.dumps({"global": limits, "scrape_configs": jobs})
+
+
+def target_group(port: int, **labels: str) -> dict[str, Any]:
+    """Return a group of one target."""
+    return {"targets": [f"{LOOPBACK}:{port}"], "labels": labels}
+
+
+class Prometheus(NamedTuple):
+    """A running Prometheus, and the host and port of its API."""
+
+    process: Process
+    address: str
 
 
 @contextlib.contextmanager
-def prometheus_running(world: World) -> Iterator[str]:
-    """Start a Prometheus, and yield the host and port of its API."""
+def prometheus_running(world: World) -> Iterator[Prometheus]:
+    """Start a Prometheus, and end it at the end."""
     program = shutil.which("prometheus")
     if program is None:
         raise BenchError("prometheus not found: install Debian's prometheus")
@@ -373,101 +403,7 @@ def prometheus_running(world: World) -> Iterator[str]:
     command += [f"--storage.tsdb.path={world.folder / 'data'}", f"--web.listen-address={address}"]
     with process_running([*command, "--log.level=error"], world.folder) as process:
         wait_for_port(process, int(address.rpartition(":")[2]))
-        yield address
-
-
-def query(address: str, text: str) -> list[dict[str, Any]]:
-    """Return the result of a query."""
-    connection = http.client.HTTPConnection(address, timeout=60)
-    with contextlib.closing(connection):
-        connection.request("GET", f"/api/v1/query?{urllib.parse.urlencode({'query': text})}")
-        response = connection.getresponse()
-        body = response.read()
-    if response.status != 200:  # it has not read its data yet
-        raise BenchError(f"Prometheus answers with status {response.status}")
-    answer = json.loads(body)
-    if answer.get("status") != "success":
-        raise BenchError(f"Prometheus refuses a query: {answer}")
-    return list(answer["data"]["result"])
-
-
-class Scrapes(NamedTuple):
-    """What Prometheus has of the healthy modules."""
-
-    scraped: int
-    down: int
-    gaps: int
-    unknown: int  # modules without any scrape
-
-
-def scrapes_of(address: str, world: World, seconds: float) -> Scrapes:
-    """Return how often the healthy modules were scraped, were down, and had a gap."""
-    counted = down = gaps = 0
-    seen = set()
-    for series in query(address, f'up{{job="soak"}}[{math.ceil(seconds)}s]'):
-        name = series["metric"]["module"]
-        if name in world.bodies:
-            seen.add(name)
-            times = [float(when) for when, _ in series["values"]]
-            counted += len(times)
-            down += sum(value != "1" for _, value in series["values"])
-            gaps += sum(later - sooner > LONGEST_GAP for sooner, later in zip(times, times[1:]))
-    return Scrapes(counted, down, gaps, len(world.bodies) - len(seen))
-
-
-# The report
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    what: str
-    found: str
-    bound: str
-    holds: bool
-
-
-def growth(looks: Sequence[Look], field: str, slack: float) -> Row:
-    """Return the row of what must not grow from its settled value."""
-    values = [float(getattr(look, field)) for look in looks]
-    until = min(SETTLED_SECONDS, looks[-1].seconds / 2)  # a short soak has no five minutes
-    before = max(float(getattr(look, field)) for look in looks if look.seconds <= until)
-    tail = values[-max(3, len(values) // 20) :]
-    after = statistics.median(tail)
-    most = max(before * GROWTH, before + slack)
-    what = "MB" if field == "megabytes" else field
-    return Row(what, f"{before:.1f}, then {after:.1f}", f"at most {most:.1f}", after <= most)
-
-
-def report(
-    world: World, scrapes: Scrapes, looks: Sequence[Look], checker: Checker, cpu_share: float
-) -> list[Row]:
-    """Return all rows."""
-    ordered = sorted(checker.seconds)
-    median = ordered[len(ordered) // 2]
-    p99 = ordered[math.ceil(0.99 * len(ordered)) - 1]
-    # A command is reaped half a second after its scrape. A look is a second after the one before.
-    zombies = len({pid for one, two in zip(looks, looks[1:]) for pid in one.zombies & two.zombies})
-    wrong = len(checker.wrong)
-    return [
-        Row("healthy modules, ill ones", f"{len(world.healthy)}, {len(world.ill)}", "", True),
-        Row("scrapes of the healthy by Prometheus", f"{scrapes.scraped:,}", "", True),
-        Row("healthy modules without a scrape", str(scrapes.unknown), "0", not scrapes.unknown),
-        Row("`up` 0 of the healthy", str(scrapes.down), "0", not scrapes.down),
-        Row("gaps in `up` of the healthy", str(scrapes.gaps), "0", not scrapes.gaps),
-        Row("answers compared, wrong ones", f"{len(ordered):,}, {wrong}", "0 wrong", not wrong),
-        Row(
-            "median and p99 of these answers, ms",
-            f"{median * 1e3:.1f}, {p99 * 1e3:.1f}",
-            f"p99 at most {HEALTHY_P99_SECONDS * 1e3:.0f}",
-            p99 <= HEALTHY_P99_SECONDS,
-        ),
-        growth(looks, "megabytes", SLACK_MEGABYTES),
-        growth(looks, "descriptors", SLACK),
-        growth(looks, "threads", SLACK),
-        Row("zombies that stay for a second", str(zombies), "0", not zombies),
-        Row("processors used by expexp and its commands", f"{cpu_share:.2f}", "", True),
-    ]
+        yield Prometheus(process, address)
 
 
 # All of it
@@ -479,7 +415,13 @@ class Soak(NamedTuple):
     world: World
     expexp: Process
     authority: trustme.CA
-    prometheus: str
+    prometheus: Prometheus
+    original: Process | None
+
+    @property
+    def pids(self) -> tuple[int, int, int]:
+        """Return the processes of expexp and of Prometheus, and expexp's port."""
+        return self.expexp.popen.pid, self.prometheus.process.popen.pid, self.world.port
 
 
 @contextlib.contextmanager
@@ -494,17 +436,36 @@ def soaking(options: argparse.Namespace) -> Iterator[Soak]:
         command = [sys.executable, script, *map(str, ports), str(folder)]
         targets = stack.enter_context(process_running(command, folder))
         wait_for_port(targets, ports[1])
-        modules, bodies = make_modules(folder, ports, options.targets, options.faults)
+        modules, bodies = make_modules(folder, ports, options)
         (folder / "expexp.json").write_text(json.dumps({"modules": modules}), encoding="utf-8")
         port = free_port()
         command = [options.python, str(options.expexp), "-config=expexp.json"]
         command += [f"-web.listen-address={LOOPBACK}:{port}"]
         expexp = stack.enter_context(process_running(command, folder))
         wait_for_port(expexp, port)
+        original = None
+        original_port = None
+        if options.against_original:
+            original_port = free_port()
+            command = original_command(folder, modules, original_port)
+            original = stack.enter_context(process_running(command, folder))
+            wait_for_port(original, original_port)
         ill = tuple(name for name in modules if name not in bodies)
-        world = World(folder, ports, port, tuple(bodies), ill, bodies)
-        address = stack.enter_context(prometheus_running(world))
-        yield Soak(world, expexp, authority, address)
+        world = World(folder, ports, port, tuple(bodies), ill, bodies, original_port)
+        prometheus = stack.enter_context(prometheus_running(world))
+        yield Soak(world, expexp, authority, prometheus, original)
+
+
+def original_command(folder: Path, modules: Mapping[str, Any], port: int) -> list[str]:
+    """Write the same modules for exporter_exporter, and return the command that starts it."""
+    known = {
+        name: {key: value for key, value in module.items() if key != "accept_args"}
+        for name, module in modules.items()
+    }
+    path = folder / "original.yaml"  # JSON is YAML
+    path.write_text(json.dumps({"modules": known}), encoding="utf-8")
+    program = find_program("prometheus-exporter-exporter")
+    return [program, f"-config.file={path}", f"-web.listen-address={LOOPBACK}:{port}"]
 
 
 def wait_for_scrapes(soak: Soak) -> None:
@@ -512,23 +473,24 @@ def wait_for_scrapes(soak: Soak) -> None:
     finish = time.monotonic() + 60
     while time.monotonic() < finish:
         with contextlib.suppress(OSError, BenchError):
-            if not scrapes_of(soak.prometheus, soak.world, 10).unknown:
+            if not prometheus_scrapes(soak, 10).unknown:
                 return
         time.sleep(0.5)
     raise BenchError("Prometheus has not scraped every module within 60 s")
 
 
-def plant(what: str, soak: Soak) -> list[Any]:
-    """Plant a fault that the soak must find. Return what keeps it alive."""
+def prometheus_scrapes(soak: Soak, seconds: float, job: str = "soak") -> Scrapes:
+    """Return what Prometheus has of the healthy modules."""
+    return scrapes_of(soak.prometheus.address, soak.world.healthy, seconds, job)
+
+
+def plant(what: str, folder: Path) -> None:
+    """Plant a fault that the soak must find."""
     if what == "byte":
-        (soak.world.folder / "plant-byte").touch()
+        (folder / "plant-byte").touch()
     if what == "scrape":  # a healthy target is away for two scrapes
-        soak.world.folder.joinpath("file0.prom").rename(soak.world.folder / "away")
-        back = soak.world.folder.joinpath("away").rename
-        timer = threading.Timer(2.5, back, [soak.world.folder / "file0.prom"])
-        timer.start()
-        return [timer]
-    return []
+        (folder / "file0.prom").rename(folder / "away")
+        threading.Timer(2.5, (folder / "away").rename, [folder / "file0.prom"]).start()
 
 
 def leak(clients: list[socket.socket], port: int) -> None:
@@ -541,41 +503,92 @@ def leak(clients: list[socket.socket], port: int) -> None:
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Run the whole soak and return its rows."""
-    seconds = options.minutes * 60
-    with soaking(options) as soak:
+    with soaking(options) as soak, leaking() as leaked:
         wait_for_scrapes(soak)
-        pid = soak.expexp.popen.pid
-        started = time.monotonic()
-        finish = started + seconds
+        before = held_by(*soak.pids)
         checker = Checker(soak.world)
         works: list[Callable[[float], None]] = [checker.run_until]
         if options.faults:
             works.append(Faults(soak.world, soak.expexp, soak.authority).run_until)
-        threads = [threading.Thread(target=work, args=(finish,)) for work in works]
-        used = cpu_seconds(pid)
-        for thread in threads:
-            thread.start()
-        looks: list[Look] = []
-        leaked: list[socket.socket] = []
-        planted: list[Any] = []
-        while (left := finish - time.monotonic()) > 0:
-            time.sleep(min(LOOK_SECONDS, left))
-            looks.append(look_at(pid, time.monotonic() - started))
-            tell(looks)
-            if options.plant and not planted and time.monotonic() - started > seconds / 3:
-                planted = [plant(options.plant, soak)]
-            if options.plant == "descriptor":
-                leak(leaked, soak.world.port)
-        used = cpu_seconds(pid) - used
-        for thread in threads:
-            thread.join()
-        looks += rest_of(pid, started)
-        scrapes = scrapes_of(soak.prometheus, soak.world, seconds)
-        for fault in checker.wrong[:10]:
-            print(f"wrong: {fault}", file=sys.stderr)
+        pid = soak.expexp.popen.pid
+        cpu = cpu_seconds(pid)
+        original_cpu = cpu_seconds(soak.original.popen.pid) if soak.original else 0
+        started = time.monotonic()
+        looks = watch(options, soak, works, leaked)
+        seconds = time.monotonic() - started
+        used = usage_of(pid, cpu)
+        original = None
+        if soak.original:
+            original_used = usage_of(soak.original.popen.pid, original_cpu)
+            original = prometheus_scrapes(soak, seconds, "original"), original_used
+        after = held_at_last(*soak.pids, before)
+        staying = zombies_that_stay(pid)
+        for wrong in checker.answers.wrong[:10]:
+            print(f"wrong: {wrong.what}", file=sys.stderr)
+        passed = time.monotonic() - started
+        found = Findings(
+            counts=(len(soak.world.healthy), len(soak.world.ill)),
+            scrapes=prometheus_scrapes(soak, passed),
+            control=control_of(soak.prometheus.address, passed),
+            wrong_values=wrong_values(soak.prometheus.address, passed),
+            answers=checker.answers,
+            looks=looks,
+            before=before,
+            after=after,
+            staying=staying,
+            seconds=seconds,
+            looked_at=passed,
+            used=used,
+            original=original,
+        )
+        return report(found)
+
+
+@contextlib.contextmanager
+def leaking() -> Iterator[list[socket.socket]]:
+    """Yield a list for leaked connections, and close them at the end."""
+    leaked: list[socket.socket] = []
+    try:
+        yield leaked
+    finally:
         for client in leaked:
             client.close()
-        return report(soak.world, scrapes, looks, checker, used / seconds)
+
+
+def watch(
+    options: argparse.Namespace,
+    soak: Soak,
+    works: list[Callable[[float], None]],
+    leaked: list[socket.socket],
+) -> list[Look]:
+    """Do the works for the whole time. Return what expexp held meanwhile."""
+    pid = soak.expexp.popen.pid
+    started = time.monotonic()
+    finish = started + options.minutes * 60
+    threads = [threading.Thread(target=work, args=(finish,)) for work in works]
+    for thread in threads:
+        thread.start()
+    looks: list[Look] = []
+    planted = False
+    while (left := finish - time.monotonic()) > 0:
+        time.sleep(min(LOOK_SECONDS, left))
+        looks.append(look_at(pid, time.monotonic() - started))
+        tell(looks)
+        if not planted and time.monotonic() - started > options.minutes * 20:
+            planted = True
+            plant(options.plant, soak.world.folder)
+        if options.plant == "descriptor":
+            leak(leaked, soak.world.port)
+    for thread in threads:
+        thread.join()
+    return looks
+
+
+def zombies_that_stay(pid: int) -> int:
+    """Return how many zombies there are now and are still there some seconds later."""
+    sooner = zombies_of(pid)
+    time.sleep(STAYING_SECONDS)
+    return len(sooner & zombies_of(pid))
 
 
 def tell(looks: Sequence[Look]) -> None:
@@ -586,25 +599,25 @@ def tell(looks: Sequence[Look]) -> None:
         print(f"{last.seconds / 60:.0f} min: {held}", file=sys.stderr)
 
 
-def rest_of(pid: int, started: float) -> list[Look]:
-    """Return looks after the faults have ended."""
-    looks = []
-    for _ in range(3):
-        time.sleep(1)
-        looks.append(look_at(pid, time.monotonic() - started))
-    return looks
-
-
 def parse_arguments() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(description="Soak an expexp.py on the loopback.")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--targets", type=int, default=300)
+    parser.add_argument("--targets", type=int, help=f"{TARGETS}, or {FEW_TARGETS} in a short soak")
     parser.add_argument("--no-faults", dest="faults", action="store_false")
+    parser.add_argument(
+        "--against-original",
+        action="store_true",
+        help="scrape the same http and exec modules through exporter_exporter as well",
+    )
     parser.add_argument("--plant", choices=["byte", "scrape", "descriptor"])
     parser.add_argument("--expexp", type=Path, default=REPOSITORY / "expexp.py", metavar="FILE")
     parser.add_argument("--python", default=sys.executable, metavar="PATH")
     options = parser.parse_args()
+    if options.against_original and options.faults:
+        parser.error("--against-original needs --no-faults")
+    if not options.targets:
+        options.targets = TARGETS if options.minutes >= LONG_MINUTES else FEW_TARGETS
     python = shutil.which(options.python)
     if python is None or not options.expexp.is_file():
         parser.error("--python or --expexp: not found")
@@ -613,12 +626,20 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def peer_version() -> str:
+    """Return the version of exporter_exporter."""
+    text = output_of([find_program("prometheus-exporter-exporter"), "-version"])
+    return first_match(r"Version: ([^-\s]+)", text)
+
+
 def main() -> int:
     """Print the table; return 1 if a bound does not hold."""
     signal.signal(signal.SIGTERM, end)
     options = parse_arguments()
     version = output_of([options.python, "-c", "import platform; print(platform.python_version())"])
     kind = "with faults" if options.faults else "without faults"
+    if options.against_original:
+        kind += f", beside {PEER} {peer_version()}"
     print(f"expexp.py {describe_file(options.expexp)}; Python {version}; ", end="")
     print(
         f"{options.targets} targets at {INTERVAL:.0f} s for {options.minutes:g} minutes, {kind}\n"

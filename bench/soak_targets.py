@@ -18,6 +18,7 @@ from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 SAMPLES = 60  # of a healthy target
+CONTROL = "control"  # of a target that is asked without expexp: its bodies are never wrong
 TEXT = "text/plain; version=0.0.4"
 #: Kinds of ill targets. Each behaves badly in two of three seconds, or always (hang, dead).
 ILL = ("hang", "drip", "truncate", "redirect", "html", "status", "reset", "endless")
@@ -79,7 +80,8 @@ class Targets:
         """Return the body of a healthy target, with one wrong digit if that is planted."""
         body = healthy_body(number)
         now = int(time.time())
-        if self._plant.exists() and now != self._planted:
+        is_control = number.startswith(CONTROL)
+        if not is_control and self._plant.exists() and now != self._planted:
             self._planted = now
             body = body.replace(b" 7.5\n", b" 8.5\n")
         return body
