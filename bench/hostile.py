@@ -117,7 +117,7 @@ ATTACKS = (
            slow.attack_no_handshake),
     Attack("slow-answer", "500 clients that read 1 MB slowly", SLOW, slow.attack_slow_answer),
     Attack("flood", "5,000 more connections than there may be",
-           f"{SERVED}; idle ones make room; {BACK}", slow.attack_flood),
+           f"no healthy scrape fails; idle ones make room; {BACK}", slow.attack_flood),
     Attack("flood-full", "the same when none can make room",
            f"refused within a second, and counted; {BACK}", slow.attack_flood_full),
     Attack("reloads", "50 queued reloads", f"{SERVED}; the time of five", attacks.attack_reloads),

@@ -327,7 +327,8 @@ def figure_of(fault: Fault, result: Result) -> Figure:
     median = statistics.median(late)
     expected = {fault.reason: float(len(result.statuses))} if fault.reason else {}
     bound = f"{fault.status or 'a reset'} {fault.reason}".rstrip()
-    words = [f"{'/'.join(map(str, sorted(set(result.statuses))))} {'/'.join(result.failures)}"]
+    statuses = map(str, sorted(set(result.statuses)))
+    words = [" ".join(filter(None, ["/".join(statuses), "/".join(result.failures)]))]
     holds = (
         set(result.statuses) == {fault.status}
         and result.failures == expected

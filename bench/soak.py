@@ -517,10 +517,7 @@ def run(options: argparse.Namespace) -> list[Row]:
         looks = watch(options, soak, works, leaked)
         seconds = time.monotonic() - started
         used = usage_of(pid, cpu)
-        original = None
-        if soak.original:
-            original_used = usage_of(soak.original.popen.pid, original_cpu)
-            original = prometheus_scrapes(soak, seconds, "original"), original_used
+        original_used = usage_of(soak.original.popen.pid, original_cpu) if soak.original else None
         after = held_at_last(*soak.pids, before)
         staying = zombies_that_stay(pid)
         for wrong in checker.answers.wrong[:10]:
@@ -539,7 +536,9 @@ def run(options: argparse.Namespace) -> list[Row]:
             seconds=seconds,
             looked_at=passed,
             used=used,
-            original=original,
+            original=(prometheus_scrapes(soak, passed, "original"), original_used)
+            if original_used
+            else None,
         )
         return report(found)
 
