@@ -98,7 +98,7 @@ class Fault(NamedTuple):
     status: int
     reason: str
     at_deadline: bool = False
-    patient: bool = False  # a limit of bytes ends the scrape, or a resolver, and no deadline
+    patient: bool = False  # a limit of bytes or the resolver ends the scrape, not its timeout
     script: str = ""  # of an exec module
     writer: str = ""  # a script that writes the FIFO $1 during each scrape
 

@@ -1,7 +1,7 @@
 """What `soak.py` finds: what expexp holds, what Prometheus has, when the machine was late.
 
-A fault counts only if the machine was not late at that moment. Whether it was, targets tell that
-Prometheus scrapes directly, without expexp.
+A fault counts only if the machine was not late at that moment. Prometheus also scrapes some targets
+directly, without expexp: if these scrapes were late, the machine was.
 """
 
 from __future__ import annotations
