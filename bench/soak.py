@@ -72,6 +72,7 @@ from soak_targets import CONTROL, ILL, LOOPBACK, healthy_body
 INTERVAL = 1.0  # seconds between two scrapes of a target
 LOOK_SECONDS = 5.0  # between two looks at what expexp holds
 CONTROLS = 10  # targets that Prometheus scrapes directly, at other moments of a second
+LOG_LINES = 40
 LONG_MINUTES = 10  # a shorter soak has fewer targets: it is for a machine of CI
 TARGETS = 300
 FEW_TARGETS = 100
@@ -187,6 +188,7 @@ def write_certificates(folder: Path, authority: trustme.CA) -> None:
         ("client.pem", client.cert_chain_pems[0]),
     ):
         blob.write_to_path(str(folder / f"{name}.new"))
+        (folder / f"{name}.new").chmod(0o600)
     for name in ("client.key", "client.pem"):  # between the two expexp keeps the former pair
         os.replace(folder / f"{name}.new", folder / name)
 
@@ -540,7 +542,16 @@ def run(options: argparse.Namespace) -> list[Row]:
             if original_used
             else None,
         )
-        return report(found)
+        rows = report(found)
+        if not all(row.holds for row in rows):
+            tell_log(soak.expexp)
+        return rows
+
+
+def tell_log(expexp: Process) -> None:
+    """Write the end of expexp's log to stderr."""
+    lines = expexp.errors.read_text(encoding="utf-8", errors="replace").splitlines()
+    print(*lines[-LOG_LINES:], sep="\n", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -391,7 +391,8 @@ def growth(looks: Sequence[Look]) -> Row:
     """Return the row of the memory, which must not grow from its settled value."""
     values = [look.megabytes for look in looks]
     until = min(SETTLED_SECONDS, looks[-1].seconds / 2)  # a short soak has no five minutes
-    before = max(look.megabytes for look in looks if look.seconds <= until)
+    first = looks[0].megabytes  # a very late machine has no other look until then
+    before = max([first, *(look.megabytes for look in looks if look.seconds <= until)])
     after = statistics.median(values[-max(3, len(values) // 20) :])
     is_short = until < SETTLED_SECONDS
     most = most_of(before, UNSETTLED_MEGABYTES if is_short else SLACK_MEGABYTES)
