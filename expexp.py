@@ -306,13 +306,14 @@ class ScrapeError(ExpexpError):
 class ExpositionError(ExpexpError):
     """A body is no exposition. `line` and `column` begin at 1, and are 0 in protobuf."""
 
-    def __init__(self, message: str, line: int, column: int, offset: int) -> None:
-        place = f"line {line}, column {column}" if line else f"byte {offset}"
+    def __init__(self, message: str, line: int, column: int, pos: int, text: bytes = b"") -> None:
+        place = f"line {line}, column {column}" if line else f"byte {pos}"
         super().__init__(f"{place}: {message}")
         self.message = message
         self.line = line
         self.column = column
-        self.offset = offset  # of the first byte of the line, in protobuf of the field
+        self.offset = pos  # of the first byte of the line, in protobuf of the field
+        self.text = text  # the line
 
 
 # ==================================================================================================
@@ -468,6 +469,7 @@ BLANKS: Final = re.compile(rb"[ \t]+")
 WORD: Final = re.compile(rb"[A-Z][A-Z\0]*")
 NULS: Final = re.compile(rb"\0+")
 REST: Final = re.compile(rb"[^\n]+")
+AFTER_LABEL: Final = compile_production(rb'[,}"]|\w{1,9999}+[ \t]{0,9999}+=')
 UP_TO_NUL: Final = re.compile(rb"[^\n\0]+")
 METRIC_TOKEN: Final = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
@@ -520,12 +522,8 @@ def compose_wide_series(comma: bytes) -> bytes:
 
 OPENMETRICS_TIME: Final = rb"(?: %b|)" % FINITE
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
-AFTER_VALUE: Final = rb"%b(?: # %b %b%b|)" % (
-    OPENMETRICS_TIME,
-    EXEMPLAR_LABELS,
-    CANONICAL_NUMBER,
-    OPENMETRICS_TIME,
-)
+EXEMPLAR: Final = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
+AFTER_VALUE: Final = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
 #: The base units of OpenMetrics. The reader reads others: to compare a unit with the name by a
 #: group takes time in the square of its length.
 UNIT: Final = (
@@ -572,6 +570,7 @@ class Dialect(NamedTuple):
     )
     separator: Pattern = BLANKS  #: before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")
+    no_timestamp: Pattern = compile_production(rb"[ \t]{0,65537}+(?:\n|\Z)")
     after_name: Pattern = re.compile(rb"[^\0\n]|(?=\n)|\Z")  #: in metadata
     timestamp_unit: str = "milliseconds"
     keywords: tuple[bytes, ...] = (b"HELP", b"TYPE")
@@ -585,6 +584,7 @@ OPENMETRICS: Final = Dialect(
     number=re.compile(rb"[^ \n\0]+"),
     label_value=compile_production(rb'[^"\\\n]*+(?:\\\0*+[^\n\0][^"\\\n]*+)*'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
+    no_timestamp=re.compile(rb"(?! )| (?:\n|\Z|# \{)"),
     after_name=re.compile(b" "),
     fast=compose_run(OPENMETRICS_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, AFTER_VALUE),
     wide=compose_run(OPENMETRICS_METADATA, compose_wide_series(b","), WIDE_NUMBER, AFTER_VALUE),
@@ -606,6 +606,20 @@ FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # The longest match, 2 ms for labels that begin alike, and the copy that is checked for UTF-8.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns are bytes
+#: What to add to a message that matches. The byte before its place stands before it.
+ADVICE: Final = {
+    r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
+    r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
+    r'name, found "\\x1f\\x8b': "the body is gzip: decompress it, or send Content-Encoding: gzip",
+    r"name, found the end of the line": "OpenMetrics allows no empty line",
+    r"name, found a": "OpenMetrics allows no blank before a name",
+    r"a blank before a name$": "Prometheus 2 refuses it, and 3 makes it a part of the name",
+    r' seconds, or a newline, found "#': 'an exemplar begins with " # {"',
+    r"newline, found a": 'OpenMetrics allows a blank only before a timestamp and before "# {"',
+    r'(milli.*|expected a) newline, found "#': "only OpenMetrics has exemplars",
+    r'untyped.*"(unknown|info|stateset|g\w+m)"': "write untyped, or serve it as OpenMetrics",
+    r'\\r"$': "end lines in LF, not in CR LF",
+}
 Tick = Callable[[], object]
 
 
@@ -637,6 +651,9 @@ class Source:
 
     def refuse(self, pos: int, message: str) -> ExpositionError:
         """Return the error to raise for what stands at `pos`."""
+        for form, advice in ADVICE.items():
+            if re.search(form, f"{self.body[pos - 1 : pos]!r}{message}"):
+                message += f"; {advice}"
         line = 1
         start = 0
         for window in range(0, pos, WINDOW_BYTES):
@@ -648,7 +665,7 @@ class Source:
         before = pos - start
         if len(text) < LINE_BYTES and is_utf8(text):
             before = len(text[:before].decode(errors="ignore"))
-        return ExpositionError(message, line, before + 1, start)
+        return ExpositionError(message, line, before + 1, start, text)
 
     def describe(self, pos: int) -> str:
         """Return what stands at `pos`, in words or in quotes."""
@@ -761,6 +778,8 @@ def read_label_value(source: Source) -> bytes:
     source.require(is_utf8(value), start, "a label value in UTF-8", value)
     source.take(NULS, "a run of NUL bytes")
     source.skip_blanks()
+    if value.endswith(b"=") and rb"\"" in value and not AFTER_LABEL.match(source.body, source.pos):
+        raise source.expected(start, "a closing quote without a backslash", quote(value))
     return value
 
 
@@ -807,11 +826,10 @@ def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *needed: byt
 
 def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
     """Return a number as it was written. What separates it from the token before is skipped."""
-    before = source.pos
-    source.skip_separator()
+    blank = source.skip_separator()
     start = source.pos
     number = source.take(source.dialect.number, "a number")
-    source.require(start > before or not source.dialect.openmetrics, start, "a blank")
+    source.require(blank or not source.dialect.openmetrics, start, "a blank")
     found = form.fullmatch(number)
     if not found:
         raise source.expected(start, what)
@@ -823,19 +841,12 @@ def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
 def read_timestamp(source: Source) -> bytes:
     """Return a timestamp, if there is one: int64 milliseconds in digits, or float seconds."""
     dialect = source.dialect
-    before = source.pos
-    blank = source.skip_separator()
-    start = source.pos
-    is_missing = source.peek() in b"\n"
-    if dialect.openmetrics:
-        is_missing |= not blank or source.body.startswith(b"# {", start)
-    source.pos = before
-    if is_missing:
+    if dialect.no_timestamp.match(source.body, source.pos):
         return b""
     what = f"a timestamp in {dialect.timestamp_unit}, or a newline"
     number = read_number(source, what, dialect.timestamp)
     if not dialect.openmetrics and int(number.lstrip(b"0")[:20] or b"0") >= 2**63:
-        raise source.expected(start, "a timestamp within the range of int64")
+        raise source.expected(source.pos - len(number), "a timestamp within the range of int64")
     return number
 
 
@@ -907,10 +918,11 @@ def read_metadata(source: Source, start: int, keyword: bytes) -> Metadata:
     text_start = source.pos
     text = source.take(REST, "a text")
     if keyword == b"TYPE" and text not in dialect.types:
+        source.require(blank[0] in b" \t", blank.start(), "a blank")  # where the name ended
         types = b", ".join(dialect.types).decode()
         raise source.expected(text_start, f"one of {types}", quote(text))
-    if keyword == b"UNIT" and text and not name.endswith(b"_" + text):
-        raise source.expected(text_start, "a unit that the metric's name ends in", quote(text))
+    fits = keyword != b"UNIT" or not text or name.endswith(b"_" + text)
+    source.require(fits, text_start, "a unit that the metric's name ends in", text)
     source.require(is_utf8(text), text_start, "a text in UTF-8", text)
     return Metadata(start, keyword, name, text)
 
@@ -1143,16 +1155,15 @@ def check_metric(source: Source, pos: int, end: int) -> None:
     found = set()
     size = 0
     for path, start, stop in read_fields(source, pos, end, "metric_family.metric", "Metric"):
-        found.add(path.rpartition(".")[2])
+        parent, _, field = path.rpartition(".")
+        found.add(field)
         if path == "metric_family.metric.label":
             labels.append(Label(start, b"", b""))
             size += stop - start
             if len(labels) > MAX_LABELS or size > MAX_LABELS_BYTES:
                 raise garbled("metric_family.metric", start, TOO_MANY_LABELS)
-        elif path == "metric_family.metric.label.name":
-            labels[-1] = labels[-1]._replace(name=source.body[start:stop])
-        elif path == "metric_family.metric.label.value":
-            labels[-1] = labels[-1]._replace(value=source.body[start:stop])
+        elif parent == "metric_family.metric.label":
+            labels[-1] = labels[-1]._replace(**cast(Any, {field: source.body[start:stop]}))
     taken = {b"__name__"}
     if "quantile" in found:
         taken.add(b"quantile")
@@ -1206,20 +1217,23 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
 # ==================================================================================================
 # Chooses a reader by the content type, and judges a body with it. No content type raises an error.
 
+#: A Content-Type that Prometheus 3 takes. Go refuses a parameter that has two values.
+CONTENT_TYPE: Final = re.compile(
+    r"(?ai)\s{0,9}(?:text/plain|application/(?:openmetrics-text|vnd\.google\.protobuf))\s{0,9}"
+    r"(?:;\s{0,9}([!#-'*+.0-9A-Z^-~-]{1,99})\s{0,9}=\s{0,9}"
+    r"""([!#-'*+.0-9A-Z^-~-]{1,99}|"(?:[^"\\]|\\.){0,99}")\s{0,9}"""
+    r"(?!.{0,999};\s{0,9}\1\s{0,9}=(?!\s{0,9}\2\s{0,9}(?:;|$)))){0,9};?\s{0,9}"
+)
+
 
 def is_openmetrics_body(body: bytes) -> bool:
     """Return whether the last line is `# EOF`, with or without its newline."""
     return bool(re.search(rb"(?:\A|\n)# EOF\n?\Z", body[-7:]))
 
 
-def parse_media_type(content_type: str) -> str:
-    """Return the media type of any text in lower case, without its parameters."""
-    return content_type.partition(";")[0].strip().lower()
-
-
 def choose_dialect(content_type: str) -> Dialect | None:
     """Return the dialect of a content type, None for protobuf. Unknown types are read as text."""
-    media_type = parse_media_type(content_type)
+    media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "application/vnd.google.protobuf":
         return None
     return OPENMETRICS if media_type == "application/openmetrics-text" else TEXT
@@ -1894,7 +1908,7 @@ def command_fault(command: str) -> str:
     """Return advice for a command that is written for a shell, or ""."""
     if re.fullmatch(r"[^\s~$|&;<>]+", command):
         return ""
-    return "there is no shell: put arguments into args, or the line into a script"
+    return "; there is no shell: put arguments into args, or the line into a script"
 
 
 def words_of(error: BaseException) -> str:
@@ -2639,7 +2653,7 @@ class ConfigLoader(FileReader):
             return
         self.modules[name] = module
         target = module.target
-        missing = ""
+        missing = advice = ""
         if isinstance(target, HttpTarget):
             if target.basic_auth_password or "Authorization" in target.headers:
                 self.warn_of_readers(source.filename)
@@ -2648,10 +2662,11 @@ class ConfigLoader(FileReader):
             search = target.env.get("PATH", Secret("")).reveal()
             if not shutil.which(target.command, path=search or None):
                 missing = "executable"
+                advice = command_fault(target.command)
         elif not os.path.exists(target.path):
             missing = "file"
         if missing:
-            self.warnings.append(f"module {name}: no {missing} {excerpt(target.shown)}")
+            self.warnings.append(f"module {name}: no {missing} {excerpt(target.shown)}{advice}")
 
 
 class Snapshot(NamedTuple):
@@ -3370,8 +3385,8 @@ def start_fault(error: Exception, command: str, path: bytes) -> str:
         words += ": begin the script with #!/bin/sh, and with no byte order mark before it"
     elif isinstance(error, FileNotFoundError) and shutil.which(command, path=places):
         words = "the interpreter in its first line is missing, or this line ends in CR"
-    elif isinstance(error, FileNotFoundError):
-        words = "; ".join(filter(None, (words, command_fault(command))))
+    else:
+        words += command_fault(command)
     return words
 
 
@@ -3919,9 +3934,10 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 
 
 def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> tuple[str, int]:
-    """Return a content type to send instead or "", and the number of samples. Raise ScrapeError."""
+    """Return the content type to send and the number of samples. Raise ScrapeError."""
     encoding = (*values_of(headers, "content-encoding"), "")[0]
-    content_type = configured or (*values_of(headers, "content-type"), "")[0]
+    given = configured or (*values_of(headers, "content-type"), "")[0]
+    content_type = given if CONTENT_TYPE.fullmatch(given) else TEXT_CONTENT_TYPE
     decoded = Held(job.tools)
     try:
         if encoding == "gzip":  # Prometheus decodes nothing else, either
@@ -3934,18 +3950,16 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
-        line = body[error.offset : error.offset + 1000].partition(b"\n")[0]
-        detail = f'the line is "{excerpt(line, 200)}"' if error.line else ""
+        detail = f'the line is "{excerpt(error.text, 200)}"' if error.line else ""
         message = str(error)
         if encoding not in ("", "identity", "gzip"):
             message += f'; Content-Encoding is "{excerpt(encoding)}", and only gzip is decoded'
+        if not re.match("(?i)text/plain|application/openmetrics-text|.*=delimited|$", given):
+            message += f'; Content-Type is "{excerpt(given, 200)}"'
         raise ScrapeError("malformed", message, detail) from None
     finally:
         decoded.release()
-    is_plain = parse_media_type(content_type) == "text/plain"
-    if configured or is_plain or choose_dialect(content_type) is not TEXT:
-        return configured, samples
-    return TEXT_CONTENT_TYPE, samples
+    return content_type, samples
 
 
 def gunzip_pieces(body: bytes) -> Iterator[bytes]:
@@ -5225,13 +5239,15 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
         try:
             samples = verify_exposition(body, content_type)
             text = f"{shown}: well-formed, samples: {samples}\n"
+            if blank := re.search(rb"(?m)^[ \t]+[a-zA-Z_:][\w:]*(\{.*\})?[ \t]*[-+.0-9IN]", body):
+                warning = Source(body, TEXT).refuse(blank.start(), "a blank before a name")
+                text += f"{shown}: {warning}\n"
         except ExpositionError as error:
             code = 1
             text = f"{shown}: {error}\n"
             if error.line:  # 0 in protobuf
-                line = body[error.offset : error.offset + LINE_BYTES].partition(b"\n")[0]
                 text = f"{shown}:{error.line}:{error.column}: {error.message}\n"
-                text += point_at(line, error.column)
+                text += point_at(error.text, error.column)
         failure = "<stdout>: cannot be written"
         os.write(1, text.encode("utf-8", "replace"))
     except (OSError, ScrapeError) as error:

@@ -1672,7 +1672,8 @@ HTML_VERDICT, PROTOBUF_VERDICT = take_blocks("Verification", "text")
 def test_the_documents_show_the_verdict_on(shown: str, body: bytes, content_type: str) -> None:
     with pytest.raises(expexp.ExpositionError) as caught:
         expexp.verify_exposition(body, content_type)
-    assert re.sub(r"^module \w+: ", "", shown) == f"{caught.value}\n"
+    ending = '; Content-Type is "text/html"' if content_type == "text/html" else ""
+    assert re.sub(r"^module \w+: ", "", shown) == f"{caught.value}{ending}\n"
 
 
 @pytest.mark.parametrize("shown", document_blocks("json"))
@@ -2544,6 +2545,7 @@ SEEN = {
     ),
     "CHUNK_SIZE": expexp.CHUNK_LINE_BYTES,
     # 43 ns a byte where a header does not end; of a target's head of 256 KiB, 11 ms
+    "CONTENT_TYPE": 32_768,
     "STRICT_HEADER": 32_768,
     "TOLERANT_HEADER": 32_768,
     "REQUEST_LINE": 8_192,
@@ -2764,6 +2766,8 @@ TEXT_VALID = [
     ("a raw newline in a label value", b'up{a="b\nc"} 1\ny 2\n', 2),
     ("an escape that means nothing", b'up{a="\\q"} 1\n', 1),
     ("three escapes", b'up{a="\\\\\\"\\n"} 1\n', 1),
+    ("an escaped quote in a value that ends in an equals sign", b'up{a="\\"="} 1\n', 1),
+    ("such a value before another label", b'up{a="\\"=" b = "c"} 1\nup{a="\\"=","b"=""} 1\n', 2),
     ("a NUL in a label value", b'up{a="\0"} 1\n', 1),
     ("a NUL after a label value", b'up{a="b"\0} 1\n', 1),
     ("a NUL in a help text", b"# HELP up a\0\nup 1\n", 1),
@@ -2824,6 +2828,21 @@ TEXT_VALID = [
         2,
     ),
 ]
+#: What messages add for the most frequent mistakes.
+QUOTES = "; names with this character need quotes"
+LF = "; end lines in LF, not in CR LF"
+EXEMPLARS = "; only OpenMetrics has exemplars"
+BRACE = '; an exemplar begins with " # {"'
+UNTYPED = "; write untyped, or serve it as OpenMetrics"
+NO_MARK = "; save the file as UTF-8 without a byte order mark"
+UNZIP = "; the body is gzip: decompress it, or send Content-Encoding: gzip"
+NO_EMPTY = "; OpenMetrics allows no empty line"
+BLANK_FIRST = "a blank before a name; Prometheus 2 refuses it, and 3 makes it a part of the name"
+NO_BLANK = "; OpenMetrics allows no blank before a name"
+FEW_BLANKS = '; OpenMetrics allows a blank only before a timestamp and before "# {"'
+TYPES = "expected one of untyped, counter, gauge, histogram, summary, found"
+UNESCAPED = "expected a closing quote without a backslash, found"
+
 #: (what is wrong, body, line, column, whole message)
 TEXT_INVALID = [
     (
@@ -2922,7 +2941,16 @@ TEXT_INVALID = [
         5,
         'expected a timestamp in milliseconds, or a newline, found "{}"',
     ),
-    ("a carriage return after the value", b"up 1\r\n", 1, 4, 'expected a value, found "1\\r"'),
+    ("a carriage return after the value", b"up 1\r\n", 1, 4, 'expected a value, found "1\\r"' + LF),
+    ("a carriage return after a type", b"# TYPE a gauge\r\n", 1, 10, TYPES + ' "gauge\\r"' + LF),
+    ("a carriage return alone", b"\r\nup 1\n", 1, 1, 'expected a metric name, found "\\r"' + LF),
+    (
+        "a carriage return after a timestamp",
+        b"up 1 2\r\n",
+        1,
+        6,
+        'expected a timestamp in milliseconds, or a newline, found "2\\r"' + LF,
+    ),
     (
         "a negative timestamp",
         b"up 1 -1\n",
@@ -2961,7 +2989,7 @@ TEXT_INVALID = [
         b'up 1 2 # {a="b"} 1\n',
         1,
         8,
-        'expected a newline, found "#"',
+        'expected a newline, found "#"' + EXEMPLARS,
     ),
     (
         "a timestamp beyond int64 after many zeros",
@@ -3003,11 +3031,48 @@ TEXT_INVALID = [
         b"up 1 # no\n",
         1,
         6,
-        'expected a timestamp in milliseconds, or a newline, found "#"',
+        'expected a timestamp in milliseconds, or a newline, found "#"' + EXEMPLARS,
     ),
     ("a name that starts with a digit", b"1up 1\n", 1, 1, 'expected a metric name, found "1up"'),
-    ("a name with a dash", b"my-metric{} 1\n", 1, 3, 'expected a value, found "-metric{}"'),
-    ("a name in UTF-8 without quotes", "mé 1\n".encode(), 1, 2, 'expected a value, found "é"'),
+    ("a name with a dash", b"my-a{} 1\n", 1, 3, 'expected a value, found "-a{}"' + QUOTES),
+    ("a name with a point", b"a 1\nmy.a 1\n", 2, 3, 'expected a value, found ".a"' + QUOTES),
+    ("a name with a slash", b"my/a 1\n", 1, 3, 'expected a value, found "/a"' + QUOTES),
+    (
+        "a name in UTF-8 without quotes",
+        "mé 1\n".encode(),
+        1,
+        2,
+        'expected a value, found "é"' + QUOTES,
+    ),
+    (
+        "a name with a point, of TYPE",
+        b"# TYPE m.a gauge\n",
+        1,
+        9,
+        'expected a blank, found ".a"' + QUOTES,
+    ),
+    (
+        "a name with a dash, of TYPE",
+        b"# TYPE m-a gauge\n",
+        1,
+        9,
+        'expected a blank, found "-a"' + QUOTES,
+    ),
+    (
+        "a name with a slash, of TYPE",
+        b"# TYPE m/a gauge\n",
+        1,
+        9,
+        'expected a blank, found "/a"' + QUOTES,
+    ),
+    (
+        "a name in UTF-8, of TYPE",
+        "# TYPE mé gauge\n".encode(),
+        1,
+        9,
+        'expected a blank, found "é"' + QUOTES,
+    ),
+    ("a word for a value after a dash", b"up -\n", 1, 4, 'expected a value, found "-"'),
     (
         "a quoted name outside the braces",
         b'"up" 1\n',
@@ -3033,7 +3098,20 @@ TEXT_INVALID = [
     ("a quoted name twice", b'{"a","b"} 1\n', 1, 9, 'expected "=", found "}"'),
     ("a quoted name after a name", b'up{"a"} 1\n', 1, 7, 'expected "=", found "}"'),
     ("no comma after a quoted name", b'{"up" a="b"} 1\n', 1, 7, 'expected "=", found "a="b"}"'),
-    ("a label name with a colon", b'up{a:b="c"} 1\n', 1, 5, 'expected "=", found ":b="c"}"'),
+    (
+        "a label name with a colon",
+        b'up{a:b="c"} 1\n',
+        1,
+        5,
+        'expected "=", found ":b="c"}"' + QUOTES,
+    ),
+    (
+        "a label name with a dash",
+        b'up{a-b="c"} 1\n',
+        1,
+        5,
+        'expected "=", found "-b="c"}"' + QUOTES,
+    ),
     (
         "a label name that starts with a digit",
         b'up{1a="c"} 1\n',
@@ -3146,12 +3224,15 @@ TEXT_INVALID = [
         11,
         'expected one of untyped, counter, gauge, histogram, summary, found "countre"',
     ),
-    (
-        "an OpenMetrics type",
-        b"# TYPE up info\n",
-        1,
-        11,
-        'expected one of untyped, counter, gauge, histogram, summary, found "info"',
+    *(
+        (
+            f"the type {name} of OpenMetrics",
+            f"# TYPE up {name}\n".encode(),
+            1,
+            11,
+            f'{TYPES} "{name}"{UNTYPED}',
+        )
+        for name in ("info", "unknown", "stateset", "gaugehistogram")
     ),
     (
         "a type in upper case",
@@ -3229,7 +3310,77 @@ TEXT_INVALID = [
         b"\x1f\x8b\x08\x00\x00\x00",
         1,
         1,
-        'expected a metric name, found "\\x1f\\x8b\\x08\\x00\\x00\\x00"',
+        'expected a metric name, found "\\x1f\\x8b\\x08\\x00\\x00\\x00"' + UNZIP,
+    ),
+    (
+        "half a mark of gzip",
+        b"\x1f\x8b",
+        1,
+        1,
+        'expected a metric name, found "\\x1f\\x8b"' + UNZIP,
+    ),
+    (
+        "a byte order mark",
+        b"\xef\xbb\xbfup 1\n",
+        1,
+        1,
+        'expected a metric name, found "\\ufeffup"' + NO_MARK,
+    ),
+    (
+        "a byte order mark before a comment",
+        b"\xef\xbb\xbf# a\n",
+        1,
+        1,
+        'expected a metric name, found "\\ufeff#"' + NO_MARK,
+    ),
+    (
+        "a byte order mark in the second of two joined files",
+        b"up 1\n\xef\xbb\xbfup 1\n",
+        2,
+        1,
+        'expected a metric name, found "\\ufeffup"' + NO_MARK,
+    ),
+    *(
+        (
+            f"a byte order mark of {coding}",
+            mark + "up".encode(coding),
+            1,
+            1,
+            f'expected a metric name, found "{shown}"{NO_MARK}',
+        )
+        for coding, mark, shown in (
+            ("utf-16-le", b"\xff\xfe", r"\xff\xfeu\x00p\x00"),
+            ("utf-16-be", b"\xfe\xff", r"\xfe\xff\x00u\x00p"),
+        )
+    ),
+    (
+        "a value whose closing quote is escaped",
+        b'a 1\nb{c="C:\\"} 1\nb{c="D:\\"} 2\nd 1\n',
+        2,
+        5,
+        UNESCAPED + r' "C:\"} 1\nb{c="',
+    ),
+    (
+        "a value that runs into the next line",
+        b'b{c="d\\"} 1\ne{f="g"} 2\n',
+        1,
+        5,
+        UNESCAPED + r' "d\"} 1\ne{f="',
+    ),
+    (
+        "a value that runs into the next label",
+        b'b{c="d\\",e="f"} 1\n',
+        1,
+        5,
+        UNESCAPED + r' "d\",e="',
+    ),
+    ("a value that runs into a number", b'b{c="d\\",e="1"} 1\n', 1, 5, UNESCAPED + r' "d\",e="'),
+    (
+        "a value that runs to the end",
+        b'a 1\nb{c="d\\"} 1\na 2\n',
+        2,
+        5,
+        "expected a second quote to close this one, found the end of the body",
     ),
     (
         "the column after UTF-8, in characters",
@@ -3318,11 +3469,64 @@ OPENMETRICS_VALID = [
     ),
 ]
 #: (what is wrong, body, line, column, whole message)
+SECONDS = "expected a timestamp in seconds, or a newline, found"
+EMPTY = "expected a metric name, found the end of the line"
 OPENMETRICS_INVALID = [
     ("no end", b"up 1\n", 2, 1, 'expected "# EOF", found the end of the body'),
     ("no end and no newline", b"up 1", 1, 5, "expected a newline, found the end of the body"),
-    ("a line of blanks", b"up 1\n  \n# EOF\n", 2, 1, "expected a metric name, found a blank"),
-    ("a blank line", b"up 1\n\n# EOF\n", 2, 1, "expected a metric name, found the end of the line"),
+    (
+        "a line of blanks",
+        b"up 1\n  \n# EOF\n",
+        2,
+        1,
+        "expected a metric name, found a blank" + NO_BLANK,
+    ),
+    ("a blank line", b"up 1\n\n# EOF\n", 2, 1, EMPTY + NO_EMPTY),
+    ("a blank line before the first one", b"\nup 1\n# EOF\n", 1, 1, EMPTY + NO_EMPTY),
+    ("a blank line after metadata", b"# TYPE a gauge\n\na 1\n# EOF\n", 2, 1, EMPTY + NO_EMPTY),
+    ("a blank line for the end", b"up 1\n\n", 2, 1, EMPTY + NO_EMPTY),
+    (
+        "a tab before the name",
+        b"up 1\n\tup 1\n# EOF\n",
+        2,
+        1,
+        "expected a metric name, found a tab" + NO_BLANK,
+    ),
+    (
+        "a byte order mark",
+        b"\xef\xbb\xbf# EOF\n",
+        1,
+        1,
+        'expected a metric name, found "\\ufeff#"' + NO_MARK,
+    ),
+    (
+        "a name with a point, of TYPE",
+        b"# TYPE m.a gauge\n# EOF\n",
+        1,
+        9,
+        'expected a blank, found ".a"' + QUOTES,
+    ),
+    (
+        "a name with a dash, of HELP",
+        b"# HELP m-a text\n# EOF\n",
+        1,
+        9,
+        'expected a blank, found "-a"' + QUOTES,
+    ),
+    (
+        "a name with a slash, of UNIT",
+        b"# UNIT m/a a\n# EOF\n",
+        1,
+        9,
+        'expected a blank, found "/a"' + QUOTES,
+    ),
+    (
+        "a value that runs into the next label",
+        b'b{c="d\\",e="f"} 1\n# EOF\n',
+        1,
+        5,
+        UNESCAPED + r' "d\",e="',
+    ),
     ("something after the end", b"# EOF\nup 1\n", 1, 6, 'expected nothing after "# EOF"'),
     ("a second newline after the end", b"# EOF\n\n", 1, 6, 'expected nothing after "# EOF"'),
     (
@@ -3437,7 +3641,13 @@ OPENMETRICS_INVALID = [
         18,
         'expected a unit that the metric\'s name ends in, found "seconds"',
     ),
-    ("a blank before the name", b" up 1\n# EOF\n", 1, 1, "expected a metric name, found a blank"),
+    (
+        "a blank before the name",
+        b" up 1\n# EOF\n",
+        1,
+        1,
+        "expected a metric name, found a blank" + NO_BLANK,
+    ),
     (
         "a blank before the brace",
         b'up {a="b"} 1\n# EOF\n',
@@ -3470,7 +3680,13 @@ OPENMETRICS_INVALID = [
     ("no blank before a signed value", b"up-1\n# EOF\n", 1, 3, 'expected a blank, found "-1"'),
     ("two blanks before the value", b"up  1\n# EOF\n", 1, 4, "expected a value, found a blank"),
     ("a tab before the value", b"up\t1\n# EOF\n", 1, 3, "expected a blank, found a tab"),
-    ("a blank after the value", b"up 1 \n# EOF\n", 1, 5, "expected a newline, found a blank"),
+    (
+        "a blank after the value",
+        b"up 1 \n# EOF\n",
+        1,
+        5,
+        "expected a newline, found a blank" + FEW_BLANKS,
+    ),
     (
         "a NUL after the value",
         b"up 1\0\n# EOF\n",
@@ -3490,7 +3706,7 @@ OPENMETRICS_INVALID = [
         b"up 1\r\n# EOF\r\n",
         1,
         4,
-        'expected a value, found "1\\r"',
+        'expected a value, found "1\\r"' + LF,
     ),
     ("a label twice", b'up{a="b",a="c"} 1\n# EOF\n', 1, 10, 'found the label "a" twice'),
     (
@@ -3562,7 +3778,7 @@ OPENMETRICS_INVALID = [
         b"up 1 #{} 1\n# EOF\n",
         1,
         6,
-        'expected a timestamp in seconds, or a newline, found "#{}"',
+        'expected a timestamp in seconds, or a newline, found "#{}"' + BRACE,
     ),
     (
         "an exemplar without a value",
@@ -3576,7 +3792,7 @@ OPENMETRICS_INVALID = [
         b"up 1 # 1\n# EOF\n",
         1,
         6,
-        'expected a timestamp in seconds, or a newline, found "#"',
+        'expected a timestamp in seconds, or a newline, found "#"' + BRACE,
     ),
     ("an exemplar with a lone name", b'up 1 # {"a"} 1\n# EOF\n', 1, 12, 'expected "=", found "}"'),
     (
@@ -3591,7 +3807,7 @@ OPENMETRICS_INVALID = [
         b"up 1 # {} 1 \n# EOF\n",
         1,
         12,
-        "expected a newline, found a blank",
+        "expected a newline, found a blank" + FEW_BLANKS,
     ),
     (
         "an exemplar's timestamp of NaN",
@@ -3600,7 +3816,28 @@ OPENMETRICS_INVALID = [
         13,
         'expected a timestamp in seconds, or a newline, found "NaN"',
     ),
-    ("two exemplars", b"up 1 # {} 1 # {} 1\n# EOF\n", 1, 12, "expected a newline, found a blank"),
+    (
+        "two exemplars",
+        b"up 1 # {} 1 # {} 1\n# EOF\n",
+        1,
+        12,
+        "expected a newline, found a blank" + FEW_BLANKS,
+    ),
+    ("an exemplar of a number alone", b"up 1 # 1.0\n# EOF\n", 1, 6, SECONDS + ' "#"' + BRACE),
+    (
+        "an exemplar of a pair alone",
+        b'up 1 # trace_id="x" 1\n# EOF\n',
+        1,
+        6,
+        SECONDS + ' "#"' + BRACE,
+    ),
+    (
+        "an exemplar after a timestamp without braces",
+        b"up 1 2 # 1\n# EOF\n",
+        1,
+        7,
+        "expected a newline, found a blank" + FEW_BLANKS,
+    ),
     (
         "an end that is a comment's",
         b"up 1\n#EOF\n",
@@ -4892,18 +5129,37 @@ def test_protobuf_is_protobuf_whatever_its_parameters(content_type: str) -> None
 # ==================================================================================================
 # 7  Exposition: verdict
 # ==================================================================================================
-MEDIA_TYPES = [
-    ("nothing", "", ""),
-    ("a type alone", "text/plain", "text/plain"),
-    ("capitals and blanks", " Text/PLAIN ; Charset = UTF-8 ", "text/plain"),
-    ("a semicolon in a quoted value", 'a/b; q="x;y"; z=1', "a/b"),
-    ("no slash at all", "\0\udcff;=;", "\0\udcff"),
+#: Content-Types: whether Go's mime.ParseMediaType, and so Prometheus 3, takes them.
+CONTENT_TYPES = [
+    ("a type alone", "text/plain", True),
+    ("capitals and blanks", " Text/PLAIN ; Charset = UTF-8 ", True),
+    ("a semicolon in a quoted value", 'text/plain; q="x;y\\""; z=1', True),
+    ("a semicolon at the end", "text/plain; version=0.0.4; ", True),
+    ("a parameter twice with one value", "text/plain; a=b; c=d; a=b", True),
+    ("a parameter whose name begins another one's", "text/plain; a=b; ab=c", True),
+    ("OpenMetrics", expexp.OPENMETRICS_CONTENT_TYPE, True),
+    ("protobuf", PROTOBUF, True),
+    ("nothing", "", False),
+    ("another type", "text/html", False),
+    ("a comma for a semicolon", "text/plain; version=0.0.4, charset=utf-8", False),
+    ("the header Accept", "text/plain;version=0.0.4;q=0.5,*/*;q=0.1", False),
+    ("two semicolons", "text/plain;;", False),
+    ("an open quote", 'text/plain; a="b', False),
+    ("an escaped quote", 'text/plain; a="b\\"', False),
+    ("a parameter with two values", "text/plain; version=0.0.4; Version=1.0.0", False),
+    ("a value that begins with another one", "text/plain; a=b; a=bc", False),
+    ("a parameter without a value", "text/plain; charset", False),
+    ("a parameter without a name", "text/plain; =x", False),
+    ("no semicolon", "text/plain charset=utf-8", False),
+    ("two words for a value", "text/plain; charset=utf-8 x", False),
+    ("no ASCII", "text/plain; charset=utf-8\xe9", False),
+    ("two slashes", "text/plain/x", False),
 ]
 
 
-@pytest.mark.parametrize(("text", "media_type"), **by_id(MEDIA_TYPES))
-def test_parse_media_type(text: str, media_type: str) -> None:
-    assert expexp.parse_media_type(text) == media_type
+@pytest.mark.parametrize(("text", "is_usable"), **by_id(CONTENT_TYPES))
+def test_a_content_type_is_usable_if_go_parses_it(text: str, is_usable: bool) -> None:
+    assert bool(expexp.CONTENT_TYPE.fullmatch(text)) == is_usable
 
 
 # ==================================================================================================
@@ -6518,7 +6774,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("command", "advice"), COMMANDS.items())
 def test_a_command_that_is_written_for_a_shell_gets_advice(command: str, advice: str) -> None:
-    assert expexp.command_fault(command) == advice
+    assert expexp.command_fault(command) == (advice and f"; {advice}")
 
 
 @pytest.mark.usefixtures("here")
@@ -6699,6 +6955,140 @@ modules:
     assert http_target(text) == expexp.HttpTarget(port=9100, path="/y")
     assert (modules["a"].timeout, modules["a"].verify) == (2, False)
     assert modules["b"].target == expexp.HttpTarget(port=9100, path="/x")
+
+
+OF_A = "modules: {a: {method: http, "
+AT_9100 = expexp.HttpTarget(port=9100)
+#: (form, file, text, target of the module `a` or the problem)
+CONFIGURATION_FORMS: list[tuple[str, str, str, object]] = [
+    ("flow style", "c.yaml", "{" + OF_A + "http: {port: 9100}}}}", AT_9100),
+    ("flow style over lines", "c.yaml", OF_A + "\n  http: {port: 9100,},},\n}", AT_9100),
+    (
+        "flow style that is not closed",
+        "c.yaml",
+        OF_A,
+        "1:29: not YAML: expected the node content, but found '<stream end>'",
+    ),
+    (
+        "quoted keys and texts",
+        "c.yaml",
+        """'modules': {"a": {'method': "http", "http": {'port': 9100, "path": '/metrics'}}}""",
+        AT_9100,
+    ),
+    (
+        "a quoted number",
+        "c.yaml",
+        OF_A + "http: {port: '1'}}}",
+        '1:42: modules.a.http.port: expected a number, found the text "1": remove the quotes',
+    ),
+    (
+        "a quoted boolean",
+        "c.yaml",
+        OF_A + "http: {port: 1, verify: 'no'}}}",
+        '1:53: modules.a.http.verify: expected a boolean, found the text "no": remove the quotes',
+    ),
+    ("a quoted duration", "c.yaml", OF_A + "timeout: '5s', http: {port: 9100}}}", AT_9100),
+    (
+        "a duration without a unit",
+        "c.yaml",
+        OF_A + "timeout: 5, http: {port: 1}}}",
+        '1:38: modules.a.timeout: expected a duration such as "5s" or "1m30s", found the number 5',
+    ),
+    (
+        "empty keys",
+        "c.yaml",
+        OF_A + "timeout: , http: {path: , scheme: ~, headers: , verify: null, port: 9100}}}",
+        AT_9100,
+    ),
+    (
+        "an empty section",
+        "c.yaml",
+        OF_A + "http: }}",
+        "1:34: modules.a.http.port: required: port of the exporter",
+    ),
+    (
+        "empty variables of a template",
+        "c.yaml",
+        OF_A + "timeout: , http: {port: 9100, address: '', scheme: , path: ''}}}",
+        AT_9100,
+    ),
+    (
+        "an empty variable for a port",
+        "c.yaml",
+        OF_A + "http: {port: , path: /m}}}",
+        "1:41: modules.a.http.port: required: port of the exporter",
+    ),
+    (
+        "an empty variable for a command",
+        "c.yaml",
+        "modules: {a: {method: exec, exec: {command: ''}}}",
+        "1:45: modules.a.exec.command: required: program to run, without a shell",
+    ),
+    (
+        "a variable that was not replaced",
+        "c.yaml",
+        OF_A + "http: {port: {{ port }}}}}",
+        "1:42: modules.a.http.port: expected a port from 1 to 65535, found the mapping",
+    ),
+    (
+        "an alias of a section",
+        "c.yaml",
+        "modules: {b: {method: http, http: &x {port: 9100}}, a: {method: http, http: *x}}",
+        AT_9100,
+    ),
+    (
+        "aliases of values",
+        "c.yaml",
+        "global: [&m http, &p 9100]\nmodules: {a: {method: *m, http: {port: *p}}}",
+        AT_9100,
+    ),
+    (
+        "a merge, with a key of its own",
+        "c.yaml",
+        "global: &g {method: http, http: {port: 1}}\nmodules: {a: {<<: *g, http: {port: 9100}}}",
+        AT_9100,
+    ),
+    (
+        "a merge of a list, whose first mapping wins",
+        "c.yaml",
+        f"global: [&x {{port: 9100}}, &y {{port: 1}}]\n{OF_A}http: {{<<: [*x, *y]}}}}}}",
+        AT_9100,
+    ),
+    (
+        "an anchor under a key of its own",
+        "c.yaml",
+        f"x-base: &b {{port: 1}}\n{OF_A}http: *b}}}}",
+        "1:1: x-base: unknown key",
+    ),
+    (
+        "an alias of nothing",
+        "c.yaml",
+        "modules: {a: *b}",
+        "1:14: not YAML: found undefined alias 'b'",
+    ),
+    ("flow style in a folder", "d/a.yml", "{method: http, http: {port: 9100}}", AT_9100),
+    (
+        "a file of another program in a folder",
+        "d/docker-compose.yml",
+        "services: {x: {image: y}}",
+        "1:1: modules.docker-compose.services: unknown key",
+    ),
+]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(("name", "text", "expected"), **by_id(CONFIGURATION_FORMS))
+def test_a_form_of_configuration_loads_as_in_the_original_or_says_what_to_do(
+    name: str, text: str, expected: object
+) -> None:
+    path = Path(name)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    files = ("", "d") if name.startswith("d/") else (name,)
+    if isinstance(expected, str):
+        assert loading_problems(*files) == [f"{name}:{expected}"]
+    else:
+        assert load_files(*files)[0].modules["a"].target == expected
 
 
 @pytest.mark.usefixtures("here")
@@ -6955,6 +7345,13 @@ def test_a_command_or_file_that_is_not_there_yet_is_one_warning() -> None:
     )
     warnings = ["module e: no executable /no/such", "module f: no file /no/file"]
     assert load_all("c.yaml") == (["e", "f"], warnings)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", ["sudo /opt/x.py", "ls | wc -l", "~/x", "$HOME/x", "/bin/sh "])
+def test_a_command_for_a_shell_is_a_warning_at_the_start(command: str) -> None:
+    Path("c.yaml").write_text(of_exec().replace("sh", json.dumps(command)))
+    assert load_all("c.yaml") == (["a"], [f"module a: no executable {command}; {NO_SHELL}"])
 
 
 @pytest.mark.usefixtures("here")
@@ -8510,7 +8907,7 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         ok(b"a 1\n<p>\n", content_type="text/html"),
         500,
         "malformed",
-        'line 2, column 1: expected a metric name, found "<p>"',
+        'line 2, column 1: expected a metric name, found "<p>"; Content-Type is "text/html"',
     ),
     "sends a value that is none": (
         ok(b'a 1\nb{c="d"} x\n'),
@@ -11158,6 +11555,13 @@ FORMATS: Final = {
 }
 
 
+#: What Prometheus 2 sends as Accept, and a target may send back as Content-Type.
+ACCEPT: Final = (
+    "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+)
+
+
 @contextlib.contextmanager
 def serving_body(given: str, body: bytes, *headers: str, **settings: object) -> Iterator[Running]:
     """An expexp with a module `x`: an http target whose body is this, given a content type."""
@@ -11193,7 +11597,10 @@ def test_every_format_is_served_byte_for_byte_as_what_it_is(
         pytest.param(
             "text/html; charset=utf-8",
             b"\n<!DOCTYPE html>\n",
-            'line 2, column 1: expected a metric name, found "<!DOCTYPE"',
+            (
+                'line 2, column 1: expected a metric name, found "<!DOCTYPE"; '
+                'Content-Type is "text/html; charset=utf-8"'
+            ),
             "<!DOCTYPE html>",
             id="a page",
         ),
@@ -11232,6 +11639,34 @@ def test_every_format_is_served_byte_for_byte_as_what_it_is(
             None,
             id="text as protobuf",
         ),
+        *(
+            pytest.param(
+                given,
+                b'name: "a" type: GAUGE\n',
+                f'byte 0: metric_family: expected 110 bytes, found 21; Content-Type is "{given}"',
+                None,
+                id=f"protobuf with {given[69:]}",
+            )
+            for given in (
+                DELIMITED.replace("delimited", "text"),
+                DELIMITED.replace("delimited", "compact-text"),
+                DELIMITED.partition("; encoding")[0],
+            )
+        ),
+        pytest.param(
+            "a/json",
+            b"[1]\n",
+            'line 1, column 1: expected a metric name, found "[1]"; Content-Type is "a/json"',
+            "[1]",
+            id="JSON",
+        ),
+        pytest.param(
+            "text/plain; version=0.0.4",
+            b"\x1f\x8b\x08",
+            f'line 1, column 1: expected a metric name, found "\\x1f\\x8b\\x08"{UNZIP}',
+            "\\x1f\\x8b\\x08",
+            id="gzip of which no header speaks",
+        ),
     ],
 )
 def test_a_body_is_refused_with_its_place_and_the_line_is_for_the_log(
@@ -11262,6 +11697,9 @@ def test_the_line_in_the_log_is_escaped_and_bounded(log: list[str]) -> None:
         ("Content-Type: ;;=\xe9\r\n", expexp.TEXT_CONTENT_TYPE),
         ("Content-Type: application/json\r\nContent-Type: x/y\r\n", expexp.TEXT_CONTENT_TYPE),
         ("Content-Type: text/plain; version=99\r\n", "text/plain; version=99"),
+        ("Content-Type: text/plain; version=0.0.4, charset=utf-8\r\n", expexp.TEXT_CONTENT_TYPE),
+        (f"Content-Type: {ACCEPT}\r\n", expexp.TEXT_CONTENT_TYPE),
+        ("Content-Type: text/plain;;\r\n", expexp.TEXT_CONTENT_TYPE),
         ("content-type: TEXT/PLAIN\r\n", "TEXT/PLAIN"),
     ],
 )
@@ -18805,6 +19243,15 @@ EARLY_END: Final = (
 CHECKS: Final = {
     "text": Checked([], b"# TYPE a gauge\na 1\nb 2\n", 0, verified(2)),
     "what only the linter finds": Checked([], b"a 1", 0, verified(1)),
+    "a blank before a name": Checked(
+        [], b"a 1\n\n\tb 1\n", 0, verified(2) + f"<stdin>: line 3, column 1: {BLANK_FIRST}\n"
+    ),
+    "a blank before a name with labels": Checked(
+        [], b' a{b="c d"}1\n b 1\n', 0, verified(2) + f"<stdin>: line 1, column 1: {BLANK_FIRST}\n"
+    ),
+    "blanks before anything but a name": Checked(
+        [], b' # HELP a b\n \n {"a b"} 1\n', 0, verified(1)
+    ),
     "the first of two faults": Checked(
         [], b'a 1\na{b="\xc3\xa9\xe6\x97\xa5"} y\na z\n', 1, NO_VALUE
     ),
@@ -21775,7 +22222,7 @@ S = "# TYPE s summary\n"
 STRICT_TEXT_VALID = [
     ("nothing at all", ""),
     ("comments and blank lines anywhere", '# hello\n\na 1\n# there\na{b="c"} 1\n'),
-    ("blanks around", " \ta \t 1 \t17 \n"),
+    ("blanks around", "a \t 1 \t17 \n"),
     ("a trailing comma", 'a{b="c",} 1\n'),
     ("every escape", '# HELP a \\\\ \\n "\na{b="\\\\\\"\\n"} 1\n'),
     ("a type alone", "# TYPE a counter\n"),
@@ -21790,6 +22237,7 @@ STRICT_TEXT_VALID = [
     ("a summary of NaN", S + 's{quantile="0.5"} NaN\ns_sum 0\ns_count 0\n'),
     ("a counter that is negative", "# TYPE a counter\na -1\n"),
     ("a quoted name", '# TYPE "a.b" gauge\n{"a.b",c="d"} 1\n'),
+    ("blanks before anything but a name", ' # TYPE a gauge\n\t\n {"b.c"} 1\n'),
 ]
 
 #: (what is wrong, body, line, whole message) for the text format, strictly
@@ -21815,7 +22263,16 @@ STRICT_TEXT_INVALID = [
         'expected one of the escapes \\\\ and \\n, found "\\t"',
     ),
     ("no comma between pairs", 'a{b="c"d="e"} 1\n', 1, 'expected "," or "}", found "d="e"}"'),
-    ("a dash after the name in HELP", "# HELP a-b c\n", 1, 'expected a blank, found "-b"'),
+    ("a dash after the name in HELP", "# HELP a-b c\n", 1, 'expected a blank, found "-b"' + QUOTES),
+    (
+        "a slash after the name in HELP",
+        "# HELP a/b c\n",
+        1,
+        'expected a blank, found "/b"' + QUOTES,
+    ),
+    ("a blank before a name", "a 1\n b 1\n", 2, BLANK_FIRST),
+    ("a tab before a name", "\ta 1\n", 1, BLANK_FIRST),
+    ("blanks before a name with labels", '# TYPE a gauge\n  a{b="c"} 1\n', 2, BLANK_FIRST),
     (
         "a NUL in a keyword",
         "# TY\0PE a gauge\n",
@@ -22271,7 +22728,7 @@ def test_the_linter_finds_all_that_is_wrong_with_one_line() -> None:
 def test_the_linter_reads_on_after_lines_that_prometheus_refuses() -> None:
     body = b'\nup  1\nup{a="b",} 1\n# EOF\n'
     assert expolint.findings(body, OPENMETRICS) == [
-        expolint.Finding(1, 1, "expected a metric name, found the end of the line"),
+        expolint.Finding(1, 1, EMPTY + NO_EMPTY),
         expolint.Finding(2, 4, "expected a value, found a blank"),
         expolint.Finding(3, 10, 'expected a label name, found "}"', strict=True),
     ]
@@ -23281,7 +23738,20 @@ DIRECTED: dict[str, bytes] = {
     **{f"chain{number}": b"302 /chain%d" % (number - 1) for number in range(1, 10)},
     "chain0": b"302 /ok",
 }
-DIRECTED_JOBS = [name for name in DIRECTED if not name.startswith("chain")]
+#: Content-Types that Go does not parse, and some that it does, by the path that is answered so.
+TYPED: dict[str, str] = {
+    "comma": "text/plain; version=0.0.4, charset=utf-8",
+    "accept": ACCEPT,
+    "semicolons": "text/plain;;",
+    "quote": 'text/plain; a="b',
+    "twice": "text/plain; version=0.0.4; version=1.0.0",
+    "words": "text/plain; charset=utf-8 latin-1",
+    "nameless": "text/plain; =x",
+    "protobuf": f"{DELIMITED},text/plain",
+    "end": "text/plain;",
+    "html": "text/html",
+}
+DIRECTED_JOBS = [*(name for name in DIRECTED if not name.startswith("chain")), *TYPED]
 
 
 @pytest.fixture(scope="module")
@@ -23290,8 +23760,9 @@ def directed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tup
     program, folder = peer_program("prometheus"), tmp_path_factory.mktemp("redirects")
 
     def answer(connection: socket.socket, head: bytes) -> None:
-        found = DIRECTED.get(head.split()[1].decode()[1:])
-        sent = ok(COUNTED_BODY)
+        name = head.split()[1].decode()[1:]
+        found = DIRECTED.get(name)
+        sent = ok(COUNTED_BODY, content_type=TYPED.get(name, PLAIN))
         if found:
             status, _, location = found.replace(b"PORT", b"%d" % port).partition(b" ")
             sent = b"HTTP/1.1 %b X\r\nLocation: %b\r\nContent-Length: 0\r\n\r\n" % (
@@ -23331,11 +23802,12 @@ def directed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tup
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", DIRECTED_JOBS)
-def test_up_means_after_a_redirect_what_it_means_directly(
+def test_up_means_after_a_redirect_or_with_any_content_type_what_it_means_directly(
     name: str, directed: dict[str, tuple[float, float]]
 ) -> None:
     direct, through = directed[name]
     assert through == direct
+    assert through == 1 or name not in TYPED
 
 
 @pytest.mark.peer

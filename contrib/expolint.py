@@ -166,6 +166,8 @@ def check_line(source: Source, pos: int, end: int, line: Line) -> Iterator[Expos
         yield from check_commas(source, line.pos, end)
     if source.dialect.openmetrics:
         return
+    if isinstance(line, Sample) and line.pos > pos and source.body[line.pos : line.pos + 1] != b"{":
+        yield source.refuse(pos, "a blank before a name")
     if isinstance(line, Metadata) and line.keyword == b"HELP":
         yield from check_help(source, line)
     last = len(source.body)
