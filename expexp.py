@@ -5039,11 +5039,16 @@ class LogWriter(logging.Handler):
 
     def _write_lines(self) -> None:
         """Write lines until `stop`. Drop a line that cannot be written."""
+        before = b""  # a newline, after a part of a line
         while line := self._lines.get():
+            rest = line
             try:
-                while line:  # a terminal, a socket or a full disk can take a part
-                    line = line[os.write(self._descriptor, line) :]
-            except (OSError, MemoryError):  # noqa: PERF203 - the next line may be written
+                rest = before + line
+                while rest:  # a terminal, a socket or a full disk can take a part
+                    rest = rest[os.write(self._descriptor, rest) :]
+                before = b""
+            except (OSError, MemoryError):  # the next line may be written
+                before = b"" if rest == line else b"\n"
                 self._drop()
 
     def _drop(self) -> None:

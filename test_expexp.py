@@ -19722,6 +19722,25 @@ def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
     assert any(line.endswith('level=notice msg="stopping"') for line in lines[-2:])
 
 
+def test_a_line_that_a_full_disk_cuts_does_not_run_into_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    with path.open("wb") as file, logging_to(file.fileno(), tmp_path) as (process, port):
+        ask_often(port, 1)
+        wait_until(lambda: b"healthy" in path.read_bytes())
+        no_limit = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        limit = (path.stat().st_size + 100, no_limit[1])
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)  # as a disk that is full then
+        ask_often(port, 2)
+        wait_until(lambda: own_metric(port, LINES_DROPPED) >= 2)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, no_limit)
+        fetch(port, "/sd?after")
+        wait_until(lambda: b"/sd?after" in path.read_bytes())
+    lines = path.read_text().splitlines()
+    cut = [line for line in lines if not re.fullmatch(r'time="[^"]+" level=\w+ msg=".+"', line)]
+    assert [len(line) for line in cut] == [100]
+    assert all(line.count("time=") == 1 for line in lines)
+
+
 @contextlib.contextmanager
 def log_writer(
     descriptor: int, **limits: float
