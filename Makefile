@@ -13,12 +13,12 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix matrix-venvs bench difference hostile fuzz clean
+.PHONY: help run test check matrix matrix-venvs bench difference hostile host fuzz clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference and hostile), JOBS=$(JOBS) (processes of test and matrix, 0: pytest alone)"
+	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference, hostile and host), JOBS=$(JOBS) (processes of test and matrix, 0: pytest alone)"
 
 define python_is_new_enough
 if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
@@ -146,6 +146,9 @@ difference: $(VENV)/.dev ## compare this expexp.py with the one before the rewri
 
 hostile: $(VENV)/.dev ## attack this expexp.py on the loopback, and tell what does not hold
 	@$(VENV)/bin/python bench/hostile.py $(ARGS)
+
+host: $(VENV)/.dev ## put the host of this expexp.py in trouble, and tell what does not hold
+	@$(VENV)/bin/python bench/host.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis)
 	@rounds=$$(mktemp -d)

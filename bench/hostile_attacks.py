@@ -81,6 +81,8 @@ def at_least(what: str, value: float, bound: float) -> Figure:
 
 def show(value: float) -> str:
     """Return a number for the table."""
+    if math.isnan(value):
+        return "no answer"
     if math.isinf(value):
         return "never"
     return str(int(value)) if value == int(value) and value < 100_000 else figure(value)
@@ -98,11 +100,11 @@ def healthy_figure(samples: Samples) -> Figure:
     return at_most("p99 of a healthy scrape, ms", milliseconds, P99_SECONDS * 1000, note)
 
 
-def outage_figure(samples: Samples) -> Figure:
+def outage_figure(samples: Samples, bound: float = OUTAGE_SECONDS) -> Figure:
     """Return the longest time in which a scrape repeated every 100 ms did not succeed."""
     note = f" ({len(samples.seconds)} scrapes, {samples.failed} failed)"
     longest = samples.longest_outage(time.monotonic())
-    return at_most("longest time without a scrape, s", longest, OUTAGE_SECONDS, note)
+    return at_most("longest time without a scrape, s", longest, bound, note)
 
 
 def left_figure(service: Service, threads: int = SPARE) -> Figure:
@@ -792,7 +794,7 @@ def end_while_draining(bench: Bench, number: int) -> bool:
 
 def attack_signals(bench: Bench) -> list[Figure]:
     """Send TERM and INT close together, 40 of them, to many services one after the other."""
-    runs = bench.signal_runs
+    runs = bench.repeats
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ended = sum(pool.map(end_while_draining, [bench] * runs, range(runs)))
     return [at_least(f"runs that end, of {runs}", ended, runs)]

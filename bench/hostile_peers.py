@@ -20,6 +20,7 @@ import os
 import re
 import selectors
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -56,6 +57,10 @@ OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 PROTOBUF = (
     "application/vnd.google.protobuf; proto=io.prometheus.client.MetricFamily; encoding=delimited"
 )
+
+
+class MissingError(BenchError):
+    """The machine lacks what an attack needs."""
 
 
 # The targets
@@ -133,7 +138,8 @@ def answer_for(name: str) -> bytes:
 async def answer_requests(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Answer what one connection asks for.
 
-    `/silent` is never answered, `/slow` after 0.3 s, `/flapping` is broken every other time.
+    `/silent` is never answered, `/slow` after 0.3 s, `/drip` for ever, `/flapping` is broken every
+    other time.
     """
     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
         while True:
@@ -147,8 +153,20 @@ async def answer_requests(reader: asyncio.StreamReader, writer: asyncio.StreamWr
                 name = "text"
             if name == "flapping":
                 name = next(FLAPPING)
+            if name == "drip":
+                await drip(writer)
+                break
             await send(writer, answer_for(name))
     writer.close()
+
+
+async def drip(writer: asyncio.StreamWriter) -> None:
+    """Send a byte every 50 ms, for a minute at most."""
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 10000\r\n\r\n")
+    for _ in range(1200):
+        writer.write(b"#")
+        await writer.drain()
+        await asyncio.sleep(0.05)
 
 
 def flap() -> Iterator[str]:
@@ -487,11 +505,7 @@ class Service:
     authorization: str
     before: Usage
     control: Scraper | None
-
-    @property
-    def pid(self) -> int:
-        """Return the number of the process."""
-        return self.process.popen.pid
+    pid: int
 
     @property
     def runs(self) -> bool:
@@ -515,7 +529,8 @@ class Service:
     def end(self, seconds: float) -> float:
         """Send SIGTERM; return the seconds to the end of the process, inf if it stays."""
         started = time.monotonic()
-        self.process.popen.terminate()
+        if self.runs:
+            os.kill(self.pid, signal.SIGTERM)
         try:
             self.process.popen.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -532,9 +547,10 @@ class Bench(NamedTuple):
     certificates: Certificates
     healthy_port: int
     hostile_port: int
-    signal_runs: int
-    slow_seconds: float
+    repeats: int  # of the attack that is repeated most
+    slow_seconds: float  # of each attack with slow clients
     control: Scraper | None = None
+    require_all: bool = True  # an attack that this machine does not allow counts as failed
 
     def http(self, name: str, **settings: Any) -> dict[str, Any]:
         """Return an http module that leads to a hostile target."""
@@ -544,7 +560,7 @@ class Bench(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_bench(expexp: Path, python: str, signal_runs: int, slow_seconds: float) -> Iterator[Bench]:
+def open_bench(expexp: Path, python: str, repeats: int, slow_seconds: float) -> Iterator[Bench]:
     """Start the targets and an expexp that nobody attacks, and end them at the end.
 
     All files are in a temporary folder.
@@ -554,8 +570,8 @@ def open_bench(expexp: Path, python: str, signal_runs: int, slow_seconds: float)
         healthy = stack.enter_context(targets_running(folder, "targets"))
         hostile = stack.enter_context(targets_running(folder, "hostile-targets"))
         certificates = make_certificates(folder)
-        runs = signal_runs, slow_seconds
-        bench = Bench(expexp, python, folder, certificates, healthy, hostile, *runs)
+        lengths = repeats, slow_seconds
+        bench = Bench(expexp, python, folder, certificates, healthy, hostile, *lengths)
         bystander = stack.enter_context(serving(bench, {}))
         control = stack.enter_context(scraping(bystander, interval=0.02))
         yield bench._replace(control=control)
@@ -568,13 +584,12 @@ def serving(
     *flags: str,
     wrapper: Sequence[str] = (),
     authorization: str = "",
+    port: int = 0,
 ) -> Iterator[Service]:
     """Start expexp with these modules and a healthy one, and kill it at the end."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
-    section = {"address": LOOPBACK, "port": bench.healthy_port, "path": "/text"}
-    document = {"modules": {"healthy": {"method": "http", "http": section}, **modules}}
-    (folder / "expexp.json").write_text(json.dumps(document), encoding="utf-8")
-    port, tls_port = free_port(), free_port()
+    write_modules(bench, folder, modules)
+    port, tls_port = port or free_port(), free_port()
     command = [*wrapper, bench.python, str(bench.expexp), "-config=expexp.json"]
     command.append(f"-web.listen-address={LOOPBACK}:{port}")
     command += flags
@@ -584,8 +599,24 @@ def serving(
         wait_for_port(process, port)
         for path in (HEALTHY, "/metrics", "/"):
             ask(port, path, authorization=authorization)
-        before = usage_of(process.popen.pid)
-        yield Service(process, folder, port, tls_port, authorization, before, bench.control)
+        process.require_alive()  # another process may listen there
+        pid = pid_behind(process.popen.pid)
+        before = usage_of(pid)
+        yield Service(process, folder, port, tls_port, authorization, before, bench.control, pid)
+
+
+def write_modules(bench: Bench, folder: Path, modules: Mapping[str, Any]) -> None:
+    """Write the configuration of a service, with a healthy module before these."""
+    section = {"address": LOOPBACK, "port": bench.healthy_port, "path": "/text"}
+    document = {"modules": {"healthy": {"method": "http", "http": section}, **modules}}
+    (folder / "expexp.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def pid_behind(pid: int) -> int:
+    """Return the process that `unshare --fork` has made, or the process itself."""
+    while read_or_nothing(Path(f"/proc/{pid}/comm")) == "unshare\n":
+        pid = int(read_or_nothing(Path(f"/proc/{pid}/task/{pid}/children")).split()[0])
+    return pid
 
 
 # A file system that hangs
