@@ -300,8 +300,10 @@ def case_killed(bench: Bench) -> list[Figure]:
         "talker": shell("while echo a 1; do sleep 0.1; done"),
     }
     left: set[int] = set()
+    begun = time.monotonic()
     try:
         with serving(bench, modules) as service, watched(service) as scraper:
+            start = time.monotonic() - begun  # on a busy machine, some seconds
             clients = start_commands(service)
             left |= children_of(service.pid)
             killed = time.monotonic()
@@ -311,8 +313,8 @@ def case_killed(bench: Bench) -> list[Figure]:
                 bound = time.monotonic() - killed
                 time.sleep(TROUBLE_SECONDS)
                 figures = [
-                    outage_figure(scraper.samples()),
-                    at_most("until the port is served again, s", bound, RECOVERY_SECONDS),
+                    outage_figure(scraper.samples(), start + OUTAGE_SECONDS),
+                    at_most("until the port is served again, s", bound, start + RECOVERY_SECONDS),
                     *fates(left),
                     at_most("children of the next one", len(children_of(second.pid)), 0),
                     recovery(second, COMMAND),
