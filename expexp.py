@@ -110,6 +110,7 @@ except ImportError:  # a host without PyYAML can still use a configuration in JS
     yaml = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
+REVISION: Final = "unknown"  # `make dist` writes the commit
 __all__ = ["ExpositionError", "main", "verify_exposition"]
 
 # ==================================================================================================
@@ -5097,7 +5098,7 @@ class Program:
         python = platform.python_version()
         numbers = platform.python_version_tuple()
         metrics.set("expexp_build_info", __version__, python, to=1)
-        metrics.set("build_info", __version__, "unknown", "unknown", f"python{python}", to=1)
+        metrics.set("build_info", __version__, REVISION, "unknown", f"python{python}", to=1)
         metrics.set("python_info", platform.python_implementation(), *numbers, python, to=1)
         self.loader = Loader(options, limits)
         self.commands = Commands(limits, former_descriptors)
@@ -5269,7 +5270,7 @@ def perform(options: Options, limits: Limits) -> int:
         with contextlib.suppress(OSError):
             os.write(1, render_usage().encode())
     elif options["version"]:
-        tell(f"expexp {__version__} (Python {platform.python_version()})\n")
+        tell(f"expexp {__version__} (revision {REVISION}, Python {platform.python_version()})\n")
     elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
     elif options["config.check"]:

@@ -18980,7 +18980,7 @@ def main_in_process(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[...
 
 
 STARTS = {
-    "the version": (["-version"], 0, f"expexp {expexp.__version__} (Python "),
+    "the version": (["-version"], 0, f"expexp {expexp.__version__} (revision unknown, Python "),
     "an unknown flag": (["-nope"], 2, "unknown flag -nope. See -help\n"),
     "a misspelt flag": (
         ["-log.levl=info"],
