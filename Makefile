@@ -13,7 +13,7 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix matrix-venvs bench difference hostile host fuzz clean
+.PHONY: help run test check matrix matrix-venvs dist bench difference hostile host fuzz clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,7 +42,10 @@ if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then
 		exit 1
 	fi
 	echo "'$(PYTHON)' lacks the modules venv and ensurepip; running: $$install"
-	eval "$$install"
+	if ! eval "$$install"; then
+		echo "The modules venv and ensurepip are still missing; run as root: $$install" >&2
+		exit 1
+	fi
 fi
 endef
 
@@ -135,6 +138,10 @@ matrix-venvs: # what matrix needs; .ci/run makes it while other steps run
 		if [ "$$version" = "$(EXCEPT)" ]; then continue; fi
 		$(MAKE) .venv-$$version/.dev VENV=.venv-$$version PYTHON="$$python" < /dev/null
 	done < "$$work/pythons"
+
+dist: ## build dist/: expexp.py with its revision, a package for Debian, SHA256SUMS
+	@$(python_is_new_enough)
+	PYTHON="$(PYTHON)" sh contrib/dist.sh
 
 bench: $(VENV)/.dev ## measure the verifier, what silent clients cost, and expexp beside its peers
 	@$(VENV)/bin/python bench/verify.py

@@ -1511,14 +1511,22 @@ def test_the_example_without_pyyaml_has_the_modules_of_the_example() -> None:
     assert "9999" in text
 
 
+COPIED_FILES: Final = (
+    *("Makefile", "pyproject.toml", "expexp.py", "expexp.yaml.example", "test_expexp.py"),
+    *("README.md", "CHANGELOG.md", ".gitignore"),
+)
+
+
 @contextmanager
 def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subprocess.Popen[str]]]]:
     """A copy of the project with scripts that come first on PATH, and a start of `make` in it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in ("Makefile", "pyproject.toml", "expexp.py", "expexp.yaml.example"):
+    with tempfile.TemporaryDirectory() as tmp:
+        folder = Path(tmp)
+        for file in COPIED_FILES:
             shutil.copy(FOLDER / file, folder)
-        shutil.copytree(FOLDER / "contrib", folder / "contrib")
+        for name in ("contrib", "docs"):
+            without = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(FOLDER / name, folder / name, ignore=without)
         (folder / "bin").mkdir()
         for tool, script in tools.items():
             place = folder / "bin" / tool.replace("_", "-")
@@ -1596,6 +1604,7 @@ esac"""
             {"apt_get": 'touch installed; echo "apt-get $*"'},
             "apt-get install -qq -y python3-venv",
         ),
+        (0, {"apt_get": "exit 1"}, "are still missing; run as root: apt-get update -qq && apt-get"),
         (1000, {"apt_get": "exit 1"}, "run as root: apt-get update -qq && apt-get install -qq -y"),
         (1000, {"apt_get": "exit 1"}, "lacks the modules venv and ensurepip"),
     ],
@@ -1605,8 +1614,9 @@ def test_make_says_or_runs_what_installs_venv(user: int, tools: dict[str, str], 
     with made(".venv/bin/python", "PYTHON=python", **tools) as (folder, start), start() as make:
         assert make.stdout
         assert said in make.stdout.read()
-        assert make.wait() == (2 if user else 0)
-        assert (folder / ".venv/bin/python").exists() == (not user)
+        is_made = (folder / "installed").exists()
+        assert make.wait() == (0 if is_made else 2)
+        assert (folder / ".venv/bin/python").exists() == is_made
 
 
 def test_make_says_that_pip_needs_a_registry() -> None:
@@ -24551,13 +24561,13 @@ def test_podman_is_needed_only_to_find_a_container(podman: Podman, contained: Pe
 # may change all of them, since what it writes is gone at its end. It has no unit but expexp's and
 # the targets that this needs. What the README says under Installation installs it there.
 
-#: Mounts, in an empty folder $1, the root of a system that has only this host's files; the kernel's
+#: Mounts, in an empty folder $1, the root of a system that has only the files of $2; the kernel's
 #: settings can be read but not written, since they are also this host's.
 MOUNT_ROOT: Final = """
 mount -t tmpfs tmpfs "$1"
 cd "$1"
 mkdir upper work root
-mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root
+mount -t overlay -o "lowerdir=$2,upperdir=upper,workdir=work" overlay root
 cd root
 mount -t proc proc proc
 mount --bind -o ro proc/sys proc/sys
@@ -24569,10 +24579,10 @@ ln -s pts/ptmx dev/ptmx
 mount -t tmpfs -o mode=755 tmpfs etc/systemd/system
 """
 
-#: Starts systemd there, where the folder $2 is /srv and no expexp was ever installed. Services log
+#: Starts systemd there, where the folder $3 is /srv and no expexp was ever installed. Services log
 #: to a file, so that no journal is needed; one that is never ready fails within a test's time.
 BOOT: Final = """
-mount --bind -o ro "$2" srv
+mount --bind -o ro "$3" srv
 rm -rf opt/expexp etc/expexp etc/default/expexp var/lib/expexp
 chroot . userdel expexp 2>/dev/null || :
 cd etc/systemd/system
@@ -24580,9 +24590,11 @@ for name in sysinit basic multi-user; do cp "/lib/systemd/system/$name.target" .
 mkdir service.d
 printf '[Service]\\nStandardError=append:/run/log\\nTimeoutStartSec=10s\\n' >service.d/trial.conf
 cd ../../..
+rm -rf usr/lib/systemd/system/*
 pivot_root . mnt
 umount -l mnt
-exec env -i container=expexp-test PATH=/usr/sbin:/usr/bin SYSTEMD_UNIT_PATH=/etc/systemd/system \
+exec env -i container=expexp-test PATH=/usr/sbin:/usr/bin \
+    SYSTEMD_UNIT_PATH=/etc/systemd/system:/usr/lib/systemd/system \
     SYSTEMD_GENERATOR_PATH=/nowhere SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/nowhere \
     /lib/systemd/systemd --system --unit=multi-user.target
 """
@@ -24626,12 +24638,21 @@ def in_namespaces(cgroup: Path, script: str, *arguments: object) -> list[str]:
     return [*command, script, "sh", *map(str, arguments)]
 
 
+#: Prints the status and the body of an answer of expexp.
+GET: Final = """
+import http.client, sys
+connection = http.client.HTTPConnection("localhost", 9999, timeout=10)
+connection.request("GET", sys.argv[1])
+response = connection.getresponse()
+print(response.status, response.read().decode(), sep="\\n", end="")
+"""
+
+
 @dataclass(frozen=True)
-class Systemd:
-    """A running systemd: its process, and its control group."""
+class Inside:
+    """A process in namespaces and with a root of its own."""
 
     pid: int
-    cgroup: Path
 
     def __call__(self, *command: str) -> subprocess.CompletedProcess[str]:
         """What a command says there."""
@@ -24641,12 +24662,26 @@ class Systemd:
             capture_output=True,
             text=True,
             check=False,
-            timeout=30,
+            timeout=60,
         )
 
     def path(self, path: str) -> Path:
         """Where a path of its own is found from here."""
         return Path(f"/proc/{self.pid}/root{path}")
+
+    def get(self, path: str) -> tuple[int, str]:
+        """The status and the body of an answer of expexp."""
+        done = self("/usr/bin/python3", "-c", GET, path)
+        assert done.returncode == 0, done.stderr
+        status, _, body = done.stdout.partition("\n")
+        return int(status), body
+
+
+@dataclass(frozen=True)
+class Systemd(Inside):
+    """A running systemd: its process, and its control group."""
+
+    cgroup: Path
 
     def systemctl(self, verb: str, *arguments: str) -> int:
         """The exit status of systemctl, for expexp."""
@@ -24681,12 +24716,39 @@ class Systemd:
         drop_in.write_text("\n".join(["[Service]", *settings, ""]))
         assert self("systemctl", "daemon-reload").returncode == 0
 
-    def get(self, path: str) -> tuple[int, str]:
-        """The status and the body of an answer of expexp."""
-        url = f"http://localhost:9999{path}"
-        done = self("curl", "-sS", "--max-time", "10", "-w", "%{stderr}%{http_code}", url)
-        assert done.returncode == 0, done.stderr
-        return int(done.stderr), done.stdout
+
+@contextmanager
+def started_inside(
+    script: str, folder: Path, root: Path, share: Path, find: Callable[[Path], T | None]
+) -> Iterator[T]:
+    """What `find` finds in the control group of a script that gets these folders."""
+    with own_cgroup() as cgroup, (folder / "log").open("w") as log:
+        probe = in_namespaces(cgroup, MOUNT_ROOT, folder, root)
+        tried = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=20)
+        if tried.returncode:
+            pytest.skip(f"namespaces and mounts in them are needed: {tried.stderr.strip()}")
+        command = in_namespaces(cgroup, MOUNT_ROOT + script, folder, root, share)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+        def is_running() -> T | None:
+            if process.poll() is not None:
+                pytest.fail(f"it ended: {process.returncode}: {Path(log.name).read_text()}")
+            return find(cgroup)
+
+        try:
+            yield eventually(is_running, "a process in namespaces", 20)
+        finally:
+            (cgroup / "cgroup.kill").write_text("1")
+            process.wait(10)
+
+
+def find_systemd(cgroup: Path) -> Systemd | None:
+    """A systemd that has started all its units."""
+    for pid in (cgroup / "init.scope/cgroup.procs").read_text().split():
+        systemd = Systemd(int(pid), cgroup)
+        if systemd("systemctl", "is-system-running").stdout == "running\n":
+            return systemd
+    return None
 
 
 @pytest.fixture(scope="module")
@@ -24695,28 +24757,8 @@ def booted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Systemd]:
     for name in ("systemctl", "useradd", "curl"):
         peer_program(name)
     folder = tmp_path_factory.mktemp("systemd")
-    with own_cgroup() as cgroup, (folder / "log").open("w") as log:
-        probe = in_namespaces(cgroup, MOUNT_ROOT, folder)
-        tried = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=20)
-        if tried.returncode:
-            pytest.skip(f"namespaces and mounts in them are needed: {tried.stderr.strip()}")
-        command = in_namespaces(cgroup, MOUNT_ROOT + BOOT, folder, FOLDER)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-
-        def is_running() -> Systemd | None:
-            if process.poll() is not None:
-                pytest.fail(f"no systemd: {process.returncode}: {Path(log.name).read_text()}")
-            for pid in (cgroup / "init.scope/cgroup.procs").read_text().split():
-                systemd = Systemd(int(pid), cgroup)
-                if systemd("systemctl", "is-system-running").stdout == "running\n":
-                    return systemd
-            return None
-
-        try:
-            yield eventually(is_running, "systemd to have started", 20)
-        finally:
-            (cgroup / "cgroup.kill").write_text("1")
-            process.wait(10)
+    with started_inside(BOOT, folder, Path("/"), FOLDER, find_systemd) as systemd:
+        yield systemd
 
 
 @pytest.fixture(scope="module")
@@ -25540,6 +25582,364 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
         eventually(is_as_shown, "the results of the probes")
         (uptime,) = world.query("sysUpTime")
         assert (uptime["metric"]["probe"], float(uptime["value"][1]) > 0) == ("uptime", True)
+
+
+# ==================================================================================================
+# D  Releases
+# ==================================================================================================
+# What `make dist` builds, and where it goes: systems without a network, all overlays of one Debian
+# that debootstrap has made, and an image of the same Debian.
+
+#: What that Debian has beside the essential packages.
+DEBIAN_PACKAGES: Final = "adduser,make,python3,python3-yaml,systemd"
+#: Its dpkg does not wait for the disk, and leaves out what no test reads.
+DPKG_SETTINGS: Final = "\n".join(
+    ["force-unsafe-io", *(f"path-exclude=/usr/share/{name}/*" for name in ("doc", "locale", "man"))]
+)
+#: What changes in it whatever is installed.
+VOLATILE: Final = r"/(proc|sys|dev|run|tmp|srv|mnt|var/(lib/dpkg|log|cache))/|/etc/\w+-$"
+#: Is the first process of a root with a loopback, where the folder $3 is /srv.
+STAY: Final = """
+mount --bind -o ro "$3" srv
+ip link set lo up
+pivot_root . mnt
+umount -l mnt
+exec sleep infinity
+"""
+#: The time that debootstrap takes is not that of the first test.
+IN_DEBIAN: Final = pytest.mark.timeout(120, func_only=True)
+A_DATE: Final = "2026-01-02T03:04:05Z"
+
+
+def commit_all(folder: Path) -> str:
+    """Commit all files of a folder, and return the commit."""
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null"}
+    for who in ("AUTHOR", "COMMITTER"):
+        environment |= {
+            f"GIT_{who}_NAME": "a",
+            f"GIT_{who}_EMAIL": "a@b",
+            f"GIT_{who}_DATE": A_DATE,
+        }
+    script = "git init -q; git add -A; git commit -q -m all; git rev-parse --short=12 HEAD"
+    command = ["sh", "-euc", script]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=folder, env=environment
+    ).stdout.strip()
+
+
+def make_dist(start: Callable[[], subprocess.Popen[str]]) -> str:
+    """What a `make dist` that succeeds prints."""
+    with start() as make:
+        assert make.stdout
+        said = make.stdout.read()
+    assert make.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="session")
+def released() -> Iterator[Path]:
+    """A copy of the project, committed, and its folder dist."""
+    for name in ("git", "dpkg-deb"):
+        peer_program(name)
+    with made("dist", f"PYTHON={sys.executable}") as (folder, start):
+        commit_all(folder)
+        make_dist(start)
+        yield folder
+
+
+def package_of(released: Path) -> Path:
+    """The package for Debian."""
+    (package,) = (released / "dist").glob("*.deb")
+    return package
+
+
+@pytest.mark.peer
+def test_make_dist_makes_the_same_bytes_of_the_same_commit(released: Path) -> None:
+    def content(folder: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (folder / "dist").iterdir()}
+
+    former = os.umask(0o077)
+    try:
+        with made("dist", f"PYTHON={sys.executable}") as (folder, start):
+            commit = commit_all(folder)
+            make_dist(start)
+            assert content(folder) == content(released)
+            (folder / "Makefile").write_text("all:\n")
+            said = subprocess.run(
+                ["sh", "contrib/dist.sh"], capture_output=True, text=True, check=True, cwd=folder
+            )
+            assert said.stderr == "Not all is committed: the revision gets the ending -dirty\n"
+            dirty = run_peer(folder, sys.executable, "dist/expexp.py", "-version")
+    finally:
+        os.umask(former)
+    version = f"{expexp.__version__}+git20260102030405.{commit}"
+    if not DOCUMENTS["CHANGELOG.md"].count("\n## Unreleased\n"):
+        version = expexp.__version__
+    package = f"expexp-py_{version}_all.deb"
+    assert {*content(released)} == {"expexp.py", "VERSION", "SHA256SUMS", package}
+    assert (released / "dist/VERSION").read_text() == f"{version}\n"
+    checked = run_peer(released / "dist", "sha256sum", "-c", "SHA256SUMS")
+    assert checked == f"expexp.py: OK\n{package}: OK\n"
+    about = f"expexp {expexp.__version__} (revision {commit}"
+    clean = run_peer(released, sys.executable, "dist/expexp.py", "-version")
+    assert (clean.startswith(f"{about}, Python "), dirty.startswith(f"{about}-dirty, ")) == (
+        True,
+        True,
+    )
+
+
+def test_make_dist_says_that_it_needs_a_clone() -> None:
+    with made("dist") as (folder, start), start() as make:
+        assert make.stdout
+        assert "make dist needs a clone of the repository" in make.stdout.read()
+        assert not (folder / "dist").exists()
+
+
+@pytest.mark.peer
+def test_the_manual_pages_have_all_flags_and_no_fault(released: Path, tmp_path: Path) -> None:
+    run_peer(tmp_path, "dpkg-deb", "-x", str(package_of(released)), ".")
+    flags = {
+        "expexp": [*expexp.FLAGS],
+        "expexp-fleet-sd": [
+            *names_in("".join(row[0] for row in document_table("The list of a fleet")))
+        ],
+        "expolint": ["-strict", "-content-type"],
+    }
+    for command, names in flags.items():
+        page = tmp_path / f"usr/share/man/man1/{command}.1.gz"
+        assert run_peer(tmp_path, "mandoc", "-Tlint", str(page)) == ""
+        text = re.sub(".\b", "", run_peer(tmp_path, "mandoc", "-Tascii", str(page)))
+        shown = set(re.findall(r"(?m)^ +-(\S+)(?= |$)", text))
+        assert {name.lstrip("-") for name in names} <= {name.lstrip("-") for name in shown}, command
+        assert re.search(r"(?m)^EXIT STATUS\n +0 ", text)
+
+
+@pytest.fixture(scope="session")
+def debian() -> Iterator[Path]:
+    """The root of a minimal Debian of this host's version, from the mirror that apt uses."""
+    program = peer_program("debootstrap")
+    listed = ["apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Component: main"]
+    with peer("apt must know a mirror of Debian"):
+        mirrors = subprocess.run(listed, capture_output=True, text=True, check=False).stdout
+        if not mirrors:
+            raise FileNotFoundError("apt-get indextargets lists none")
+        with tempfile.TemporaryDirectory(prefix="expexp-debian-") as name:
+            root = Path(name)
+            root.chmod(0o755)
+            (root / "etc/dpkg/dpkg.cfg.d").mkdir(parents=True)
+            (root / "etc/dpkg/dpkg.cfg.d/quick").write_text(DPKG_SETTINGS)
+            mirror, release = mirrors.split()[:2]
+            # What it mounts is gone at its end, whatever that is.
+            command = [peer_program("unshare"), "--mount", program]
+            command += ["--variant=minbase", f"--include={DEBIAN_PACKAGES}"]
+            done = subprocess.run(
+                [*command, release, name, mirror], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise OSError(f"debootstrap: {done.stdout[-2000:]}{done.stderr}")
+            (root / "etc/hosts").write_text("127.0.0.1 localhost\n")
+            yield root
+
+
+@contextmanager
+def inside(debian: Path, share: Path) -> Iterator[Inside]:
+    """A Debian of one's own, where a folder is /srv and only the loopback is a network."""
+
+    def find(cgroup: Path) -> Inside | None:
+        for pid in (cgroup / "cgroup.procs").read_text().split():
+            if Path(f"/proc/{pid}/cmdline").read_text().startswith("sleep\0infinity"):
+                return Inside(int(pid))
+        return None
+
+    with (
+        tempfile.TemporaryDirectory(prefix="expexp-") as folder,
+        started_inside(STAY, Path(folder), debian, share, find) as there,
+    ):
+        yield there
+
+
+def done_there(there: Inside, *command: str) -> str:
+    """What a command prints there; it must exit with 0."""
+    done = there(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def listed_there(there: Inside) -> set[str]:
+    """All files that are there, and the user and the group."""
+    places = ["/", "/etc/systemd/system"]
+    files = done_there(
+        there, "find", *places, "-xdev", "(", "-type", "d", "-printf", "%p/\\n", "-o", "-print", ")"
+    )
+    people = there("getent", "passwd", "expexp").stdout + there("getent", "group", "expexp").stdout
+    return {line for line in (files + people).splitlines() if not re.search(VOLATILE, line)}
+
+
+SETTINGS_OF_PACKAGE: Final = {"/etc/default/expexp", "/etc/expexp/", INSTALLED_CONFIG}
+STATE_OF_PACKAGE: Final = {
+    f"{UNITS}/multi-user.target.wants/",
+    f"{UNITS}/multi-user.target.wants/expexp.service",
+    "/var/lib/systemd/deb-systemd-helper-enabled/expexp.service.dsh-also",
+    "/var/lib/systemd/deb-systemd-helper-enabled/multi-user.target.wants/expexp.service",
+}
+
+
+@pytest.mark.peer
+@IN_DEBIAN
+def test_the_package_is_installed_and_purged_where_no_systemd_runs(
+    debian: Path, released: Path
+) -> None:
+    package = f"/srv/dist/{package_of(released).name}"
+    with inside(debian, released) as there:
+        before = listed_there(there)
+        done_there(there, "dpkg", "-i", package)
+        installed = listed_there(there)
+        assert installed > before | SETTINGS_OF_PACKAGE | STATE_OF_PACKAGE
+        assert done_there(there, "stat", "-c", "%U:%G %a", INSTALLED_CONFIG) == "root:expexp 640\n"
+        (start,) = unit_settings(there.path("/usr/lib/systemd/system/expexp.service"))["ExecStart"]
+        who = "setpriv --reuid=expexp --regid=expexp --clear-groups"
+        started = f"{who} {start.replace(' $ARGS', '')} >/tmp/log 2>&1 & echo $!"
+        pid = done_there(there, "sh", "-c", started).strip()
+        eventually(lambda: there.get("/proxy?module=demo_script")[0] == 200 or None, "expexp")
+        done_there(there, "sh", "-c", f"kill {pid}")
+        done_there(there, "expexp", "-config.check", "-config", INSTALLED_CONFIG)
+        done_there(there, "touch", f"{UNITS}/expexp.service")
+        hidden = f"{UNITS}/expexp.service hides the unit of this package: remove it"
+        assert hidden in there("dpkg", "-i", package).stderr
+        done_there(there, "rm", f"{UNITS}/expexp.service")
+        (bytecode,) = there.path("/usr/share/expexp-py/__pycache__").glob("expexp.*")
+        bytecode.unlink()
+        python = f"python3.{bytecode.name.split('.')[1][-2:]}"
+        hook = "/usr/share/python3/runtime.d/expexp-py.rtupdate"
+        done_there(there, hook, "rtupdate", python, python)
+        assert bytecode.exists()
+        done_there(there, "dpkg", "-r", "expexp-py")
+        left = listed_there(there) - before
+        assert {one for one in left if not one.startswith("expexp:x:")} == {
+            *SETTINGS_OF_PACKAGE,
+            *STATE_OF_PACKAGE,
+        }
+        done_there(there, "dpkg", "-P", "expexp-py")
+        assert listed_there(there) == before
+
+
+def repackage(package: Path, folder: Path, name: str, *edits: str) -> None:
+    """Make another package of this one, with edits of its control file by sed."""
+    run_peer(folder, "dpkg-deb", "-R", str(package), name)
+    edited = [word for edit in edits for word in ("-e", edit)]
+    run_peer(folder, "sed", "-i", *edited, f"{name}/DEBIAN/control")
+    run_peer(folder, "dpkg-deb", "-b", name, f"{name}.deb")
+
+
+@pytest.mark.peer
+@IN_DEBIAN
+def test_the_package_runs_under_systemd_until_it_is_removed(
+    debian: Path, released: Path, tmp_path: Path
+) -> None:
+    share, place = tmp_path / "share", tmp_path / "place"
+    share.mkdir()
+    place.mkdir()
+    shutil.copy(package_of(released), share / "first.deb")
+    repackage(share / "first.deb", share, "newer", "s/^Version: .*/Version: 99/")
+    repackage(
+        share / "first.deb", share, "other", "s/^Package: .*/Package: expexp/", "/^Conflicts/d"
+    )
+    active = {"ActiveState": "active", "UnitFileState": "enabled"}
+    with started_inside(BOOT, place, debian, share, find_systemd) as systemd:
+        before = listed_there(systemd)
+        done_there(systemd, "dpkg", "-i", "/srv/first.deb")
+        assert systemd.show(*active) == active, systemd.log()
+        assert systemd.get("/proxy?module=demo_script")[0] == 200
+        refused = systemd("dpkg", "-i", "/srv/other.deb")
+        assert "expexp-py conflicts with expexp" in refused.stderr
+        systemd.configure({"m": exec_module("echo m 1")})
+        former = systemd.processes()
+        done_there(systemd, "dpkg", "-i", "/srv/newer.deb")
+        assert systemd.show(*active) == active, systemd.log()
+        assert systemd.get("/proxy?module=m") == (200, "m 1\n")
+        assert systemd.processes() != former
+        done_there(systemd, "dpkg", "-r", "expexp-py")
+        assert systemd.processes() == []
+        assert systemd.systemctl("cat") == 1
+        done_there(systemd, "dpkg", "-P", "expexp-py")
+        assert listed_there(systemd) == before
+
+
+FIRST_STEPS: Final = {
+    "without PyYAML": ("dpkg --purge --force-depends python3-yaml", "contrib/example.json"),
+    "with PyYAML": ("true", "expexp.yaml.example"),
+}
+
+
+@pytest.mark.peer
+@IN_DEBIAN
+@pytest.mark.parametrize(("change", "config"), FIRST_STEPS.values(), ids=FIRST_STEPS)
+def test_a_new_debian_without_a_network_runs_expexp_and_says_what_tests_need(
+    change: str, config: str, debian: Path, released: Path
+) -> None:
+    with inside(debian, released) as there:
+        done_there(
+            there, "sh", "-euc", f"{change}; cp -R /srv /opt/clone; chown -R nobody /opt/clone"
+        )
+        done_there(there, "sh", "-euc", "cd /opt/clone && make run >/tmp/log 2>&1 &")
+        eventually(lambda: there.get("/proxy?module=demo_script")[0] == 200 or None, "make run")
+        assert f" with {config} (" in there.path("/tmp/log").read_text()
+        install = "apt-get update -qq && apt-get install -qq -y python3-venv\n"
+        nobody = ["setpriv", "--reuid=nobody", "--clear-groups"]  # as root, apt would retry
+        tried = there(*nobody, "make", "-C", "/opt/clone", "test")
+        assert f"; run as root: {install}" in tried.stderr
+        assert tried.returncode == 2
+
+
+@pytest.fixture(scope="module")
+def image(podman: Podman, debian: Path, released: Path) -> str:
+    """The image of contrib/Dockerfile, on a base that has all that it needs."""
+    base = podman.folder / "base.tar"
+    needless = [
+        f"--exclude=./{name}/*"
+        for name in ("usr/share", "var/cache", "var/lib", "usr/lib/systemd", "usr/sbin")
+    ]
+    run_peer(podman.folder, "tar", "-C", str(debian), *needless, "-cf", str(base), ".")
+    podman("import", "--quiet", str(base), "expexp-base")
+    base.unlink()
+    arguments = ("BASE=expexp-base", "EXPEXP=dist/expexp.py")
+    build = ["build", "--quiet", "--format=docker", "--layers=false", "--isolation=chroot"]
+    build += ["--file", str(released / "contrib/Dockerfile"), "--tag=expexp-image"]
+    podman(*build, *(f"--build-arg={one}" for one in arguments), str(released))
+    return "expexp-image"
+
+
+@pytest.mark.peer
+@IN_DEBIAN
+def test_a_container_answers_is_healthy_reaps_orphans_and_ends_at_once(
+    podman: Podman, image: str, released: Path, tmp_path: Path
+) -> None:
+    orphans = "(sleep 0.05 & setsid sleep 0.05 & (sleep 0.05 &) & exec sleep 0.01) & echo a 1"
+    config = tmp_path / "expexp.yaml"
+    config.write_text(json.dumps({"modules": {"orphans": exec_module(orphans)}}))
+    port = free_port()
+    flags = [f"--publish=127.0.0.1:{port}:9999", f"--volume={config}:{INSTALLED_CONFIG}:ro"]
+    flags += ["--read-only", "--cap-drop=all", *IN_CONTAINER]
+    podman("run", "--detach", "--name=expexp", *flags, image)
+    pid = int(podman("inspect", "--format={{.State.Pid}}", "expexp"))
+    url = f"http://127.0.0.1:{port}"
+
+    def is_answer() -> bool | None:
+        answer = get(f"{url}/proxy?module=orphans")
+        return (answer.status, answer.body) == (200, b"a 1\n") or None
+
+    eventually(is_answer, "the container to answer", 15)
+    for _ in range(10):
+        assert is_answer()
+    assert Path(f"/proc/{pid}/status").read_text().count("\nUid:\t9999\t9999\t9999\t9999\n") == 1
+    wait_until(lambda: len(descendants(pid)) == 1)
+    podman("healthcheck", "run", "expexp")
+    assert podman("inspect", "--format={{.State.Health.Status}}", "expexp") == "healthy"
+    revision = run_peer(released, "git", "rev-parse", "--short=12", "HEAD").strip()
+    assert f'revision="{revision}"' in get(f"{url}/metrics").body.decode()
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: is_gone(pid), 2)
+    assert podman("wait", "expexp") == "0"
 
 
 # ==================================================================================================
