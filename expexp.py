@@ -136,6 +136,7 @@ HOP_BY_HOP: Final = (
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
+Pair = tuple[str, str]  # name and value of a header
 
 
 @dataclass(frozen=True)
@@ -287,7 +288,7 @@ class ConfigError(ExpexpError):
 class RequestError(ExpexpError):
     """A request is refused before a module is scraped."""
 
-    def __init__(self, status: int, message: str, *headers: tuple[str, str]) -> None:
+    def __init__(self, status: int, message: str, *headers: Pair) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -324,6 +325,7 @@ class ExpositionError(ExpexpError):
 
 SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
+Address = tuple[str, int]  # host and port
 Pairs = Sequence[tuple[bytes, bytes]]  # names and values of a query
 
 
@@ -388,7 +390,7 @@ def is_host(text: str) -> bool:
     return found is not None and int(found[1] or 1) <= LAST_PORT
 
 
-def render_address(address: tuple[str, int]) -> str:
+def render_address(address: Address) -> str:
     """Return host and port as a user types them, IPv6 addresses in brackets."""
     host, port = address
     if ":" in host:
@@ -1414,7 +1416,7 @@ def parse_level(text: str) -> int:
     return LOG_LEVELS[text.lower()]
 
 
-def parse_address(text: str) -> tuple[str, int] | None:
+def parse_address(text: str) -> Address | None:
     """Return host ("" for all) and port of `:9999` or `[::1]:9999`. Raise ValueError."""
     if not text:
         return None
@@ -2217,7 +2219,7 @@ class FileReader(DocumentReader):
         if self.files[filename][0] & stat.S_IROTH and warning not in self.warnings:
             self.warnings.append(warning)
 
-    def pem(self, pattern: re.Pattern[bytes], what: str, filename: str) -> list[str]:
+    def pem(self, pattern: Pattern, what: str, filename: str) -> list[str]:
         """Return what matches in a PEM file. Raise OSError, or ValueError if nothing does. IO."""
         content = self.content(filename)
         blocks = [block.decode() for block in pattern.findall(content)]
@@ -2768,7 +2770,8 @@ class Loader:
 # One parser reads the heads of requests and answers. The parser is strict towards clients. Towards
 # targets it tolerates the same as Go's client, with which Prometheus scrapes them directly. IO.
 
-Headers = Sequence[tuple[str, str]]
+Headers = Sequence[Pair]
+Pieces = Iterator[bytes]
 
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
@@ -2811,7 +2814,7 @@ def connection_options(headers: Headers) -> list[str]:
     return [option.strip(" \t") for option in listed.split(",")]
 
 
-def render_head(first_line: str, headers: Iterable[tuple[str, str]]) -> bytes:
+def render_head(first_line: str, headers: Iterable[Pair]) -> bytes:
     """Return the head of a request or an answer. `parse_headers` allows no line breaks in it."""
     lines = [f"{name}: {value}" for name, value in headers]
     text = "\r\n".join([first_line, *lines, "\r\n"])
@@ -2883,7 +2886,7 @@ class Wire:
         """Return True as soon as there is a byte to read, False when the peer has closed."""
         return bool(self._received) or self._fill()
 
-    def read_through(self, end: re.Pattern[bytes], most: int) -> bytes:
+    def read_through(self, end: Pattern, most: int) -> bytes:
         """Return the bytes through a match of `end`, or `most` + 1, or all if the peer closes."""
         searched = 0
         while True:
@@ -2939,7 +2942,7 @@ class TargetExchange:
 
     sock = None  # urllib would close it before the body is read
     reason = ""
-    pieces: Iterator[bytes] = iter(())  # of the body; raises ScrapeError if it is cut short
+    pieces: Pieces = iter(())  # of the body; raises ScrapeError if it is cut short
 
     def __init__(self, _host: str, *, wire: Wire, most: int, **_timeout: float) -> None:
         self._wire = wire
@@ -3011,7 +3014,7 @@ class TargetExchange:
             self.length = int(length)
         self.pieces = self._chunks() if codings else self._read(self.length)
 
-    def _read(self, left: float) -> Iterator[bytes]:
+    def _read(self, left: float) -> Pieces:
         """Yield `left` bytes of the body in pieces. inf: all bytes until the target closes."""
         while left:
             piece = self._wire.receive(int(min(left, PIECE_BYTES)))
@@ -3024,14 +3027,14 @@ class TargetExchange:
             words = f"the target closed after {self.count} bytes of its body"
             raise ScrapeError("truncated", words)
 
-    def _chunks(self) -> Iterator[bytes]:
+    def _chunks(self) -> Pieces:
         """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
         while size := int(self._read_match(LINE_END, CHUNK_SIZE)[1], 16):
             yield from self._read(size)
             self._read_match(LINE_END, LINE_BREAK)
         self._read_match(EMPTY_LINE, EMPTY_LINE)
 
-    def _read_match(self, end: re.Pattern[bytes], part: re.Pattern[bytes]) -> re.Match[bytes]:
+    def _read_match(self, end: Pattern, part: Pattern) -> re.Match[bytes]:
         """Read through `end` and return the match of the whole `part`. Raise ScrapeError."""
         read = self._wire.read_through(end, CHUNK_LINE_BYTES)
         found = part.search(read)
@@ -3049,13 +3052,16 @@ class TargetExchange:
 # ScrapeError. Every wait ends at the job's deadline. All requests share a budget of memory for
 # bodies. The server runs the job's `cleanup` when the response has been written. IO.
 
+Lock = Union[threading.Lock, threading.Semaphore]
+Process = subprocess.Popen[bytes]
+
 
 class Scrape(NamedTuple):
     """A target's answer. The body of an unverified http target is an iterator."""
 
     status: int
     headers: Headers
-    body: bytes | Iterator[bytes]
+    body: bytes | Pieces
     modified: float | None = None  # when a regular file was, in seconds since 1970
     packed: bytes = b""  # the body in gzip
     samples: int | None = None  # of a verified body
@@ -3234,7 +3240,7 @@ class Task:
             self.running.release()
 
 
-def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> None:
+def acquire(lock: Lock, deadline: Deadline) -> None:
     """Acquire a lock or a semaphore. Raise ScrapeError."""
     # No call waits for a thread and for the client at once.
     while not lock.acquire(timeout=min(deadline.remaining(), Limits.hang_up_seconds)):
@@ -3242,7 +3248,7 @@ def acquire(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> N
 
 
 @contextlib.contextmanager
-def hold(lock: threading.Lock | threading.Semaphore, deadline: Deadline) -> Iterator[None]:
+def hold(lock: Lock, deadline: Deadline) -> Iterator[None]:
     """Hold a lock or a semaphore. Raise ScrapeError."""
     acquire(lock, deadline)
     try:
@@ -3301,7 +3307,7 @@ class Commands:
         for name in filter(own.fullmatch, os.environb):
             del self._environment[name]
         #: Not reaped, and the module's name if its scrape ended earlier. Each use is atomic.
-        self.running: dict[subprocess.Popen[bytes], str] = {}
+        self.running: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
@@ -3333,7 +3339,7 @@ class Commands:
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         return process
 
-    def end(self, process: subprocess.Popen[bytes]) -> None:
+    def end(self, process: Process) -> None:
         """Send TERM to a command's group. The reaper sends KILL later, outside the request."""
         signal_group(process, signal.SIGTERM)
         due = time.monotonic() + self._limits.term_to_kill_seconds
@@ -3391,14 +3397,14 @@ def start_fault(error: Exception, command: str, path: bytes) -> str:
     return words
 
 
-def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+def signal_group(process: Process, number: int) -> None:
     """Send a signal to the group of a process, unless the process has been reaped."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if process.returncode is None:
             os.killpg(process.pid, number)
 
 
-def exit_of(process: subprocess.Popen[bytes]) -> str | None:
+def exit_of(process: Process) -> str | None:
     """Return how a command failed, "" if it exited with 0, None while it runs. Do not reap it."""
     try:
         found = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
@@ -3557,7 +3563,7 @@ def request_headers(job: Job) -> dict[str, str]:
     return headers
 
 
-def end_to_end(headers: Headers) -> list[tuple[str, str]]:
+def end_to_end(headers: Headers) -> list[Pair]:
     """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
     dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
     return [(name, value) for name, value in headers if name.lower() not in dropped]
@@ -3624,7 +3630,7 @@ def scrape_http(job: Job) -> Scrape:
     return Scrape(response.status, headers, body)
 
 
-def response_pieces(job: Job, response: TargetExchange) -> Iterator[bytes]:
+def response_pieces(job: Job, response: TargetExchange) -> Pieces:
     """Yield the body of an answer. Raise ScrapeError if it is cut short or too large."""
     try:
         for piece in response.pieces:
@@ -3672,7 +3678,7 @@ def ask_engine(job: Job) -> bytes:
     raise ScrapeError("unreachable", words)
 
 
-def find_container(job: Job) -> tuple[str, int]:
+def find_container(job: Job) -> Address:
     """Return host and port of a container's port: published, or on its own address."""
     port = job.module.target.port
     try:
@@ -3740,7 +3746,7 @@ def connect_target(job: Job) -> Wire:
 # --- exec
 
 
-def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Iterator[bytes]:
+def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Pieces:
     """Yield a command's stdout, keep the end of its stderr in `words`. Raise ScrapeError."""
     stdout = process.stdout.fileno()
     pipes = {stdout, process.stderr.fileno()}
@@ -3906,7 +3912,7 @@ def read_fifo(job: Job, key: str) -> Scrape:
             return text_scrape(body)
 
 
-def fifo_pieces(job: Job, file: io.FileIO) -> Iterator[bytes]:
+def fifo_pieces(job: Job, file: io.FileIO) -> Pieces:
     """Yield the bytes of a FIFO until its last writer closes it."""
     piece = None
     while piece != b"":
@@ -3963,7 +3969,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
     return content_type, samples
 
 
-def gunzip_pieces(body: bytes) -> Iterator[bytes]:
+def gunzip_pieces(body: bytes) -> Pieces:
     """Yield the decoded body of one or more gzip members. Raise zlib.error."""
     member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     for start in range(0, len(body), PIECE_BYTES):  # in parts: zlib copies unused input
@@ -4026,7 +4032,7 @@ def takes_gzip(job: Job) -> bool:
     return accepts(",".join(values_of(job.headers, "accept-encoding")), "gzip")
 
 
-def gzip_pieces(body: bytes, level: int) -> Iterator[bytes]:
+def gzip_pieces(body: bytes, level: int) -> Pieces:
     """Yield a body in gzip."""
     packer = zlib.compressobj(level, wbits=16 + zlib.MAX_WBITS)
     for start in range(0, len(body), 4 * PIECE_BYTES):
@@ -4102,14 +4108,14 @@ class Response:
 
     status: int
     headers: Headers
-    body: bytes | Iterator[bytes] = b""
+    body: bytes | Pieces = b""
     cleanup: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
     aborted: bool = False  # the client has hung up, or it failed after the status was sent
     module: str = ""  # the module whose duration is observed, if any
 
 
 def own_response(
-    status: int, text: str, *more: tuple[str, str], media_type: str = PLAIN_CONTENT_TYPE
+    status: int, text: str, *more: Pair, media_type: str = PLAIN_CONTENT_TYPE
 ) -> Response:
     """Return a page of ours."""
     headers = [("Content-Type", media_type), *OWN_HEADERS, *more]
@@ -4264,7 +4270,7 @@ class Attempt(NamedTuple):
             return b"".join(self._pieces(scrape, [scrape.body]))  # which copies nothing
         return self._pieces(scrape, scrape.body)
 
-    def _pieces(self, scrape: Scrape, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    def _pieces(self, scrape: Scrape, pieces: Iterable[bytes]) -> Pieces:
         """Yield the pieces of a body. A failure after the status was sent counts as aborted."""
         size = 0
         try:
@@ -4896,7 +4902,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(
         self,
-        address: tuple[str, int],
+        address: Address,
         speaks_tls: bool,
         application: Application,
         connections: Connections,
