@@ -2767,8 +2767,7 @@ class Loader:
 # 12  HTTP/1.1 in both directions
 # ==================================================================================================
 # A `Wire` reads and writes clients and targets: it does not block, and its waits have a deadline.
-# One parser reads the heads of requests and answers. The parser is strict towards clients. Towards
-# targets it tolerates the same as Go's client, with which Prometheus scrapes them directly. IO.
+# The parser of heads is strict towards clients. It tolerates what Prometheus does of targets. IO.
 
 Headers = Sequence[Pair]
 Pieces = Iterator[bytes]
@@ -2827,8 +2826,7 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.in
     for source, event in events.items():
         poll.register(source, event)
     if deadline.client >= 0:
-        # As in Go's server, a client that has shut down its sending side counts as gone. With
-        # POLLIN, a pipelined request would end each wait.
+        # As in Go's server, an end of sending is a hang-up. POLLIN would see pipelined requests.
         poll.register(deadline.client, select.POLLRDHUP)
     ready = {descriptor for descriptor, _ in poll.poll(1000 * min(deadline.remaining(), longest))}
     if deadline.client in ready:
@@ -2849,8 +2847,8 @@ class Wire:
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
         """Return an operation's result, after a wait for `event`. Raise OSError or ScrapeError."""
-        # Measured: a timeout set before each read costs a third more system calls than this `poll`.
-        # On CPython 3.9 to 3.13, OpenSSL fails with BAD_LENGTH if a retry sends another slice.
+        # Measured: `settimeout` before each read costs a third more system calls than `poll`.
+        # A retry sends the same slice: with another one, OpenSSL fails with BAD_LENGTH.
         while True:
             try:
                 return operation(*arguments)
@@ -2877,10 +2875,9 @@ class Wire:
 
     def receive(self, most: int) -> bytes:
         """Return up to `most` bytes, b"" if the peer has closed. Raise OSError or ScrapeError."""
-        if self._received:
-            return self._take(most)
-        self.deadline.remaining()  # the peer may always have something to read
-        return bytes(self.attempt(self.connection.recv, select.POLLIN, most))
+        if not self._received:
+            self._fill()
+        return self._take(most)
 
     def await_data(self) -> bool:
         """Return True as soon as there is a byte to read, False when the peer has closed."""
@@ -2900,7 +2897,7 @@ class Wire:
 
     def _fill(self) -> bool:
         """Receive one more piece. Return False if the peer has closed."""
-        self.deadline.remaining()
+        self.deadline.remaining()  # the peer may always have something to read
         piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
         self._received += piece
         return bool(piece)
@@ -2934,11 +2931,7 @@ def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Header
 
 
 class TargetExchange:
-    """A GET request on a connected wire, and its answer: status, headers and unread body.
-
-    For `urllib.request` it is both connection and response. urllib splits the URL, adds
-    `Connection: close` and capitalizes the names of headers.
-    """
+    """A GET request on a wire, and its answer. For urllib it is connection and response."""
 
     sock = None  # urllib would close it before the body is read
     reason = ""
@@ -2988,9 +2981,8 @@ class TargetExchange:
         except RequestError as error:
             raise ScrapeError("protocol", f"not HTTP: {error.message}") from None
         except EOFError:
-            raise ScrapeError(
-                "truncated", "the target closed in the middle of its headers"
-            ) from None
+            words = "the target closed in the middle of its headers"
+            raise ScrapeError("truncated", words) from None
         self.status = int(found[2])
         return found[1]
 
@@ -3041,8 +3033,7 @@ class TargetExchange:
         if found:
             return found
         is_cut = not end.search(read) and len(read) <= CHUNK_LINE_BYTES
-        words = NO_END if is_cut else f'an invalid chunk: "{excerpt(read)}"'
-        raise ScrapeError("truncated", words)
+        raise ScrapeError("truncated", NO_END if is_cut else f'an invalid chunk: "{excerpt(read)}"')
 
 
 # ==================================================================================================
