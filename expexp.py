@@ -128,13 +128,15 @@ PIECE_BYTES: Final = 65536
 LAST_PORT: Final = 65535
 OK: Final = 200
 UNKNOWN_MODULE: Final = "unknown"  # one label value: clients cannot create series
-# RFC 9110, 7.6.1, and two headers about the body, which expexp reads and sends anew.
-HOP_BY_HOP: Final = (
+HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp sends anew
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
+MODULE_SHARE: Final = 3 / 4  # of connections, to one module, with those that wait for its cache
+PROXY_SHARE: Final = 7 / 8  # to all modules: `/metrics` and `/-/healthy` get the rest
+RELOAD_SHARE: Final = 1 / 10  # that wait for a reload, which can hang in a file system
 TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
 Pair = tuple[str, str]  # name and value of a header
 
@@ -196,20 +198,9 @@ class Limits:
     failure_reminder_seconds: float = 300  # between warnings about a module that keeps failing
     failure_pause_seconds: float = 10  # between any two warnings about a module
 
-    @property
-    def module_requests(self) -> int:
-        """Return the most requests to one module, including those that wait for its cache."""
-        return max(1, self.connections * 3 // 4)
-
-    @property
-    def proxy_requests(self) -> int:
-        """Return the most requests to all modules. `/metrics` and `/-/healthy` get the rest."""
-        return max(1, self.connections * 7 // 8)
-
-    @property
-    def reload_requests(self) -> int:
-        """Return the most requests that wait for a reload, which can hang in a file system."""
-        return max(1, self.connections // 10)
+    def share(self, part: float) -> int:
+        """Return how many requests a part of the connections can carry, at least one."""
+        return max(1, int(self.connections * part))
 
 
 # ==================================================================================================
@@ -2078,7 +2069,6 @@ def log_problems(problems: Iterable[Problem]) -> None:
 
 
 # --- files
-
 CERTIFICATE: Final = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 PRIVATE_KEY: Final = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
 #: What a file holds instead of the PEM of a certificate or key, and what to do about it.
@@ -2096,11 +2086,17 @@ PEM_MISTAKES: Final = (
     (rb"\A\x30\x82..\x30", "DER", "convert it with openssl x509 -inform der"),
     (rb"", "something else", "PEM begins with -----BEGIN"),
 )
+TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 #: DER of an RSA key whose length takes one byte: it has fewer than 2048 bits (1920 to be exact).
 SHORT_RSA: Final = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
 #: By their names in configurations. RFC 8446, 4.1.2: TLS 1.0 is 0x0301.
 TLS_VERSIONS: Final = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
 IGNORE_UNEXPECTED_EOF: Final = 0x80  # with it a body cut short looks whole; named from 3.12 on
+SEARCH_NAMES: Final = (
+    "import re, sys; pattern, *names = sys.argv[1:];"
+    "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
+)
+MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
 # RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
 VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([0-9]{12,14})Z")
 
@@ -2114,11 +2110,6 @@ def fingerprint(filename: str) -> list[int]:
     if stat.S_ISFIFO(found.st_mode):  # it can be read but once
         return [found.st_mode]
     return [*found[:7], found.st_mtime_ns, found.st_ctime_ns]  # not st_atime
-
-
-def no_password() -> str:
-    """Raise ValueError. Without this function OpenSSL would ask for a password at the terminal."""
-    raise ValueError("the key is encrypted")
 
 
 def certificate_end(certificate: str) -> float:
@@ -2256,7 +2247,8 @@ class FileReader(DocumentReader):
                 self.warn_of_readers(key.name)
                 if not stat.S_ISFIFO(mode):  # OpenSSL reads a pipe itself
                     self.pem(PRIVATE_KEY, "a private key", key.name)
-                context.load_cert_chain(certificate.name, key.name, password=no_password)
+                # Without a password, OpenSSL would ask for one at the terminal.
+                context.load_cert_chain(certificate.name, key.name, password="")
         if 0 < expires < time.time():
             self.warnings.append(f"a certificate in {excerpt(certificate.name, 200)} has expired")
         return expires
@@ -2349,13 +2341,6 @@ class CertificateError(OSError):
     """A client's certificate is well-formed, but does not let the client in."""
 
 
-SEARCH_NAMES: Final = (
-    "import re, sys; pattern, *names = sys.argv[1:];"
-    "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
-)
-MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
-
-
 @functools.lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     """Return whether a name matches. Raise CertificateError if that is unknown. IO."""
@@ -2408,9 +2393,6 @@ class LoadedTls(NamedTuple):
         if is_wrong:
             found = excerpt(", ".join(shown), 200) or "it has none"
             raise CertificateError(f"no name in the certificate is allowed: {found}")
-
-
-TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 
 
 class Credentials(NamedTuple):
@@ -2640,8 +2622,7 @@ class ConfigLoader(FileReader):
 
     def _add(self, source: DocumentReader, name: str, node: Node) -> None:
         """Add a module if it has no problems. A missing command or file is a warning. IO."""
-        # A reload of 300 modules would keep the interpreter's lock, 5 ms at a time, from scrapes.
-        time.sleep(0)
+        time.sleep(0)  # a reload of 300 modules would keep the interpreter's lock from scrapes
         path = f"modules.{name}"
         module = source.module(name, node)
         here = str(Problem(source.filename, *node.place, "", ""))
@@ -2684,10 +2665,9 @@ class Snapshot(NamedTuple):
 
 
 class Loader:
-    """Holds the snapshot in use. Replaces it when credentials change, and on a reload."""
+    """Holds the snapshot in use. Replaces it on a reload. Raise ConfigError at the start."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
-        """Load everything. Raise ConfigError."""
         self._arguments = options, PasswordChecks()
         self._limits = limits
         self._reloading = threading.Lock()
@@ -2844,8 +2824,7 @@ class Wire:
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
         """Return an operation's result, after a wait for `event`. Raise OSError or ScrapeError."""
         # Measured: `settimeout` before each read costs a third more system calls than `poll`.
-        # A retry sends the same slice: with another one, OpenSSL fails with BAD_LENGTH.
-        while True:
+        while True:  # A retry sends the same slice: with another, OpenSSL fails (BAD_LENGTH).
             try:
                 return operation(*arguments)
             except ssl.SSLWantReadError:  # TLS may have to read before it can write
@@ -3041,6 +3020,20 @@ class TargetExchange:
 
 Lock = Union[threading.Lock, threading.Semaphore]
 Process = subprocess.Popen[bytes]
+REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
+#: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
+TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
+DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
+REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
+#: Other characters of a Location are escaped. Brackets make urllib refuse a URL.
+URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
+MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
+MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
+MTIME_LINES: Final = """\
+# HELP {0} Time of modification of parsed file.
+# TYPE {0} gauge
+{0}{1} {2!r}
+"""
 
 
 class Scrape(NamedTuple):
@@ -3279,9 +3272,6 @@ def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore
     return wait_for(Task(slots.release, socket.getaddrinfo, *query), deadline)
 
 
-REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
-
-
 class Commands:
     """Runs commands in process groups of their own, and ends these groups."""
 
@@ -3333,8 +3323,7 @@ class Commands:
 
     def _reap(self) -> None:
         """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
-        # Until its leader is reaped, a group's id is its own.
-        due, process = self._ending.get()
+        due, process = self._ending.get()  # until its leader is reaped, a group's id is its own
         while True:
             try:
                 time.sleep(max(0, due - time.monotonic()))
@@ -3437,7 +3426,7 @@ class Job(NamedTuple):
 def scrape_bound(job: Job) -> int:
     """Return how many scrapes of the job's module may run at once."""
     limits = job.tools.limits
-    most = limits.module_requests
+    most = limits.share(MODULE_SHARE)
     own: int = getattr(limits, f"{job.module.method}_scrapes", most)  # http has no bound of its own
     return job.module.max_concurrent or min(own, most)
 
@@ -3460,15 +3449,6 @@ def check_size(limits: Limits, count: int) -> None:
 
 
 # --- http
-
-#: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
-TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
-DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
-REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
-#: Other characters of a Location are escaped. Brackets make urllib refuse a URL.
-URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
-
-
 def connect_any(job: Job, addresses: Any) -> Wire:
     """Return a connection to the first address that accepts. Raise OSError or ScrapeError."""
     errors = []
@@ -3787,16 +3767,6 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 
 
 # --- file
-
-MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
-MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
-MTIME_LINES: Final = """\
-# HELP {0} Time of modification of parsed file.
-# TYPE {0} gauge
-{0}{1} {2!r}
-"""
-
-
 def scrape_file(job: Job) -> Scrape:
     """Return the scrape of a file or FIFO. Raise ScrapeError."""
     # A `stat`, `open` or `read` that hangs cannot be interrupted: its thread is left behind. A
@@ -4022,8 +3992,8 @@ def answer_job(job: Job) -> Scrape:
     limits = job.tools.limits
     # A target that hangs must not take all connections. Requests that wait for a cache count, too.
     words = "too many requests to {} are being answered"
-    job.held.reserve(f"requests to {module.name}", limits.module_requests, words.format("it"))
-    job.held.reserve("requests", limits.proxy_requests, words.format("all modules"))
+    job.held.reserve(f"requests to {module.name}", limits.share(MODULE_SHARE), words.format("it"))
+    job.held.reserve("requests", limits.share(PROXY_SHARE), words.format("all modules"))
     if module.cache:
         pairs = job.pairs
         headers: Headers = ()
@@ -4144,10 +4114,9 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
 
 def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
     """Return the request without credentials for expexp. Raise RequestError with 403 or 401."""
-    if networks:  # otherwise all clients are allowed
-        address = parse_client_address(request.client)
-        if not any(address in network for network in networks):
-            raise RequestError(403, "Forbidden")
+    address = parse_client_address(request.client)
+    if networks and not any(address in network for network in networks):
+        raise RequestError(403, "Forbidden")
     proofs = {}
     if held.token:
         proofs["Bearer"] = (held.is_token, "Invalid Bearer Token")
@@ -4304,11 +4273,11 @@ PAGE_START: Final = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>expexp</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 """
-PAGE: Final = """</head><body><main><h1>expexp {version}</h1>
-<p>Started {started}, modules: {modules}.
-<a href=".{telemetry}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
+PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
+<p>Started {STARTED_AT}, modules: {{modules}}.
+<a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
-<pre title="Reload failed, the previous configuration is in use:">{problems}</pre>
+<pre title="Reload failed, the previous configuration is in use:">{{problems}}</pre>
 <table><thead><tr><th>Module<th>Target<th>Last scrape, failing since<th>At<th>Seconds<th>Status\
 <th>Samples<th>Bytes</thead>
 """
@@ -4339,14 +4308,9 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
     found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
     if found:
         page += f'<meta http-equiv="refresh" content="{found[1]}">'
-    page += fill(
-        PAGE,
-        version=__version__,
-        started=STARTED_AT,
-        modules=len(rows),
-        problems="\n".join(map(str, snapshot.config.problems[:20])),
-        telemetry=options["web.telemetry-path"],
-    )
+    problems = "\n".join(map(str, snapshot.config.problems[:20]))
+    telemetry = options["web.telemetry-path"]
+    page += fill(PAGE, modules=len(rows), problems=problems, telemetry=telemetry)
     return page + "".join(rows) + "</table></main></body></html>"
 
 
@@ -4372,34 +4336,22 @@ def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
         put("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
-def answer_probe(request: Request) -> Response:
+def render_telemetry(application: Application, request: Request) -> Response:
+    """Return our own metrics, compressed if the client accepts that."""
+    collect(application.metrics, application.loader.snapshot)
+    # Not at a reload: requests for modules that are gone may have ended since.
+    application.metrics.forget_modules(lambda: application.modules)
+    body = application.metrics.render().encode()
+    headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
+    if accepts(request.header("accept-encoding"), "gzip"):
+        body = b"".join(gzip_pieces(body, 6))
+        headers.append(("Content-Encoding", "gzip"))
+    return Response(OK, headers, body)
+
+
+def answer_probe(_application: Application, request: Request) -> Response:
     """Return that expexp is healthy, or ready."""
     return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
-
-
-def list_targets(request: Request, modules: Mapping[str, Module], options: Options) -> Response:
-    """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
-    address = options["web.external-address"] or request.header("host")
-    if not is_host(address):
-        expected = "a header Host with a host and perhaps a port, or -web.external-address"
-        raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
-    groups = []
-    for module in modules.values():
-        labels = {
-            "__metrics_path__": options["web.proxy-path"],
-            "__scheme__": request.scheme,
-            "__param_module": module.name,
-            "__meta_expexp_method": module.method,
-            "module": module.name,  # else the go_* series of two modules would be the same
-        }
-        interval = module.scrape_interval
-        if interval:
-            # Both or none: a timeout above the interval drops a target, and so does a fraction.
-            timeout = min(interval, (module.timeout or interval) + options["timeout-offset"])
-            labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
-            labels["__scrape_timeout__"] = f"{max(1, timeout * 1000):.0f}ms"
-        groups.append({"targets": [address], "labels": labels})
-    return own_response(200, json.dumps(groups), media_type="application/json")
 
 
 class Application:
@@ -4414,21 +4366,18 @@ class Application:
         self._tools = tools
         new_history = functools.partial(History, tools.limits)
         self._histories: dict[str, History] = collections.defaultdict(new_history)  # by module
-        self._reloads = threading.BoundedSemaphore(tools.limits.reload_requests)
-        self._routes: dict[str, Callable[[Request], Response]] = {
-            "/": self._index,
+        self._reloads = threading.BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
+        self._routes: dict[str, Callable[[Application, Request], Response]] = {
+            "/": Application._index,
             "/-/healthy": answer_probe,
             "/-/ready": answer_probe,
-            "/-/reload": self._reload,
-            "/sd": self._list_targets,
-            options["web.telemetry-path"]: self._telemetry,
-            options["web.proxy-path"]: self._proxy,
+            "/-/reload": Application._reload,
+            "/sd": Application._list_targets,
+            options["web.telemetry-path"]: render_telemetry,
+            options["web.proxy-path"]: Application._proxy,
         }
         if len(self._routes) < 7:  # noqa: PLR2004 - a path is there twice
-            message = (
-                "-web.telemetry-path and -web.proxy-path need two paths other than /, /sd, "
-                "/-/healthy, /-/ready and /-/reload"
-            )
+            message = "-web.telemetry-path and -web.proxy-path need paths that no endpoint has yet"
             raise ConfigError(Problem("", 0, 0, "", message))
         self._taken: FileReader | None = None
         self._take_config()
@@ -4482,8 +4431,6 @@ class Application:
         self.metrics.increment("expexp_http_requests_total", path, str(status))
         if response.module:
             self.metrics.observe("expexp_proxy_duration_seconds", response.module, seconds=seconds)
-        if not LOGGER.isEnabledFor(logging.INFO):
-            return
         method = excerpt(request.method)
         target = excerpt(request.target, 2000)
         ended = http.client.responses.get(status, "")
@@ -4503,7 +4450,7 @@ class Application:
         allowed = "POST, PUT" if path == "/-/reload" else "GET, HEAD"
         if request.method not in allowed.split(", "):
             raise RequestError(405, "405 method not allowed", ("Allow", allowed))
-        return self._routes[path](request)
+        return self._routes[path](self, request)
 
     def _proxy(self, request: Request) -> Response:
         """Return a module's exposition, or why there is none."""
@@ -4561,19 +4508,27 @@ class Application:
 
     def _list_targets(self, request: Request) -> Response:
         """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
-        return list_targets(request, self.modules, self.options)
-
-    def _telemetry(self, request: Request) -> Response:
-        """Return our own metrics, compressed if the client accepts that."""
-        collect(self.metrics, self.loader.snapshot)
-        # Not at a reload: requests for modules that are gone may have ended since.
-        self.metrics.forget_modules(lambda: self.modules)
-        body = self.metrics.render().encode()
-        headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
-        if accepts(request.header("accept-encoding"), "gzip"):
-            body = b"".join(gzip_pieces(body, 6))
-            headers.append(("Content-Encoding", "gzip"))
-        return Response(OK, headers, body)
+        address = self.options["web.external-address"] or request.header("host")
+        if not is_host(address):
+            expected = "a header Host with a host and perhaps a port, or -web.external-address"
+            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
+        groups = []
+        for module in self.modules.values():
+            labels = {
+                "__metrics_path__": self.options["web.proxy-path"],
+                "__scheme__": request.scheme,
+                "__param_module": module.name,
+                "__meta_expexp_method": module.method,
+                "module": module.name,  # else the go_* series of two modules would be the same
+            }
+            interval = module.scrape_interval
+            if interval:
+                # Both or none: a timeout above the interval drops a target, and so does a fraction.
+                timeout = (module.timeout or interval) + self.options["timeout-offset"]
+                labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
+                labels["__scrape_timeout__"] = f"{max(1, min(interval, timeout) * 1000):.0f}ms"
+            groups.append({"targets": [address], "labels": labels})
+        return own_response(200, json.dumps(groups), media_type="application/json")
 
     def _reload(self, _request: Request) -> Response:
         """Reload, if clients may ask for that. Return the problems. Raise RequestError."""
@@ -4877,11 +4832,7 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # two that listen on one port would share its requests
 
     def __init__(
-        self,
-        address: Address,
-        speaks_tls: bool,
-        application: Application,
-        connections: Connections,
+        self, address: Address, speaks_tls: bool, application: Application, connections: Connections
     ) -> None:
         """Bind and listen. No host and `::` are both families. Raise OSError."""
         self.application = application
@@ -4938,8 +4889,7 @@ class Server(http.server.ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
         attempts = 4 if self.connections.admit(request) else 0
-        # `threading.Thread.start` waits for ever if the new thread finds no memory.
-        for _ in range(attempts):
+        for _ in range(attempts):  # `Thread.start` waits for ever if a new thread finds no memory
             try:
                 self.connections.expose(request)  # a thread may die before it runs
                 _thread.start_new_thread(self.process_request_thread, (request, client_address))
@@ -5110,10 +5060,7 @@ class Program:
         self._log_exposure()
 
     def _log_exposure(self) -> None:
-        """Log who has access, and warn if anyone can add arguments to commands."""
-        networks = self.application.options["allow.net"]
-        for network in networks:
-            LOGGER.info("Allowing connections only from %s", network)
+        """Warn of plain HTTP beside TLS, and if anyone can add arguments to commands."""
         demands = self.loader.snapshot.credentials.value.demands
         exposed = [server for server in self.servers if not server.is_loopback]
         plain = [server.url for server in exposed if not server.speaks_tls]
@@ -5122,7 +5069,12 @@ class Program:
         is_open = plain or (exposed and "client certificates" not in demands)
         modules = [each for each in self.application.modules.values() if each.method == "exec"]
         names = [each.name for each in modules if each.accept_args or each.accept_params]
-        if names and is_open and not networks and "authentication" not in demands:
+        if (
+            names
+            and is_open
+            and not self.application.options["allow.net"]
+            and "authentication" not in demands
+        ):
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",

@@ -16291,9 +16291,10 @@ def test_after_an_abandoned_cached_scrape_the_next_client_begins_a_new_one() -> 
 
 def test_the_bounds_of_a_module_and_of_all_leave_connections_for_the_rest() -> None:
     limits = expexp.Limits()
-    assert (limits.connections, limits.module_requests, limits.proxy_requests) == (512, 384, 448)
+    shares = (expexp.MODULE_SHARE, expexp.PROXY_SHARE, expexp.RELOAD_SHARE)
+    assert [limits.connections, *map(limits.share, shares)] == [512, 384, 448, 51]
     few = dataclasses.replace(limits, connections=1)
-    assert (few.module_requests, few.proxy_requests) == (1, 1)
+    assert [*map(few.share, shares)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -17345,8 +17346,7 @@ def read_until(client: socket.socket, end: bytes) -> bytes:
 def test_without_a_free_slot_a_connection_is_closed_and_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for bound in ("module_requests", "proxy_requests"):
-        monkeypatch.setattr(expexp.Limits, bound, 3)
+    monkeypatch.setattr(expexp.Limits, "share", lambda *_: 3)
     go_on, asked = threading.Event(), threading.Semaphore(0)
 
     def answer(connection: socket.socket, _head: bytes) -> None:
@@ -19089,10 +19089,7 @@ def test_nothing_to_listen_on_is_a_warning_and_exit_0() -> None:
     assert re.fullmatch(rf'time="{TIME}" {message}\n', ended.stderr)
 
 
-TAKEN = (
-    "-web.telemetry-path and -web.proxy-path need two paths other than /, /sd, /-/healthy, "
-    "/-/ready and /-/reload"
-)
+TAKEN = "-web.telemetry-path and -web.proxy-path need paths that no endpoint has yet"
 REFUSED_STARTS = {
     "a bad configuration": (
         ["-config", "bad.yaml"],
