@@ -339,7 +339,7 @@ class Deadline:
     """The moment at which a scrape must end. No single wait exceeds `longest_wait` seconds."""
 
     seconds: float
-    clock: Callable[[], float]
+    clock: Callable[[], float] = time.monotonic
     longest_wait: float = math.inf
     client: int = -1  # descriptor of the connection that the client may close
 
@@ -3145,7 +3145,7 @@ class Cache:
         seconds = job.deadline.remaining()
         if job.module.method == "exec":
             longest = scrape_timeout(job.module.timeout, "", 0, job.tools.limits)
-            deadline = Deadline(max(longest, seconds), time.monotonic)
+            deadline = Deadline(max(longest, seconds))
         else:
             try:
                 polled, run.client = socket.socketpair()
@@ -3153,7 +3153,7 @@ class Cache:
                 raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
             cleanup.enter_context(polled)
             cleanup.enter_context(run.client)
-            deadline = Deadline(seconds, time.monotonic, client=polled.fileno())
+            deadline = Deadline(seconds, client=polled.fileno())
         own = job._replace(deadline=deadline, cleanup=cleanup, held=held)
         run.task = Task(cleanup.close, self._make, own, key, run)
         return run
@@ -4470,7 +4470,7 @@ class Application:
         with contextlib.ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, limits)
-                deadline = Deadline(seconds, time.monotonic, client=request.connection)
+                deadline = Deadline(seconds, client=request.connection)
                 held = Held(self._tools)
                 cleanup.callback(held.release)
                 known = snapshot.targets.get(module.name)
@@ -4637,9 +4637,8 @@ def handshake_fault(error: Exception) -> str:
     reason = str(getattr(error, "reason", "EOF"))
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    if isinstance(error, (CertificateError, UnicodeError)):  # UnicodeError: a name in it
-        return "certificate"
-    if re.search("CERTIFICATE|UNKNOWN_CA", reason):  # also an alert that ours is not trusted
+    is_refused = isinstance(error, (CertificateError, UnicodeError))  # UnicodeError: a name in it
+    if is_refused or re.search("CERTIFICATE|UNKNOWN_CA", reason):  # or ours is, by an alert
         return "certificate"
     # "Closed before" are Python's words for a reset.
     return "closed" if re.search("EOF|Closed before", reason) else "protocol"
@@ -4681,7 +4680,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._socket.setblocking(False)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._is_closing = False
-        self._wire = Wire(self._socket, Deadline(self._limits.handshake_seconds, time.monotonic))
+        self._wire = Wire(self._socket, Deadline(self._limits.handshake_seconds))
 
     def handle(self) -> None:
         """Shake hands if the listener speaks TLS, then answer requests."""
@@ -4696,7 +4695,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert could be lost
             return
-        self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
+        self._wire.deadline = Deadline(self._limits.header_seconds)
         try:
             while not self._is_closing:
                 self._answer()
@@ -4731,7 +4730,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         """Discard what the client still sends: to close now would reset the answer."""
         self.server.connections.expose(self._socket)
         self.finish()
-        wire = Wire(self._socket, Deadline(self._limits.unread_seconds, time.monotonic))
+        wire = Wire(self._socket, Deadline(self._limits.unread_seconds))
         left = self._limits.unread_bytes
         with contextlib.suppress(OSError, ScrapeError):
             self._socket.shutdown(socket.SHUT_WR)
@@ -4747,7 +4746,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         # No answer to a client that was admitted under rules that have changed since.
         if not arrived or (self.server.speaks_tls and snapshot.trust != self._snapshot.trust):
             return
-        self._wire.deadline = Deadline(self._limits.header_seconds, time.monotonic)
+        self._wire.deadline = Deadline(self._limits.header_seconds)
         request = Request("-", "-", (), self._client)
         refusal = None
         try:
@@ -4772,7 +4771,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._write(response, request)
         if is_unread:
             self._discard()
-        self._wire.deadline = Deadline(self._limits.idle_seconds, time.monotonic)
+        self._wire.deadline = Deadline(self._limits.idle_seconds)
 
     def _write(self, response: Response, request: Request) -> None:
         """Send a response. Reset the connection if that fails. Raise OSError or ScrapeError."""
@@ -4783,7 +4782,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
                 for piece in self._pieces(response, request):
                     # All pieces together have a deadline, too: that of their scrape.
                     seconds = stall + len(piece) / self._limits.write_bytes_per_second
-                    self._wire.deadline = Deadline(seconds, time.monotonic, stall)
+                    self._wire.deadline = Deadline(seconds, longest_wait=stall)
                     self._wire.send(piece)
                 response.aborted = False
             finally:
