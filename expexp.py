@@ -61,7 +61,6 @@ import base64
 import bisect
 import calendar
 import collections
-import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -96,13 +95,16 @@ import struct
 import subprocess
 import threading
 import time
-import urllib.parse
 import urllib.request
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, Callable, Final, NamedTuple, Union, cast
+from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
+from urllib.parse import quote as percent_encode
 
 try:
     import yaml
@@ -339,7 +341,7 @@ class Deadline:
     """The moment at which a scrape must end. No single wait exceeds `longest_wait` seconds."""
 
     seconds: float
-    clock: Callable[[], float] = time.monotonic
+    clock: Callable[[], float] = monotonic
     longest_wait: float = math.inf
     client: int = -1  # descriptor of the connection that the client may close
 
@@ -397,7 +399,7 @@ def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Add
 
 def parse_query(query: str) -> Pairs:
     """Return the names and values of a query in order. Its bytes were decoded as Latin-1."""
-    pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, encoding="latin-1")
+    pairs = parse_qsl(query, keep_blank_values=True, encoding="latin-1")
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
 
 
@@ -1661,7 +1663,7 @@ def scalar(
             if kind and node.kind != kind:
                 found = f'found the text "{node.text}": remove the quotes'
                 raise NodeError(f"expected a {kind}, {found}", node.place)
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 return convert(node.text)
         text = excerpt(re.sub(r"(?s)\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1...@", node.text))
         shown = {"string": f'"{text}"', "nothing": "nothing"}
@@ -1694,7 +1696,7 @@ def to_address(text: str) -> str:
 
 def to_path(text: str) -> str:
     """Return path and query of a URL, escaped for a request line and with a leading slash."""
-    path = urllib.parse.quote(text.partition("#")[0], safe="/%?&=+,;:@!$'()*~")
+    path = percent_encode(text.partition("#")[0], safe="/%?&=+,;:@!$'()*~")
     return "/" + path.removeprefix("/")
 
 
@@ -1933,7 +1935,7 @@ class DocumentReader:
             around = around.rpartition(".")[0]
         self.problems.append(Problem(self.filename, *(place or self.places[around]), path, message))
 
-    @contextlib.contextmanager
+    @contextmanager
     def noting(self, path: str, what: str = "cannot be read") -> Iterator[None]:
         """Note an error inside as a problem. `what` precedes the words of a system or TLS error."""
         try:
@@ -2057,7 +2059,7 @@ def notify_socket() -> socket.socket:
 def notify(state: str) -> None:
     """Send a state to systemd if it started us and wants it: sd_notify(3). Wait a second. IO."""
     address = os.environ.get("NOTIFY_SOCKET", "")
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if address:
             notify_socket().sendto(state.encode(), re.sub("^@", "\0", address))
 
@@ -2139,7 +2141,7 @@ class FileReader(DocumentReader):
         self.at_start = at_start
         self.files: dict[str, list[int]] = {}
         self.warnings: list[str] = []
-        self.looked = time.monotonic()  # when the files were looked at; infinite during a look
+        self.looked = monotonic()  # when the files were looked at; infinite during a look
         self._tried = self.looked
         self.arguments = arguments
         try:
@@ -2159,10 +2161,10 @@ class FileReader(DocumentReader):
 
     def is_due(self) -> bool:
         """Return whether files have changed, or a failed load is to be retried. IO."""
-        is_late = time.monotonic() - self._tried >= Limits.retry_seconds  # descriptors can lack
+        is_late = monotonic() - self._tried >= Limits.retry_seconds  # descriptors can lack
         return bool(self.problems and is_late) or self.look() != self.files
 
-    def using(self, named: NamedFile) -> contextlib.AbstractContextManager[None]:
+    def using(self, named: NamedFile) -> AbstractContextManager[None]:
         """Note an error inside as a problem with a file."""
         return self.noting(named.setting, f"cannot use {excerpt(named.name, 200)}")
 
@@ -2258,7 +2260,7 @@ class FileReader(DocumentReader):
 def load_bcrypt() -> Any:
     """Return the function crypt_rn of libxcrypt. Raise NodeError if it is missing. IO."""
     for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is for compilers only
-        with contextlib.suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):
             function = ctypes.CDLL(name).crypt_rn
             function.restype = ctypes.c_char_p
             if hash_password(function, b"", "$2b$04$" + "." * 53):
@@ -2283,10 +2285,10 @@ class PasswordChecks:
         self._changed = threading.Condition()
         self._line: list[tuple[bool, float, int]] = []  # the first request hashes
 
-    @contextlib.contextmanager
+    @contextmanager
     def turn(self, is_known: bool) -> Iterator[None]:
         """Wait for the turn to hash. Raise RequestError if too many wait, or one for too long."""
-        own = (not is_known, time.monotonic(), threading.get_ident())
+        own = (not is_known, monotonic(), threading.get_ident())
         try:
             with self._changed:
                 bisect.insort(self._line, own, 1)
@@ -2364,7 +2366,7 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
 
 def canonical_name(text: str) -> str:
     """Return an IP address in its one short form, any other name unchanged."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return str(ipaddress.ip_address(text))
     return text
 
@@ -2687,7 +2689,7 @@ class Loader:
     def target(self, name: str, former: FileReader) -> FileReader:
         """Return the credentials for a module's target, from files of a moment ago. IO."""
         with self._swapping:
-            if time.monotonic() - former.looked < self._limits.rotation_seconds:
+            if monotonic() - former.looked < self._limits.rotation_seconds:
                 return former
             former.looked = math.inf  # while this thread looks, others go on with what there is
         fresh = former
@@ -2698,7 +2700,7 @@ class Loader:
                 if not fresh.problems:
                     LOGGER.info("credentials reloaded: %s", excerpt(", ".join(fresh.files), 400))
         finally:
-            former.looked = time.monotonic()
+            former.looked = monotonic()
         with self._swapping:
             if self.snapshot.credentials is former:  # there was no reload since
                 self.snapshot = self.snapshot._replace(credentials=fresh)
@@ -3115,7 +3117,7 @@ class Cache:
         """Return a fresh answer, cached or new. Raise ScrapeError."""
         module = job.module
         while True:
-            asked = time.monotonic()
+            asked = monotonic()
             with self._lock:
                 run = self._runs.get(key)
                 if not run or run.module != module or asked - run.made >= module.cache:
@@ -3139,7 +3141,7 @@ class Cache:
     def _start(self, job: Job, key: Any) -> Run:
         """Start a run for a request in a thread of its own. Raise ScrapeError."""
         run = Run(job.module)
-        cleanup = contextlib.ExitStack()
+        cleanup = ExitStack()
         held = Held(job.tools)
         cleanup.callback(held.release)
         seconds = job.deadline.remaining()
@@ -3188,7 +3190,7 @@ class Cache:
             if isinstance(outcome, Scrape) and outcome.status == OK:
                 run.size = body_size(outcome)
             if run.size <= most:  # or else all others would go for nothing
-                run.made = time.monotonic()
+                run.made = monotonic()
                 self._runs[key] = run
             made = [each for each in self._runs.items() if each[1].made < math.inf]
             while len(made) > limits.cache_entries or sum(r.size for _, r in made) > most:
@@ -3227,7 +3229,7 @@ def acquire(lock: Lock, deadline: Deadline) -> None:
         wait(deadline, {}, 0)
 
 
-@contextlib.contextmanager
+@contextmanager
 def hold(lock: Lock, deadline: Deadline) -> Iterator[None]:
     """Hold a lock or a semaphore. Raise ScrapeError."""
     acquire(lock, deadline)
@@ -3254,7 +3256,7 @@ def numeric_addresses(host: str, port: int) -> Any:
     # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
     hosts = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
     found: list[Any] = []
-    with contextlib.suppress(socket.gaierror):
+    with suppress(socket.gaierror):
         for each in hosts:
             flags = socket.AI_NUMERICHOST
             found += socket.getaddrinfo(each, port, type=socket.SOCK_STREAM, flags=flags)
@@ -3310,14 +3312,14 @@ class Commands:
             # Not in the child before exec: Python code there can deadlock in a program of threads.
             limits = self._soft_descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             # AttributeError: not on Linux. ValueError: prlimit(1) has lowered the hard limit.
-            with contextlib.suppress(OSError, AttributeError, ValueError):
+            with suppress(OSError, AttributeError, ValueError):
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
         return process
 
     def end(self, process: Process) -> None:
         """Send TERM to a command's group. The reaper sends KILL later, outside the request."""
         signal_group(process, signal.SIGTERM)
-        due = time.monotonic() + self._limits.term_to_kill_seconds
+        due = monotonic() + self._limits.term_to_kill_seconds
         # Rounded up: the reaper wakes once for many groups.
         self._ending.put((math.ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
 
@@ -3326,10 +3328,10 @@ class Commands:
         due, process = self._ending.get()  # until its leader is reaped, a group's id is its own
         while True:
             try:
-                time.sleep(max(0, due - time.monotonic()))
+                time.sleep(max(0, due - monotonic()))
                 signal_group(process, signal.SIGKILL)
                 if process.poll() is None:  # it dies soon, or hangs in the kernel
-                    self._ending.put((time.monotonic() + REAPING_SECONDS, process))
+                    self._ending.put((monotonic() + REAPING_SECONDS, process))
                 else:
                     self.running.pop(process, None)
                     self._reap_orphans()
@@ -3340,7 +3342,7 @@ class Commands:
     def _reap_orphans(self) -> None:
         """Reap what commands have left behind. A container's first process is its parent."""
         # The kernel makes it a child of the main thread. Children of other threads are not listed.
-        with contextlib.suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+        with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = set(map(int, file.read().split()))
             known = {process.pid for process in list(self.running)}
             for orphan in children - known:
@@ -3350,8 +3352,8 @@ class Commands:
         """End the groups of all commands at shutdown."""
         for process in list(self.running):
             self.end(process)
-        end = time.monotonic() + 2 * self._limits.term_to_kill_seconds
-        while self.running and time.monotonic() < end:
+        end = monotonic() + 2 * self._limits.term_to_kill_seconds
+        while self.running and monotonic() < end:
             time.sleep(0.01)
 
 
@@ -3372,7 +3374,7 @@ def start_fault(error: Exception, command: str, path: bytes) -> str:
 
 def signal_group(process: Process, number: int) -> None:
     """Send a signal to the group of a process, unless the process has been reaped."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with suppress(ProcessLookupError, PermissionError):
         if process.returncode is None:
             os.killpg(process.pid, number)
 
@@ -3417,7 +3419,7 @@ class Job(NamedTuple):
     headers: Headers  # the client's, without what expexp itself consumed
     client: str
     deadline: Deadline
-    cleanup: contextlib.ExitStack
+    cleanup: ExitStack
     held: Held
     tools: Tools
     credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
@@ -3549,8 +3551,8 @@ def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, s
 
 def origin_of(url: str) -> str:
     """Return scheme and address of a URL, without user, final dot and default port."""
-    parts = urllib.parse.urlsplit(url)
-    address = urllib.parse.unquote(parts.netloc).rpartition("@")[2].lower()
+    parts = urlsplit(url)
+    address = unquote(parts.netloc).rpartition("@")[2].lower()
     host = address.removesuffix(DEFAULT_PORTS.get(parts.scheme, ""))
     return f"{parts.scheme}://{host.replace('.:', ':').removesuffix('.')}"
 
@@ -3560,7 +3562,7 @@ def fetch(job: Job) -> Any:
     url: str = job.module.target.url
     # `params=name=value` is a parameter of that name. The path's own parameters follow.
     pairs = [v.partition(b"=")[::2] if n == b"params" else (n, v) for n, v in job.pairs]
-    queries = urllib.parse.urlencode(pairs), job.module.target.path.partition("?")[2]
+    queries = urlencode(pairs), job.module.target.path.partition("?")[2]
     if any(queries):
         url += "?" + "&".join(filter(None, queries))
     for _ in range(10):  # as many requests as Go's client sends, redirects included
@@ -3570,11 +3572,11 @@ def fetch(job: Job) -> Any:
             return response
         response.close()  # its body is not read
         former = origin_of(url)
-        url = urllib.parse.urljoin(url, urllib.parse.quote(location, URL_CHARACTERS, "latin-1"))
+        url = urljoin(url, percent_encode(location, URL_CHARACTERS, "latin-1"))
         if origin_of(url) != former:
             break
     # Prometheus would follow it on our address, and take other metrics for the target's.
-    path = urllib.parse.urlsplit(url).path.rpartition("@")[2]  # user, password, query may be secret
+    path = urlsplit(url).path.rpartition("@")[2]  # user, password, query may be secret
     words = f"redirect {response.status} not followed: it leads to {origin_of(url)}{path}"
     raise ScrapeError("status", f"{excerpt(words, 300)}; set path, port or scheme")
 
@@ -3672,11 +3674,11 @@ def connect_container(job: Job) -> Wire:
     known = job.tools.containers
     name = (target.container_host, target.container, target.port)
     asked, address = known.get(name, (-math.inf, ()))
-    if time.monotonic() - asked < job.tools.limits.container_seconds:
-        with contextlib.suppress(OSError, ScrapeError):
+    if monotonic() - asked < job.tools.limits.container_seconds:
+        with suppress(OSError, ScrapeError):
             return connect_host(job, *address)
     known.pop(name, None)  # now: an address that does not answer has used up all the time
-    asked = time.monotonic()
+    asked = monotonic()
     address = find_container(job)
     known[name] = asked, address
     try:
@@ -3745,9 +3747,9 @@ def scrape_exec(job: Job) -> Scrape:
     job.tools.metrics.increment("expexp_command_starts_total", name)
     process = commands.start(job)
     words = bytearray()
-    exited: Any = contextlib.nullcontext()
+    exited: Any = nullcontext()
     try:
-        with contextlib.suppress(AttributeError, OSError):  # not Linux, or before 5.3
+        with suppress(AttributeError, OSError):  # not Linux, or before 5.3
             exited = io.FileIO(os.pidfd_open(process.pid))
         with process.stdout, process.stderr, exited as readable:
             return text_scrape(join_pieces(job, command_pieces(job, process, readable, words)))
@@ -3804,7 +3806,7 @@ def read_module_path(job: Job) -> Scrape:
         return text_scrape(join_pieces(job, pieces), modified)
 
 
-@contextlib.contextmanager
+@contextmanager
 def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
     """Open a module's file or FIFO. Raise OSError, or ScrapeError if it is of another kind."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO may have no writer
@@ -3898,7 +3900,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
             body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
         # Measured with 40 clients that ask for 50 MB: others have a p99 of 90 to 156 ms, not 375.
         is_large = len(body) > MEBIBYTE
-        with hold(job.tools.verifications, job.deadline) if is_large else contextlib.nullcontext():
+        with hold(job.tools.verifications, job.deadline) if is_large else nullcontext():
             samples = verify_exposition(body, content_type, job.deadline.tick)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
@@ -4017,7 +4019,7 @@ def answer_job(job: Job) -> Scrape:
 # A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
 # here. `handle` never raises: it catches Exception, as loading does, and nothing else.
 
-STARTED: Final = time.monotonic()
+STARTED: Final = monotonic()
 OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
 
 
@@ -4055,7 +4057,7 @@ class Response:
     status: int
     headers: Headers
     body: bytes | Pieces = b""
-    cleanup: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
+    cleanup: ExitStack = dataclasses.field(default_factory=ExitStack)
     aborted: bool = False  # the client has hung up, or it failed after the status was sent
     module: str = ""  # the module whose duration is observed, if any
 
@@ -4156,12 +4158,12 @@ class History:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._lock = threading.Lock()
-        self._succeeded_at = time.monotonic()
+        self._succeeded_at = monotonic()
 
     def note(self, started: float, **outcome: Any) -> None:
         """Keep the outcome of a scrape, which has `started` (monotonic), for the page at /."""
         now = utc_time(int(time.time()))
-        seconds = round(time.monotonic() - started, 4)
+        seconds = round(monotonic() - started, 4)
         self.failing_since = (self.failing_since or now) if "error" in outcome else None
         state = "failing" if self.failing_since else "ok"
         self.last_scrape = {"time": now, "seconds": seconds, "state": state, **outcome}
@@ -4169,29 +4171,29 @@ class History:
     def succeed(self, name: str) -> None:
         """Log that the module has recovered, if the last warning was about a failure."""
         with self._lock:
-            self._succeeded_at = time.monotonic()
+            self._succeeded_at = monotonic()
             if self._logged:
                 self._warn("", f"module {name}: recovered")
 
     def fail(self, reason: str, text: str, patience: float) -> None:
         """Log a failure: at debug if a scrape has succeeded in the last `patience` seconds."""
         with self._lock:
-            is_due = time.monotonic() - self._logged_at >= self._limits.failure_reminder_seconds
+            is_due = monotonic() - self._logged_at >= self._limits.failure_reminder_seconds
             is_news = is_due or reason not in ("busy", self._logged)  # no scrape recovers from busy
-            is_news = is_news and time.monotonic() - self._succeeded_at >= patience
+            is_news = is_news and monotonic() - self._succeeded_at >= patience
             if is_news and self._warn(reason, text):
                 return
         LOGGER.debug("%s", text)
 
     def _warn(self, reason: str, text: str) -> bool:
         """Log a warning. Return False, and count it, soon after the last one."""
-        if time.monotonic() - self._logged_at < self._limits.failure_pause_seconds:
+        if monotonic() - self._logged_at < self._limits.failure_pause_seconds:
             self._left_out += 1
             return False
         more = f" ({self._left_out} more left out)" if self._left_out else ""
         LOGGER.warning("%s%s", text, more)
         self._left_out = 0
-        self._logged_at = time.monotonic()
+        self._logged_at = monotonic()
         if reason != "busy":
             self._logged = reason
         return True
@@ -4301,7 +4303,7 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
         known = {"state": "never", **about, **(about["last_scrape"] or {})}
         known["name"] = excerpt(name, 200)
         known["target"] = excerpt(about["target"], 200)
-        link = f"{options['web.proxy-path']}?module={urllib.parse.quote(name, safe='')}"
+        link = f"{options['web.proxy-path']}?module={percent_encode(name, safe='')}"
         rows.append(fill(ROW, link=link, **known))
     rows.sort()  # by the state, with which a row begins: failing, never, ok
     page = PAGE_START
@@ -4324,10 +4326,10 @@ def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
     put("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
     if own.value.tls:
         put("expexp_tls_certificate_expiry_timestamp_seconds", to=own.value.tls.expires)
-    put("process_start_time_seconds", to=round(time.time() - time.monotonic() + STARTED, 2))
+    put("process_start_time_seconds", to=round(time.time() - monotonic() + STARTED, 2))
     put("process_cpu_seconds_total", to=time.process_time())
     put("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-    with contextlib.suppress(OSError), open("/proc/self/stat", "rb") as file:
+    with suppress(OSError), open("/proc/self/stat", "rb") as file:
         # The program's name may contain blanks and brackets. proc(5) counts from 1.
         fields = file.read().rpartition(b")")[2].split()
         put("process_threads", to=int(fields[17]))
@@ -4410,7 +4412,7 @@ class Application:
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
         """Return the response, also if the server could not read the request (`refusal`)."""
-        started = time.monotonic()
+        started = monotonic()
         self.metrics.increment("expexp_http_requests_in_flight")
         try:
             response = self._route(request, refusal)
@@ -4424,7 +4426,7 @@ class Application:
 
     def _finish(self, request: Request, response: Response, started: float) -> None:
         """Count and log a request that has been answered."""
-        seconds = time.monotonic() - started
+        seconds = monotonic() - started
         path = request.path if request.path in self._routes else "other"
         status = int(response.status)
         self.metrics.increment("expexp_http_requests_in_flight", by=-1)
@@ -4466,8 +4468,8 @@ class Application:
         history = self._histories[module.name]
         is_early = seconds < (module.timeout or limits.scrape_seconds)
         patience = limits.failure_reminder_seconds if is_early else 0
-        attempt = Attempt(module, history, self.metrics, time.monotonic(), patience)
-        with contextlib.ExitStack() as cleanup:
+        attempt = Attempt(module, history, self.metrics, monotonic(), patience)
+        with ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, limits)
                 deadline = Deadline(seconds, client=request.connection)
@@ -4581,9 +4583,9 @@ class Connections:
         """Wait until few evicted connections still have a thread."""
         # Measured on a busy host: floods left 8,000 of them. Each that waits for the interpreter's
         # lock wakes 200 times a second: expexp answered nothing for minutes.
-        end = time.monotonic() + Limits.evicted_seconds
+        end = monotonic() + Limits.evicted_seconds
         while len(self._ending) > Limits.evicted_connections:
-            if time.monotonic() > end:
+            if monotonic() > end:
                 self._ending.clear()  # no thread may have begun
             time.sleep(0.001)
 
@@ -4618,15 +4620,15 @@ class Connections:
             return False
         self.remove(oldest)
         self._ending.add(oldest)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             oldest.shutdown(socket.SHUT_RDWR)  # wakes its thread
         return True
 
     def drain(self, seconds: float) -> bool:
         """Evict connections, wait for the others. Return whether all have ended in time."""
         self.draining = True
-        end = time.monotonic() + seconds
-        while self._open and time.monotonic() < end:
+        end = monotonic() + seconds
+        while self._open and monotonic() < end:
             if not self.evict():
                 time.sleep(0.01)
         return not self._open
@@ -4722,7 +4724,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         """Send close_notify and close the duplicate socket. The server closes the plain one."""
         if isinstance(self._wire.connection, ssl.SSLSocket):
-            with contextlib.suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):
                 self._wire.connection.unwrap()
             self._wire.close()
 
@@ -4732,7 +4734,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.finish()
         wire = Wire(self._socket, Deadline(self._limits.unread_seconds))
         left = self._limits.unread_bytes
-        with contextlib.suppress(OSError, ScrapeError):
+        with suppress(OSError, ScrapeError):
             self._socket.shutdown(socket.SHUT_WR)
             while left > 0 and (piece := wire.receive(PIECE_BYTES)):
                 left -= len(piece)
@@ -4866,7 +4868,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Note that the loop runs, for systemd's watchdog. Fit the slots to the descriptors."""
-        self.ran = time.monotonic()
+        self.ran = monotonic()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # prlimit(1) may have lowered it
         most = min(self.limits.connections, soft // self.limits.connection_descriptors)
         self.application.metrics.set("expexp_open_connections", to=self.connections.fit(most))
@@ -4958,7 +4960,7 @@ class LogWriter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line of a record, or drop it. The handler's lock admits one thread."""
-        with contextlib.suppress(MemoryError, RuntimeError):
+        with suppress(MemoryError, RuntimeError):
             if self._lines.qsize() < self._limits.log_queue_lines:
                 self._lines.put(f"{self.format(record)}\n".encode("utf-8", "replace"))
                 return
@@ -4985,7 +4987,7 @@ class LogWriter(logging.Handler):
 
     def _drop(self) -> None:
         """Count a dropped line."""
-        with contextlib.suppress(MemoryError):
+        with suppress(MemoryError):
             self._metrics.increment("expexp_log_lines_dropped_total")
 
 
@@ -5007,7 +5009,7 @@ def log_thread_error(ended: Any) -> None:
 
 def tell(text: str) -> None:
     """Write to stderr, if there is one."""
-    with contextlib.suppress(AttributeError, OSError):
+    with suppress(AttributeError, OSError):
         sys.stderr.write(text)
 
 
@@ -5099,14 +5101,14 @@ class Program:
         is_ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         microseconds = os.environ.get("WATCHDOG_USEC") if is_ours else None
         seconds = float(microseconds or math.inf) / 4e6  # a quarter: sd_watchdog_enabled(3)
-        notified = time.monotonic()
+        notified = monotonic()
         while not self._is_ending:
             try:
                 time.sleep(POLL_SECONDS)
                 if self._is_hung_up:
                     self._is_hung_up = False
                     self._is_reload_wanted.set()
-                now = time.monotonic()
+                now = monotonic()
                 if now - notified >= seconds >= now - min(server.ran for server in self.servers):
                     notified = now
                     notify("WATCHDOG=1")
@@ -5200,7 +5202,7 @@ def perform(options: Options, limits: Limits) -> int:
     if options["verify.content-type"] and not options["verify"]:
         raise FlagError("flag -verify.content-type needs -verify.")
     if options["help"]:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.write(1, render_usage().encode())
     elif options["version"]:
         tell(f"expexp {__version__} (revision {REVISION}, Python {platform.python_version()})\n")
@@ -5216,7 +5218,7 @@ def perform(options: Options, limits: Limits) -> int:
         program.listen()
         # glibc keeps an arena for each thread: 1.5 GB stayed after 40 bodies of 50 MB. With blocks
         # from 1 MiB mapped apart, 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
-        with contextlib.suppress(OSError, AttributeError):  # musl has neither
+        with suppress(OSError, AttributeError):  # musl has neither
             library = ctypes.CDLL(None)
             library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
             library.malloc_trim(0)  # of loading the configuration

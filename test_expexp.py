@@ -14300,7 +14300,7 @@ def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_as_it_is(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return usual(name, *arguments, **named)
 
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(expexp, "monotonic", lambda: now[0])
     monkeypatch.setattr("builtins.open", open_if_possible)
     path.write_text("two")
     log.clear()
@@ -14361,7 +14361,7 @@ def test_files_are_looked_at_once_in_a_while(
         looks.append(str(name))
         return look(name, *arguments, **named)
 
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(expexp, "monotonic", lambda: now[0])
     monkeypatch.setattr(os, "stat", count)
     found = []
     for seconds in (0, 0, 0.5, 0.49, 0.02, 0, 0.9, 3600, 0):
@@ -14783,7 +14783,7 @@ def test_failures_are_logged_when_they_are_news(
     now = 0.0
     caplog.set_level(logging.DEBUG, "expexp")
     limits = expexp.Limits()
-    monkeypatch.setattr(expexp, "time", types.SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(expexp, "monotonic", lambda: now)
     history = expexp.History(limits)
     for at, outcome, expected in steps:
         now = at
