@@ -77,7 +77,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import math
 import operator
 import os
 import platform
@@ -101,7 +100,9 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from time import monotonic
+from math import ceil, inf, isinf
+from select import POLLIN, POLLOUT
+from time import monotonic, sleep
 from typing import Any, Callable, Final, NamedTuple, Union, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.parse import quote as percent_encode
@@ -342,12 +343,12 @@ class Deadline:
 
     seconds: float
     clock: Callable[[], float] = monotonic
-    longest_wait: float = math.inf
+    longest_wait: float = inf
     client: int = -1  # descriptor of the connection that the client may close
 
     def __post_init__(self) -> None:
         self._at = self.clock() + self.seconds
-        self._yield_at = math.inf  # remaining seconds
+        self._yield_at = inf  # remaining seconds
 
     def share(self, count: int) -> Deadline:
         """Return a deadline after one of `count` equal parts of the remaining time."""
@@ -365,7 +366,7 @@ class Deadline:
         left = self.remaining()
         if left < self._yield_at:
             self._yield_at = left - 0.001
-            time.sleep(0)  # or each step of another thread waits for 5 ms, Python's interval
+            sleep(0)  # or each step of another thread waits for 5 ms, Python's interval
 
 
 def parse_duration(text: str) -> float:
@@ -415,7 +416,7 @@ def scrape_timeout(module: float, header: str, offset: float, limits: Limits) ->
         client = float(header)
     except ValueError:
         client = 0  # ignored, as are 0, negative numbers, nan and inf
-    if not 0 < client < math.inf:
+    if not 0 < client < inf:
         return min(module or limits.scrape_seconds, limits.longest_scrape_seconds)
     left = client - offset if client > offset else client / 2  # the offset: for the way back
     return min(left, module or limits.client_scrape_seconds, limits.longest_scrape_seconds)
@@ -829,7 +830,7 @@ def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
     found = form.fullmatch(number)
     if not found:
         raise source.expected(start, what)
-    if found[1] and math.isinf(float(found[1])):
+    if found[1] and isinf(float(found[1])):
         raise source.expected(start, "a number within the range of float64")
     return number
 
@@ -2624,7 +2625,7 @@ class ConfigLoader(FileReader):
 
     def _add(self, source: DocumentReader, name: str, node: Node) -> None:
         """Add a module if it has no problems. A missing command or file is a warning. IO."""
-        time.sleep(0)  # a reload of 300 modules would keep the interpreter's lock from scrapes
+        sleep(0)  # a reload of 300 modules would keep the interpreter's lock from scrapes
         path = f"modules.{name}"
         module = source.module(name, node)
         here = str(Problem(source.filename, *node.place, "", ""))
@@ -2691,7 +2692,7 @@ class Loader:
         with self._swapping:
             if monotonic() - former.looked < self._limits.rotation_seconds:
                 return former
-            former.looked = math.inf  # while this thread looks, others go on with what there is
+            former.looked = inf  # while this thread looks, others go on with what there is
         fresh = former
         try:
             if former.is_due():
@@ -2798,7 +2799,7 @@ def render_head(first_line: str, headers: Iterable[Pair]) -> bytes:
     return text.encode("latin-1", "replace")
 
 
-def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.inf) -> set[int]:
+def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) -> set[int]:
     """Return the ready descriptors, none after `longest` seconds. Raise ScrapeError."""
     poll = select.poll()
     for source, event in events.items():
@@ -2810,7 +2811,7 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = math.in
     if deadline.client in ready:
         # Measured for 520 at once: another scrape has a p99 of 65 to 196 ms, not of 252 to 274 ms.
         most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # a late one holds a FIFO
-        time.sleep(random.random() * most)  # noqa: S311 - no secret
+        sleep(random.random() * most)  # noqa: S311 - no secret
         raise ScrapeError("aborted", "the client closed its side before the answer")
     return ready
 
@@ -2830,9 +2831,9 @@ class Wire:
             try:
                 return operation(*arguments)
             except ssl.SSLWantReadError:  # TLS may have to read before it can write
-                awaited = select.POLLIN
+                awaited = POLLIN
             except ssl.SSLWantWriteError:
-                awaited = select.POLLOUT
+                awaited = POLLOUT
             except BlockingIOError:
                 awaited = event
             if not wait(self.deadline, {self.connection: awaited}):
@@ -2843,7 +2844,7 @@ class Wire:
         tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
         self.connection = tls
         try:
-            self.attempt(tls.do_handshake, select.POLLIN)
+            self.attempt(tls.do_handshake, POLLIN)
         except ssl.SSLError as error:
             if TLS_END.search(str(error)):
                 raise ConnectionResetError("closed during the TLS handshake") from None
@@ -2875,7 +2876,7 @@ class Wire:
     def _fill(self) -> bool:
         """Receive one more piece. Return False if the peer has closed."""
         self.deadline.remaining()  # the peer may always have something to read
-        piece = self.attempt(self.connection.recv, select.POLLIN, PIECE_BYTES)
+        piece = self.attempt(self.connection.recv, POLLIN, PIECE_BYTES)
         self._received += piece
         return bool(piece)
 
@@ -2890,7 +2891,7 @@ class Wire:
         rest = memoryview(content)
         while rest:
             piece = rest[: 4 * PIECE_BYTES]
-            rest = rest[self.attempt(self.connection.send, select.POLLOUT, piece) :]
+            rest = rest[self.attempt(self.connection.send, POLLOUT, piece) :]
 
     def close(self) -> None:
         """Close the connection."""
@@ -2919,7 +2920,7 @@ class TargetExchange:
         self._most = most  # bytes of the answer's head
         self._request = b""
         self.close = wire.close
-        self.length = math.inf  # bytes of the body; inf: not announced
+        self.length = inf  # bytes of the body; inf: not announced
         self.count = 0  # bytes of the body that were read
 
     def set_debuglevel(self, _level: int) -> None:
@@ -2992,7 +2993,7 @@ class TargetExchange:
             self.count += len(piece)
             left -= len(piece)
             yield piece
-        if 0 < left < math.inf:
+        if 0 < left < inf:
             words = f"the target closed after {self.count} bytes of its body"
             raise ScrapeError("truncated", words)
 
@@ -3098,8 +3099,8 @@ class Run:
 
     module: Module  # a reload may have changed it since
     task: Any = None
-    made: float = math.inf  # completion time (monotonic); inf while running
-    size: float = math.inf  # of a good answer's body, in bytes
+    made: float = inf  # completion time (monotonic); inf while running
+    size: float = inf  # of a good answer's body, in bytes
     waiting: int = 0  # requests that wait for the outcome
     #: The scrape polls the other end of this socket as its client, and ends when it is closed. A
     #: command has none: if it is too slow for one scrape, it answers the next.
@@ -3164,7 +3165,7 @@ class Cache:
         """Stop waiting for a run. End it without other waiters, unless it is a command's."""
         with self._lock:
             run.waiting -= 1
-            if run.client and not run.waiting and run.made == math.inf:
+            if run.client and not run.waiting and run.made == inf:
                 run.client.close()
                 if self._runs.get(key) is run:  # or else a reload has changed the module
                     del self._runs[key]  # the next request begins another one
@@ -3192,7 +3193,7 @@ class Cache:
             if run.size <= most:  # or else all others would go for nothing
                 run.made = monotonic()
                 self._runs[key] = run
-            made = [each for each in self._runs.items() if each[1].made < math.inf]
+            made = [each for each in self._runs.items() if each[1].made < inf]
             while len(made) > limits.cache_entries or sum(r.size for _, r in made) > most:
                 del self._runs[made.pop(0)[0]]
 
@@ -3250,7 +3251,6 @@ def wait_for(task: Task, deadline: Deadline) -> Any:
         return task.outcome[0]
 
 
-@functools.lru_cache(maxsize=1024)
 def numeric_addresses(host: str, port: int) -> Any:
     """Return the entries of getaddrinfo for localhost or a numeric address, [] for a name."""
     # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
@@ -3321,14 +3321,14 @@ class Commands:
         signal_group(process, signal.SIGTERM)
         due = monotonic() + self._limits.term_to_kill_seconds
         # Rounded up: the reaper wakes once for many groups.
-        self._ending.put((math.ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
+        self._ending.put((ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
 
     def _reap(self) -> None:
         """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
         due, process = self._ending.get()  # until its leader is reaped, a group's id is its own
         while True:
             try:
-                time.sleep(max(0, due - monotonic()))
+                sleep(max(0, due - monotonic()))
                 signal_group(process, signal.SIGKILL)
                 if process.poll() is None:  # it dies soon, or hangs in the kernel
                     self._ending.put((monotonic() + REAPING_SECONDS, process))
@@ -3337,7 +3337,7 @@ class Commands:
                     self._reap_orphans()
                 due, process = self._ending.get()
             except (MemoryError, RuntimeError):  # noqa: PERF203 - the same leader is tried again
-                time.sleep(REAPING_SECONDS)
+                sleep(REAPING_SECONDS)
 
     def _reap_orphans(self) -> None:
         """Reap what commands have left behind. A container's first process is its parent."""
@@ -3354,7 +3354,7 @@ class Commands:
             self.end(process)
         end = monotonic() + 2 * self._limits.term_to_kill_seconds
         while self.running and monotonic() < end:
-            time.sleep(0.01)
+            sleep(0.01)
 
 
 def start_fault(error: Exception, command: str, path: bytes) -> str:
@@ -3470,15 +3470,13 @@ def connect_any(job: Job, addresses: Any) -> Wire:
 
 def connect_one(entry: Any, deadline: Deadline) -> Wire:
     """Return a connection to one of getaddrinfo's entries. Raise OSError or ScrapeError."""
-    family, kind, protocol, _, address = entry
-    connection = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
-    wire = Wire(connection, deadline)
+    wire = Wire(socket.socket(entry[0], entry[1] | socket.SOCK_NONBLOCK, entry[2]), deadline)
     try:
-        if family == socket.AF_UNIX:  # a full backlog is EAGAIN; poll does not wait for it
-            connection.connect(address)
+        if entry[0] == socket.AF_UNIX:  # a full backlog is EAGAIN; poll does not wait for it
+            wire.connection.connect(entry[-1])
         else:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire.attempt(connection.connect, select.POLLOUT, address)
+            wire.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            wire.attempt(wire.connection.connect, POLLOUT, entry[-1])
     except (OSError, ScrapeError):
         wire.close()
         raise
@@ -3591,7 +3589,7 @@ def scrape_http(job: Job) -> Scrape:
     if job.module.verify:
         body = join_pieces(job, body)
         response.close()  # a client that reads slowly keeps no connection to the target
-    elif response.length < math.inf:
+    elif response.length < inf:
         headers.append(("Content-Length", f"{response.length:d}"))
     return Scrape(response.status, headers, body)
 
@@ -3673,7 +3671,7 @@ def connect_container(job: Job) -> Wire:
     target = job.module.target
     known = job.tools.containers
     name = (target.container_host, target.container, target.port)
-    asked, address = known.get(name, (-math.inf, ()))
+    asked, address = known.get(name, (-inf, ()))
     if monotonic() - asked < job.tools.limits.container_seconds:
         with suppress(OSError, ScrapeError):
             return connect_host(job, *address)
@@ -3712,11 +3710,11 @@ def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Pie
     """Yield a command's stdout, keep the end of its stderr in `words`. Raise ScrapeError."""
     stdout = process.stdout.fileno()
     pipes = {stdout, process.stderr.fileno()}
-    awaited = dict.fromkeys(pipes, select.POLLIN)
+    awaited = dict.fromkeys(pipes, POLLIN)
     longest = 0.02
     if exited:
-        awaited[exited.fileno()] = select.POLLIN
-        longest = math.inf
+        awaited[exited.fileno()] = POLLIN
+        longest = inf
     while True:
         # First the exit, then the pipes, which hold all before it: a grandchild may not close them.
         fault = exit_of(process)
@@ -3855,7 +3853,7 @@ def read_fifo(job: Job, key: str) -> Scrape:
                 pass
         fifo.close()
         with open_path(job, stat.S_IFIFO) as file:
-            while not wait(job.deadline, {file: select.POLLIN}):
+            while not wait(job.deadline, {file: POLLIN}):
                 pass
             fifo.torn = io.FileIO(os.dup(file.fileno()))
             body = join_pieces(job, fifo_pieces(job, file))
@@ -3868,7 +3866,7 @@ def fifo_pieces(job: Job, file: io.FileIO) -> Pieces:
     piece = None
     while piece != b"":
         # Without a writer poll reports nothing, but read returns as if at the end: poll first.
-        if wait(job.deadline, {file: select.POLLIN}):
+        if wait(job.deadline, {file: POLLIN}):
             piece = file.read(PIECE_BYTES)  # None if another reader was faster
             yield piece or b""
 
@@ -4140,7 +4138,6 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     raise RequestError(401, wrong, ("WWW-Authenticate", challenges))
 
 
-@functools.lru_cache(maxsize=1)
 def utc_time(seconds: int) -> str:
     """Return a Unix time in words, such as `2026-11-30T15:12:20Z`."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
@@ -4152,7 +4149,7 @@ class History:
     last_scrape: dict[str, Any] | None = None
     failing_since: str | None = None
     _logged = ""  # the reason in the last warning
-    _logged_at = -math.inf
+    _logged_at = -inf
     _left_out = 0  # warnings since then
 
     def __init__(self, limits: Limits) -> None:
@@ -4587,7 +4584,7 @@ class Connections:
         while len(self._ending) > Limits.evicted_connections:
             if monotonic() > end:
                 self._ending.clear()  # no thread may have begun
-            time.sleep(0.001)
+            sleep(0.001)
 
     def fit(self, most: int) -> int:
         """Change the number of slots. Evict connections beyond it. Return how many are left."""
@@ -4630,7 +4627,7 @@ class Connections:
         end = monotonic() + seconds
         while self._open and monotonic() < end:
             if not self.evict():
-                time.sleep(0.01)
+                sleep(0.01)
         return not self._open
 
 
@@ -4707,7 +4704,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def _shake_hands(self) -> None:
         """Shake hands and check the client's certificate. Raise OSError or ScrapeError."""
         self.server.connections.expose(self._socket)
-        first = self._wire.attempt(self._socket.recv, select.POLLIN, 1, socket.MSG_PEEK)
+        first = self._wire.attempt(self._socket.recv, POLLIN, 1, socket.MSG_PEEK)
         tls: Any = self._snapshot.credentials.value.tls
         if first not in (b"\x16", b""):  # of a handshake: RFC 8446, 5.1; empty if closed
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
@@ -4864,7 +4861,7 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 return super().serve_forever(poll_interval)
             except (MemoryError, RuntimeError):  # noqa: PERF203 - this thread must not end
-                time.sleep(self.limits.accept_pause_seconds)
+                sleep(self.limits.accept_pause_seconds)
 
     def service_actions(self) -> None:
         """Note that the loop runs, for systemd's watchdog. Fit the slots to the descriptors."""
@@ -4885,7 +4882,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Evict a batch of connections. Wait until their threads have ended."""
         for _ in range(16):  # one at a time, a scrape behind 300 idle clients waits for 15 s
             self.connections.evict()
-        time.sleep(self.limits.accept_pause_seconds)
+        sleep(self.limits.accept_pause_seconds)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Serve a connection in a thread of its own. Close it if there is no slot or no thread."""
@@ -5100,11 +5097,11 @@ class Program:
         threading.Thread(target=self._keep_reloading, daemon=True).start()
         is_ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         microseconds = os.environ.get("WATCHDOG_USEC") if is_ours else None
-        seconds = float(microseconds or math.inf) / 4e6  # a quarter: sd_watchdog_enabled(3)
+        seconds = float(microseconds or inf) / 4e6  # a quarter: sd_watchdog_enabled(3)
         notified = monotonic()
         while not self._is_ending:
             try:
-                time.sleep(POLL_SECONDS)
+                sleep(POLL_SECONDS)
                 if self._is_hung_up:
                     self._is_hung_up = False
                     self._is_reload_wanted.set()
@@ -5137,7 +5134,7 @@ class Program:
                 if is_wanted or (found == former and config.is_due()):  # no file is being written
                     self.application.reload()
             except (MemoryError, RuntimeError, RequestError):  # noqa: PERF203 - go on
-                time.sleep(self.application.limits.accept_pause_seconds)
+                sleep(self.application.limits.accept_pause_seconds)
 
     def stop(self) -> None:
         """Stop accepting, finish what runs, end commands."""

@@ -2521,7 +2521,7 @@ def test_work_with_a_deadline_lets_other_threads_run_once_a_millisecond(
 ) -> None:
     now = 100.0
     yields: list[float] = []
-    monkeypatch.setattr(time, "sleep", yields.append)
+    monkeypatch.setattr(expexp, "sleep", yields.append)
     deadline = expexp.Deadline(1, lambda: now)
     for _ in range(1000):
         deadline.tick()
