@@ -66,7 +66,6 @@ import dataclasses
 import difflib
 import errno
 import fnmatch
-import functools
 import hashlib
 import hmac
 import html
@@ -100,8 +99,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache, partial
 from math import ceil, inf, isinf
 from select import POLLIN, POLLOUT
+from ssl import SSLContext
+from threading import BoundedSemaphore, Lock, Semaphore
 from time import monotonic, sleep
 from typing import Any, Callable, Final, NamedTuple, Union, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
@@ -1313,7 +1315,7 @@ class SelfMetrics:
     """The series of SELF_METRICS. All threads share them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._samples: dict[str, dict[tuple[str, ...], float]] = collections.defaultdict(dict)
         for name in (*SELF_METRICS["counter",], "expexp_open_connections"):
             self.increment(name, by=0)
@@ -1639,7 +1641,7 @@ def build_json(value: Any) -> Node:
 
 def parse_json(text: str) -> Node:
     """Return the tree of a JSON text, without places. Raise NodeError."""
-    number = functools.partial(Node, "number")
+    number = partial(Node, "number")
     hooks: Any = {"parse_int": number, "parse_float": number, "parse_constant": number}
     try:
         return build_json(json.loads(text, object_pairs_hook=tuple, **hooks))
@@ -1785,18 +1787,18 @@ class HttpTarget:
     content_type: str = key(scalar("one line of Latin-1 text", LINE))
     server_name: str = key(read_place)
 
-    @functools.cached_property
+    @cached_property
     def netloc(self) -> str:
         """Return the value of the header Host."""
         host = self.container or self.address
         return render_address((host, self.port)) if self.port else host
 
-    @functools.cached_property
+    @cached_property
     def url(self) -> str:
         """Return the URL without its query, which may hold a token."""
         return f"{self.scheme}://{self.netloc}{self.path.partition('?')[0]}"
 
-    @functools.cached_property
+    @cached_property
     def shown(self) -> str:
         """Return the URL, and the socket or container behind it."""
         if self.container:
@@ -2049,7 +2051,7 @@ LOGGER: Final = logging.getLogger("expexp")
 NOTICE: Final = logging.CRITICAL + 10  # a start, a reload, an end: written at every -log.level
 
 
-@functools.lru_cache
+@lru_cache
 def notify_socket() -> socket.socket:
     """Return the one socket towards systemd. Without descriptors none could be opened. IO."""
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -2099,7 +2101,7 @@ SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
 )
-MATCHING: Final = threading.BoundedSemaphore(Limits.certmatch_processes)
+MATCHING: Final = BoundedSemaphore(Limits.certmatch_processes)
 # RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
 VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([0-9]{12,14})Z")
 
@@ -2222,7 +2224,7 @@ class FileReader(DocumentReader):
                 raise ValueError(f"expected {what} in PEM, found {found}: {advice}")
         return blocks
 
-    def certificates(self, context: ssl.SSLContext, filename: str) -> list[str]:
+    def certificates(self, context: SSLContext, filename: str) -> list[str]:
         """Return the certificates in a PEM file. Raise OSError or ValueError. IO."""
         found = self.pem(CERTIFICATE, "a certificate", filename)
         is_short = SHORT_RSA.search(ssl.PEM_cert_to_DER_cert(found[0]))  # the others do no harm
@@ -2230,7 +2232,7 @@ class FileReader(DocumentReader):
             raise ValueError("expected RSA keys from 2048 bits, found fewer: make a new one")
         return found
 
-    def trust(self, context: ssl.SSLContext, named: NamedFile) -> str:
+    def trust(self, context: SSLContext, named: NamedFile) -> str:
         """Let a context trust the certificates in a file. Return them. Note problems. IO."""
         if named.name:
             with self.using(named):
@@ -2239,7 +2241,7 @@ class FileReader(DocumentReader):
                 return authorities
         return ""
 
-    def show(self, context: ssl.SSLContext, certificate: NamedFile, key: NamedFile) -> float:
+    def show(self, context: SSLContext, certificate: NamedFile, key: NamedFile) -> float:
         """Let a context show a certificate. Return its chain's earliest end, Unix time. IO."""
         expires = 0.0
         with self.using(certificate):
@@ -2344,7 +2346,7 @@ class CertificateError(OSError):
     """A client's certificate is well-formed, but does not let the client in."""
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     """Return whether a name matches. Raise CertificateError if that is unknown. IO."""
     # In this process, `([a-z0-9]+[.-]?)+` took 14 s for 29 bytes, and all other threads waited.
@@ -2376,7 +2378,7 @@ class LoadedTls(NamedTuple):
     """How to serve TLS, and to which clients, with all files loaded."""
 
     settings: TlsServer
-    context: ssl.SSLContext
+    context: SSLContext
     expires: float  #: earliest expiry in our chain, Unix time
     authorities: str  #: of clients' certificates, in PEM; "" if none are asked for
 
@@ -2488,7 +2490,7 @@ class CredentialsLoader(FileReader):
         certificate, key, ca = files
         if settings.min_version > settings.max_version:
             self.problem("tls_server_config.min_version", "is above max_version")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.options &= ~IGNORE_UNEXPECTED_EOF
         context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2")  # not for TLS 1.3
         context.minimum_version = TLS_VERSIONS[settings.min_version]
@@ -2504,10 +2506,10 @@ class CredentialsLoader(FileReader):
 
 
 # --- modules and their targets
-@functools.cache
-def client_context(version: str, trusts_system: bool, is_verified: bool) -> ssl.SSLContext:
+@cache
+def client_context(version: str, trusts_system: bool, is_verified: bool) -> SSLContext:
     """Return a TLS context towards targets. The system's authorities take 35 ms and 1 MB. IO."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options &= ~IGNORE_UNEXPECTED_EOF
     level = 0 if version < "TLS12" else 2  # before 1.2 SHA-1 signs, which needs OpenSSL's level 0
     # Up to TLS 1.2, as of Go's client since 1.22: without RSA key exchange. Python's list differs.
@@ -2527,7 +2529,7 @@ def client_context(version: str, trusts_system: bool, is_verified: bool) -> ssl.
 class TargetCredentials:
     """How expexp and an http target authenticate each other."""
 
-    context: ssl.SSLContext | None
+    context: SSLContext | None
     authorization: str
 
 
@@ -2549,7 +2551,7 @@ class TargetLoader(FileReader):
             authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
         return TargetCredentials(self._context(target, path), authorization)
 
-    def _context(self, target: HttpTarget, path: str) -> ssl.SSLContext | None:
+    def _context(self, target: HttpTarget, path: str) -> SSLContext | None:
         """Return the TLS settings towards a target, if any. Note problems. IO."""
         keys = ("tls_ca_cert_file", "tls_root_ca_file", "tls_cert_file", "tls_key_file")
         own, more, certificate, key = (NamedFile(f"{path}.{k}", getattr(target, k)) for k in keys)
@@ -2673,9 +2675,9 @@ class Loader:
     def __init__(self, options: Options, limits: Limits) -> None:
         self._arguments = options, PasswordChecks()
         self._limits = limits
-        self._reloading = threading.Lock()
+        self._reloading = Lock()
         self._reloads = 0  # begun so far
-        self._swapping = threading.Lock()  # of what is in use, never held while files are read
+        self._swapping = Lock()  # of what is in use, never held while files are read
         web = DocumentReader(options["web.config.file"], [])
         config = ConfigLoader(DocumentReader("", []), True, web, *self._arguments)
         if config.problems:
@@ -2839,7 +2841,7 @@ class Wire:
             if not wait(self.deadline, {self.connection: awaited}):
                 raise TimeoutError("timed out")
 
-    def start_tls(self, context: ssl.SSLContext, **settings: Any) -> ssl.SSLSocket:
+    def start_tls(self, context: SSLContext, **settings: Any) -> ssl.SSLSocket:
         """Shake hands and return the TLS socket. Raise OSError, ValueError or ScrapeError."""
         tls = context.wrap_socket(self.connection, do_handshake_on_connect=False, **settings)
         self.connection = tls
@@ -3021,7 +3023,7 @@ class TargetExchange:
 # ScrapeError. Every wait ends at the job's deadline. All requests share a budget of memory for
 # bodies. The server runs the job's `cleanup` when the response has been written. IO.
 
-Lock = Union[threading.Lock, threading.Semaphore]
+AnyLock = Union[Lock, Semaphore]
 Process = subprocess.Popen[bytes]
 REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
 #: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
@@ -3111,7 +3113,7 @@ class Cache:
     """The last good answers of modules with `cache`. Concurrent requests share one run."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._runs: dict[Any, Run] = {}  # of the completed ones the oldest first
 
     def answer(self, job: Job, key: Any) -> Scrape:
@@ -3203,7 +3205,7 @@ class Task:
 
     def __init__(self, done: Callable[[], None], work: Callable[..., Any], *arguments: Any) -> None:
         self.outcome: list[Any] = []  # the result or the error of the work
-        self.running = threading.Lock()  # measured: an Event takes twice as long
+        self.running = Lock()  # measured: an Event takes twice as long
         self.running.acquire()
         try:
             # `Thread.start` takes twice as long, and for ever if memory runs out just then.
@@ -3223,7 +3225,7 @@ class Task:
             self.running.release()
 
 
-def acquire(lock: Lock, deadline: Deadline) -> None:
+def acquire(lock: AnyLock, deadline: Deadline) -> None:
     """Acquire a lock or a semaphore. Raise ScrapeError."""
     # No call waits for a thread and for the client at once.
     while not lock.acquire(timeout=min(deadline.remaining(), Limits.hang_up_seconds)):
@@ -3231,7 +3233,7 @@ def acquire(lock: Lock, deadline: Deadline) -> None:
 
 
 @contextmanager
-def hold(lock: Lock, deadline: Deadline) -> Iterator[None]:
+def hold(lock: AnyLock, deadline: Deadline) -> Iterator[None]:
     """Hold a lock or a semaphore. Raise ScrapeError."""
     acquire(lock, deadline)
     try:
@@ -3263,7 +3265,7 @@ def numeric_addresses(host: str, port: int) -> Any:
     return found
 
 
-def resolve(host: str, port: int, deadline: Deadline, slots: threading.Semaphore) -> Any:
+def resolve(host: str, port: int, deadline: Deadline, slots: Semaphore) -> Any:
     """Return getaddrinfo's entries. Raise OSError, UnicodeError or ScrapeError."""
     known = numeric_addresses(host, port)
     if known:
@@ -3403,9 +3405,9 @@ class Tools:
         self.cache = Cache()
         #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
         self.used: dict[str, int] = collections.Counter()
-        self.lock = threading.Lock()  # of `used`
-        self.resolver_slots = threading.Semaphore(limits.resolver_threads)
-        self.verifications = threading.Semaphore(limits.large_verifications)
+        self.lock = Lock()  # of `used`
+        self.resolver_slots = Semaphore(limits.resolver_threads)
+        self.verifications = Semaphore(limits.large_verifications)
         self.fifos: dict[str, Fifo] = {}  # by the path without links
         #: By engine, name and port: when the engine was asked, and the host and port it answered.
         self.containers: dict[tuple[str, str, int], Any] = {}
@@ -3821,7 +3823,7 @@ class Fifo:
 
     def __init__(self, path: str) -> None:
         self.path = path  # as the module has it
-        self.lock = threading.Lock()
+        self.lock = Lock()
         #: Open while an answer is read, also after a scrape has read only a part of it: the end of
         #: this file separates the rest from the next answer.
         self.torn: io.FileIO | None = None
@@ -4154,7 +4156,7 @@ class History:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._succeeded_at = monotonic()
 
     def note(self, started: float, **outcome: Any) -> None:
@@ -4363,9 +4365,9 @@ class Application:
         self.metrics = tools.metrics
         self.limits = tools.limits
         self._tools = tools
-        new_history = functools.partial(History, tools.limits)
+        new_history = partial(History, tools.limits)
         self._histories: dict[str, History] = collections.defaultdict(new_history)  # by module
-        self._reloads = threading.BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
+        self._reloads = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
         self._routes: dict[str, Callable[[Application, Request], Response]] = {
             "/": Application._index,
             "/-/healthy": answer_probe,
