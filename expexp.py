@@ -352,10 +352,6 @@ class Deadline:
         self._at = self.clock() + self.seconds
         self._yield_at = inf  # remaining seconds
 
-    def share(self, count: int) -> Deadline:
-        """Return a deadline after one of `count` equal parts of the remaining time."""
-        return Deadline(self.remaining() / count, self.clock, self.longest_wait, self.client)
-
     def remaining(self) -> float:
         """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
         left = self._at - self.clock()
@@ -3019,9 +3015,8 @@ class TargetExchange:
 # ==================================================================================================
 # 13  Scraping targets
 # ==================================================================================================
-# SCRAPERS has a function for each method: it takes a Job and returns a Scrape or raises
-# ScrapeError. Every wait ends at the job's deadline. All requests share a budget of memory for
-# bodies. The server runs the job's `cleanup` when the response has been written. IO.
+# A function of SCRAPERS takes a Job and returns a Scrape or raises ScrapeError, by the deadline of
+# the job. All requests share memory for bodies. `cleanup` runs after the response was written. IO.
 
 AnyLock = Union[Lock, Semaphore]
 Process = subprocess.Popen[bytes]
@@ -3457,9 +3452,9 @@ def connect_any(job: Job, addresses: Any) -> Wire:
     """Return a connection to the first address that accepts. Raise OSError or ScrapeError."""
     errors = []
     for position, entry in enumerate(addresses):
-        share = job.deadline.share(len(addresses) - position)  # of the time that remains
+        share = job.deadline.remaining() / (len(addresses) - position)
         try:
-            wire = connect_one(entry, share)
+            wire = connect_one(entry, dataclasses.replace(job.deadline, seconds=share))
         except (OSError, ScrapeError) as error:
             errors.append(error)
         else:
@@ -3783,8 +3778,7 @@ def scrape_file(job: Job) -> Scrape:
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
     except ScrapeError:
-        # The thread has the same deadline. It should have closed its FIFO before the answer: what
-        # is written later belongs to the next scrape.
+        # Its thread should have closed a FIFO before the answer: the next scrape gets the rest.
         if task.running.acquire(timeout=0.03):
             task.running.release()
         raise
@@ -4548,9 +4542,8 @@ class Application:
 # ==================================================================================================
 # 15  HTTP server
 # ==================================================================================================
-# Sockets in, Requests out, Responses back. Each connection has a slot, and a thread that also
-# shakes hands. A client cannot hold a thread for ever: reads have deadlines, writes must make
-# progress. A new connection can evict another one, unless that is answered or sent metrics.
+# Each connection has a slot, and a thread that also shakes hands. Reads have deadlines, and writes
+# must make progress. A new connection can evict another one, unless that is answered or sent data.
 
 POLL_SECONDS: Final = 0.05  # between looks for a signal, a shutdown, a watchdog that is due
 # Of an absolute form. The lookahead fixes the host's end: the match does not backtrack.
@@ -5215,8 +5208,8 @@ def perform(options: Options, limits: Limits) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
         program = Program(options, limits)
         program.listen()
-        # glibc keeps an arena for each thread: 1.5 GB stayed after 40 bodies of 50 MB. With blocks
-        # from 1 MiB mapped apart, 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
+        # glibc keeps arenas: 1.5 GB stayed after 40 bodies of 50 MB. With blocks from 1 MiB mapped,
+        # 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
         with suppress(OSError, AttributeError):  # musl has neither
             library = ctypes.CDLL(None)
             library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD

