@@ -10,7 +10,7 @@ its own files again when they change. It writes no file, starts no shell, loads 
 no redirect to another address and uses no proxy of the environment. Its only other process is
 Python for -web.tls.certmatch. Every wait has a deadline, every outside quantity a limit.
 
-Endpoints: /proxy, /metrics, / (the modules), /sd (discovery), /-/healthy, /-/ready, /-/reload.
+Endpoints: /proxy, /metrics, /, /sd (discovery), /-/healthy, /-/ready, /-/reload, /-/explain.
 Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
 flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable.
 Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON. License: Apache 2.0.
@@ -60,7 +60,6 @@ import _thread
 import base64
 import bisect
 import calendar
-import collections
 import ctypes
 import dataclasses
 import difflib
@@ -79,6 +78,7 @@ import logging
 import operator
 import os
 import platform
+import pwd
 import queue
 import random
 import re
@@ -96,6 +96,7 @@ import time
 import urllib.request
 import warnings
 import zlib
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -1312,7 +1313,7 @@ class SelfMetrics:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._samples: dict[str, dict[tuple[str, ...], float]] = collections.defaultdict(dict)
+        self._samples: dict[str, dict[tuple[str, ...], float]] = defaultdict(dict)
         for name in (*SELF_METRICS["counter",], "expexp_open_connections"):
             self.increment(name, by=0)
         for fault in HANDSHAKE_FAULTS:
@@ -1473,6 +1474,7 @@ FLAGS: Final = {
     "config.dirs": Flag("Read the files of this folder, one module each. Repeatable.", typed=None),
     "config.file": Flag("Read the modules in this file. Also -config.", typed="expexp.yaml"),
     "config.skip-dirs": Flag("Skip a -config.dirs that does not exist.", parse_boolean, "false"),
+    "explain": Flag("Scrape this module, explain what happens, and exit."),
     "help": Flag("Show all flags, and exit. Also -h.", parse_boolean, "false"),
     "log.json": Flag("Write the log as JSON.", parse_boolean, "false"),
     "log.level": Flag("Log lines of this level and above.", parse_level, "warning"),
@@ -3057,7 +3059,7 @@ class Held:
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._counts: dict[str, int] = collections.Counter()
+        self._counts: dict[str, int] = Counter()
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> int:
         """Hold more of something. Return how much all hold. Raise ScrapeError("busy") if > most."""
@@ -3298,6 +3300,7 @@ class Commands:
             # The client's arguments follow the configured ones, in the query's order.
             added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
             arguments = [*map(os.fsencode, (target.command, *target.args)), *added]
+            job.note("starting the command", b"\n".join(arguments))
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
                 arguments, 0, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
@@ -3399,7 +3402,7 @@ class Tools:
         self.metrics = metrics
         self.cache = Cache()
         #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
-        self.used: dict[str, int] = collections.Counter()
+        self.used: dict[str, int] = Counter()
         self.lock = Lock()  # of `used`
         self.resolver_slots = Semaphore(limits.resolver_threads)
         self.verifications = Semaphore(limits.large_verifications)
@@ -3420,6 +3423,12 @@ class Job(NamedTuple):
     held: Held
     tools: Tools
     credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
+    steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
+
+    def note(self, words: str, details: bytes = b"") -> None:
+        """Add a step to an explanation. The details are for trusted clients only."""
+        if self.steps is not None:
+            self.steps.append((monotonic(), words, details))
 
 
 def scrape_bound(job: Job) -> int:
@@ -3460,6 +3469,7 @@ def connect_any(job: Job, addresses: Any) -> Wire:
         else:
             wire.deadline = job.deadline
             job.cleanup.callback(wire.close)
+            job.note(f"connected to {entry[-1]}")
             return wire
     wait(job.deadline, {}, 0)  # a late connection or a client that hung up is the reason
     raise errors[0]
@@ -3561,7 +3571,11 @@ def fetch(job: Job) -> Any:
     if any(queries):
         url += "?" + "&".join(filter(None, queries))
     for _ in range(10):  # as many requests as Go's client sends, redirects included
-        response = ask(job, connect_target, url, request_headers(job))
+        headers = request_headers(job)
+        job.note(f"GET {job.module.target.url} with {', '.join(headers)}")  # values may be secret
+        response = ask(job, connect_target, url, headers)
+        told = ", ".join(values_of(response.headers, "content-type"))
+        job.note(f"answered with status {response.status}, Content-Type", told.encode())
         location = "".join(values_of(response.headers, "location")[:1])
         if response.status not in REDIRECTS or not location:
             return response
@@ -3583,7 +3597,7 @@ def scrape_http(job: Job) -> Scrape:
     if response.status in range(300, 400):  # clients would look for it on our address
         headers = [pair for pair in headers if pair[0].lower() != "location"]
     body: Any = response_pieces(job, response)
-    if job.module.verify:
+    if job.module.verify or job.steps is not None:
         body = join_pieces(job, body)
         response.close()  # a client that reads slowly keeps no connection to the target
     elif response.length < inf:
@@ -3699,6 +3713,7 @@ def connect_target(job: Job) -> Wire:
         context = job.credentials.value.context
         # An attacker can cut a body short: an end without close_notify is an error.
         wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
+        job.note("shook hands for TLS")
     return wire
 
 
@@ -3739,7 +3754,8 @@ def scrape_exec(job: Job) -> Scrape:
     given_up = [process for process, module in list(commands.running.items()) if module == name]
     if [*map(exit_of, given_up)].count(None) >= most:
         raise ScrapeError("busy", f"{most} commands of earlier scrapes have not ended yet")
-    job.tools.metrics.increment("expexp_command_starts_total", name)
+    if job.steps is None:
+        job.tools.metrics.increment("expexp_command_starts_total", name)
     process = commands.start(job)
     words = bytearray()
     exited: Any = nullcontext()
@@ -3755,6 +3771,7 @@ def scrape_exec(job: Job) -> Scrape:
         raise
     finally:
         commands.end(process)
+        job.note("the command has ended, with this on stderr", bytes(words))
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -3791,6 +3808,7 @@ def read_module_path(job: Job) -> Scrape:
     path: str = job.module.target.path
     kind = stat.S_IFMT(os.stat(path).st_mode)  # first: to open a device may act on it
     if kind == stat.S_IFIFO:
+        job.note("a FIFO: this takes what is in it, and the next scrape does not get it")
         return read_fifo(job, os.path.realpath(path))
     if kind != stat.S_IFREG:
         raise ScrapeError("file", "neither a regular file nor a FIFO")
@@ -3892,10 +3910,12 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
     try:
         if encoding == "gzip":  # Prometheus decodes nothing else, either
             body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
+            job.note(f"unpacked {len(body)} bytes", body)
         # Measured with 40 clients that ask for 50 MB: others have a p99 of 90 to 156 ms, not 375.
         is_large = len(body) > MEBIBYTE
         with hold(job.tools.verifications, job.deadline) if is_large else nullcontext():
             samples = verify_exposition(body, content_type, job.deadline.tick)
+        job.note(f"verified {samples} samples")
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
@@ -3950,6 +3970,7 @@ def scrape_target(job: Job) -> Scrape:
     result = SCRAPERS[module.method](job)
     if isinstance(result.body, bytes):  # a slow client keeps the slot only of a stream
         slot.release()
+        job.note(f"read {len(result.body)} bytes", result.body)
     if result.status != OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -3990,7 +4011,7 @@ def answer_job(job: Job) -> Scrape:
     words = "too many requests to {} are being answered"
     job.held.reserve(f"requests to {module.name}", limits.share(MODULE_SHARE), words.format("it"))
     job.held.reserve("requests", limits.share(PROXY_SHARE), words.format("all modules"))
-    if module.cache:
+    if module.cache and job.steps is None:
         pairs = job.pairs
         headers: Headers = ()
         if module.method == "http":
@@ -4015,6 +4036,15 @@ def answer_job(job: Job) -> Scrape:
 
 STARTED: Final = monotonic()
 OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+PROMETHEUS_HEADERS: Final = {  # sent by version 3. curl and browsers accept any version
+    "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-"
+    "8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    "Accept-Encoding": "gzip",
+    SCRAPE_TIMEOUT_HEADER: "10",
+}
+LOOPBACK: Final = re.compile(r"(?i)((localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?)?")  # as Host
+HIDDEN: Final = b"shown to authenticated clients or on the loopback"
 
 
 class Request(NamedTuple):
@@ -4027,6 +4057,7 @@ class Request(NamedTuple):
     scheme: str = "http"
     version: str = "1.1"
     connection: int = -1  # descriptor of the client's connection, to see that it hangs up
+    is_trusted: bool = False  # it has authenticated, or is on this host and no proxy
 
     @property
     def path(self) -> str:
@@ -4113,13 +4144,18 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
     address = parse_client_address(request.client)
     if networks and not any(address in network for network in networks):
         raise RequestError(403, "Forbidden")
+    names = " ".join(dict(request.headers))
+    is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx has 1.0
+    has_proved = request.scheme == "https" and "client certificates" in held.demands
+    is_local = address.is_loopback and LOOPBACK.fullmatch(request.header("host"))
+    is_trusted = has_proved or bool(is_local and not is_proxied)
     proofs = {}
     if held.token:
         proofs["Bearer"] = (held.is_token, "Invalid Bearer Token")
     if held.users:
         proofs["Basic"] = (held.users.prove, "Invalid user or password")
     if not proofs:  # no credentials are needed
-        return request
+        return request._replace(is_trusted=is_trusted)
     name, _, given = request.header("authorization").partition(" ")
     scheme = name.title()
     wrong = "Authorization header is missing"
@@ -4127,7 +4163,7 @@ def admit(request: Request, networks: Sequence[Network], held: Credentials) -> R
         prove, wrong = proofs[scheme]
         if prove(given.strip()):
             others = [pair for pair in request.headers if pair[0].lower() != "authorization"]
-            return request._replace(headers=others)
+            return request._replace(headers=others, is_trusted=True)
     elif scheme:
         wrong = f"Authorization header not of {' or '.join(proofs)} type"
     challenges = ", ".join([f'{each} realm="expexp"' for each in proofs])
@@ -4200,6 +4236,7 @@ class Attempt(NamedTuple):
     metrics: SelfMetrics
     started: float  # monotonic
     patience: float  # a timeout is no news if a scrape has succeeded in so many seconds
+    steps: Any  # a list if the scrape is explained, and not counted, logged or kept
 
     def follow(self, scrape: Scrape) -> Any:
         """Return the body of a target's answer. If it is an iterator, note its end."""
@@ -4220,7 +4257,7 @@ class Attempt(NamedTuple):
         except ScrapeError as error:
             self.fail(error, REASONS["aborted"], scrape.status)
             raise
-        if scrape.status == OK:
+        if scrape.status == OK and self.steps is None:
             self.history.succeed(self.module.name)
             self.history.note(self.started, status=OK, samples=scrape.samples, bytes=size)
 
@@ -4232,6 +4269,9 @@ class Attempt(NamedTuple):
         # The target's URL does not matter for the request, the body's text and our own limits.
         if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
+        if self.steps is not None:
+            self.steps.append((monotonic(), f"{reason.name}: {words}", error.detail.encode()))
+            return words
         text = f"module {module.name}: {reason.name}: {words}"
         if error.detail:
             text += f": {error.detail}"
@@ -4276,7 +4316,8 @@ PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
 <table><thead><tr><th>Module<th>Target<th>Last scrape, failing since<th>At<th>Seconds<th>Status\
 <th>Samples<th>Bytes</thead>
 """
-ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{link}">{name}</a>\
+ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}">{name}</a> \
+<a href="./-/explain?{query}">explain</a>\
 <td title="Target">{method} {target}<td title="Last scrape">{state} {failing_since} {error}\
 <td title="At">{time}<td title="Seconds">{seconds}<td title="Status">{status}\
 <td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
@@ -4286,7 +4327,7 @@ ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{link}">{name}<
 def fill(template: str, **values: Any) -> str:
     """Return a template with its values, escaped. Missing ones and None become empty."""
     escaped = {name: html.escape(str(value)) for name, value in values.items() if value is not None}
-    return template.format_map(collections.defaultdict(str, escaped))
+    return template.format_map(defaultdict(str, escaped))
 
 
 def render_page(target: str, outlines: dict[str, Any], options: Options, snapshot: Snapshot) -> str:
@@ -4296,8 +4337,8 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
         known = {"state": "never", **about, **(about["last_scrape"] or {})}
         known["name"] = excerpt(name, 200)
         known["target"] = excerpt(about["target"], 200)
-        link = f"{options['web.proxy-path']}?module={percent_encode(name, safe='')}"
-        rows.append(fill(ROW, link=link, **known))
+        query = urlencode({"module": name})
+        rows.append(fill(ROW, path=options["web.proxy-path"], query=query, **known))
     rows.sort()  # by the state, with which a row begins: failing, never, ok
     page = PAGE_START
     found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
@@ -4349,6 +4390,30 @@ def answer_probe(_application: Application, request: Request) -> Response:
     return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
 
 
+def explain(application: Application, request: Request) -> Response:
+    """Return an account of a scrape made now. No cache, metric, page or log keeps it."""
+    sent = [(k, v) for k, v in request.headers if k.lower() != "accept" or "version=" in v]
+    missing = {k: v for k, v in PROMETHEUS_HEADERS.items() if not values_of(sent, k.lower())}
+    started = monotonic()
+    steps: Any = []
+    response = application.proxy(request._replace(headers=[*sent, *missing.items()]), steps)
+    response.cleanup.close()
+    if len(steps) < 2:  # noqa: PLR2004 - it was refused before the scrape
+        return dataclasses.replace(response, module="")
+    text = (
+        f"{response.status}: the status that /proxy would answer with now\n"
+        f"from Prometheus's defaults: {', '.join(missing)}"
+    )
+    for at, words, details in steps:
+        text += f"\n{at - started:8.3f} s  {excerpt(words, 2000)}"
+        if details.startswith(b"\x1f\x8b"):  # gzip
+            continue
+        shown = details if request.is_trusted else details and HIDDEN
+        for line in shown[:8192].splitlines()[:20]:
+            text += f"\n{'':12}{excerpt(line, 200)}"
+    return own_response(OK, text)
+
+
 class Application:
     """Answers requests by their routes."""
 
@@ -4360,18 +4425,19 @@ class Application:
         self.limits = tools.limits
         self._tools = tools
         new_history = partial(History, tools.limits)
-        self._histories: dict[str, History] = collections.defaultdict(new_history)  # by module
+        self._histories: dict[str, History] = defaultdict(new_history)  # by module
         self._reloads = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
         self._routes: dict[str, Callable[[Application, Request], Response]] = {
             "/": Application._index,
+            "/-/explain": explain,
             "/-/healthy": answer_probe,
             "/-/ready": answer_probe,
             "/-/reload": Application._reload,
             "/sd": Application._list_targets,
             options["web.telemetry-path"]: render_telemetry,
-            options["web.proxy-path"]: Application._proxy,
+            options["web.proxy-path"]: Application.proxy,
         }
-        if len(self._routes) < 7:  # noqa: PLR2004 - a path is there twice
+        if len(self._routes) < 8:  # noqa: PLR2004 - a path is there twice
             message = "-web.telemetry-path and -web.proxy-path need paths that no endpoint has yet"
             raise ConfigError(Problem("", 0, 0, "", message))
         self._taken: FileReader | None = None
@@ -4447,21 +4513,22 @@ class Application:
             raise RequestError(405, "405 method not allowed", ("Allow", allowed))
         return self._routes[path](self, request)
 
-    def _proxy(self, request: Request) -> Response:
-        """Return a module's exposition, or why there is none."""
+    def proxy(self, request: Request, steps: Any = None) -> Response:
+        """Return a module's exposition, or why there is none. Explain it by steps in a list."""
         snapshot = self.loader.snapshot
         try:
             module, pairs = choose_module(snapshot.config.value, request)
         except ScrapeError as error:
-            self.metrics.fail(UNKNOWN_MODULE, "", error.reason)
+            if steps is None:
+                self.metrics.fail(UNKNOWN_MODULE, "", error.reason)
             return own_response(error.reason.status, error.message)
         limits = self.limits
         wanted = request.header(TIMEOUT_FIELD)
         seconds = scrape_timeout(module.timeout, wanted, self.options["timeout-offset"], limits)
-        history = self._histories[module.name]
         is_early = seconds < (module.timeout or limits.scrape_seconds)
         patience = limits.failure_reminder_seconds if is_early else 0
-        attempt = Attempt(module, history, self.metrics, monotonic(), patience)
+        history = self._histories[module.name]
+        attempt = Attempt(module, history, self.metrics, monotonic(), patience, steps)
         with ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, limits)
@@ -4471,7 +4538,11 @@ class Application:
                 known = snapshot.targets.get(module.name)
                 credentials = known and self.loader.target(module.name, known)
                 asked = (module, pairs, request.headers, request.client, deadline, cleanup)
-                job = Job(*asked, held, self._tools, credentials)
+                job = Job(*asked, held, self._tools, credentials, steps)
+                job.note(
+                    f"module {module.name}: {module.method} {module.target.shown}, deadline in "
+                    f"{seconds:.3g} s (timeout {module.timeout:g} s, the client's {wanted} s)"
+                )
                 found = answer_job(job)
                 body = attempt.follow(found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
@@ -4559,7 +4630,7 @@ class Connections:
         self._open: set[socket.socket] = set()  # each use of it is atomic
         self._ending: set[socket.socket] = set()  # evicted, until their threads have ended
         #: The ones that can be evicted, the one that could be for longest first. Also atomic.
-        self._exposed = collections.OrderedDict[socket.socket, bool]()
+        self._exposed = OrderedDict[socket.socket, bool]()
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
@@ -5189,6 +5260,21 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
     return code
 
 
+def explain_module(options: Options, limits: Limits) -> int:
+    """Explain a scrape on stdout, and return the exit code of -explain. IO."""
+    program = Program(options, limits)
+    target = "?" + urlencode({"module": options["explain"]})
+    request = Request("GET", target, (), "127.0.0.1", is_trusted=True)
+    response: Any = explain(program.application, request)
+    program.commands.end_all()
+    os.write(1, response.body)
+    user: Any = os.geteuid()
+    with suppress(KeyError):  # in a container a user may have no name
+        user = pwd.getpwuid(user).pw_name
+    tell(f"scraped as the user {user}\n")
+    return int(not response.body.startswith(b"200"))
+
+
 def perform(options: Options, limits: Limits) -> int:
     """Do what the flags ask for. Return the exit code. Raise FlagError or ConfigError."""
     if options["verify.content-type"] and not options["verify"]:
@@ -5200,6 +5286,8 @@ def perform(options: Options, limits: Limits) -> int:
         tell(f"expexp {__version__} (revision {REVISION}, Python {platform.python_version()})\n")
     elif options["verify"]:
         return max(verify_file(name, options, limits) for name in options["verify"])
+    elif options["explain"]:
+        return explain_module(options, limits)
     elif options["config.check"]:
         config, credentials, targets, _ = Program(options, limits).loader.snapshot
         warned = sum(len(part.warnings) for part in (config, credentials, *targets.values()))

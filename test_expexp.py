@@ -32,6 +32,7 @@ import itertools
 import json
 import logging
 import os
+import pwd
 import re
 import resource
 import select
@@ -13003,9 +13004,11 @@ def test_odd_names_are_escaped_in_the_index_and_their_links_work(
     app = application({name: exec_module("echo up 1")})
     page = ask(app, "/").text
     assert f">{shown or html.escape(name)}</a>" in page
-    link = links(page, "http://host:9999/")[-1]
-    assert link.startswith("http://host:9999/proxy?module=")
-    assert ask(app, link[len("http://host:9999") :]).text == "up 1\n"
+    scrape, explain = links(page, "")[-2:]
+    assert scrape.startswith("./proxy?module=")
+    assert ask(app, scrape[1:]).text == "up 1\n"
+    assert explain == scrape.replace("proxy", "-/explain", 1)
+    assert ask(app, explain[1:]).text.endswith(" verified 1 samples\n")
 
 
 @pytest.mark.parametrize("path", ["/proxy", "/x", "/a/b", "/a:b", "/a&b"])
@@ -13020,6 +13023,7 @@ def test_links_are_relative_and_right_under_a_changed_proxy_path_bug_9(path: str
         "http://h/behind/sd",
         "http://h/behind/-/healthy",
         f"http://h/behind{path}?module=e",
+        "http://h/behind/-/explain?module=e",
     ]
     assert ask(app, f"{path}?module=e").status == 200
     assert ask(app, "/t/m").status == 200
@@ -13064,9 +13068,17 @@ def test_the_page_shows_failing_modules_first_then_unscraped_ones(
     failing = "failing 2026-11-30T15:16:09Z"
     at = "2026-11-30T15:16:09Z"
     assert [[*row[:4], *row[5:]] for row in found.rows[1:]] == [
-        ["<b>", "exec sh", f"{failing} sh: the command exited with status 3", at, "500", "", ""],
         [
-            "bad",
+            "<b> explain",
+            "exec sh",
+            f"{failing} sh: the command exited with status 3",
+            at,
+            "500",
+            "",
+            "",
+        ],
+        [
+            "bad explain",
             "exec sh",
             f'{failing} line 1, column 1: expected a metric name, found "<i>"',
             at,
@@ -13074,9 +13086,9 @@ def test_the_page_shows_failing_modules_first_then_unscraped_ones(
             "",
             "",
         ],
-        ["new", "exec sh", "never  ", "", "", "", ""],
-        ["a", "exec sh", "ok  ", at, "200", "0", "0"],
-        ["good", "exec sh", "ok  ", at, "200", "1", "4"],
+        ["new explain", "exec sh", "never  ", "", "", "", ""],
+        ["a explain", "exec sh", "ok  ", at, "200", "0", "0"],
+        ["good explain", "exec sh", "ok  ", at, "200", "1", "4"],
     ]
     assert all(re.fullmatch(r"\d+\.\d{1,4}|", row[4]) for row in found.rows[1:])
     assert not found.names & {"script", "b", "i", "onclick", "onload", "form"}
@@ -16710,6 +16722,282 @@ def test_discovery_shows_no_secrets(here: Path) -> None:
     assert SECRET not in reply.text
 
 
+# --- one scrape explained
+
+STDERR = "the command has ended, with this on stderr"
+HIDDEN = "shown to authenticated clients or on the loopback"
+Faulty = Callable[[contextlib.ExitStack, Certificates, Engine], Mapping[str, Any]]
+
+
+def answering(answer: bytes | Answerer, **settings: object) -> Faulty:
+    """A module whose target answers so."""
+    return lambda stack, *_: {**http_module(stack.enter_context(target(answer))), **settings}
+
+
+def expired(
+    stack: contextlib.ExitStack, certificates: Certificates, _engine: Engine
+) -> Mapping[str, Any]:
+    context = certificates.server("localhost", days=-1)
+    port = stack.enter_context(tls_target(context, ok(EXPOSITION)))
+    return https_module(port, tls_ca_cert_file=certificates.ca_file)
+
+
+def stopped(
+    _stack: contextlib.ExitStack, _certificates: Certificates, engine: Engine
+) -> Mapping[str, Any]:
+    engine.says["web"] = in_json(container(running=False))
+    return engine.module("web")
+
+
+#: The module, the status of /proxy, and what the account says of why.
+EXPLAINED: dict[str, tuple[Faulty, int, list[str]]] = {
+    "is refused": (lambda *_: http_module(free_port()), 502, ["unreachable: ", "refused"]),
+    "is slow": (answering(silent_after(), timeout="300ms"), 504, ["timed out after 0.3 s"]),
+    "has no such page": (
+        answering(b"HTTP/1.1 404 Not Found\r\nContent-Length: 6\r\n\r\nno /m\n"),
+        404,
+        ["the target answered with status 404", "\n            no /m\n"],
+    ),
+    "is malformed": (
+        answering(ok(b"a 1\nb x\n")),
+        500,
+        ['malformed: line 2, column 3: expected a value, found "x"', 'the line is "b x"'],
+    ),
+    "exits with 3": (
+        lambda *_: exec_module("echo no disk >&2; exit 3"),
+        500,
+        ["command: sh: the command exited with status 3", f"{STDERR}\n            no disk\n"],
+    ),
+    "has no script": (
+        lambda *_: command("/no/script"),
+        500,
+        ["command: /no/script: cannot start the command: no such file or directory"],
+    ),
+    "has no file": (
+        lambda *_: file_module("/no/file"),
+        500,
+        ["file: /no/file: cannot be read: no such file or directory"],
+    ),
+    "is in a container that does not run": (stopped, 502, ["the container is not running"]),
+    "has an expired certificate": (expired, 502, ["TLS: expiry: certificate has expired"]),
+}
+
+
+@pytest.mark.parametrize("fault", EXPLAINED)
+def test_the_account_alone_says_why_a_module(
+    fault: str, certificates: Certificates, engine: Engine
+) -> None:
+    build, status, words = EXPLAINED[fault]
+    with contextlib.ExitStack() as stack:
+        module = build(stack, certificates, engine)
+        reply = ask(application({"m": module}), "/-/explain?module=m")
+    assert (reply.status, reply.headers["content-type"]) == (200, expexp.PLAIN_CONTENT_TYPE)
+    lines = reply.text.splitlines()
+    assert lines[0] == f"{status}: the status that /proxy would answer with now"
+    assert re.match(rf" +[0-9.]+ s  module m: {module['method']} ", lines[2])
+    assert [word for word in words if word not in reply.text] == []
+
+
+def test_an_account_says_that_a_module_is_busy_and_scrapes_nothing(tmp_path: Path) -> None:
+    script = f"echo >> {tmp_path}/begun; cat {fifo(tmp_path)}"
+    modules = {"m": exec_module(script) | {"max_concurrent": 1}}
+    with running(modules) as served, ThreadPoolExecutor() as pool:
+        first = pool.submit(served.scrape, "m")
+        wait_until((tmp_path / "begun").exists)
+        text = served.get("/-/explain?module=m").text
+        (tmp_path / "f").write_text("a 1\n")
+        assert first.result().status == 200
+    assert "busy: already running 1 scrapes (max_concurrent)\n" in text
+    assert (tmp_path / "begun").read_text() == "\n"
+
+
+def fifo(folder: Path) -> Path:
+    """A FIFO in a folder."""
+    os.mkfifo(folder / "f")
+    return folder / "f"
+
+
+def test_an_account_of_a_good_scrape_has_each_step() -> None:
+    packed = gzip.compress(b"# a comment\na 1\n")
+    with target(ok(packed, GZIP)) as port:
+        text = ask(application({"m": http_module(port)}), "/-/explain?module=m").text
+    shown = re.sub(r"(?m)^ +\d+\.\d{3} s  ", "- ", text)
+    assert shown == (
+        "200: the status that /proxy would answer with now\n"
+        "from Prometheus's defaults: Accept, Accept-Encoding, X-Prometheus-Scrape-Timeout-Seconds\n"
+        f"- module m: http http://localhost:{port}/metrics, "
+        "deadline in 9.5 s (timeout 0 s, the client's 10 s)\n"
+        f"- GET http://localhost:{port}/metrics with Accept, Accept-Encoding, "
+        "X-Prometheus-Scrape-Timeout-Seconds, X-Forwarded-For, Host, User-Agent\n"
+        f"- connected to ('127.0.0.1', {port})\n"
+        "- answered with status 200, Content-Type\n"
+        f"            {expexp.TEXT_CONTENT_TYPE}\n"
+        f"- read {len(packed)} bytes\n"
+        "- unpacked 16 bytes\n"
+        "            # a comment\n"
+        "            a 1\n"
+        "- verified 1 samples\n"
+    )
+
+
+def test_an_account_has_the_first_lines_of_a_body_that_is_not_verified() -> None:
+    body = b"".join(b"%d\n" % number for number in range(30))
+    with target(ok(body)) as port:
+        app = application({"m": http_module(port, verify=False)})
+        text = ask(app, "/-/explain?module=m").text
+    assert text.endswith(
+        " s  read 80 bytes\n" + "".join(f"{n:>{12 + len(str(n))}}\n" for n in range(20))
+    )
+
+
+def test_an_account_meets_the_target_as_a_scrape_of_prometheus_does() -> None:
+    heads: list[bytes] = []
+    with target(recording(heads)) as port:
+        app = application({"m": http_module(port, path="/m?a=b", headers={"X-Key": "1"})})
+        ask(app, "/proxy?module=m&c=d", expexp.PROMETHEUS_HEADERS | {"X-Own": "2"})
+        ask(app, "/-/explain?module=m&c=d", {"X-Own": "2", "Accept": "*/*"})
+    scraped, explained = (sorted(head.split(b"\r\n")) for head in heads)
+    own = next(line for line in scraped if line.startswith(b"X-Prometheus"))
+    assert [line for line in scraped if line not in explained] in ([], [own])
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [
+        ({}, 500),
+        ({"Accept": "text/html,*/*;q=0.8"}, 500),
+        ({"Accept": "text/plain;version=0.0.4"}, 200),
+    ],
+    ids=["nothing", "what browsers accept", "text alone"],
+)
+def test_a_target_whose_openmetrics_is_broken_is_explained_as_prometheus_meets_it_to_who_sends(
+    accept: dict[str, str], status: int
+) -> None:
+    def answer(connection: socket.socket, head: bytes) -> None:
+        is_new = b"application/openmetrics-text" in head
+        new = ok(b"a 1\n", content_type=expexp.OPENMETRICS_CONTENT_TYPE)  # it lacks # EOF
+        connection.sendall(new if is_new else ok(b"a 1\n"))
+
+    with target(answer) as port:
+        reply = ask(application({"m": http_module(port)}), "/-/explain?module=m", accept)
+    assert reply.text.startswith(f"{status}: ")
+    assert ("\nfrom Prometheus's defaults: Accept, " in reply.text) == (status == 500)
+
+
+def test_an_account_holds_no_secret() -> None:
+    settings: dict[str, Any] = {
+        "path": "/m?token=s3ntinel",
+        "headers": {"Accept": "s3ntinel", "X-Key": "s3ntinel"},
+        "basic_auth_username": "u",
+        "basic_auth_password": "s3ntinel",
+    }
+    sent = {"Authorization": "Bearer s3ntinel", "Cookie": "s3ntinel", "X-Own": "s3ntinel"}
+    modules = {"c": exec_module("echo a 1", env={"TOKEN": "s3ntinel"})}
+    with target(ok(b"a 1\n", "Set-Cookie: s3ntinel")) as port:
+        app = application(modules | {"h": http_module(port, **settings)})
+        texts = [ask(app, f"/-/explain?module={name}&p=s3ntinel", sent).text for name in "ch"]
+    assert "s3ntinel" not in "".join(texts)
+    assert {"Authorization", "Cookie", "X-Key", "X-Own"} <= set(re.split(r"[ ,\n]+", texts[1]))
+
+
+ANYONE: set[str] = set()
+TRUSTED: dict[str, tuple[dict[str, Any], set[str], bool]] = {
+    "on the loopback": ({}, ANYONE, True),
+    "on the loopback, of IPv6": ({"client": "::1"}, ANYONE, True),
+    "elsewhere": ({"client": "192.0.2.1"}, ANYONE, False),
+    "behind a proxy that says so": ({"headers": [("X-Forwarded-For", "")]}, ANYONE, False),
+    "behind a proxy of the RFC": ({"headers": [("forwarded", "for=192.0.2.1")]}, ANYONE, False),
+    "behind a cache": ({"headers": [("Via", "1.1 cache")]}, ANYONE, False),
+    "behind nginx": ({"version": "1.0"}, ANYONE, False),
+    "behind nginx as in the recipe": ({"headers": [("Host", "host.example.org")]}, ANYONE, False),
+    "a page of a name like ours": ({"headers": [("Host", "localhost.example")]}, ANYONE, False),
+    "a client of localhost": ({"headers": [("Host", "localhost:9999")]}, ANYONE, True),
+    "a client of 127.0.0.1": ({"headers": [("host", "127.0.0.1")]}, ANYONE, True),
+    "a client of ::1": ({"headers": [("Host", "[::1]:9999")]}, ANYONE, True),
+    "elsewhere with a certificate": (
+        {"client": "192.0.2.1", "scheme": "https"},
+        {"TLS", "client certificates"},
+        True,
+    ),
+    "elsewhere on the plain port": ({"client": "192.0.2.1"}, {"TLS", "client certificates"}, False),
+    "elsewhere without a certificate": ({"client": "192.0.2.1", "scheme": "https"}, {"TLS"}, False),
+}
+
+
+@pytest.mark.parametrize("where", TRUSTED)
+def test_what_a_target_says_is_for_clients_that_have_authenticated_or_are(where: str) -> None:
+    about, demands, expected = TRUSTED[where]
+    asked = {"headers": (), "client": "127.0.0.1"} | about
+    held: Any = types.SimpleNamespace(token=expexp.Secret(""), users=None, demands=demands)
+    admitted = expexp.admit(expexp.Request("GET", "/", **asked), [], held)
+    assert admitted.is_trusted is expected
+
+
+def test_a_client_that_a_proxy_forwards_sees_stderr_only_with_the_token() -> None:
+    modules = {"m": exec_module("echo s3ntinel >&2; exit 3")}
+    forwarded = {"X-Forwarded-For": "192.0.2.1"}
+    text = ask(application(modules), "/-/explain?module=m", forwarded).text
+    assert "s3ntinel" not in text
+    assert f"{STDERR}\n            {HIDDEN}\n" in text
+    assert "command: sh: the command exited with status 3\n" in text
+    app = application(modules, "-web.bearer.token=t")
+    text = ask(app, "/-/explain?module=m", forwarded | {"Authorization": "Bearer t"}).text
+    assert f"{STDERR}\n            s3ntinel\n" in text
+
+
+@pytest.mark.peer
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_a_client_that_nginx_forwards_sees_no_stderr(tmp_path: Path) -> None:
+    port = free_port()
+    with running({"m": exec_module("echo s3ntinel >&2; exit 3")}) as served:
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {tmp_path}/pid; error_log stderr;\n"
+            f"events {{}} http {{ access_log off; server {{ listen 127.0.0.1:{port};\n"
+            f"location / {{ proxy_pass {served.url}; }} }} }}\n"
+        )
+        nginx = ["nginx", "-p", str(tmp_path), "-c", "nginx.conf", "-e", "stderr"]
+        with subprocess.Popen(nginx, stderr=subprocess.DEVNULL) as started:
+            try:
+                wait_until(lambda: is_listening(port))
+                text = fetch(port, "/-/explain?module=m").text
+            finally:
+                started.terminate()
+    assert "command: sh: the command exited with status 3\n" in text
+    assert "s3ntinel" not in text
+
+
+def test_an_account_leaves_metrics_pages_log_and_cache_as_they_are(
+    tmp_path: Path, log: list[str]
+) -> None:
+    count = f"echo >> {tmp_path}/begun; echo 'a '$(wc -l < {tmp_path}/begun)"
+    modules = {"c": exec_module(count) | {"cache": "1m"}, "bad": exec_module("exit 3")}
+    app = application(modules)
+    assert ask(app, "/proxy?module=c").text == "a 1\n"
+
+    def kept() -> list[Any]:
+        series = samples(ask(app, "/metrics").text)
+        listed = ask(app, "/", {"Accept": "application/json"}).text
+        return [{k: v for k, v in series.items() if "module=" in k}, listed]
+
+    before = kept()
+    log.clear()
+    told = [ask(app, f"/-/explain?module={query}") for query in ("c", "bad", "no", "c&args=%00")]
+    assert [reply.status for reply in told] == [200, 200, 404, 400]
+    assert "\n            a 2\n" in told[0].text
+    assert kept() == before
+    assert [line for line in log if "module" in line] == []
+    assert ask(app, "/proxy?module=c").text == "a 1\n"
+
+
+def test_an_account_says_that_it_takes_what_is_in_a_fifo(tmp_path: Path) -> None:
+    with running({"m": file_module(fifo(tmp_path))}) as served, ThreadPoolExecutor() as pool:
+        asked = pool.submit(served.get, "/-/explain?module=m")
+        (tmp_path / "f").write_text("a 1\n")
+        text = asked.result().text
+    assert "a FIFO: this takes what is in it, and the next scrape does not get it\n" in text
+    assert text.endswith("verified 1 samples\n")
+
+
 # ==================================================================================================
 # 15  HTTP server
 # ==================================================================================================
@@ -19080,6 +19368,20 @@ def test_help_without_a_stdout_is_no_error() -> None:
 
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+
+
+def test_explain_tells_of_a_scrape_without_a_server_and_by_whom(here: Path) -> None:
+    modules = {"good": exec_module("echo a 1"), "bad": exec_module("echo s3 >&2; exit 3")}
+    Path("c.json").write_text(json.dumps({"modules": modules}))
+    for name, code, words in (
+        ("good", 0, "verified 1 samples\n"),
+        ("bad", 1, f"{STDERR}\n            s3\n"),
+        ("no", 1, 'unknown module "no"\n'),
+    ):
+        ended = run("-config", "c.json", "-explain", name, folder=here)
+        assert (ended.returncode, ended.stdout.count(words)) == (code, 1), name
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        assert ended.stderr == f"scraped as the user {user}\n"
 
 
 def test_nothing_to_listen_on_is_a_warning_and_exit_0() -> None:
@@ -25453,9 +25755,14 @@ def test_the_recipe_of_nginx_keeps_all_links_of_the_page_under_the_prefix(
     status, page = behind_nginx.get("/expexp/")
     found = re.findall(r'href="(\.[^"]*)"', page)
     links = {urllib.parse.urljoin("/expexp/", html.unescape(link)) for link in found}
-    assert (status, len(links)) == (200, 5)
+    assert (status, len(links)) == (200, 7)
     answers = {link: behind_nginx.get(link)[0] for link in links if link.startswith("/expexp/")}
     assert answers == dict.fromkeys(links, 200)
+
+
+@pytest.mark.peer
+def test_the_recipe_of_nginx_shows_nobody_what_a_target_says(behind_nginx: BehindNginx) -> None:
+    assert HIDDEN in behind_nginx.get("/expexp/-/explain?module=echo")[1]
 
 
 @pytest.mark.peer
@@ -25470,7 +25777,7 @@ def test_the_recipe_of_nginx_decides_which_clients_and_headers_get_through(
         assert behind_nginx.get(path, user, source="127.0.0.2")[0] == 200
         heads.append(behind_nginx.echo.heads[-1].decode())
     assert ["\r\nAuthorization: Basic " in head for head in heads] == [True, False]
-    assert "\r\nX-Forwarded-For: 192.0.2.1, 127.0.0.1\r\n" in heads[0]
+    assert "\r\nX-Forwarded-For: 192.0.2.1, 127.0.0.2, 127.0.0.1\r\n" in heads[0]
     clients = re.findall(r'msg="(\S+) - GET', behind_nginx.expexp.log())
     assert set(clients) == {"127.0.0.1"}
 
