@@ -181,7 +181,6 @@ class Limits:
     cache_bytes: int = 67108864  # 64 MiB: all cached answers together
     exec_scrapes: int = 10  # running commands of one module without max_concurrent
     file_scrapes: int = 50  # running reads of one module without max_concurrent
-    container_seconds: float = 5  # for its address: another container may get it
     arguments: int = 32  # `args` and `params` of one request
     argument_bytes: int = 256  # one argument
     resolver_threads: int = 8  # concurrent name look-ups
@@ -3407,8 +3406,6 @@ class Tools:
         self.resolver_slots = Semaphore(limits.resolver_threads)
         self.verifications = Semaphore(limits.large_verifications)
         self.fifos: dict[str, Fifo] = {}  # by the path without links
-        #: By engine, name and port: when the engine was asked, and the host and port it answered.
-        self.containers: dict[tuple[str, str, int], Any] = {}
 
 
 class Job(NamedTuple):
@@ -3678,18 +3675,8 @@ def find_container(job: Job) -> Address:
 
 
 def connect_container(job: Job) -> Wire:
-    """Return a connection to a container, at its known address first. Raise ScrapeError."""
-    target = job.module.target
-    known = job.tools.containers
-    name = (target.container_host, target.container, target.port)
-    asked, address = known.get(name, (-inf, ()))
-    if monotonic() - asked < job.tools.limits.container_seconds:
-        with suppress(OSError, ScrapeError):
-            return connect_host(job, *address)
-    known.pop(name, None)  # now: an address that does not answer has used up all the time
-    asked = monotonic()
+    """Return a connection to a container, wherever it is now. Raise ScrapeError."""
     address = find_container(job)
-    known[name] = asked, address
     try:
         return connect_host(job, *address)
     except OSError as error:
@@ -4465,7 +4452,6 @@ class Application:
     def reload(self) -> Sequence[Problem]:
         """Read all files again and return the problems. Raise RequestError."""
         problems = self.loader.reload()
-        self._tools.containers.clear()  # a container may have moved
         self._take_config()
         return problems
 
