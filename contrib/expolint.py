@@ -167,7 +167,10 @@ def check_line(source: Source, pos: int, end: int, line: Line) -> Iterator[Expos
     if source.dialect.openmetrics:
         return
     if isinstance(line, Sample) and line.pos > pos and source.body[line.pos : line.pos + 1] != b"{":
-        yield source.refuse(pos, "a blank before a name")
+        message = (
+            "a blank before a name; Prometheus 2 refuses it, and 3 makes it a part of the name"
+        )
+        yield source.refuse(pos, message)
     if isinstance(line, Metadata) and line.keyword == b"HELP":
         yield from check_help(source, line)
     last = len(source.body)
