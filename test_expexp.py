@@ -25477,7 +25477,7 @@ ACCOUNTS: Final = "/usr/local/sbin/account-metrics"
 
 @pytest.mark.peer
 def test_the_recipe_of_a_timer_has_root_write_a_file_that_expexp_reads(service: Systemd) -> None:
-    service("cp", "/lib/systemd/system/timers.target", UNITS)
+    shutil.copy("/lib/systemd/system/timers.target", service.path(UNITS))
     assert service.systemctl("start") == 0
     TIMER_RECIPE.install(service)
     assert as_user(service, "expexp", ACCOUNTS) != 0
@@ -25581,7 +25581,7 @@ def test_the_recipe_of_many_files_finds_one_broken_file_as_the_document_says(
     assert (status, "line 1, column 13" in body) == (500, True), body
     for name in ("good", "stamped"):
         assert service.get(f"/proxy?module={name}")[1].startswith(f"{name}_jobs 1")
-    assert service("cp", f"{unit}.service", UNITS).returncode == 0
+    shutil.copy(f"{unit}.service", service.path(UNITS))
     assert service("systemctl", "start", Path(unit).name).returncode == 0
 
     def textfiles() -> str:
