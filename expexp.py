@@ -20,12 +20,12 @@ The path of one scrape. No section uses a name of a later one:
  15  `Server` accepts a connection. `ClientConnection.handle` makes its TLS handshake in a thread.
      `_answer` waits for a request. `read_request` reads its line and headers.
  14  `Application.handle` counts and logs the request. `_route` has `admit` check the client.
-     `_proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
+     `proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
  13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls
      `scrape_http`, `scrape_exec` or `scrape_file`. `verify_scrape` unpacks gzip.
   7  `verify_exposition` reads text by section 5, protobuf by section 6.
   2  A `ScrapeError` has its status in REASONS. `SelfMetrics.fail` (section 8) counts it.
- 15  `_write` sends the `Response` of `_proxy`. Then the request counts as answered.
+ 15  `_write` sends the `Response` of `proxy`. Then the request counts as answered.
 
 Contents:
   1  Constants and limits
