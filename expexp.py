@@ -3562,8 +3562,8 @@ def fetch(job: Job) -> Any:
         headers = request_headers(job)
         job.note(f"GET {job.module.target.url} with {', '.join(headers)}")  # values may be secret
         response = ask(job, connect_target, url, headers)
-        headers_shown = "\n".join(map(": ".join, response.headers))
-        job.note(f"answered with status {response.status}", headers_shown.encode())
+        told = ", ".join(values_of(response.headers, "content-type"))
+        job.note(f"answered with status {response.status}, Content-Type", told.encode())
         location = "".join(values_of(response.headers, "location")[:1])
         if response.status not in REDIRECTS or not location:
             return response

