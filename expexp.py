@@ -4264,6 +4264,7 @@ table { border-collapse: collapse; width: 100% }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
 .failing { border-left-color: #d33 } .ok { border-left-color: #2a4 }
+th, td:nth-child(n+4) { white-space: nowrap }
 pre { white-space: pre-wrap } pre:not(:empty)::before { content: attr(title); display: block }
 @media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
 td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
