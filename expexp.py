@@ -189,9 +189,9 @@ class Limits:
     log_queue_lines: int = 1000  # waiting for a slow stderr; more lines are dropped
     log_flush_seconds: float = 0.5  # to write the queued log lines at the end
     hang_up_seconds: float = 0.2  # between checks for a waiting client's hang-up
-    evicted_connections: int = 32  # whose threads have not ended: then the next waits, 1 s at most
-    unspread_scrapes: int = 32  # of one module at once. Beyond, each begins at a random time
-    scrape_spread_seconds: float = 0.001  # times the running ones, within which it begins
+    evicted_connections: int = 32  # that still have a thread; more make a new one wait, up to 1 s
+    unspread_scrapes: int = 32  # concurrent ones of a module; further ones begin spread over time
+    scrape_spread_seconds: float = 0.001  # of that time, for each running scrape
     hang_up_spread_seconds: float = 0.3  # up to this a thread waits then: 520 may wake at once
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
@@ -2901,6 +2901,7 @@ def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Header
 class TargetExchange:
     """A GET request on a wire, and its answer. For urllib it is connection and response."""
 
+    # urllib splits the URL, adds `Connection: close` and capitalizes the names of headers.
     sock = None  # urllib would close it before the body is read
     reason = ""
     pieces: Pieces = iter(())  # of the body; raises ScrapeError if it is cut short
@@ -3290,7 +3291,7 @@ class Commands:
             # The client's arguments follow the configured ones, in the query's order.
             added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
             arguments = [*map(os.fsencode, (target.command, *target.args)), *added]
-            job.note("starting the command", b"\n".join(arguments))
+            job.note("starting the command", details=b"\n".join(arguments))
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
                 arguments, 0, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
@@ -3413,10 +3414,10 @@ class Job(NamedTuple):
     credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
     steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
 
-    def note(self, words: str, details: bytes = b"") -> None:
+    def note(self, words: str, *values: object, details: bytes = b"") -> None:
         """Add a step to an explanation. The details are for trusted clients only."""
-        if self.steps is not None:
-            self.steps.append((monotonic(), words, details))
+        if self.steps is not None:  # nothing is formatted for other scrapes
+            self.steps.append((monotonic(), words % values, details))
 
 
 def scrape_bound(job: Job) -> int:
@@ -3457,7 +3458,7 @@ def connect_any(job: Job, addresses: Any) -> Wire:
         else:
             wire.deadline = job.deadline
             job.cleanup.callback(wire.close)
-            job.note(f"connected to {entry[-1]}")
+            job.note("connected to %s", entry[-1])
             return wire
     wait(job.deadline, {}, 0)  # a late connection or a client that hung up is the reason
     raise errors[0]
@@ -3560,10 +3561,10 @@ def fetch(job: Job) -> Any:
         url += "?" + "&".join(filter(None, queries))
     for _ in range(10):  # as many requests as Go's client sends, redirects included
         headers = request_headers(job)
-        job.note(f"GET {job.module.target.url} with {', '.join(headers)}")  # values may be secret
+        job.note("GET %s with %s", job.module.target.url, ", ".join(headers))  # no values: secret
         response = ask(job, connect_target, url, headers)
         told = ", ".join(values_of(response.headers, "content-type"))
-        job.note(f"answered with status {response.status}, Content-Type", told.encode())
+        job.note("answered with status %d, Content-Type", response.status, details=told.encode())
         location = "".join(values_of(response.headers, "location")[:1])
         if response.status not in REDIRECTS or not location:
             return response
@@ -3672,7 +3673,7 @@ def connect_target(job: Job) -> Wire:
         wire = connect_unix(job, target.unix_socket)
     elif target.container:
         address = find_container(job)
-        job.note(f"the container is at {render_address(address)}")
+        job.note("the container is at %s", render_address(address))
         wire = connect_host(job, *address)
     else:
         wire = connect_host(job, target.address, target.port)
@@ -3740,7 +3741,7 @@ def scrape_exec(job: Job) -> Scrape:
         raise
     finally:
         commands.end(process)
-        job.note("the command has ended, with this on stderr", bytes(words))
+        job.note("the command has ended, with this on stderr", details=bytes(words))
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -3879,12 +3880,12 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
     try:
         if encoding == "gzip":  # Prometheus decodes nothing else, either
             body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
-            job.note(f"unpacked {len(body)} bytes", body)
+            job.note("unpacked %d bytes", len(body), details=body)
         # Measured with 40 clients that ask for 50 MB: others have a p99 of 90 to 156 ms, not 375.
         is_large = len(body) > MEBIBYTE
         with hold(job.tools.verifications, job.deadline) if is_large else nullcontext():
             samples = verify_exposition(body, content_type, job.deadline.tick)
-        job.note(f"verified {samples} samples")
+        job.note("verified %d samples", samples)
     except zlib.error as error:
         raise ScrapeError("malformed", f"broken gzip: {str(error).rpartition(': ')[2]}") from None
     except ExpositionError as error:
@@ -3939,7 +3940,7 @@ def scrape_target(job: Job) -> Scrape:
     result = SCRAPERS[module.method](job)
     if isinstance(result.body, bytes):  # a slow client keeps the slot only of a stream
         slot.release()
-        job.note(f"read {len(result.body)} bytes", result.body)
+        job.note("read %d bytes", len(result.body), details=result.body)
     if result.status != OK:
         return result
     headers, body = result.headers, cast(bytes, result.body)
@@ -4013,6 +4014,7 @@ PROMETHEUS_HEADERS: Final = {  # sent by version 3. curl and browsers accept any
     SCRAPE_TIMEOUT_HEADER: "10",
 }
 LOOPBACK: Final = re.compile(r"(?i)((localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?)?")  # as Host
+FIRST_STEP: Final = "module %s: %s %s, deadline in %.3g s (timeout %g s, the client's %s s)"
 HIDDEN: Final = b"shown to authenticated clients or on the loopback"
 
 
@@ -4509,10 +4511,8 @@ class Application:
                 credentials = known and self.loader.target(module.name, known)
                 asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 job = Job(*asked, held, self._tools, credentials, steps)
-                job.note(
-                    f"module {module.name}: {module.method} {module.target.shown}, deadline in "
-                    f"{seconds:.3g} s (timeout {module.timeout:g} s, the client's {wanted} s)"
-                )
+                about = (module.name, module.method, module.target.shown)
+                job.note(FIRST_STEP, *about, seconds, module.timeout, wanted)
                 found = answer_job(job)
                 body = attempt.follow(found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
@@ -5009,7 +5009,7 @@ class LogWriter(logging.Handler):
         rest = b""
         while line := self._lines.get():
             try:
-                rest = (rest and b"\n") + line  # what is left is of a line that a full disk cut
+                rest = (rest and b"\n") + line  # a full disk may have cut the line before
                 while rest:  # a terminal or a socket can take a part
                     rest = rest[os.write(self._descriptor, rest) :]
             except (OSError, MemoryError):  # noqa: PERF203 - the next line may be written
