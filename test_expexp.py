@@ -22071,12 +22071,16 @@ def test_systemd_finds_nothing_wrong_with_the_contrib(tmp_path: Path, with_drop_
     assert run_peer(tmp_path, "systemd-analyze", *verify) == ""
 
 
+def dashboard_panels() -> Any:
+    """Return the panels of the dashboard."""
+    return json.loads((CONTRIB / "dashboard.json").read_text(encoding="utf-8"))["panels"]
+
+
 def dashboard_queries() -> dict[str, str]:
     """Return the queries of the dashboard by panel, with values for Grafana's variables."""
-    dashboard = json.loads((CONTRIB / "dashboard.json").read_text(encoding="utf-8"))
     values = {"$__rate_interval": "1m", "$instance": ".*", "$module": ".*"}
     queries = {}
-    for panel in dashboard["panels"]:
+    for panel in dashboard_panels():
         for target in panel["targets"]:
             query = target["expr"]
             for variable, value in values.items():
@@ -22086,9 +22090,8 @@ def dashboard_queries() -> dict[str, str]:
 
 
 def test_the_dashboard_describes_each_panel_and_places_none_upon_another() -> None:
-    dashboard = json.loads((CONTRIB / "dashboard.json").read_text(encoding="utf-8"))
     taken: set[tuple[int, int]] = set()
-    for panel in dashboard["panels"]:
+    for panel in dashboard_panels():
         assert panel["description"].endswith("."), panel["title"]
         place = panel["gridPos"]
         columns = range(place["x"], place["x"] + place["w"])
