@@ -3764,9 +3764,9 @@ def scrape_file(job: Job) -> Scrape:
         found: Scrape = wait_for(task, job.deadline)
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
-    except ScrapeError:
+    except ScrapeError as error:
         # Its thread should have closed a FIFO before the answer: the next scrape gets the rest.
-        if task.running.acquire(timeout=0.03):
+        if task.running.acquire(timeout=1 if error.reason.name == "aborted" else 0.03):
             task.running.release()
         raise
     job.held.add(body_size(found))
