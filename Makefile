@@ -13,12 +13,12 @@ SHELL := /bin/sh
 .ONESHELL:
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
-.PHONY: help run test check matrix matrix-venvs dist bench difference hostile host fuzz clean
+.PHONY: help run test check matrix matrix-venvs dist bench difference hostile host soak fuzz clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	echo
-	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference, hostile and host), JOBS=$(JOBS) (processes of test and matrix, 0: pytest alone)"
+	echo "Variables: PYTHON=$(PYTHON) (any from 3.9), ARGS='...' (flags of expexp for run, of pytest for test, of the script for bench, difference, hostile, host and soak), JOBS=$(JOBS) (processes of test and matrix, 0: pytest alone)"
 
 define python_is_new_enough
 if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then
@@ -156,6 +156,9 @@ hostile: $(VENV)/.dev ## attack this expexp.py on the loopback, and tell what do
 
 host: $(VENV)/.dev ## put the host of this expexp.py in trouble, and tell what does not hold
 	@$(VENV)/bin/python bench/host.py $(ARGS)
+
+soak: $(VENV)/.dev ## let Prometheus scrape 300 modules for an hour while everything goes wrong
+	@$(VENV)/bin/python bench/soak.py $(ARGS)
 
 fuzz: $(VENV)/.dev ## hunt for faults of the verifier for MINUTES=30 (hypothesis)
 	@rounds=$$(mktemp -d)

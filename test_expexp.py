@@ -20252,7 +20252,9 @@ def test_scrapes_recover_when_the_limit_of_descriptors_is_lowered_and_idle_clien
         modules["cache"] = modules["http"] | {"cache": "1m"}
         process, port = stack.enter_context(program(tmp_path, modules))
         for _ in range(100):
-            stack.enter_context(connect(port))
+            client = stack.enter_context(connect(port))
+            client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(65536)  # its thread has begun: it will be idle before the scraper is
         scraper = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
         stack.enter_context(contextlib.closing(scraper))
         scraper.request("GET", "/-/healthy")  # accepted before the limit, it stays open
