@@ -2676,18 +2676,18 @@ def seconds_of_yardstick() -> float:
 
 
 def slow_strings(pattern: re.Pattern[Any], size: int, searched: bool) -> list[Any]:
-    """Return the strings whose match is long, or takes three times as long as that of half."""
+    """Return the strings whose match is long, or takes eight times as long as that of a quarter."""
 
-    def is_slow(text: Any, half: Any) -> bool:
+    def is_slow(text: Any, quarter: Any) -> bool:
         seconds = seconds_of_match(pattern, text, searched)
         if seconds < SHORT_MATCH:
             return False
         if not searched and seconds > LONGEST_MATCH * seconds_of_yardstick():
             return True  # a search is of many matches
-        return seconds > 3 * seconds_of_match(pattern, half, searched)
+        return seconds > 8 * seconds_of_match(pattern, quarter, searched)
 
-    pairs = zip(foreign_strings(pattern, size), foreign_strings(pattern, size // 2))
-    return [text[:80] for text, half in pairs if all(is_slow(text, half) for _ in range(5))]
+    pairs = zip(foreign_strings(pattern, size), foreign_strings(pattern, size // 4))
+    return [text[:80] for text, quarter in pairs if all(is_slow(text, quarter) for _ in range(5))]
 
 
 def expressions() -> dict[str, re.Pattern[Any]]:
