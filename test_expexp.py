@@ -2547,8 +2547,9 @@ def test_work_with_a_deadline_lets_other_threads_run_once_a_millisecond(
 #: by a factor of three, and so does one machine within a minute.
 YARDSTICK = re.compile(rb'"(?:[^"\\\n]|\\.)*"')
 YARDSTICK_TEXT = b'"%b"' % (b"\\n" * (expexp.MAX_TOKEN_BYTES // 2))
-#: At most so many times the yardstick for one match: measured are 1.0, and 1.5 on Python 3.9.
-LONGEST_MATCH = 2 if expexp.POSSESSIVE else 3
+#: At most so many times the yardstick for one match: measured are 1.0, and 1.6 on Python 3.9, whose
+#: matches need memory: beside other programs once more than 3.
+LONGEST_MATCH = 2 if expexp.POSSESSIVE else 5
 SHORT_MATCH = 0.0004  # seconds: too short to tell how it grows
 FILLERS = "_0a\\"
 #: How many bytes an expression sees at once, where that is not a window of the verifier.
