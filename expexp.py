@@ -7,7 +7,7 @@
 exporter_exporter. expexp listens on the ports you name, connects to the targets in its
 configuration and to their container engine, runs the commands and reads the files in it, and reads
 its own files again when they change. It writes no file, starts no shell, loads no plugin, follows
-no redirect to another address and uses no proxy of the environment. Its only other process is
+no redirect to another address and ignores proxies in the environment. Its only other process is
 Python for -web.tls.certmatch. Every wait has a deadline, every outside quantity a limit.
 
 Endpoints: /proxy, /metrics, /, /sd (discovery), /-/healthy, /-/ready, /-/reload, /-/explain.
@@ -2665,7 +2665,7 @@ class Loader:
         self._limits = limits
         self._reloading = Lock()
         self._reloads = 0  # begun so far
-        self._swapping = Lock()  # of what is in use, never held while files are read
+        self._swapping = Lock()  # of `snapshot`, never held while files are read
         web = DocumentReader(options["web.config.file"], [])
         config = ConfigLoader(DocumentReader("", []), True, web, *self._arguments)
         if config.problems:
@@ -2673,16 +2673,16 @@ class Loader:
         self.snapshot = Snapshot(config, config.credentials, config.targets, time.time())
 
     def current(self) -> Snapshot:
-        """Return the snapshot, with credentials of ours from files of a moment ago. IO."""
-        self.target("", self.snapshot.credentials)
+        """Return the snapshot. Load our credentials again first if their files have changed. IO."""
+        self.refresh("", self.snapshot.credentials)
         return self.snapshot
 
-    def target(self, name: str, former: FileReader) -> FileReader:
-        """Return the credentials for a module's target, from files of a moment ago. IO."""
+    def refresh(self, name: str, former: FileReader) -> FileReader:
+        """Return a module's credentials or ours, loaded again if their files have changed. IO."""
         with self._swapping:
             if monotonic() - former.looked < self._limits.rotation_seconds:
                 return former
-            former.looked = inf  # while this thread looks, others go on with what there is
+            former.looked = inf  # while this thread looks, others use `former`
         fresh = former
         try:
             if former.is_due():
@@ -2693,14 +2693,14 @@ class Loader:
         finally:
             former.looked = monotonic()
         with self._swapping:
-            if self.snapshot.credentials is former:  # there was no reload since
+            if self.snapshot.credentials is former:  # no reload has replaced it
                 self.snapshot = self.snapshot._replace(credentials=fresh)
             elif self.snapshot.targets.get(name) is former:
                 self.snapshot.targets[name] = fresh
         return fresh
 
     def reload(self) -> Sequence[Problem]:
-        """Read all files, once for all callers that wait. Return problems. Raise RequestError."""
+        """Read all files, once for all waiting callers. Return problems. Raise RequestError."""
         reloads = self._reloads
         if not self._reloading.acquire(timeout=self._limits.reload_seconds):
             LOGGER.error("a reload does not end")
@@ -2735,8 +2735,8 @@ class Loader:
 # ==================================================================================================
 # 12  HTTP/1.1 in both directions
 # ==================================================================================================
-# A `Wire` reads and writes clients and targets: it does not block, and its waits have a deadline.
-# The parser of heads is strict towards clients. It tolerates what Prometheus does of targets. IO.
+# A `Wire` is a non-blocking connection to a client or a target. Its waits have a deadline. The
+# parser of headers is strict with clients. From targets it accepts what Prometheus accepts. IO.
 
 Headers = Sequence[Pair]
 Pieces = Iterator[bytes]
@@ -2744,16 +2744,16 @@ Pieces = Iterator[bytes]
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
-#: In errors of a peer's end. Their class depends on the versions of Python and OpenSSL.
+#: In an error's text if the peer has closed. The error's class depends on Python and OpenSSL.
 TLS_END: Final = re.compile(r"EOF[ _)]")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
-# No two parts match the same text, so both are linear: 30 ms for 256 KiB that fail at the end.
+# Both are linear, as no two parts match the same text: 30 ms for 256 KiB that fail at the end.
 STRICT_HEADER: Final = re.compile(rf"(?m)^({TOKEN.pattern}):({LINE})\r?\n")
 #: Also with blanks in the name, as in `Content-Length : 4`.
 TOLERANT_HEADER: Final = re.compile(rf"(?m)^((?! )[ {NAME_CHARACTERS}]+):({LINE})\r?\n")
 STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
 CHUNK_SIZE: Final = re.compile(rb"\A([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
-LINE_BREAK: Final = re.compile(rb"\A\r\n")  # after a chunk's data
+CHUNK_END: Final = re.compile(rb"\A\r\n")  # after a chunk's data
 CHUNK_LINE_BYTES: Final = 4096  # also for all trailers together, as in Go
 NO_END: Final = "the target closed before the end of its body"
 
@@ -2783,7 +2783,7 @@ def connection_options(headers: Headers) -> list[str]:
 
 
 def render_head(first_line: str, headers: Iterable[Pair]) -> bytes:
-    """Return the head of a request or an answer. `parse_headers` allows no line breaks in it."""
+    """Return the head of a request or answer. `parse_headers` allows no line break in a value."""
     lines = [f"{name}: {value}" for name, value in headers]
     text = "\r\n".join([first_line, *lines, "\r\n"])
     return text.encode("latin-1", "replace")
@@ -2795,12 +2795,12 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) ->
     for source, event in events.items():
         poll.register(source, event)
     if deadline.client >= 0:
-        # As in Go's server, an end of sending is a hang-up. POLLIN would see pipelined requests.
+        # As in Go's server, a half-close counts as a hang-up. POLLIN would see pipelined requests.
         poll.register(deadline.client, select.POLLRDHUP)
     ready = {descriptor for descriptor, _ in poll.poll(1000 * min(deadline.remaining(), longest))}
     if deadline.client in ready:
-        # Measured for 520 at once: another scrape has a p99 of 65 to 196 ms, not of 252 to 274 ms.
-        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # a late one holds a FIFO
+        # Measured for 520 hang-ups at once: others have a p99 of 65 to 196 ms, not 252 to 274 ms.
+        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # no FIFO is held too long
         sleep(random.random() * most)  # noqa: S311 - no secret
         raise ScrapeError("aborted", "the client closed its side before the answer")
     return ready
@@ -2852,7 +2852,7 @@ class Wire:
         return bool(self._received) or self._fill()
 
     def read_through(self, end: Pattern, most: int) -> bytes:
-        """Return the bytes through a match of `end`, or `most` + 1, or all if the peer closes."""
+        """Return bytes through a match of `end`: at most `most` + 1, fewer if the peer closes."""
         searched = 0
         while True:
             found = end.search(self._received, searched)
@@ -2865,7 +2865,7 @@ class Wire:
 
     def _fill(self) -> bool:
         """Receive one more piece. Return False if the peer has closed."""
-        self.deadline.remaining()  # the peer may always have something to read
+        self.deadline.remaining()  # if the peer never pauses, no wait checks it
         piece = self.attempt(self.connection.recv, POLLIN, PIECE_BYTES)
         self._received += piece
         return bool(piece)
@@ -2889,7 +2889,7 @@ class Wire:
 
 
 def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers up to an empty line. Raise RequestError; EOFError if the peer closes."""
+    """Return the headers up to an empty line. Raise RequestError, EOFError if the peer closes."""
     block = wire.read_through(EMPTY_LINE, most)
     if len(block) > most:
         raise RequestError(431, "the headers are too large")
@@ -2899,7 +2899,7 @@ def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Header
 
 
 class TargetExchange:
-    """A GET request on a wire, and its answer. For urllib it is connection and response."""
+    """A GET request on a wire, and its answer. urllib uses it as connection and as response."""
 
     # urllib splits the URL, adds `Connection: close` and capitalizes the names of headers.
     sock = None  # urllib would close it before the body is read
@@ -2915,12 +2915,12 @@ class TargetExchange:
         self.count = 0  # bytes of the body that were read
 
     def set_debuglevel(self, _level: int) -> None:
-        """Ignore the level, which urllib sets."""
+        """Ignore the debug level of urllib."""
 
     def request(
         self, method: str, selector: str, _body: None, headers: Mapping[str, str], **_coding: bool
     ) -> None:
-        """Keep the request. urllib would wrap an OSError from sending it in a URLError."""
+        """Keep the request until `getresponse`: here urllib would wrap an OSError in a URLError."""
         line = f"{method} {selector or '/'} HTTP/1.1"
         self._request = render_head(line, headers.items())
 
@@ -2992,11 +2992,11 @@ class TargetExchange:
         """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
         while size := int(self._read_match(LINE_END, CHUNK_SIZE)[1], 16):
             yield from self._read(size)
-            self._read_match(LINE_END, LINE_BREAK)
+            self._read_match(LINE_END, CHUNK_END)
         self._read_match(EMPTY_LINE, EMPTY_LINE)
 
     def _read_match(self, end: Pattern, part: Pattern) -> re.Match[bytes]:
-        """Read through `end` and return the match of the whole `part`. Raise ScrapeError."""
+        """Read through `end`. Return the match of `part` in what was read. Raise ScrapeError."""
         read = self._wire.read_through(end, CHUNK_LINE_BYTES)
         found = part.search(read)
         if found:
@@ -4508,7 +4508,7 @@ class Application:
                 held = Held(self._tools)
                 cleanup.callback(held.release)
                 known = snapshot.targets.get(module.name)
-                credentials = known and self.loader.target(module.name, known)
+                credentials = known and self.loader.refresh(module.name, known)
                 asked = (module, pairs, request.headers, request.client, deadline, cleanup)
                 job = Job(*asked, held, self._tools, credentials, steps)
                 about = (module.name, module.method, module.target.shown)
