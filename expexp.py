@@ -3009,16 +3009,16 @@ class TargetExchange:
 # 13  Scraping targets
 # ==================================================================================================
 # A function of SCRAPERS takes a Job and returns a Scrape or raises ScrapeError, by the deadline of
-# the job. All requests share memory for bodies. `cleanup` runs after the response was written. IO.
+# the job. All requests share one budget for bodies. `cleanup` runs after the response is sent. IO.
 
 AnyLock = Union[Lock, Semaphore]
 Process = subprocess.Popen[bytes]
-REAPING_SECONDS: Final = 0.02  # between looks at commands that are to end
-#: The fault for OpenSSL's code of a certificate, 0 without one. All other codes: "chain".
+REAPING_SECONDS: Final = 0.02  # between two attempts to reap a command
+#: The fault for a verify_code of OpenSSL. 0: no certificate failed. All other codes: "chain".
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
 REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
-#: Other characters of a Location are escaped. Brackets make urllib refuse a URL.
+#: Punctuation that is not escaped in a Location. urllib would refuse brackets.
 URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
 MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
@@ -3035,25 +3035,25 @@ class Scrape(NamedTuple):
     status: int
     headers: Headers
     body: bytes | Pieces
-    modified: float | None = None  # when a regular file was, in seconds since 1970
+    modified: float | None = None  # a regular file's modification time, Unix time
     packed: bytes = b""  # the body in gzip
     samples: int | None = None  # of a verified body
 
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
-    """Return the headers with this one in place of all of its name."""
+    """Return the headers with all of this name replaced by this one."""
     return [*(pair for pair in headers if pair[0].lower() != name.lower()), (name, value)]
 
 
-class Held:
-    """What one request, or a part of it, holds of what all requests share."""
+class Reservation:
+    """What one request, or a part of it, has reserved of what all requests share."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._counts: dict[str, int] = Counter()
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> int:
-        """Hold more of something. Return how much all hold. Raise ScrapeError("busy") if > most."""
+        """Reserve `count` more. Return how much all hold. Raise ScrapeError("busy") if > most."""
         with self._tools.lock:
             used = self._tools.used[what] + count
             if used > most:
@@ -3062,8 +3062,8 @@ class Held:
             self._counts[what] += count
         return used
 
-    def add(self, count: int) -> None:
-        """Hold more bytes of bodies. Raise ScrapeError("busy") if all requests hold too many."""
+    def reserve_bytes(self, count: int) -> None:
+        """Reserve memory for bodies. Raise ScrapeError("busy") if all requests hold too much."""
         most = self._tools.limits.held_bytes
         self.reserve("bytes", most, "too many bodies in memory, try again later", count)
 
@@ -3079,7 +3079,7 @@ class Held:
 
 
 def body_size(scrape: Scrape) -> int:
-    """Return how many bytes a body takes, also in gzip."""
+    """Return the bytes of a body plus those of its gzip form."""
     return len(cast(bytes, scrape.body)) + len(scrape.packed)
 
 
@@ -3089,11 +3089,11 @@ class Run:
 
     module: Module  # a reload may have changed it since
     task: Any = None
-    made: float = inf  # completion time (monotonic); inf while running
+    completed_at: float = inf  # monotonic; inf while running
     size: float = inf  # of a good answer's body, in bytes
     waiting: int = 0  # requests that wait for the outcome
-    #: The scrape polls the other end of this socket as its client, and ends when it is closed. A
-    #: command has none: if it is too slow for one scrape, it answers the next.
+    #: The scrape polls the other end of this socket as its client: closing it ends the scrape. A
+    #: command has none. A command that is too slow for one request answers the next.
     client: socket.socket | None = None
 
 
@@ -3102,7 +3102,7 @@ class Cache:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._runs: dict[Any, Run] = {}  # of the completed ones the oldest first
+        self._runs: dict[Any, Run] = {}  # completed ones in order of completion
 
     def answer(self, job: Job, key: Any) -> Scrape:
         """Return a fresh answer, cached or new. Raise ScrapeError."""
@@ -3111,7 +3111,7 @@ class Cache:
             asked = monotonic()
             with self._lock:
                 run = self._runs.get(key)
-                if not run or run.module != module or asked - run.made >= module.cache:
+                if not run or run.module != module or asked - run.completed_at >= module.cache:
                     run = self._start(job, key)
                     self._runs[key] = run
                 run.waiting += 1
@@ -3121,19 +3121,19 @@ class Cache:
                 self._leave(key, run)
             if isinstance(outcome, Scrape):
                 break
-            if outcome[0] != "timeout":  # of a run that began before this request
+            if outcome[0] != "timeout":  # after the timeout of an older run, start another
                 raise ScrapeError(*outcome)
-        job.held.add(body_size(outcome))  # it may be evicted while it is sent
-        if asked < run.made:
+        job.held.reserve_bytes(body_size(outcome))  # it may be evicted while it is sent
+        if asked < run.completed_at:
             return outcome
-        aged = with_header(outcome.headers, "Age", str(int(asked - run.made)))
+        aged = with_header(outcome.headers, "Age", str(int(asked - run.completed_at)))
         return outcome._replace(headers=aged)
 
     def _start(self, job: Job, key: Any) -> Run:
         """Start a run for a request in a thread of its own. Raise ScrapeError."""
         run = Run(job.module)
         cleanup = ExitStack()
-        held = Held(job.tools)
+        held = Reservation(job.tools)
         cleanup.callback(held.release)
         seconds = job.deadline.remaining()
         if job.module.method == "exec":
@@ -3152,10 +3152,10 @@ class Cache:
         return run
 
     def _leave(self, key: Any, run: Run) -> None:
-        """Stop waiting for a run. End it without other waiters, unless it is a command's."""
+        """Stop waiting for a run. End it if no other request waits, unless it is a command's."""
         with self._lock:
             run.waiting -= 1
-            if run.client and not run.waiting and run.made == inf:
+            if run.client and not run.waiting and run.completed_at == inf:
                 run.client.close()
                 if self._runs.get(key) is run:  # or else a reload has changed the module
                     del self._runs[key]  # the next request begins another one
@@ -3175,17 +3175,17 @@ class Cache:
         """Cache a good answer. Evict the oldest ones beyond the bounds."""
         most = limits.cache_bytes
         with self._lock:
-            if self._runs.get(key) is not run:  # nobody waits, or a later module has its place
+            if self._runs.get(key) is not run:  # no request waits, or the module has changed
                 return
             del self._runs[key]
             if isinstance(outcome, Scrape) and outcome.status == OK:
                 run.size = body_size(outcome)
-            if run.size <= most:  # or else all others would go for nothing
-                run.made = monotonic()
+            if run.size <= most:  # a larger one would evict all others in vain
+                run.completed_at = monotonic()
                 self._runs[key] = run
-            made = [each for each in self._runs.items() if each[1].made < inf]
-            while len(made) > limits.cache_entries or sum(r.size for _, r in made) > most:
-                del self._runs[made.pop(0)[0]]
+            done = [each for each in self._runs.items() if each[1].completed_at < inf]
+            while len(done) > limits.cache_entries or sum(r.size for _, r in done) > most:
+                del self._runs[done.pop(0)[0]]
 
 
 class Task:
@@ -3215,7 +3215,7 @@ class Task:
 
 def acquire(lock: AnyLock, deadline: Deadline) -> None:
     """Acquire a lock or a semaphore. Raise ScrapeError."""
-    # No call waits for a thread and for the client at once.
+    # No single call can wait for both a lock and the client's hang-up.
     while not lock.acquire(timeout=min(deadline.remaining(), Limits.hang_up_seconds)):
         wait(deadline, {}, 0)
 
@@ -3236,7 +3236,7 @@ def wait_for(task: Task, deadline: Deadline) -> Any:
         if not task.outcome:
             raise RuntimeError("unexpected error in a thread: see the log")
         if isinstance(task.outcome[0], Exception):
-            # Kept, it would form a cycle with its traceback, whose frames hold whole bodies.
+            # A kept error forms a cycle with its traceback, whose frames hold whole bodies.
             raise task.outcome.pop()
         return task.outcome[0]
 
@@ -3267,13 +3267,13 @@ def resolve(host: str, port: int, deadline: Deadline, slots: Semaphore) -> Any:
 class Commands:
     """Runs commands in process groups of their own, and ends these groups."""
 
-    def __init__(self, limits: Limits, soft_descriptors: int) -> None:
+    def __init__(self, limits: Limits, soft_limit: int) -> None:
         self._limits = limits
-        self._soft_descriptors = soft_descriptors  # that commands get back; 0: not raised
+        self._soft_limit = soft_limit  # of descriptors, for commands; 0: not changed
         # A service manager sets these variables for expexp alone.
         own = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
         self._environment = {k: v for k, v in os.environb.items() if not own.fullmatch(k)}
-        #: Not reaped, and the module's name if its scrape ended earlier. Each use is atomic.
+        #: Not reaped yet, with the module's name if its scrape ended first. Each use is atomic.
         self.running: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
@@ -3299,9 +3299,9 @@ class Commands:
             words = start_fault(error, target.command, env.get(b"PATH", b""))
             raise ScrapeError("command", f"cannot start the command: {words}") from None
         self.running[process] = ""
-        if self._soft_descriptors:
+        if self._soft_limit:
             # Not in the child before exec: Python code there can deadlock in a program of threads.
-            limits = self._soft_descriptors, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            limits = self._soft_limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             # AttributeError: not on Linux. ValueError: prlimit(1) has lowered the hard limit.
             with suppress(OSError, AttributeError, ValueError):
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
@@ -3316,7 +3316,7 @@ class Commands:
 
     def _reap(self) -> None:
         """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
-        due, process = self._ending.get()  # until its leader is reaped, a group's id is its own
+        due, process = self._ending.get()  # a group's id is not reused before its leader is reaped
         while True:
             try:
                 sleep(max(0, due - monotonic()))
@@ -3331,8 +3331,8 @@ class Commands:
                 sleep(REAPING_SECONDS)
 
     def _reap_orphans(self) -> None:
-        """Reap what commands have left behind. A container's first process is its parent."""
-        # The kernel makes it a child of the main thread. Children of other threads are not listed.
+        """Reap orphans of commands. As a container's first process, expexp is their parent."""
+        # Orphans become children of the main thread. Children of other threads are not listed.
         with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = set(map(int, file.read().split()))
             known = {process.pid for process in list(self.running)}
@@ -3353,7 +3353,7 @@ def start_fault(error: Exception, command: str, path: bytes) -> str:
     words = words_of(error)
     places = os.fsdecode(path) or os.defpath
     if isinstance(error, UnicodeError):
-        words = "it cannot be written in this locale"
+        words = "it cannot be encoded in this locale"
     elif getattr(error, "errno", 0) == errno.ENOEXEC:
         words += ": begin the script with #!/bin/sh, and with no byte order mark before it"
     elif isinstance(error, FileNotFoundError) and shutil.which(command, path=places):
@@ -3397,7 +3397,7 @@ class Tools:
         self.lock = Lock()  # of `used`
         self.resolver_slots = Semaphore(limits.resolver_threads)
         self.verifications = Semaphore(limits.large_verifications)
-        self.fifos: dict[str, Fifo] = {}  # by the path without links
+        self.fifos: dict[str, Fifo] = {}  # by real path
 
 
 class Job(NamedTuple):
@@ -3409,7 +3409,7 @@ class Job(NamedTuple):
     client: str
     deadline: Deadline
     cleanup: ExitStack
-    held: Held
+    held: Reservation
     tools: Tools
     credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
     steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
@@ -3433,7 +3433,7 @@ def join_pieces(job: Job, pieces: Iterable[bytes]) -> bytes:
     body = io.BytesIO()  # `getvalue` does not copy
     for piece in pieces:
         job.deadline.remaining()
-        job.held.add(len(piece))
+        job.held.reserve_bytes(len(piece))
         body.write(piece)
         check_size(job.tools.limits, body.tell())
     return body.getvalue()
@@ -3460,7 +3460,7 @@ def connect_any(job: Job, addresses: Any) -> Wire:
             job.cleanup.callback(wire.close)
             job.note("connected to %s", entry[-1])
             return wire
-    wait(job.deadline, {}, 0)  # a late connection or a client that hung up is the reason
+    wait(job.deadline, {}, 0)  # raises at the deadline, or if the client has hung up
     raise errors[0]
 
 
@@ -3502,7 +3502,7 @@ def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
 
 
 def request_headers(job: Job) -> dict[str, str]:
-    """Return the headers for a target: the client's, replaced by expexp's and the module's."""
+    """Return the headers for a target: the client's, overridden by expexp's and the module's."""
     target = job.module.target
     headers: dict[str, str] = {}
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
@@ -3539,12 +3539,12 @@ def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, s
         exchange = handler.do_open(TargetExchange, request, wire=connect(job), most=most)
     except (OSError, ValueError) as error:
         raise target_failure(error, job.deadline) from None
-    job.held.add(sum(len(n) + len(v) + 200 for n, v in exchange.headers))  # 200 a pair: measured
+    job.held.reserve_bytes(sum(len(n) + len(v) + 200 for n, v in exchange.headers))  # 200: measured
     return exchange
 
 
 def origin_of(url: str) -> str:
-    """Return scheme and address of a URL, without user, final dot and default port."""
+    """Return scheme and address of a URL, without user, final dot or default port."""
     parts = urlsplit(url)
     address = unquote(parts.netloc).rpartition("@")[2].lower()
     host = address.removesuffix(DEFAULT_PORTS.get(parts.scheme, ""))
@@ -3563,8 +3563,8 @@ def fetch(job: Job) -> Any:
         headers = request_headers(job)
         job.note("GET %s with %s", job.module.target.url, ", ".join(headers))  # no values: secret
         response = ask(job, connect_target, url, headers)
-        told = ", ".join(values_of(response.headers, "content-type"))
-        job.note("answered with status %d, Content-Type", response.status, details=told.encode())
+        media = ", ".join(values_of(response.headers, "content-type"))
+        job.note("answered with status %d, Content-Type", response.status, details=media.encode())
         location = "".join(values_of(response.headers, "location")[:1])
         if response.status not in REDIRECTS or not location:
             return response
@@ -3606,7 +3606,7 @@ def response_pieces(job: Job, response: TargetExchange) -> Pieces:
 
 # --- containers: expexp asks the engine for a container's address, over Docker's and podman's API
 def connect_engine(job: Job) -> Wire:
-    """Return a connection to a container's engine. Raise ScrapeError, which names all tried."""
+    """Return a connection to a container engine. Raise ScrapeError, which names all that failed."""
     host = job.module.target.container_host
     engines = ENGINES if host == ENGINES[0] else (host,)
     faults = []
@@ -3641,7 +3641,7 @@ def ask_engine(job: Job) -> bytes:
 
 
 def find_container(job: Job) -> Address:
-    """Return host and port of a container's port: published, or on its own address."""
+    """Return the address where a container's port is published, or else the container's own."""
     port = job.module.target.port
     try:
         described = json.loads(ask_engine(job))
@@ -3659,10 +3659,10 @@ def find_container(job: Job) -> Address:
         if not addresses:
             words = f"the container publishes no port {port}, and has no address of its own"
             raise ScrapeError("unreachable", words)
-        # podman has an empty host for all addresses of this one.
+        # podman leaves HostIp empty for a port that is published on all addresses.
         return str(ipaddress.ip_address(f"{addresses[0]}" or "127.0.0.1")), port
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        words = f"cannot understand what the container engine says of it: {error!r}"
+        words = f"cannot understand the answer of the container engine: {error!r}"
         raise ScrapeError("unreachable", excerpt(words, 200)) from None
 
 
@@ -3683,22 +3683,22 @@ def connect_target(job: Job) -> Wire:
         context = job.credentials.value.context
         # An attacker can cut a body short: an end without close_notify is an error.
         wire.start_tls(context, server_hostname=name, suppress_ragged_eofs=False)
-        job.note("shook hands for TLS")
+        job.note("completed the TLS handshake")
     return wire
 
 
 # --- exec
-def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Pieces:
-    """Yield a command's stdout, keep the end of its stderr in `words`. Raise ScrapeError."""
+def command_pieces(job: Job, process: Any, pidfd: Any, stderr: bytearray) -> Pieces:
+    """Yield a command's stdout, keep the end of its stderr in `stderr`. Raise ScrapeError."""
     stdout = process.stdout.fileno()
     pipes = {stdout, process.stderr.fileno()}
     awaited = dict.fromkeys(pipes, POLLIN)
     longest = 0.02
-    if exited:
-        awaited[exited.fileno()] = POLLIN
+    if pidfd:
+        awaited[pidfd.fileno()] = POLLIN
         longest = inf
     while True:
-        # First the exit, then the pipes, which hold all before it: a grandchild may not close them.
+        # Check for the exit first: the pipes then hold all output. A grandchild can keep them open.
         fault = exit_of(process)
         ready = pipes & wait(job.deadline, awaited, longest if fault is None else 0)
         if fault and not ready:
@@ -3712,7 +3712,7 @@ def command_pieces(job: Job, process: Any, exited: Any, words: bytearray) -> Pie
             elif pipe == stdout:
                 yield piece
             else:
-                words[:] = (words + piece)[-job.tools.limits.stderr_bytes :]
+                stderr[:] = (stderr + piece)[-job.tools.limits.stderr_bytes :]
 
 
 def scrape_exec(job: Job) -> Scrape:
@@ -3727,21 +3727,21 @@ def scrape_exec(job: Job) -> Scrape:
     if job.steps is None:
         job.tools.metrics.increment("expexp_command_starts_total", name)
     process = commands.start(job)
-    words = bytearray()
-    exited: Any = nullcontext()
+    stderr = bytearray()
+    pidfd: Any = nullcontext()
     try:
         with suppress(AttributeError, OSError):  # not Linux, or before 5.3
-            exited = io.FileIO(os.pidfd_open(process.pid))
-        with process.stdout, process.stderr, exited as readable:
-            return text_scrape(join_pieces(job, command_pieces(job, process, readable, words)))
+            pidfd = io.FileIO(os.pidfd_open(process.pid))
+        with process.stdout, process.stderr, pidfd as opened:
+            return text_scrape(join_pieces(job, command_pieces(job, process, opened, stderr)))
     except ScrapeError as error:
-        error.detail = excerpt(bytes(words).strip(), job.tools.limits.stderr_bytes)
+        error.detail = excerpt(bytes(stderr).strip(), job.tools.limits.stderr_bytes)
         if error.reason.name != "command":  # it has not exited yet
             commands.running[process] = name
         raise
     finally:
         commands.end(process)
-        job.note("the command has ended, with this on stderr", details=bytes(words))
+        job.note("the command has ended, with this on stderr", details=bytes(stderr))
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -3756,7 +3756,7 @@ def scrape_file(job: Job) -> Scrape:
     # A `stat`, `open` or `read` that hangs cannot be interrupted: its thread is left behind. A
     # module leaves behind at most as many threads as it may run scrapes.
     most = scrape_bound(job)
-    held = Held(job.tools)
+    held = Reservation(job.tools)
     words = f"{most} reads of it have not returned: its file system may hang"
     held.reserve(f"reads of {job.module.name}", most, words)
     task = Task(held.release, read_module_path, job._replace(held=held))
@@ -3765,18 +3765,18 @@ def scrape_file(job: Job) -> Scrape:
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
     except ScrapeError as error:
-        # Its thread should have closed a FIFO before the answer: the next scrape gets the rest.
+        # Let its thread close a FIFO before the answer, so that the next scrape gets the rest.
         if task.running.acquire(timeout=1 if error.reason.name == "aborted" else 0.03):
             task.running.release()
         raise
-    job.held.add(body_size(found))
+    job.held.reserve_bytes(body_size(found))
     return found
 
 
 def read_module_path(job: Job) -> Scrape:
     """Return the scrape of a file or FIFO. Raise OSError, UnicodeError or ScrapeError."""
     path: str = job.module.target.path
-    kind = stat.S_IFMT(os.stat(path).st_mode)  # first: to open a device may act on it
+    kind = stat.S_IFMT(os.stat(path).st_mode)  # before `open`, which may act on a device
     if kind == stat.S_IFIFO:
         job.note("a FIFO: this takes what is in it, and the next scrape does not get it")
         return read_fifo(job, os.path.realpath(path))
@@ -3804,21 +3804,21 @@ class Fifo:
     """A FIFO. One scrape at a time reads it: two readers would each get a part."""
 
     def __init__(self, path: str) -> None:
-        self.path = path  # as the module has it
+        self.path = path  # as configured
         self.lock = Lock()
-        #: Open while an answer is read, also after a scrape has read only a part of it: the end of
-        #: this file separates the rest from the next answer.
-        self.torn: io.FileIO | None = None
+        #: Open while an answer is read, and after a scrape that read only a part of it: its end of
+        #: file separates the rest from the next answer.
+        self.unfinished: io.FileIO | None = None
 
     def close(self) -> None:
         """Close the FIFO of an answer that has been read, or that nobody will read."""
-        if self.torn:
-            self.torn.close()
-            self.torn = None
+        if self.unfinished:
+            self.unfinished.close()
+            self.unfinished = None
 
 
 def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
-    """Drop the FIFOs whose path is not in `paths`, those of all modules."""
+    """Drop the FIFOs that no module has. `paths` has the paths of all modules."""
     for key, fifo in list(fifos.items()):
         if fifo.path not in paths and fifo.lock.acquire(blocking=False):
             del fifos[key]
@@ -3831,7 +3831,7 @@ def read_fifo(job: Job, key: str) -> Scrape:
     path: str = job.module.target.path
     fifo = job.tools.fifos.setdefault(key, Fifo(path))
     with hold(fifo.lock, job.deadline):
-        rest = fifo.torn
+        rest = fifo.unfinished
         if rest and os.path.samestat(os.fstat(rest.fileno()), os.stat(path)):
             for _ in fifo_pieces(job, rest):
                 pass
@@ -3839,7 +3839,7 @@ def read_fifo(job: Job, key: str) -> Scrape:
         with open_path(job, stat.S_IFIFO) as file:
             while not wait(job.deadline, {file: POLLIN}):
                 pass
-            fifo.torn = io.FileIO(os.dup(file.fileno()))
+            fifo.unfinished = io.FileIO(os.dup(file.fileno()))
             body = join_pieces(job, fifo_pieces(job, file))
             fifo.close()
             return text_scrape(body)
@@ -3876,7 +3876,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
     encoding = (*values_of(headers, "content-encoding"), "")[0]
     given = configured or (*values_of(headers, "content-type"), "")[0]
     content_type = given if CONTENT_TYPE.fullmatch(given) else TEXT_CONTENT_TYPE
-    decoded = Held(job.tools)
+    decoded = Reservation(job.tools)
     try:
         if encoding == "gzip":  # Prometheus decodes nothing else, either
             body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
@@ -3928,7 +3928,7 @@ def scrape_target(job: Job) -> Scrape:
     """Return the module's scrape, verified if the module wants that. Raise ScrapeError."""
     module = job.module
     most = scrape_bound(job)
-    slot = Held(job.tools)
+    slot = Reservation(job.tools)
     job.cleanup.callback(slot.release)
     words = f"already running {most} scrapes (max_concurrent)"
     running = slot.reserve(f"scrapes of {module.name}", most, words)
@@ -3938,7 +3938,7 @@ def scrape_target(job: Job) -> Scrape:
         longest = running * limits.scrape_spread_seconds
         wait(job.deadline, {}, random.random() * longest)  # noqa: S311 - no secret
     result = SCRAPERS[module.method](job)
-    if isinstance(result.body, bytes):  # a slow client keeps the slot only of a stream
+    if isinstance(result.body, bytes):  # a slow client holds a slot only for a stream
         slot.release()
         job.note("read %d bytes", len(result.body), details=result.body)
     if result.status != OK:
@@ -4505,7 +4505,7 @@ class Application:
             try:
                 check_arguments(module, pairs, limits)
                 deadline = Deadline(seconds, client=request.connection)
-                held = Held(self._tools)
+                held = Reservation(self._tools)
                 cleanup.callback(held.release)
                 known = snapshot.targets.get(module.name)
                 credentials = known and self.loader.refresh(module.name, known)

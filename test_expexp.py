@@ -9293,14 +9293,14 @@ def test_bodies_in_memory_have_a_budget_and_give_it_back() -> None:
 def test_a_budget_forgets_what_is_not_in_use_and_stays_as_it_is_when_it_refuses() -> None:
     tools = scraping_job().tools
     tools.limits = dataclasses.replace(FAST, held_bytes=9)
-    first, second = expexp.Held(tools), expexp.Held(tools)
+    first, second = expexp.Reservation(tools), expexp.Reservation(tools)
     first.reserve("scrapes of a", 3, "too many", 2)
-    second.add(5)
+    second.reserve_bytes(5)
     with pytest.raises(expexp.ScrapeError, match=r"^too many$") as caught:
         second.reserve("scrapes of a", 3, "too many", 2)
     assert caught.value.reason.name == "busy"
     with pytest.raises(expexp.ScrapeError, match="too many bodies in memory"):
-        first.add(5)
+        first.reserve_bytes(5)
     second.release()
     assert tools.used == {"scrapes of a": 2}
     first.release()
@@ -10486,7 +10486,7 @@ def test_a_container_may_speak_tls_in_its_own_name(
 
 NOT_PUBLISHED = "the container publishes no port 9100, and has no address of its own"
 NOT_REACHABLE = "connection refused\n"
-UNCLEAR = "cannot understand what the container engine says of it: "
+UNCLEAR = "cannot understand the answer of the container engine: "
 NO_ENGINE = "cannot ask the container engine: "
 WEB = "module m: http://web:9100/metrics in a container"
 
@@ -12151,7 +12151,7 @@ def test_half_of_what_comes_out_of_a_fifo_is_never_an_answer(tmp_path: Path, sam
         path.write_bytes(b"c_whole 3\n")
         assert third.result().text == "c_whole 3\n"
     fifos = served.program.application._tools.fifos
-    assert [fifo.torn for fifo in fifos.values()] == [None]
+    assert [fifo.unfinished for fifo in fifos.values()] == [None]
 
 
 def has_at_most(descriptors: int) -> bool:
@@ -12188,18 +12188,18 @@ def test_what_is_left_in_a_fifo_that_was_replaced_is_neither_read_nor_kept(tmp_p
         assert whole.result().text == "b_whole 2\n"
         wait_until(lambda: has_at_most(before + writing))
         fifos = served.program.application._tools.fifos
-        assert [fifo.torn for fifo in fifos.values()] == [None]
+        assert [fifo.unfinished for fifo in fifos.values()] == [None]
 
 
 def test_a_reload_forgets_the_fifos_that_no_module_has_any_more(tmp_path: Path) -> None:
-    def torn() -> expexp.Fifo:
+    def unfinished() -> expexp.Fifo:
         fifo = expexp.Fifo(str(tmp_path / "gone"))
-        fifo.torn = io.FileIO(os.devnull)
+        fifo.unfinished = io.FileIO(os.devnull)
         return fifo
 
-    gone, in_use, kept = torn(), torn(), expexp.Fifo("/kept")
+    gone, in_use, kept = unfinished(), unfinished(), expexp.Fifo("/kept")
     fifos = {"gone": gone, "in use": in_use, "kept": kept}
-    rest = gone.torn
+    rest = gone.unfinished
     with in_use.lock:
         expexp.forget_fifos(fifos, ["/kept"])
     assert fifos == {"in use": in_use, "kept": kept}
@@ -12232,7 +12232,7 @@ def test_what_is_kept_counts_as_held_in_memory_while_it_is_sent(tmp_path: Path) 
     first = scraping_job()._replace(module=module)
     tools = first.tools
     tools.limits = dataclasses.replace(FAST, held_bytes=1000)
-    second, third = (first._replace(held=expexp.Held(tools)) for _ in range(2))
+    second, third = (first._replace(held=expexp.Reservation(tools)) for _ in range(2))
     with first.cleanup:
         expexp.answer_job(first)
     assert expexp.answer_job(second).headers[-1][0] == "Age"
@@ -15217,7 +15217,7 @@ def scraping_job() -> expexp.Job:
     tools = expexp.Tools(limits, expexp.Commands(limits, 0), metrics)
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60, time.monotonic)
-    held = expexp.Held(tools)
+    held = expexp.Reservation(tools)
     cleanup = contextlib.ExitStack()
     cleanup.callback(held.release)
     return expexp.Job(module, (), (), "::1", deadline, cleanup, held, tools)
