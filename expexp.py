@@ -4002,7 +4002,7 @@ def answer_job(job: Job) -> Scrape:
 # 14  Application
 # ==================================================================================================
 # A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
-# here. `handle` never raises: it catches Exception, as loading does, and nothing else.
+# here. `handle` never raises: it catches Exception. Only loading does that, too.
 
 STARTED: Final = monotonic()
 OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
@@ -4019,7 +4019,7 @@ HIDDEN: Final = b"shown to authenticated clients or on the loopback"
 
 
 class Request(NamedTuple):
-    """The request of a client."""
+    """A client's request."""
 
     method: str
     target: str  # path and query, as latin-1 text
@@ -4027,8 +4027,8 @@ class Request(NamedTuple):
     client: str
     scheme: str = "http"
     version: str = "1.1"
-    connection: int = -1  # descriptor of the client's connection, to see that it hangs up
-    is_trusted: bool = False  # it has authenticated, or is on this host and no proxy
+    connection: int = -1  # descriptor of the client's connection, polled for its hang-up
+    is_trusted: bool = False  # the client has authenticated, or is on this host and no proxy
 
     @property
     def path(self) -> str:
@@ -4048,20 +4048,20 @@ class Request(NamedTuple):
 
 @dataclass
 class Response:
-    """The answer to a client. `cleanup` runs after it was sent, or after that failed."""
+    """The answer to a client. `cleanup` runs after it has been sent or has failed."""
 
     status: int
     headers: Headers
     body: bytes | Pieces = b""
     cleanup: ExitStack = dataclasses.field(default_factory=ExitStack)
-    aborted: bool = False  # the client has hung up, or it failed after the status was sent
+    aborted: bool = False  # the client hung up, or the answer failed after its status
     module: str = ""  # the module whose duration is observed, if any
 
 
 def own_response(
     status: int, text: str, *more: Pair, media_type: str = PLAIN_CONTENT_TYPE
 ) -> Response:
-    """Return a page of ours."""
+    """Return a response with a text of expexp itself."""
     headers = [("Content-Type", media_type), *OWN_HEADERS, *more]
     return Response(status, headers, f"{text}\n".encode("utf-8", "replace"))
 
@@ -4071,7 +4071,7 @@ def choose_module(config: Config, request: Request) -> tuple[Module, Pairs]:
     name = config.default_module
     rest = list(parse_query(request.target.partition("?")[2]))
     given = dict(reversed(rest)).get(b"module")  # the first one: later ones are for the target
-    if given is not None:  # also if it is empty, as an empty relabelling makes it
+    if given is not None:  # even if it is empty, as relabelling can make it
         name = given.decode("utf-8", "replace")
         rest.remove((b"module", given))
     elif not name:
@@ -4110,50 +4110,50 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
     return any(fnmatch.fnmatchcase(os.fsdecode(value), glob) for glob in accepted)
 
 
-def admit(request: Request, networks: Sequence[Network], held: Credentials) -> Request:
+def admit(request: Request, networks: Sequence[Network], credentials: Credentials) -> Request:
     """Return the request without credentials for expexp. Raise RequestError with 403 or 401."""
     address = parse_client_address(request.client)
     if networks and not any(address in network for network in networks):
         raise RequestError(403, "Forbidden")
     names = " ".join(dict(request.headers))
-    is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx has 1.0
-    has_proved = request.scheme == "https" and "client certificates" in held.demands
+    is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx uses 1.0
+    has_certificate = request.scheme == "https" and "client certificates" in credentials.demands
     is_local = address.is_loopback and LOOPBACK.fullmatch(request.header("host"))
-    is_trusted = has_proved or bool(is_local and not is_proxied)
-    proofs = {}
-    if held.token:
-        proofs["Bearer"] = (held.is_token, "Invalid Bearer Token")
-    if held.users:
-        proofs["Basic"] = (held.users.prove, "Invalid user or password")
-    if not proofs:  # no credentials are needed
+    is_trusted = has_certificate or bool(is_local and not is_proxied)
+    schemes = {}
+    if credentials.token:
+        schemes["Bearer"] = (credentials.is_token, "Invalid Bearer Token")
+    if credentials.users:
+        schemes["Basic"] = (credentials.users.prove, "Invalid user or password")
+    if not schemes:  # no credentials are needed
         return request._replace(is_trusted=is_trusted)
     name, _, given = request.header("authorization").partition(" ")
     scheme = name.title()
     wrong = "Authorization header is missing"
-    if scheme in proofs:
-        prove, wrong = proofs[scheme]
-        if prove(given.strip()):
+    if scheme in schemes:
+        is_valid, wrong = schemes[scheme]
+        if is_valid(given.strip()):
             others = [pair for pair in request.headers if pair[0].lower() != "authorization"]
             return request._replace(headers=others, is_trusted=True)
     elif scheme:
-        wrong = f"Authorization header not of {' or '.join(proofs)} type"
-    challenges = ", ".join([f'{each} realm="expexp"' for each in proofs])
+        wrong = f"Authorization header not of {' or '.join(schemes)} type"
+    challenges = ", ".join([f'{each} realm="expexp"' for each in schemes])
     raise RequestError(401, wrong, ("WWW-Authenticate", challenges))
 
 
 def utc_time(seconds: int) -> str:
-    """Return a Unix time in words, such as `2026-11-30T15:12:20Z`."""
+    """Return a Unix time as text, such as `2026-11-30T15:12:20Z`."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class History:
-    """Keeps a module's last outcome. Logs its failures and recoveries, as warnings if news."""
+    """Keeps a module's last outcome. Logs recoveries, and failures as warnings if they are news."""
 
     last_scrape: dict[str, Any] | None = None
     failing_since: str | None = None
-    _logged = ""  # the reason in the last warning
+    _logged_reason = ""  # in the last warning, except busy
     _logged_at = -inf
-    _left_out = 0  # warnings since then
+    _left_out = 0  # suppressed warnings since then
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -4161,7 +4161,7 @@ class History:
         self._succeeded_at = monotonic()
 
     def note(self, started: float, **outcome: Any) -> None:
-        """Keep the outcome of a scrape, which has `started` (monotonic), for the page at /."""
+        """Keep the outcome of a scrape for the page at /. It began at `started` (monotonic)."""
         now = utc_time(int(time.time()))
         seconds = round(monotonic() - started, 4)
         self.failing_since = (self.failing_since or now) if "error" in outcome else None
@@ -4172,21 +4172,21 @@ class History:
         """Log that the module has recovered, if the last warning was about a failure."""
         with self._lock:
             self._succeeded_at = monotonic()
-            if self._logged:
+            if self._logged_reason:
                 self._warn("", f"module {name}: recovered")
 
     def fail(self, reason: str, text: str, patience: float) -> None:
-        """Log a failure: at debug if a scrape has succeeded in the last `patience` seconds."""
+        """Log a failure: a warning if it is news and no scrape succeeded for `patience` seconds."""
         with self._lock:
             is_due = monotonic() - self._logged_at >= self._limits.failure_reminder_seconds
-            is_news = is_due or reason not in ("busy", self._logged)  # no scrape recovers from busy
+            is_news = is_due or reason not in ("busy", self._logged_reason)  # which never is busy
             is_news = is_news and monotonic() - self._succeeded_at >= patience
             if is_news and self._warn(reason, text):
                 return
         LOGGER.debug("%s", text)
 
     def _warn(self, reason: str, text: str) -> bool:
-        """Log a warning. Return False, and count it, soon after the last one."""
+        """Log a warning. Soon after another one, only count it and return False."""
         if monotonic() - self._logged_at < self._limits.failure_pause_seconds:
             self._left_out += 1
             return False
@@ -4195,7 +4195,7 @@ class History:
         self._left_out = 0
         self._logged_at = monotonic()
         if reason != "busy":
-            self._logged = reason
+            self._logged_reason = reason
         return True
 
 
@@ -4206,11 +4206,11 @@ class Attempt(NamedTuple):
     history: History
     metrics: SelfMetrics
     started: float  # monotonic
-    patience: float  # a timeout is no news if a scrape has succeeded in so many seconds
+    patience: float  # a timeout is no news within so many seconds of a success
     steps: Any  # a list if the scrape is explained, and not counted, logged or kept
 
-    def follow(self, scrape: Scrape) -> Any:
-        """Return the body of a target's answer. If it is an iterator, note its end."""
+    def observe(self, scrape: Scrape) -> Any:
+        """Return the body of a target's answer. Note how the answer ends."""
         if scrape.status != OK:
             error = ScrapeError("status", f"the target answered with status {scrape.status}")
             self.fail(error, error.reason, scrape.status)
@@ -4237,7 +4237,7 @@ class Attempt(NamedTuple):
         module = self.module
         kind = error.reason.name
         words = error.message
-        # The target's URL does not matter for the request, the body's text and our own limits.
+        # Faults of the request, the body's text and our own limits do not need the target's URL.
         if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
         if self.steps is not None:
@@ -4297,7 +4297,7 @@ ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}"
 
 
 def fill(template: str, **values: Any) -> str:
-    """Return a template with its values, escaped. Missing ones and None become empty."""
+    """Return a template filled with escaped values. Missing ones and None become empty."""
     escaped = {name: html.escape(str(value)) for name, value in values.items() if value is not None}
     return template.format_map(defaultdict(str, escaped))
 
@@ -4323,7 +4323,7 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
 
 
 def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
-    """Set the metrics of reloads and of this process. What a system lacks is left out. IO."""
+    """Set the metrics of reloads and of this process, except those that the system lacks. IO."""
     put = metrics.set
     own = snapshot.credentials
     has_problems = any(each.problems for each in (own, *snapshot.targets.values()))
@@ -4347,7 +4347,7 @@ def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
 def render_telemetry(application: Application, request: Request) -> Response:
     """Return our own metrics, compressed if the client accepts that."""
     collect(application.metrics, application.loader.snapshot)
-    # Not at a reload: requests for modules that are gone may have ended since.
+    # Not at a reload: requests for removed modules may end after it, and create series again.
     application.metrics.forget_modules(lambda: application.modules)
     body = application.metrics.render().encode()
     headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
@@ -4374,7 +4374,7 @@ def explain(application: Application, request: Request) -> Response:
         return dataclasses.replace(response, module="")
     text = (
         f"{response.status}: the status that /proxy would answer with now\n"
-        f"from Prometheus's defaults: {', '.join(missing)}"
+        f"headers from Prometheus's defaults: {', '.join(missing)}"
     )
     for at, words, details in steps:
         text += f"\n{at - started:8.3f} s  {excerpt(words, 2000)}"
@@ -4390,7 +4390,7 @@ class Application:
     """Answers requests by their routes."""
 
     def __init__(self, loader: Loader, options: Options, tools: Tools) -> None:
-        """Add the routes. Raise ConfigError if two of them have one path."""
+        """Add the routes. Raise ConfigError if two of them have the same path."""
         self.loader = loader
         self.options = options
         self.metrics = tools.metrics
@@ -4409,35 +4409,35 @@ class Application:
             options["web.telemetry-path"]: render_telemetry,
             options["web.proxy-path"]: Application.proxy,
         }
-        if len(self._routes) < 8:  # noqa: PLR2004 - a path is there twice
+        if len(self._routes) < 8:  # noqa: PLR2004 - two routes have the same path
             message = "-web.telemetry-path and -web.proxy-path need paths that no endpoint has yet"
             raise ConfigError(Problem("", 0, 0, "", message))
-        self._taken: FileReader | None = None
-        self._take_config()
+        self._prepared: FileReader | None = None
+        self._prepare_modules()
 
     @property
     def modules(self) -> Mapping[str, Module]:
         """Return the modules of the configuration in use, by name."""
         return cast(Config, self.loader.snapshot.config.value).modules
 
-    def _take_config(self) -> None:
-        """Prepare metrics and FIFOs for the modules of a snapshot, once for all its reloads."""
+    def _prepare_modules(self) -> None:
+        """Prepare metrics and FIFOs for the modules, once for each configuration."""
         config = self.loader.snapshot.config
-        if config is self._taken:  # 50 threads at once took 3.9 s for 300 modules
+        if config is self._prepared:  # 50 threads at once took 3.9 s for 300 modules
             return
-        self._taken = config
+        self._prepared = config
         modules = self.modules
         files = [each.target.path for each in modules.values() if each.method == "file"]
         forget_fifos(self._tools.fifos, files)
         for name, module in modules.items():
             self.metrics.create_module(name, module.method)
         for gone in set(self._histories).difference(modules):
-            self._histories.pop(gone, None)  # or another reload does it just now
+            self._histories.pop(gone, None)  # another reload may have done it
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again and return the problems. Raise RequestError."""
         problems = self.loader.reload()
-        self._take_config()
+        self._prepare_modules()
         return problems
 
     def handle(self, request: Request, refusal: RequestError | None = None) -> Response:
@@ -4486,7 +4486,7 @@ class Application:
         return self._routes[path](self, request)
 
     def proxy(self, request: Request, steps: Any = None) -> Response:
-        """Return a module's exposition, or why there is none. Explain it by steps in a list."""
+        """Return a module's exposition, or why there is none. Append to `steps`, unless None."""
         snapshot = self.loader.snapshot
         try:
             module, pairs = choose_module(snapshot.config.value, request)
@@ -4509,12 +4509,12 @@ class Application:
                 cleanup.callback(held.release)
                 known = snapshot.targets.get(module.name)
                 credentials = known and self.loader.refresh(module.name, known)
-                asked = (module, pairs, request.headers, request.client, deadline, cleanup)
-                job = Job(*asked, held, self._tools, credentials, steps)
+                parts = (module, pairs, request.headers, request.client, deadline, cleanup)
+                job = Job(*parts, held, self._tools, credentials, steps)
                 about = (module.name, module.method, module.target.shown)
                 job.note(FIRST_STEP, *about, seconds, module.timeout, wanted)
                 found = answer_job(job)
-                body = attempt.follow(found)
+                body = attempt.observe(found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())
             except ScrapeError as error:
                 status = error.reason.status or 502
@@ -4559,7 +4559,7 @@ class Application:
             }
             interval = module.scrape_interval
             if interval:
-                # Both or none: a timeout above the interval drops a target, and so does a fraction.
+                # Both or none: Prometheus drops targets with timeout > interval, or with fractions.
                 timeout = (module.timeout or interval) + self.options["timeout-offset"]
                 labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
                 labels["__scrape_timeout__"] = f"{max(1, min(interval, timeout) * 1000):.0f}ms"

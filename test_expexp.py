@@ -14899,7 +14899,7 @@ def test_reloads_that_share_one_prepare_the_metrics_once(
     monkeypatch.setattr(app.metrics, "create_module", lambda name, _: made.append(name))
     app.loader.reload()
     for _ in range(3):
-        app._take_config()
+        app._prepare_modules()
     assert made == ["m"]
 
 
@@ -16813,7 +16813,8 @@ def test_an_account_of_a_good_scrape_has_each_step() -> None:
     shown = re.sub(r"(?m)^ +\d+\.\d{3} s  ", "- ", text)
     assert shown == (
         "200: the status that /proxy would answer with now\n"
-        "from Prometheus's defaults: Accept, Accept-Encoding, X-Prometheus-Scrape-Timeout-Seconds\n"
+        "headers from Prometheus's defaults: "
+        "Accept, Accept-Encoding, X-Prometheus-Scrape-Timeout-Seconds\n"
         f"- module m: http http://localhost:{port}/metrics, "
         "deadline in 9.5 s (timeout 0 s, the client's 10 s)\n"
         f"- GET http://localhost:{port}/metrics with Accept, Accept-Encoding, "
@@ -16870,7 +16871,7 @@ def test_a_target_whose_openmetrics_is_broken_is_explained_as_prometheus_meets_i
     with target(answer) as port:
         reply = ask(application({"m": http_module(port)}), "/-/explain?module=m", accept)
     assert reply.text.startswith(f"{status}: ")
-    assert ("\nfrom Prometheus's defaults: Accept, " in reply.text) == (status == 500)
+    assert ("\nheaders from Prometheus's defaults: Accept, " in reply.text) == (status == 500)
 
 
 def test_an_account_holds_no_secret() -> None:
