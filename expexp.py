@@ -4584,10 +4584,10 @@ class Application:
 # 15  HTTP server
 # ==================================================================================================
 # Each connection has a slot, and a thread that also shakes hands. Reads have deadlines, and writes
-# must make progress. A new connection can evict another one, unless that is answered or sent data.
+# must make progress. A new connection can evict another, except one that awaits or reads a scrape.
 
-POLL_SECONDS: Final = 0.05  # between looks for a signal, a shutdown, a watchdog that is due
-# Of an absolute form. The lookahead fixes the host's end: the match does not backtrack.
+POLL_SECONDS: Final = 0.05  # between checks for a signal, a shutdown and a due watchdog
+# The start of an absolute form. The lookahead fixes the host's end: no match backtracks.
 URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
 REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n", re.ASCII)
 
@@ -4596,16 +4596,16 @@ class Connections:
     """The connections that clients hold. Those that can be evicted make room for new ones."""
 
     def __init__(self) -> None:
-        self._most = 0  # until `fit`
+        self._slots = 0  # until `fit`
         self._open: set[socket.socket] = set()  # each use of it is atomic
         self._ending: set[socket.socket] = set()  # evicted, until their threads have ended
-        #: The ones that can be evicted, the one that could be for longest first. Also atomic.
+        #: The ones that can be evicted, in the order of `expose`. Each use is atomic, too.
         self._exposed = OrderedDict[socket.socket, bool]()
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
         """Give a connection a free slot, or an evicted one's. Return False if there is neither."""
-        if len(self._open) >= self._most:
+        if len(self._open) >= self._slots:
             if not self.evict():
                 return False
             self._await_evicted()
@@ -4616,7 +4616,7 @@ class Connections:
         """Wait until few evicted connections still have a thread."""
         # Measured on a busy host: floods left 8,000 of them. Each that waits for the interpreter's
         # lock wakes 200 times a second: expexp answered nothing for minutes.
-        for _ in range(1000):  # a second at most, since a thread may never begin without memory
+        for _ in range(1000):  # at most a second: without memory a thread may never begin
             if len(self._ending) <= Limits.evicted_connections:
                 return
             sleep(0.001)
@@ -4624,7 +4624,7 @@ class Connections:
 
     def fit(self, most: int) -> int:
         """Change the number of slots. Evict connections beyond it. Return how many are left."""
-        self._most = most
+        self._slots = most
         while len(self._open) > most and self.evict():
             pass
         return len(self._open)
@@ -4646,7 +4646,7 @@ class Connections:
         return self._exposed.pop(connection, False)
 
     def evict(self) -> bool:
-        """End the connection that could be evicted for longest. Return False if there is none."""
+        """End the connection that was exposed first. Return False if none is exposed."""
         try:
             oldest, _ = self._exposed.popitem(last=False)
         except KeyError:
@@ -4668,19 +4668,19 @@ class Connections:
 
 
 def handshake_fault(error: Exception) -> str:
-    """Return which of HANDSHAKE_FAULTS an error in a handshake with a client is."""
+    """Return the name in HANDSHAKE_FAULTS for an error in a client's handshake."""
     reason = str(getattr(error, "reason", "EOF"))
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
-    is_refused = isinstance(error, (CertificateError, UnicodeError))  # UnicodeError: a name in it
-    if is_refused or re.search("CERTIFICATE|UNKNOWN_CA", reason):  # or ours is, by an alert
+    is_refused = isinstance(error, (CertificateError, UnicodeError))  # UnicodeError: a bad name
+    if is_refused or re.search("CERTIFICATE|UNKNOWN_CA", reason):  # or ours, by the client
         return "certificate"
     # "Closed before" are Python's words for a reset.
     return "closed" if re.search("EOF|Closed before", reason) else "protocol"
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
-    """Return the next request. Raise RequestError; OSError, EOFError, ScrapeError without one."""
+    """Return a request. Raise RequestError if bad, OSError, EOFError or ScrapeError if none."""
     line = wire.read_through(LINE_END, limits.request_line_bytes)
     if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
         line = wire.read_through(LINE_END, limits.request_line_bytes)
@@ -4726,7 +4726,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             fault = handshake_fault(error)
             self._application.metrics.increment("expexp_tls_handshake_failures_total", fault)
             LOGGER.info("%s: TLS handshake failed: %s: %s", self._client, fault, words_of(error))
-            self._wire.close()  # without close_notify OpenSSL forgets the session
+            self._wire.close()  # no close_notify: OpenSSL then forgets the session
             if fault not in ("timeout", "closed"):
                 self._discard()  # or else the alert could be lost
             return
@@ -4745,10 +4745,10 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if first not in (b"\x16", b""):  # of a handshake: RFC 8446, 5.1; empty if closed
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
-        # A duplicate: the server ends connections by their sockets, and wrapping detaches one.
+        # Wrap a duplicate: wrapping detaches a socket, but the server evicts by the original one.
         self._wire = Wire(self._socket.dup(), self._wire.deadline)
         certificate = self._wire.start_tls(tls.context, server_side=True).getpeercert() or {}
-        # OpenSSL does not verify a resumed session of TLS 1.2, and `ssl` cannot forbid these.
+        # OpenSSL does not verify a resumed TLS 1.2 session, and `ssl` cannot forbid resumption.
         if certificate and ssl.cert_time_to_seconds(str(certificate["notAfter"])) < time.time():
             raise CertificateError("certificate has expired")
         pattern = self._application.options["web.tls.certmatch"]
@@ -4762,7 +4762,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             self._wire.close()
 
     def _discard(self) -> None:
-        """Discard what the client still sends: to close now would reset the answer."""
+        """Discard what the client still sends: closing at once could destroy the answer."""
         self.server.connections.expose(self._socket)
         self.finish()
         wire = Wire(self._socket, Deadline(self._limits.unread_seconds))
@@ -4778,7 +4778,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self.server.connections.expose(self._socket)
         arrived = self._wire.await_data()
         snapshot = self._application.loader.current()
-        # No answer to a client that was admitted under rules that have changed since.
+        # Do not answer a client that was admitted under rules that have changed since.
         if not arrived or (self.server.speaks_tls and snapshot.trust != self._snapshot.trust):
             return
         self._wire.deadline = Deadline(self._limits.header_seconds)
@@ -4837,7 +4837,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         elif isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
         elif "content-length" not in given and request.version == "1.0":
-            self._is_closing = True  # the only end of the body there is
+            self._is_closing = True  # only closing ends the body
         elif "content-length" not in given:
             headers.append(("Transfer-Encoding", "chunked"))
             pieces = itertools.chain(body, [b""])  # RFC 9112, 7.1: the last chunk is empty
@@ -4868,7 +4868,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self, address: Address, speaks_tls: bool, application: Application, connections: Connections
     ) -> None:
-        """Bind and listen. No host and `::` are both families. Raise OSError."""
+        """Bind and listen: to IPv4 and IPv6 for `::` or no host. Raise OSError."""
         self.application = application
         self.connections = connections
         self.limits = application.limits
@@ -4886,7 +4886,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.is_loopback = parse_client_address(bound[0]).is_loopback
 
     def server_bind(self) -> None:
-        """Bind, `::` to both families. http.server would also look up our own name."""
+        """Bind, `::` to IPv4 as well. http.server would also look up our own name."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -4901,7 +4901,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Note that the loop runs, for systemd's watchdog. Fit the slots to the descriptors."""
-        self.ran = monotonic()
+        self.ran_at = monotonic()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # prlimit(1) may have lowered it
         most = min(self.limits.connections, soft // self.limits.connection_descriptors)
         self.application.metrics.set("expexp_open_connections", to=self.connections.fit(most))
@@ -4915,8 +4915,8 @@ class Server(http.server.ThreadingHTTPServer):
             raise
 
     def _make_room(self) -> None:
-        """Evict a batch of connections. Wait until their threads have ended."""
-        for _ in range(16):  # one at a time, a scrape behind 300 idle clients waits for 15 s
+        """Evict a batch of connections. Give their threads a moment to end."""
+        for _ in range(16):  # with one, a scrape behind 300 idle clients waits for 15 s
             self.connections.evict()
         sleep(self.limits.accept_pause_seconds)
 
@@ -4942,7 +4942,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: Any, client_address: Any) -> None:
-        """Log an error of ours."""
+        """Log an unexpected error."""
         LOGGER.error("unexpected error in serving %s", client_address[0], exc_info=sys.exc_info())
 
 
@@ -5009,7 +5009,7 @@ class LogWriter(logging.Handler):
         rest = b""
         while line := self._lines.get():
             try:
-                rest = (rest and b"\n") + line  # a full disk may have cut the line before
+                rest = (rest and b"\n") + line  # a full disk may have cut the previous line
                 while rest:  # a terminal or a socket can take a part
                     rest = rest[os.write(self._descriptor, rest) :]
             except (OSError, MemoryError):  # noqa: PERF203 - the next line may be written
@@ -5069,17 +5069,17 @@ class Program:
         self.connections = Connections()
         self.servers: list[Server] = []
         self._is_ending = False
-        self._is_hung_up = False
+        self._has_sighup = False
         self._is_reload_wanted = threading.Event()
         if not self.application.modules:
             LOGGER.error("no modules loaded from any config file")
 
     def listen(self) -> None:
-        """Bind all listeners, and log who has access. Raise ConfigError."""
+        """Bind all listeners. Warn of what is exposed. Raise ConfigError."""
         plain = self.application.options["web.listen-address"]
         secure = self.application.options["web.tls.listen-address"]
         has_tls = self.loader.snapshot.credentials.value.tls is not None
-        # TLS is for the plain listener if it has none of its own.
+        # TLS without a listener of its own is served on the plain one.
         for address, speaks_tls in ((plain, has_tls and not secure), (secure, True)):
             if address:
                 try:
@@ -5135,11 +5135,11 @@ class Program:
         while not self._is_ending:
             try:
                 sleep(POLL_SECONDS)
-                if self._is_hung_up:
-                    self._is_hung_up = False
+                if self._has_sighup:
+                    self._has_sighup = False
                     self._is_reload_wanted.set()
                 now = monotonic()
-                if now - notified >= seconds >= now - min(server.ran for server in self.servers):
+                if now - notified >= seconds >= now - min(each.ran_at for each in self.servers):
                     notified = now
                     notify("WATCHDOG=1")
             except MemoryError:  # noqa: PERF203 - this thread must not end
@@ -5149,7 +5149,7 @@ class Program:
 
     def _note_signal(self, number: int, _frame: Any) -> None:
         """Note a signal. Take no lock, not even a `threading.Event`'s: 5 of 30 runs hung."""
-        self._is_hung_up |= number == signal.SIGHUP
+        self._has_sighup |= number == signal.SIGHUP
         self._is_ending |= number != signal.SIGHUP
 
     def _keep_reloading(self) -> None:
@@ -5159,7 +5159,7 @@ class Program:
         while True:
             try:
                 is_wanted = self._is_reload_wanted.wait(seconds)
-                if is_wanted:  # otherwise a signal since then would be lost
+                if is_wanted:  # not after a timeout: a signal since then would be lost
                     self._is_reload_wanted.clear()
                 former = found
                 config = self.loader.snapshot.config
@@ -5260,8 +5260,8 @@ def perform(options: Options, limits: Limits) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
         program = Program(options, limits)
         program.listen()
-        # glibc keeps arenas: 1.5 GB stayed after 40 bodies of 50 MB. With blocks from 1 MiB mapped,
-        # 50 MB stay. From 256 KiB, `re` would be slow on Python 3.9.
+        # glibc keeps arenas: 1.5 GB stayed after 40 bodies of 50 MB. If it maps blocks from 1 MiB
+        # on, 50 MB stay. If it did so from 256 KiB on, `re` would be slow on Python 3.9.
         with suppress(OSError, AttributeError):  # musl has neither
             library = ctypes.CDLL(None)
             library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
