@@ -1826,6 +1826,7 @@ class Module:
     cache: float = key(read_duration, 0.0)
     max_concurrent: int = key(scalar("0 to 999999", "0|[1-9][0-9]{0,5}", int, "number"), 0)
     scrape_interval: float = key(read_duration, 0.0)
+    discovery: bool = key(read_boolean, True)
     accept_args: bool | Sequence[str] = key(read_accepted, True)
     accept_params: bool | Sequence[str] = key(read_accepted, True)
     name: str = ""
@@ -2843,9 +2844,9 @@ class Wire:
 
     def receive(self, most: int) -> bytes:
         """Return up to `most` bytes, b"" if the peer has closed. Raise OSError or ScrapeError."""
-        if not self._received:
-            self._fill()
-        return self._take(most)
+        if self._received:
+            return self._take(most)
+        return self._receive(most)
 
     def await_data(self) -> bool:
         """Return True as soon as there is a byte to read, False when the peer has closed."""
@@ -2865,10 +2866,14 @@ class Wire:
 
     def _fill(self) -> bool:
         """Receive one more piece. Return False if the peer has closed."""
-        self.deadline.remaining()  # if the peer never pauses, no wait checks it
-        piece = self.attempt(self.connection.recv, POLLIN, PIECE_BYTES)
+        piece = self._receive(PIECE_BYTES)
         self._received += piece
         return bool(piece)
+
+    def _receive(self, most: int) -> bytes:
+        """Return up to `most` bytes that nobody has received, b"" if the peer has closed."""
+        self.deadline.remaining()  # if the peer never pauses, no wait checks it
+        return cast(bytes, self.attempt(self.connection.recv, POLLIN, most))
 
     def _take(self, most: int) -> bytes:
         """Return up to `most` received bytes."""
@@ -3050,7 +3055,7 @@ class Reservation:
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._counts: dict[str, int] = Counter()
+        self._counts = Counter[str]()
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> int:
         """Reserve `count` more. Return how much all hold. Raise ScrapeError("busy") if > most."""
@@ -3069,13 +3074,9 @@ class Reservation:
 
     def release(self) -> None:
         """Release everything."""
-        used = self._tools.used
         with self._tools.lock:
-            while self._counts:
-                what, count = self._counts.popitem()
-                used[what] -= count
-                if not used[what]:  # names of modules come and go
-                    del used[what]
+            self._tools.used -= self._counts  # drops zeros: names of modules come and go
+            self._counts.clear()
 
 
 def body_size(scrape: Scrape) -> int:
@@ -3393,7 +3394,7 @@ class Tools:
         self.metrics = metrics
         self.cache = Cache()
         #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
-        self.used: dict[str, int] = Counter()
+        self.used = Counter[str]()
         self.lock = Lock()  # of `used`
         self.resolver_slots = Semaphore(limits.resolver_threads)
         self.verifications = Semaphore(limits.large_verifications)
@@ -3741,7 +3742,7 @@ def scrape_exec(job: Job) -> Scrape:
         raise
     finally:
         commands.end(process)
-        job.note("the command has ended, with this on stderr", details=bytes(stderr))
+        job.note("the command has written this to stderr", details=bytes(stderr))
 
 
 def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
@@ -4267,7 +4268,7 @@ th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-w
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
 .failing { border-left-color: #d33 } .ok { border-left-color: #2a4 }
 th, td:nth-child(n+4) { white-space: nowrap }
-pre { white-space: pre-wrap } pre:not(:empty)::before { content: attr(title); display: block }
+pre { white-space: pre-wrap }
 @media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
 td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
 """
@@ -4284,9 +4285,8 @@ PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
 <p>Started {STARTED_AT}, modules: {{modules}}.
 <a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
-<pre title="Reload failed, the previous configuration is in use:">{{problems}}</pre>
-<table><thead><tr><th>Module<th>Target<th>Last scrape, failing since<th>At<th>Seconds<th>Status\
-<th>Samples<th>Bytes</thead>
+<pre>{{problems}}</pre><table><thead><tr><th>Module<th>Target<th>Last scrape, failing since\
+<th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
 """
 ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}">{name}</a> \
 <a href="./-/explain?{query}">explain</a>\
@@ -4316,9 +4316,10 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
     found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
     if found:
         page += f'<meta http-equiv="refresh" content="{found[1]}">'
-    problems = "\n".join(map(str, snapshot.config.problems[:20]))
-    telemetry = options["web.telemetry-path"]
-    page += fill(PAGE, modules=len(rows), problems=problems, telemetry=telemetry)
+    told = "\n".join(map(str, snapshot.config.problems[:20]))
+    if told:
+        told = f"Reload failed, the previous configuration is in use:\n{told}"
+    page += fill(PAGE, modules=len(rows), problems=told, telemetry=options["web.telemetry-path"])
     return page + "".join(rows) + "</table></main></body></html>"
 
 
@@ -4458,7 +4459,7 @@ class Application:
         """Count and log a request that has been answered."""
         seconds = monotonic() - started
         path = request.path if request.path in self._routes else "other"
-        status = int(response.status)
+        status = response.status
         self.metrics.increment("expexp_http_requests_in_flight", by=-1)
         self.metrics.increment("expexp_http_requests_total", path, str(status))
         if response.module:
@@ -4550,6 +4551,8 @@ class Application:
             raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
         groups = []
         for module in self.modules.values():
+            if not module.discovery:
+                continue
             labels = {
                 "__metrics_path__": self.options["web.proxy-path"],
                 "__scheme__": request.scheme,
@@ -4850,7 +4853,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
         self._is_closing |= self.server.connections.draining
         headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
-        head = render_head(f"HTTP/1.1 {int(response.status)} {phrase}", headers)
+        head = render_head(f"HTTP/1.1 {response.status} {phrase}", headers)
         if isinstance(body, bytes):
             yield head + body[:PIECE_BYTES]
             yield memoryview(body)[PIECE_BYTES:]
@@ -5098,14 +5101,10 @@ class Program:
         if plain and "TLS" in demands:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
         is_open = plain or (exposed and "client certificates" not in demands)
+        is_guarded = self.application.options["allow.net"] or "authentication" in demands
         modules = [each for each in self.application.modules.values() if each.method == "exec"]
         names = [each.name for each in modules if each.accept_args or each.accept_params]
-        if (
-            names
-            and is_open
-            and not self.application.options["allow.net"]
-            and "authentication" not in demands
-        ):
+        if names and is_open and not is_guarded:
             LOGGER.warning(
                 "anyone who reaches this port can add arguments to the commands of %s: set "
                 "accept_args and accept_params, -allow.net, -web.config.file or -web.tls.verify",
@@ -5231,7 +5230,8 @@ def explain_module(options: Options, limits: Limits) -> int:
     request = Request("GET", target, (), "127.0.0.1", is_trusted=True)
     response: Any = explain(program.application, request)
     program.commands.end_all()
-    os.write(1, response.body)
+    with suppress(OSError):
+        os.write(1, response.body)
     user: Any = os.geteuid()
     with suppress(KeyError):  # in a container a user may have no name
         user = pwd.getpwuid(user).pw_name

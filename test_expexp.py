@@ -13137,14 +13137,15 @@ def test_the_page_refreshes_itself_where_the_client_asks_for_that(path: str, sec
 
 def test_the_page_shows_the_problems_of_a_failed_reload(tmp_path: Path) -> None:
     with reloadable(tmp_path, {"m": exec_module("true")}) as (served, reload):
-        assert 'use:"></pre>' in served.get("/").text
+        assert "<pre></pre>" in served.get("/").text
         reload({f"<{number}>": {} for number in range(30)})
         page = served.get("/").text
         assert "modules.&lt;0&gt;: required" in page or "modules.&lt;0&gt;.method" in page
+        assert "<pre>Reload failed, the previous configuration is in use:\n" in page
         assert page.count("modules.&lt;") == 20
         assert ">m</a>" in page
         reload({"m": exec_module("true")})
-        assert 'use:"></pre>' in served.get("/").text
+        assert "<pre></pre>" in served.get("/").text
 
 
 def test_a_page_of_500_failing_modules_takes_less_than_100_ms() -> None:
@@ -16534,6 +16535,13 @@ def test_each_module_is_a_group_of_targets() -> None:
     ]
 
 
+def test_a_module_without_discovery_is_scraped_and_not_listed() -> None:
+    app = application({"listed": echoing("a"), "hidden": echoing("a", discovery=False)})
+    groups = groups_of(ask(app, "/sd", {"Host": "h"}))
+    assert [group["labels"]["module"] for group in groups] == ["listed"]
+    assert ask(app, "/proxy?module=hidden").text == "a 1\n"
+
+
 def test_without_modules_there_is_nothing_to_discover() -> None:
     assert groups_of(ask(application({}), "/sd", {"Host": "h"})) == []
 
@@ -16713,7 +16721,7 @@ def test_discovery_shows_no_secrets(here: Path) -> None:
 
 # --- one scrape explained
 
-STDERR = "the command has ended, with this on stderr"
+STDERR = "the command has written this to stderr"
 HIDDEN = "shown to authenticated clients or on the loopback"
 Faulty = Callable[[contextlib.ExitStack, Certificates, Engine], Mapping[str, Any]]
 
@@ -19351,13 +19359,15 @@ def test_help_is_on_stdout_where_a_pager_gets_it(flag: str) -> None:
     assert ended.stdout == expexp.render_usage()
 
 
-def test_help_without_a_stdout_is_no_error() -> None:
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SOURCE))} -help"
-    for closed in (f"{command} >&-", f"{command} >/dev/full"):
-        ended = subprocess.run(
-            ["sh", "-c", closed], capture_output=True, text=True, check=False, timeout=20
-        )
-        assert (ended.returncode, ended.stderr) == (0, "")
+@pytest.mark.parametrize("redirection", [">&-", ">/dev/full"])
+@pytest.mark.parametrize("flags", ["-help", "-config c.json -explain m"])
+def test_without_a_stdout_no_error_is_told_for(flags: str, redirection: str, here: Path) -> None:
+    Path("c.json").write_text(json.dumps({"modules": {"m": exec_module("echo a 1")}}))
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(SOURCE))} {flags} {redirection}"
+    ended = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, timeout=20, cwd=here
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (0, flags.count("explain"))
 
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
