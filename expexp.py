@@ -143,8 +143,8 @@ NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 MODULE_SHARE: Final = 3 / 4  # of connections, to one module, with those that wait for its cache
 PROXY_SHARE: Final = 7 / 8  # to all modules: `/metrics` and `/-/healthy` get the rest
 RELOAD_SHARE: Final = 1 / 10  # that wait for a reload, which can hang in a file system
-TOKEN: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
-Pair = tuple[str, str]  # name and value of a header
+HEADER_NAME: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
+Header = tuple[str, str]  # name and value of a header
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class ConfigError(ExpexpError):
 class RequestError(ExpexpError):
     """A request is refused before a module is scraped."""
 
-    def __init__(self, status: int, message: str, *headers: Pair) -> None:
+    def __init__(self, status: int, message: str, *headers: Header) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -321,7 +321,7 @@ class ExpositionError(ExpexpError):
 SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
 Address = tuple[str, int]  # host and port
-Pairs = Sequence[tuple[bytes, bytes]]  # names and values of a query
+Query = Sequence[tuple[bytes, bytes]]  # names and values of a query
 
 
 @dataclass(frozen=True, repr=False)
@@ -345,15 +345,15 @@ class Deadline:
     seconds: float
     clock: Callable[[], float] = monotonic
     longest_wait: float = inf
-    client: int = -1  # descriptor of the connection that the client may close
+    client_fd: int = -1  # of the connection that the client may close
 
     def __post_init__(self) -> None:
-        self._at = self.clock() + self.seconds
-        self._yield_at = inf  # remaining seconds
+        self._end = self.clock() + self.seconds
+        self._yield_below = inf  # remaining seconds
 
     def remaining(self) -> float:
         """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
-        left = self._at - self.clock()
+        left = self._end - self.clock()
         if left <= 0:  # poll would wait for ever with a negative timeout
             raise ScrapeError("timeout", f"timed out after {self.seconds:.3g} s")
         return min(left, self.longest_wait)
@@ -361,8 +361,8 @@ class Deadline:
     def tick(self) -> None:
         """Let other threads run, once a millisecond. Raise ScrapeError after the deadline."""
         left = self.remaining()
-        if left < self._yield_at:
-            self._yield_at = left - 0.001
+        if left < self._yield_below:
+            self._yield_below = left - 0.001
             sleep(0)  # or each step of another thread waits for 5 ms, Python's interval
 
 
@@ -395,7 +395,7 @@ def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Add
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def parse_query(query: str) -> Pairs:
+def parse_query(query: str) -> Query:
     """Return the names and values of a query in order. Its bytes were decoded as Latin-1."""
     pairs = parse_qsl(query, keep_blank_values=True, encoding="latin-1")
     return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in pairs]
@@ -407,16 +407,16 @@ def accepts(header: str, wanted: str) -> bool:
     return bool(re.fullmatch(rf"(?:.*,)?{wanted}{rest}", header.lower().replace(" ", "")))
 
 
-def scrape_timeout(module: float, header: str, offset: float, limits: Limits) -> float:
-    """Return the seconds that a scrape may take. `module` is its timeout, 0 for none."""
+def scrape_timeout(configured: float, header: str, offset: float, limits: Limits) -> float:
+    """Return the seconds that a scrape may take. `configured` is the module's timeout or 0."""
     try:
-        client = float(header)
+        sent = float(header)
     except ValueError:
-        client = 0  # ignored, as are 0, negative numbers, nan and inf
-    if not 0 < client < inf:
-        return min(module or limits.scrape_seconds, limits.longest_scrape_seconds)
-    left = client - offset if client > offset else client / 2  # the offset: for the way back
-    return min(left, module or limits.client_scrape_seconds, limits.longest_scrape_seconds)
+        sent = 0  # ignored, as are 0, negative numbers, nan and inf
+    if not 0 < sent < inf:
+        return min(configured or limits.scrape_seconds, limits.longest_scrape_seconds)
+    left = sent - offset if sent > offset else sent / 2  # the offset is for the way back
+    return min(left, configured or limits.client_scrape_seconds, limits.longest_scrape_seconds)
 
 
 # ==================================================================================================
@@ -640,7 +640,7 @@ class Source:
     tick: Tick = no_tick
     pos: int = 0
 
-    def refuse(self, pos: int, message: str) -> ExpositionError:
+    def error_at(self, pos: int, message: str) -> ExpositionError:
         """Return the error to raise for what stands at `pos`."""
         for form, advice in ADVICE.items():
             if re.search(form, f"{self.body[pos - 1 : pos]!r}{message}"):
@@ -668,7 +668,7 @@ class Source:
 
     def expected(self, pos: int, what: str, found: str = "") -> ExpositionError:
         """Return the error for `what` missing at `pos`. It shows `found`, or what stands there."""
-        return self.refuse(pos, f"expected {what}, found {found or self.describe(pos)}")
+        return self.error_at(pos, f"expected {what}, found {found or self.describe(pos)}")
 
     def require(self, fits: object, pos: int, what: str, found: bytes | None = None) -> None:
         """Raise the error for `what` missing at `pos` unless it `fits`."""
@@ -685,7 +685,7 @@ class Source:
         found = form.match(self.body, pos, pos + MAX_TOKEN_BYTES + 2)  # an escape is not cut
         token = found[0] if found else b""
         if len(token) > MAX_TOKEN_BYTES:
-            raise self.refuse(pos, f"expected {what} of at most {MAX_TOKEN_BYTES} bytes")
+            raise self.error_at(pos, f"expected {what} of at most {MAX_TOKEN_BYTES} bytes")
         self.pos += len(token)
         return token
 
@@ -791,7 +791,7 @@ def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Label
         else:
             labels.append(Label(start, label, read_label_value(source)))
         if len(labels) > MAX_LABELS or source.pos - opening > MAX_LABELS_BYTES:
-            raise source.refuse(start, TOO_MANY_LABELS)
+            raise source.error_at(start, TOO_MANY_LABELS)
         if source.peek() == b",":
             source.pos += 1
             source.skip_blanks()
@@ -858,7 +858,7 @@ def read_sample(source: Source) -> Sample:
     if wrong:
         label = wrong.name
         source.require(label and is_utf8(label), wrong.pos, "a name in UTF-8", label)
-        raise source.refuse(wrong.pos, f"found the label {quote(label)} twice")
+        raise source.error_at(wrong.pos, f"found the label {quote(label)} twice")
     value = read_number(source, "a value")
     timestamp = read_timestamp(source)
     exemplar = None
@@ -867,7 +867,7 @@ def read_sample(source: Source) -> Sample:
         source.pos += 3
         _, exemplar = read_labels(source, b"")
         if re.search(rb"[\0\n]", source.body[end : source.pos]):
-            raise source.refuse(end + 1, "expected no NUL and no newline in an exemplar")
+            raise source.error_at(end + 1, "expected no NUL and no newline in an exemplar")
         read_number(source, "an exemplar's value")
         read_timestamp(source)
     return Sample(start, name, labels, value, timestamp, exemplar)
@@ -887,14 +887,14 @@ def read_comment(source: Source) -> Metadata | None:
         line = source.body[start : start + WINDOW_BYTES].partition(b"\n")[0]
         source.require(keyword == b"EOF", start, 'HELP, TYPE, UNIT or "# EOF"', line)
         if source.body[end : end + 2] not in (b"", b"\n"):
-            raise source.refuse(end, 'expected nothing after "# EOF"')
+            raise source.error_at(end, 'expected nothing after "# EOF"')
         source.pos = len(source.body) + 1
     while found := rest.match(source.body, source.pos, source.pos + WINDOW_BYTES):
         source.tick()
         source.pos = found.end()
     # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
     if source.peek() == b"\0":
-        raise source.refuse(source.pos, "a NUL byte here ends the body for Prometheus")
+        raise source.error_at(source.pos, "a NUL byte here ends the body for Prometheus")
     return None
 
 
@@ -921,15 +921,15 @@ def read_metadata(source: Source, start: int, keyword: bytes) -> Metadata:
 def read_line(source: Source) -> Line:
     """Return the next line. OpenMetrics has no blank lines and ends with `# EOF`."""
     source.skip_blanks()
-    must_end = bool(source.dialect.openmetrics and source.body)  # Prometheus takes an empty body
+    needs_eof = bool(source.dialect.openmetrics and source.body)  # Prometheus takes an empty body
     line: Line = None
     if source.peek() == b"#":
         line = read_comment(source)
-    elif must_end or source.peek() not in b"\n":
+    elif needs_eof or source.peek() not in b"\n":
         source.require(source.peek(), source.pos, '"# EOF"')
         line = read_sample(source)
     source.skip_blanks()
-    is_over = source.pos >= len(source.body) + must_end
+    is_over = source.pos >= len(source.body) + needs_eof
     source.require(is_over or source.peek() == b"\n", source.pos, "a newline")
     source.pos += 1
     return line
@@ -949,12 +949,12 @@ def find_repetition(body: bytes, pos: int, end: int) -> int:
     return end
 
 
-def read_runs(source: Source, end: int, fast: Pattern) -> int:
-    """Read the lines up to `end` that `fast` takes. Return how many samples they have."""
+def read_runs(source: Source, end: int, form: Pattern) -> int:
+    """Read the lines up to `end` that `form` takes. Return how many samples they have."""
     body = source.body
     samples = 0
     last = source.pos
-    while run := fast.match(body, source.pos, end):
+    while run := form.match(body, source.pos, end):
         source.tick()
         samples += RUN_SAMPLES  # only the last run may have fewer
         last = source.pos
@@ -965,7 +965,7 @@ def read_runs(source: Source, end: int, fast: Pattern) -> int:
                 break
     lines = b"\n" + body[last : source.pos]
     others = lines.count(b"\n#")
-    if fast is source.dialect.wide:
+    if form is source.dialect.wide:
         others += lines.count(b"\n\n")
     return max(samples - RUN_SAMPLES, 0) + lines.count(b"\n", 1) - others
 
@@ -1423,7 +1423,7 @@ def parse_host(text: str) -> str:
     return text
 
 
-def parse_offset(text: str) -> float:
+def parse_seconds(text: str) -> float:
     """Return the seconds of a duration or number, at most a day. Raise ValueError."""
     seconds = parse_duration(re.sub(r"^[0-9.]+$", r"\g<0>s", text))
     if seconds > Limits.longest_scrape_seconds:
@@ -1454,22 +1454,22 @@ class Flag(NamedTuple):
 
     documentation: str
     parse: Callable[[str], Any] = str
-    typed: str | None = ""  # the default as a user types it; None: repeatable, without a default
+    default: str | None = ""  # the default as a user types it; None: repeatable, without a default
 
 
 FLAGS: Final = {
     "allow.net": Flag("Allow only clients of this network. Repeatable.", parse_network, None),
-    "config.auto-reload-interval": Flag("Reload changed files this often.", parse_offset, "0"),
+    "config.auto-reload-interval": Flag("Reload changed files this often.", parse_seconds, "0"),
     "config.check": Flag("Check configuration and credentials, and exit.", parse_boolean, "false"),
-    "config.dirs": Flag("Read the files of this folder, one module each. Repeatable.", typed=None),
-    "config.file": Flag("Read the modules in this file. Also -config.", typed="expexp.yaml"),
+    "config.dirs": Flag("Read one module from each file of this folder. Repeatable.", default=None),
+    "config.file": Flag("Read the modules in this file. Also -config.", default="expexp.yaml"),
     "config.skip-dirs": Flag("Skip a -config.dirs that does not exist.", parse_boolean, "false"),
     "explain": Flag("Scrape this module, explain what happens, and exit."),
     "help": Flag("Show all flags, and exit. Also -h.", parse_boolean, "false"),
     "log.json": Flag("Write the log as JSON.", parse_boolean, "false"),
     "log.level": Flag("Log lines of this level and above.", parse_level, "warning"),
-    "timeout-offset": Flag("Subtract this from Prometheus's timeout.", parse_offset, "0.5"),
-    "verify": Flag("Verify the exposition in this file, and exit. Repeatable.", typed=None),
+    "timeout-offset": Flag("Subtract this from Prometheus's timeout.", parse_seconds, "0.5"),
+    "verify": Flag("Verify the exposition in this file, and exit. Repeatable.", default=None),
     "verify.content-type": Flag("Content type for -verify. By default the last line decides."),
     "version": Flag("Show the version, and exit.", parse_boolean, "false"),
     "web.bearer.token": Flag("Require clients to send this token.", Secret),
@@ -1480,10 +1480,10 @@ FLAGS: Final = {
     "web.listen-address": Flag('Listen on this address. "" disables it.', parse_address, ":9999"),
     "web.proxy-path": Flag("Serve the modules at this path.", parse_path, "/proxy"),
     "web.telemetry-path": Flag("Serve the metrics of expexp at this path.", parse_path, "/metrics"),
-    "web.tls.ca": Flag("Verify clients by the authorities in this file.", typed="ca.pem"),
-    "web.tls.cert": Flag("Serve TLS with the certificate in this file.", typed="cert.pem"),
+    "web.tls.ca": Flag("Verify clients by the authorities in this file.", default="ca.pem"),
+    "web.tls.cert": Flag("Serve TLS with the certificate in this file.", default="cert.pem"),
     "web.tls.certmatch": Flag("Require a matching name in client certificates.", parse_pattern),
-    "web.tls.key": Flag("Serve TLS with the key in this file.", typed="key.pem"),
+    "web.tls.key": Flag("Serve TLS with the key in this file.", default="key.pem"),
     "web.tls.listen-address": Flag('Serve TLS on this address. "" disables it.', parse_address),
     "web.tls.verify": Flag("Require and verify client certificates.", parse_boolean, "false"),
 }
@@ -1501,7 +1501,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
     """Return the options of a command line. Raise FlagError."""
     options: dict[str, Any] = {WARNINGS: ()}
     for name, flag in FLAGS.items():
-        options[name] = () if flag.typed is None else flag.parse(flag.typed)
+        options[name] = () if flag.default is None else flag.parse(flag.default)
     rest = iter(arguments)
     for argument in rest:
         found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
@@ -1526,7 +1526,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
             raise FlagError(f'invalid value "{excerpt(text)}" for -{name}: {error}.') from None
         if name in GUARDS and not text:  # a template may leave it empty, and everybody gets in
             options[WARNINGS] += (f"flag -{name} has no value and protects nothing",)
-        options[name] = (*options[name], value) if flag.typed is None else value
+        options[name] = (*options[name], value) if flag.default is None else value
     return options
 
 
@@ -1534,7 +1534,7 @@ def render_usage() -> str:
     """Return all flags with their defaults."""
     text = "Usage of expexp:\n"
     for name, flag in FLAGS.items():
-        default = f" (default {flag.typed})" if flag.typed else ""
+        default = f" (default {flag.default})" if flag.default else ""
         text += f"  -{name}\n        {flag.documentation}{default}\n"
     return text
 
@@ -1640,11 +1640,11 @@ def parse_json(text: str) -> Node:
 # --- readers: they return the value of a key's node, or raise NodeError
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
-A_TEXT: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
+NO_NUL: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
 
 
 def scalar(
-    what: str, pattern: str = A_TEXT, convert: Convert = str, kind: str = "", secret: bool = False
+    what: str, pattern: str = NO_NUL, convert: Convert = str, kind: str = "", secret: bool = False
 ) -> Read:
     """Return a reader of scalars whose source text matches `pattern`. `convert` makes the value."""
 
@@ -1706,7 +1706,7 @@ NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a patt
 A_PATH: Final = "the path of a URL (its host has the key address), two hexadecimal digits after %"
 URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
 LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
-SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){TOKEN.pattern}"
+SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME.pattern}"
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
 read_text: Final = scalar("text without a NUL")
 read_secret: Final = scalar("text without a NUL", convert=Secret)
@@ -1717,14 +1717,14 @@ read_boolean: Final = scalar("true or false", BOOLEAN, to_boolean, "boolean")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_address: Final = scalar("a host or IP address (use port, scheme and path)", HOST, to_address)
-read_place: Final = scalar("a name or path, without a password", NO_PASSWORD + A_TEXT)
-read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{A_TEXT}")
+read_place: Final = scalar("a name or path, without a password", NO_PASSWORD + NO_NUL)
+read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{NO_NUL}")
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret)
 read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
 read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 # Messages do not show names of users: a password could follow a colon.
-read_user: Final = scalar("the name of a user, without a colon", f"(?=[^:]+$){A_TEXT}", secret=True)
+read_user: Final = scalar("the name of a user, without a colon", f"(?=[^:]+$){NO_NUL}", secret=True)
 read_hash: Final = scalar(f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret)
 
 
@@ -1869,7 +1869,7 @@ def declared_keys(section: Any) -> Mapping[str, Any]:
 MODULE_KEYS: Final = declared_keys(Module)
 #: Keys of a module that its method's section may have instead.
 SHARED_KEYS: Final = {k: MODULE_KEYS[k] for k in ("verify", "accept_args", "accept_params")}
-REFUSED: Final = {"http": ["accept_args"], "exec": [], "file": ["accept_args", "accept_params"]}
+UNFIT_KEYS: Final = {"http": ["accept_args"], "exec": [], "file": ["accept_args", "accept_params"]}
 TOP_KEYS: Final = ("modules", "defaultModule", "global")
 TOOLKIT_KEYS: Final = "http_server_config|rate_limit|cert|key|client_ca|.*cipher_suites|curve_.*"
 
@@ -1892,7 +1892,7 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     return suggest("unknown key", name, known)
 
 
-def command_fault(command: str) -> str:
+def shell_advice(command: str) -> str:
     """Return advice for a command that is written for a shell, or ""."""
     if re.fullmatch(r"[^\s~$|&;<>]+", command):
         return ""
@@ -2021,7 +2021,7 @@ class DocumentReader:
                 self.problem(f"{where}.{shared}", f"differs from {path}.{shared}")
         if method == "http" and values.get("verify") is False and values.get("cache"):
             self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
-        for other in (*TARGETS, *REFUSED[method]):
+        for other in (*TARGETS, *UNFIT_KEYS[method]):
             if other in {**nodes, **values} and other != method:
                 self.problem(f"{path}.{other}", f'does not go with method "{method}"')
         if len(self.problems) > before:
@@ -2122,7 +2122,7 @@ class NamedFile(NamedTuple):
     name: str
 
 
-class FileReader(DocumentReader):
+class LoadedValue(DocumentReader):
     """A value loaded from files, with its problems and the fingerprints of the files."""
 
     def __init__(self, source: DocumentReader, at_start: bool, *arguments: Any) -> None:
@@ -2133,8 +2133,8 @@ class FileReader(DocumentReader):
         self.at_start = at_start
         self.files: dict[str, list[int]] = {}
         self.warnings: list[str] = []
-        self.looked = monotonic()  # when the files were looked at; infinite during a look
-        self._tried = self.looked
+        self.checked_at = monotonic()  # when the files were looked at; infinite during a look
+        self._tried_at = self.checked_at
         self.arguments = arguments
         try:
             value = cast(Any, self).load(*arguments)  # of the class that knows the value
@@ -2147,14 +2147,14 @@ class FileReader(DocumentReader):
             for warning in self.warnings:
                 LOGGER.warning("%s", warning)
 
-    def look(self) -> dict[str, list[int]]:
+    def fingerprints(self) -> dict[str, list[int]]:
         """Return the fingerprints of the files now. IO."""
         return {name: fingerprint(name) for name in self.files}
 
     def is_due(self) -> bool:
         """Return whether files have changed, or a failed load is to be retried. IO."""
-        is_late = monotonic() - self._tried >= Limits.retry_seconds  # descriptors can lack
-        return bool(self.problems and is_late) or self.look() != self.files
+        is_late = monotonic() - self._tried_at >= Limits.retry_seconds  # descriptors can lack
+        return bool(self.problems and is_late) or self.fingerprints() != self.files
 
     def using(self, named: NamedFile) -> AbstractContextManager[None]:
         """Note an error inside as a problem with a file."""
@@ -2191,14 +2191,14 @@ class FileReader(DocumentReader):
         if named.name:
             with self.using(named):
                 content = self.content(named.name, Limits.secret_bytes)
-                self.warn_of_readers(named.name)
+                self.warn_if_public(named.name)
                 text = content.decode("utf-8-sig", "surrogateescape").strip()
-                if text and re.fullmatch(A_TEXT, text):
+                if text and re.fullmatch(NO_NUL, text):
                     return Secret(text)
                 raise ValueError("expected text in UTF-8, not empty and without a NUL")
         return Secret("")
 
-    def warn_of_readers(self, filename: str) -> None:
+    def warn_if_public(self, filename: str) -> None:
         """Add a warning, one for each file, if everybody can read a file with secrets."""
         warning = f"{excerpt(filename, 200)} holds secrets and can be read by everybody"
         if self.files[filename][0] & stat.S_IROTH and warning not in self.warnings:
@@ -2230,21 +2230,21 @@ class FileReader(DocumentReader):
                 return authorities
         return ""
 
-    def show(self, context: SSLContext, certificate: NamedFile, key: NamedFile) -> float:
-        """Let a context show a certificate. Return its chain's earliest end, Unix time. IO."""
+    def present(self, context: SSLContext, chain: NamedFile, chain_key: NamedFile) -> float:
+        """Let a context present a certificate. Return its chain's earliest end, Unix time. IO."""
         expires = 0.0
-        with self.using(certificate):
-            expires = min(map(certificate_end, self.certificates(context, certificate.name)))
-            self.watch(certificate.name)  # OpenSSL reads it again, which a pipe does not allow
-            with self.using(key):
-                mode = self.watch(key.name)
-                self.warn_of_readers(key.name)
+        with self.using(chain):
+            expires = min(map(certificate_end, self.certificates(context, chain.name)))
+            self.watch(chain.name)  # OpenSSL reads it again, which a pipe does not allow
+            with self.using(chain_key):
+                mode = self.watch(chain_key.name)
+                self.warn_if_public(chain_key.name)
                 if not stat.S_ISFIFO(mode):  # OpenSSL reads a pipe itself
-                    self.pem(PRIVATE_KEY, "a private key", key.name)
+                    self.pem(PRIVATE_KEY, "a private key", chain_key.name)
                 # Without a password, OpenSSL would ask for one at the terminal.
-                context.load_cert_chain(certificate.name, key.name, password="")
+                context.load_cert_chain(chain.name, chain_key.name, password="")
         if 0 < expires < time.time():
-            self.warnings.append(f"a certificate in {excerpt(certificate.name, 200)} has expired")
+            self.warnings.append(f"a certificate in {excerpt(chain.name, 200)} has expired")
         return expires
 
 
@@ -2275,7 +2275,7 @@ class PasswordChecks:
         self.key = os.urandom(32)
         self.proofs: dict[str, bytes] = {}  # keyed hashes by user: no password is kept
         self._changed = threading.Condition()
-        self._line: list[tuple[bool, float, int]] = []  # the first request hashes
+        self._queue: list[tuple[bool, float, int]] = []  # the first request hashes
 
     @contextmanager
     def turn(self, is_known: bool) -> Iterator[None]:
@@ -2283,16 +2283,16 @@ class PasswordChecks:
         own = (not is_known, monotonic(), threading.get_ident())
         try:
             with self._changed:
-                bisect.insort(self._line, own, 1)
-                del self._line[Limits.bcrypt_waiting + 1 :]
-                self._changed.wait_for(lambda: own not in self._line[1:], Limits.bcrypt_seconds)
-                if own not in self._line[:1]:
+                bisect.insort(self._queue, own, 1)
+                del self._queue[Limits.bcrypt_waiting + 1 :]
+                self._changed.wait_for(lambda: own not in self._queue[1:], Limits.bcrypt_seconds)
+                if own not in self._queue[:1]:
                     raise RequestError(503, "too many passwords are being checked, try again later")
             yield
         finally:
             with self._changed:
-                if own in self._line:
-                    self._line.remove(own)
+                if own in self._queue:
+                    self._queue.remove(own)
                     self._changed.notify_all()
 
 
@@ -2321,8 +2321,8 @@ class Users(NamedTuple):
             if proofs.get(name) == proof:  # by a request that waited beside this one
                 return True
             # An unknown name costs as much as the costliest user: time must not tell them apart.
-            others = [secret.reveal() for secret in self.hashes.values()]
-            like = stored or max(others, key=lambda text: text[4:6])
+            hashes = [secret.reveal() for secret in self.hashes.values()]
+            like = stored or max(hashes, key=lambda text: text[4:6])
             hashed = hash_password(self.crypt_rn, password, like) or b""
             is_right = hmac.compare_digest(hashed, stored.encode())
             if is_right and stored and colon and b"\0" not in password:  # bcrypt stops at NUL
@@ -2363,7 +2363,7 @@ def canonical_name(text: str) -> str:
     return text
 
 
-class LoadedTls(NamedTuple):
+class PreparedTls(NamedTuple):
     """How to serve TLS, and to which clients, with all files loaded."""
 
     settings: TlsServer
@@ -2394,7 +2394,7 @@ class Credentials(NamedTuple):
 
     token: Secret
     users: Users | None
-    tls: LoadedTls | None
+    tls: PreparedTls | None
 
     def is_token(self, given: str) -> bool:
         """Return whether a client has sent the token, compared in constant time."""
@@ -2413,7 +2413,7 @@ class Credentials(NamedTuple):
         return demands
 
 
-class CredentialsLoader(FileReader):
+class LoadedCredentials(LoadedValue):
     """Loads our credentials from flags and files."""
 
     def load(self, options: Options, checks: PasswordChecks) -> Credentials:
@@ -2435,7 +2435,7 @@ class CredentialsLoader(FileReader):
             self.problem("", "-web.tls.verify needs -web.tls.listen-address")
         tls = self._tls(options, settings) if settings else None
         if not options["web.tls.listen-address"]:
-            idle = [name for name in TLS_FLAGS if options[name] != FLAGS[name].typed]
+            idle = [name for name in TLS_FLAGS if options[name] != FLAGS[name].default]
             words = "flag -%s has no effect without -web.tls.listen-address"
             self.warnings += [words % name for name in idle]
         credentials = Credentials(token or self.secret(file), users, tls)
@@ -2458,7 +2458,7 @@ class CredentialsLoader(FileReader):
                 node = self.document(self.filename)._replace(text="")
                 web = self.read(WebConfig, node, "") or web
                 if web.basic_auth_users:
-                    self.warn_of_readers(self.filename)
+                    self.warn_if_public(self.filename)
                 elif not (web.tls_server_config or self.problems):
                     raise NodeError("neither tls_server_config nor basic_auth_users is set")
         advice = "remove the flag, and set client_auth_type to ask for certificates"
@@ -2467,16 +2467,16 @@ class CredentialsLoader(FileReader):
                 self.problem("tls_server_config", f"does not go with -{flag}: {advice}")
         return web
 
-    def _tls(self, options: Options, settings: TlsServer) -> LoadedTls:
+    def _tls(self, options: Options, settings: TlsServer) -> PreparedTls:
         """Return how to serve TLS with these settings. Note problems. IO."""
         folder = os.path.dirname(self.filename)
         files = [NamedFile(f"-{flag}", options[flag]) for flag in TLS_FLAGS]
         if not options["web.tls.listen-address"]:
             files = [
-                NamedFile(f"tls_server_config.{key}", os.path.join(folder, getattr(settings, key)))
-                for key in ("cert_file", "key_file", "client_ca_file")
+                NamedFile(f"tls_server_config.{one}", os.path.join(folder, getattr(settings, one)))
+                for one in ("cert_file", "key_file", "client_ca_file")
             ]
-        certificate, key, ca = files
+        chain, chain_key, ca = files
         if settings.min_version > settings.max_version:
             self.problem("tls_server_config.min_version", "is above max_version")
         context = SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -2491,7 +2491,7 @@ class CredentialsLoader(FileReader):
         # AUTH_TYPES has the order of these modes: none, optional, required.
         context.verify_mode = ssl.VerifyMode(AUTH_TYPES.index(settings.client_auth_type))
         authorities = self.trust(context, ca) if context.verify_mode else ""
-        return LoadedTls(settings, context, self.show(context, certificate, key), authorities)
+        return PreparedTls(settings, context, self.present(context, chain, chain_key), authorities)
 
 
 # --- modules and their targets
@@ -2522,7 +2522,7 @@ class TargetCredentials:
     authorization: str
 
 
-class TargetLoader(FileReader):
+class LoadedTarget(LoadedValue):
     """Loads the credentials for a module's target."""
 
     def load(self, target: HttpTarget, path: str) -> TargetCredentials:
@@ -2543,8 +2543,8 @@ class TargetLoader(FileReader):
     def _context(self, target: HttpTarget, path: str) -> SSLContext | None:
         """Return the TLS settings towards a target, if any. Note problems. IO."""
         keys = ("tls_ca_cert_file", "tls_root_ca_file", "tls_cert_file", "tls_key_file")
-        own, more, certificate, key = (NamedFile(f"{path}.{k}", getattr(target, k)) for k in keys)
-        has_files = own.name or more.name or certificate.name
+        ca, more_ca, chain, chain_key = (NamedFile(f"{path}.{k}", getattr(target, k)) for k in keys)
+        has_files = ca.name or more_ca.name or chain.name
         if target.scheme == "http" and not has_files:
             return None
         version = target.tls_min_version
@@ -2554,24 +2554,24 @@ class TargetLoader(FileReader):
         build = client_context.__wrapped__ if has_files else client_context  # shared if unchanged
         context = None
         with self.noting(f"{path}.tls_min_version", f"OpenSSL here has no {version}"):
-            context = build(version, is_verified and not own.name, is_verified)
-            self.trust(context, own)
-            self.trust(context, more)
-            if certificate.name:
-                self.show(context, certificate, key)
+            context = build(version, is_verified and not ca.name, is_verified)
+            self.trust(context, ca)
+            self.trust(context, more_ca)
+            if chain.name:
+                self.present(context, chain, chain_key)
         return context
 
 
-class ConfigLoader(FileReader):
+class LoadedConfig(LoadedValue):
     """Loads the modules from a file and from folders."""
 
     def load(self, web: DocumentReader, options: Options, checks: PasswordChecks) -> Config:
         """Return the configuration, without the modules that have problems. IO."""
-        self.credentials = CredentialsLoader(web, self.at_start, options, checks)
+        self.credentials = LoadedCredentials(web, self.at_start, options, checks)
         client_context.cache_clear()  # the system's authorities may have changed, too
         self.modules: dict[str, Module] = {}
         self.origins: dict[str, str] = {}
-        self.targets: dict[str, FileReader] = {}
+        self.targets: dict[str, LoadedValue] = {}
         source = DocumentReader(options["config.file"], self.problems)
         default = ""
         if source.filename:
@@ -2630,13 +2630,13 @@ class ConfigLoader(FileReader):
         missing = advice = ""
         if isinstance(target, HttpTarget):
             if target.basic_auth_password or "Authorization" in target.headers:
-                self.warn_of_readers(source.filename)
-            self.targets[name] = TargetLoader(source, self.at_start, target, f"{path}.http")
+                self.warn_if_public(source.filename)
+            self.targets[name] = LoadedTarget(source, self.at_start, target, f"{path}.http")
         elif isinstance(target, ExecTarget):
             search = target.env.get("PATH", Secret("")).reveal()
             if not shutil.which(target.command, path=search or None):
                 missing = "executable"
-                advice = command_fault(target.command)
+                advice = shell_advice(target.command)
         elif not os.path.exists(target.path):
             missing = "file"
         if missing:
@@ -2646,9 +2646,9 @@ class ConfigLoader(FileReader):
 class Snapshot(NamedTuple):
     """All that was loaded from files. A request keeps the snapshot with which it began."""
 
-    config: FileReader  # the value is a Config
-    credentials: FileReader  # ours: the value is a Credentials
-    targets: dict[str, FileReader]  # by module: the values are TargetCredentials
+    config: LoadedValue  # the value is a Config
+    credentials: LoadedValue  # ours: the value is a Credentials
+    targets: dict[str, LoadedValue]  # by module: the values are TargetCredentials
     loaded: float  # when the configuration was, Unix time
 
     @property
@@ -2668,7 +2668,7 @@ class Loader:
         self._reloads = 0  # begun so far
         self._swapping = Lock()  # of `snapshot`, never held while files are read
         web = DocumentReader(options["web.config.file"], [])
-        config = ConfigLoader(DocumentReader("", []), True, web, *self._arguments)
+        config = LoadedConfig(DocumentReader("", []), True, web, *self._arguments)
         if config.problems:
             raise ConfigError(*config.problems)
         self.snapshot = Snapshot(config, config.credentials, config.targets, time.time())
@@ -2678,12 +2678,12 @@ class Loader:
         self.refresh("", self.snapshot.credentials)
         return self.snapshot
 
-    def refresh(self, name: str, former: FileReader) -> FileReader:
+    def refresh(self, name: str, former: LoadedValue) -> LoadedValue:
         """Return a module's credentials or ours, loaded again if their files have changed. IO."""
         with self._swapping:
-            if monotonic() - former.looked < self._limits.rotation_seconds:
+            if monotonic() - former.checked_at < self._limits.rotation_seconds:
                 return former
-            former.looked = inf  # while this thread looks, others use `former`
+            former.checked_at = inf  # while this thread looks, others use `former`
         fresh = former
         try:
             if former.is_due():
@@ -2692,7 +2692,7 @@ class Loader:
                 if not fresh.problems:
                     LOGGER.info("credentials reloaded: %s", excerpt(", ".join(fresh.files), 400))
         finally:
-            former.looked = monotonic()
+            former.checked_at = monotonic()
         with self._swapping:
             if self.snapshot.credentials is former:  # no reload has replaced it
                 self.snapshot = self.snapshot._replace(credentials=fresh)
@@ -2712,7 +2712,7 @@ class Loader:
             self._reloads += 1
             notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
             former = self.snapshot.config
-            config = ConfigLoader(former, False, self.snapshot.credentials, *self._arguments)
+            config = LoadedConfig(former, False, self.snapshot.credentials, *self._arguments)
             notify("READY=1")
             log_problems(config.problems)
             with self._swapping:
@@ -2739,7 +2739,7 @@ class Loader:
 # A `Wire` is a non-blocking connection to a client or a target. Its waits have a deadline. The
 # parser of headers is strict with clients. From targets it accepts what Prometheus accepts. IO.
 
-Headers = Sequence[Pair]
+Headers = Sequence[Header]
 Pieces = Iterator[bytes]
 
 BODILESS: Final = (204, 304)  # statuses
@@ -2749,7 +2749,7 @@ EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
 TLS_END: Final = re.compile(r"EOF[ _)]")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # Both are linear, as no two parts match the same text: 30 ms for 256 KiB that fail at the end.
-STRICT_HEADER: Final = re.compile(rf"(?m)^({TOKEN.pattern}):({LINE})\r?\n")
+STRICT_HEADER: Final = re.compile(rf"(?m)^({HEADER_NAME.pattern}):({LINE})\r?\n")
 #: Also with blanks in the name, as in `Content-Length : 4`.
 TOLERANT_HEADER: Final = re.compile(rf"(?m)^((?! )[ {NAME_CHARACTERS}]+):({LINE})\r?\n")
 STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
@@ -2783,7 +2783,7 @@ def connection_options(headers: Headers) -> list[str]:
     return [option.strip(" \t") for option in listed.split(",")]
 
 
-def render_head(first_line: str, headers: Iterable[Pair]) -> bytes:
+def render_head(first_line: str, headers: Iterable[Header]) -> bytes:
     """Return the head of a request or answer. `parse_headers` allows no line break in a value."""
     lines = [f"{name}: {value}" for name, value in headers]
     text = "\r\n".join([first_line, *lines, "\r\n"])
@@ -2795,11 +2795,11 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) ->
     poll = select.poll()
     for source, event in events.items():
         poll.register(source, event)
-    if deadline.client >= 0:
+    if deadline.client_fd >= 0:
         # As in Go's server, a half-close counts as a hang-up. POLLIN would see pipelined requests.
-        poll.register(deadline.client, select.POLLRDHUP)
+        poll.register(deadline.client_fd, select.POLLRDHUP)
     ready = {descriptor for descriptor, _ in poll.poll(1000 * min(deadline.remaining(), longest))}
-    if deadline.client in ready:
+    if deadline.client_fd in ready:
         # Measured for 520 hang-ups at once: others have a p99 of 65 to 196 ms, not 252 to 274 ms.
         most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # no FIFO is held too long
         sleep(random.random() * most)  # noqa: S311 - no secret
@@ -3147,7 +3147,7 @@ class Cache:
                 raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
             cleanup.enter_context(polled)
             cleanup.enter_context(run.client)
-            deadline = Deadline(seconds, client=polled.fileno())
+            deadline = Deadline(seconds, client_fd=polled.fileno())
         own = job._replace(deadline=deadline, cleanup=cleanup, held=held)
         run.task = Task(cleanup.close, self._make, own, key, run)
         return run
@@ -3360,7 +3360,7 @@ def start_fault(error: Exception, command: str, path: bytes) -> str:
     elif isinstance(error, FileNotFoundError) and shutil.which(command, path=places):
         words = "the interpreter in its first line is missing, or this line ends in CR"
     else:
-        words += command_fault(command)
+        words += shell_advice(command)
     return words
 
 
@@ -3405,14 +3405,14 @@ class Job(NamedTuple):
     """One scrape that a client has asked for."""
 
     module: Module
-    pairs: Pairs  # the query without the module
+    pairs: Query  # the query without the module
     headers: Headers  # the client's, without what expexp itself consumed
     client: str
     deadline: Deadline
     cleanup: ExitStack
     held: Reservation
     tools: Tools
-    credentials: Any = None  # a FileReader, for an http target: its value is a TargetCredentials
+    credentials: Any = None  # a LoadedValue, for an http target: its value is a TargetCredentials
     steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
 
     def note(self, words: str, *values: object, details: bytes = b"") -> None:
@@ -3524,7 +3524,7 @@ def request_headers(job: Job) -> dict[str, str]:
     return headers
 
 
-def end_to_end(headers: Headers) -> list[Pair]:
+def end_to_end(headers: Headers) -> list[Header]:
     """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
     dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
     return [(name, value) for name, value in headers if name.lower() not in dropped]
@@ -4060,14 +4060,14 @@ class Response:
 
 
 def own_response(
-    status: int, text: str, *more: Pair, media_type: str = PLAIN_CONTENT_TYPE
+    status: int, text: str, *more: Header, media_type: str = PLAIN_CONTENT_TYPE
 ) -> Response:
     """Return a response with a text of expexp itself."""
     headers = [("Content-Type", media_type), *OWN_HEADERS, *more]
     return Response(status, headers, f"{text}\n".encode("utf-8", "replace"))
 
 
-def choose_module(config: Config, request: Request) -> tuple[Module, Pairs]:
+def choose_module(config: Config, request: Request) -> tuple[Module, Query]:
     """Return the module that a query names, or the default one, and the rest of the query."""
     name = config.default_module
     rest = list(parse_query(request.target.partition("?")[2]))
@@ -4082,7 +4082,7 @@ def choose_module(config: Config, request: Request) -> tuple[Module, Pairs]:
     return config.modules[name], rest
 
 
-def check_arguments(module: Module, pairs: Pairs, limits: Limits) -> None:
+def check_arguments(module: Module, pairs: Query, limits: Limits) -> None:
     """Raise ScrapeError("bad_arguments") for an argument that the module does not accept."""
     added = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
     if len(added) > limits.arguments:
@@ -4413,7 +4413,7 @@ class Application:
         if len(self._routes) < 8:  # noqa: PLR2004 - two routes have the same path
             message = "-web.telemetry-path and -web.proxy-path need paths that no endpoint has yet"
             raise ConfigError(Problem("", 0, 0, "", message))
-        self._prepared: FileReader | None = None
+        self._prepared: LoadedValue | None = None
         self._prepare_modules()
 
     @property
@@ -4505,7 +4505,7 @@ class Application:
         with ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, limits)
-                deadline = Deadline(seconds, client=request.connection)
+                deadline = Deadline(seconds, client_fd=request.connection)
                 held = Reservation(self._tools)
                 cleanup.callback(held.release)
                 known = snapshot.targets.get(module.name)
@@ -5162,7 +5162,7 @@ class Program:
                     self._is_reload_wanted.clear()
                 former = found
                 config = self.loader.snapshot.config
-                found = config.look()
+                found = config.fingerprints()
                 if is_wanted or (found == former and config.is_due()):  # no file is being written
                     self.application.reload()
             except (MemoryError, RuntimeError, RequestError):  # noqa: PERF203 - go on

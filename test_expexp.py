@@ -1967,7 +1967,7 @@ def load_files(filename: str, *folders: str, skip: bool = False) -> tuple[expexp
     options = {"config.file": filename, "config.dirs": folders, "config.skip-dirs": skip}
     flags = {**expexp.parse_flags([]), **options}
     nowhere = expexp.DocumentReader("", [])
-    loader = expexp.ConfigLoader(nowhere, True, nowhere, flags, expexp.PasswordChecks())
+    loader = expexp.LoadedConfig(nowhere, True, nowhere, flags, expexp.PasswordChecks())
     if loader.problems:
         raise expexp.ConfigError(*loader.problems)
     return loader.value, loader.warnings
@@ -2503,9 +2503,9 @@ def test_scrape_timeout(module: float, header: str, seconds: float) -> None:
 
 def test_the_share_of_a_deadline_keeps_its_client_and_a_part_of_its_time() -> None:
     now = [100.0]
-    deadline = expexp.Deadline(10, lambda: now[0], client=7)
+    deadline = expexp.Deadline(10, lambda: now[0], client_fd=7)
     share = dataclasses.replace(deadline, seconds=deadline.remaining() / 4)
-    assert (share.remaining(), share.client) == (2.5, 7)
+    assert (share.remaining(), share.client_fd) == (2.5, 7)
     now[0] += 3
     with pytest.raises(expexp.ScrapeError, match=r"^timed out after 2.5 s$"):
         share.remaining()
@@ -6805,7 +6805,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("command", "advice"), COMMANDS.items())
 def test_a_command_that_is_written_for_a_shell_gets_advice(command: str, advice: str) -> None:
-    assert expexp.command_fault(command) == (advice and f"; {advice}")
+    assert expexp.shell_advice(command) == (advice and f"; {advice}")
 
 
 @pytest.mark.usefixtures("here")
@@ -14043,7 +14043,7 @@ class Logins:
 
     def line(self) -> list[object]:
         """The requests that hash or wait for their turn."""
-        return list(self._app.loader.snapshot.credentials.value.users.checks._line)
+        return list(self._app.loader.snapshot.credentials.value.users.checks._queue)
 
     def begin(self, pair: str) -> Future[Reply]:
         """Send a request, and wait until it is in the line or answered."""
@@ -14166,13 +14166,13 @@ def test_a_right_password_gets_in_while_40_clients_send_wrong_ones_with(
         attackers = [pool.submit(keep_asking, served, number) for number in range(40)]
         checks = served.program.application.loader.snapshot.credentials.value.users.checks
         try:
-            wait_until(lambda: len(checks._line) == 40)
+            wait_until(lambda: len(checks._queue) == 40)
             for number in range(4 if kind == "unknown" else 1):
                 assert served.get("/", login(f"u{number}:right")).status == 200
         finally:
             over.set()
         assert [attacker.result() for attacker in attackers] == [{401}] * 40
-        assert checks._line == []
+        assert checks._queue == []
 
 
 def test_what_is_proved_stays_proved_over_a_reload_where_the_hash_has_not_changed(
@@ -14184,7 +14184,7 @@ def test_what_is_proved_stays_proved_over_a_reload_where_the_hash_has_not_change
         assert ask(app, "/", login(pair)).status == 200
     write_users(path, w="other", u="right", v="new")
     snapshot = app.loader.snapshot
-    snapshot.credentials.looked = -1000
+    snapshot.credentials.checked_at = -1000
     assert app.loader.current() is not snapshot
     assert app.loader.snapshot.credentials.problems == []
     hashed.clear()
@@ -16059,7 +16059,7 @@ def test_the_threads_of_clients_that_hang_up_at_once_go_on_spread_over_a_moment(
 
     def leave(client: socket.socket) -> float:
         """Wait for ever, and return when the wait has ended."""
-        deadline = expexp.Deadline(20, time.monotonic, client=client.fileno())
+        deadline = expexp.Deadline(20, time.monotonic, client_fd=client.fileno())
         with pytest.raises(expexp.ScrapeError, match="the client closed its side"):
             expexp.wait(deadline, {})
         return time.monotonic()
@@ -20936,11 +20936,11 @@ def faulty_program(folder: Path, *more: str) -> Path:
 import os, sys
 sys.path.insert(0, {str(FOLDER)!r})
 import expexp
-load = expexp.ConfigLoader.load
+load = expexp.LoadedConfig.load
 def fail(*arguments):
     config = load(*arguments)
     return {{}}["fault"] if os.path.exists("fault") else config
-expexp.ConfigLoader.load = fail
+expexp.LoadedConfig.load = fail
 sys.exit(expexp.main([*sys.argv[1:], *{more!r}]))
 """
     )
@@ -21131,14 +21131,14 @@ def test_two_thousand_scrapes_of_a_hung_file_leave_as_many_threads_as_its_module
 def slow_loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """From now on loading waits for the end of this context; yields a mark for each that began."""
     began: list[int] = []
-    go_on, load = threading.Event(), expexp.ConfigLoader.load
+    go_on, load = threading.Event(), expexp.LoadedConfig.load
 
     def wait(*given: Any) -> expexp.Config:
         began.append(len(began))
         assert go_on.wait(20)
         return load(*given)
 
-    monkeypatch.setattr(expexp.ConfigLoader, "load", wait)
+    monkeypatch.setattr(expexp.LoadedConfig, "load", wait)
     yield began
     go_on.set()
 

@@ -130,7 +130,7 @@ def check_keyword(source: Source, pos: int) -> Iterator[ExpositionError]:
     found = FIRST_WORD.match(source.body, pos)
     if found and found["word"]:
         message = "expected no NUL byte in the first word of a comment"
-        yield source.refuse(found.start("word"), message)
+        yield source.error_at(found.start("word"), message)
 
 
 def check_help(source: Source, metadata: Metadata) -> Iterator[ExpositionError]:
@@ -170,7 +170,7 @@ def check_line(source: Source, pos: int, end: int, line: Line) -> Iterator[Expos
         message = (
             "a blank before a name; Prometheus 2 refuses it, and 3 makes it a part of the name"
         )
-        yield source.refuse(pos, message)
+        yield source.error_at(pos, message)
     if isinstance(line, Metadata) and line.keyword == b"HELP":
         yield from check_help(source, line)
     last = len(source.body)
@@ -732,7 +732,7 @@ def judge_families(source: Source) -> Iterator[Finding]:
         if len(found.rows) <= MAX_JUDGED_SAMPLES:
             complaints += check_family(found)
         for pos, message in sorted(complaints, key=lambda complaint: complaint[0]):
-            yield to_finding(source.refuse(pos, message), strict=True)
+            yield to_finding(source.error_at(pos, message), strict=True)
         heading = found.heading()
         for name in (found.name, *found.names):
             above.setdefault(name, heading)

@@ -74,7 +74,7 @@ def render_options(module: ModuleType, command: str) -> list[str]:
     flags = getattr(module, "FLAGS", ())
     entries: list[list[str]] = []
     if isinstance(flags, dict):
-        entries = [render_flag(flag, name, flag.typed or "") for name, flag in flags.items()]
+        entries = [render_flag(flag, name, flag.default or "") for name, flag in flags.items()]
     elif flags:
         entries = [render_flag(flag, flag.name, flag.default) for flag in flags]
     else:
