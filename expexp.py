@@ -4,28 +4,28 @@
     python3 expexp.py -config expexp.yaml
 
 `up` means what it would mean without expexp. Flags, configuration and metrics are those of
-exporter_exporter. expexp listens on the ports you name, connects to the targets in its
-configuration and to their container engine, runs the commands and reads the files in it, and reads
-its own files again when they change. It writes no file, starts no shell, loads no plugin, follows
-no redirect to another address and ignores proxies in the environment. Its only other process is
-Python for -web.tls.certmatch. Every wait has a deadline, every outside quantity a limit.
+exporter_exporter ("the original"). expexp listens on the ports you name, connects to the configured
+targets and container engines, runs the configured commands, reads the configured files, and reloads
+its own files when they change. It writes no file, starts no shell, loads no plugin, follows no
+redirect to another address and ignores proxies in the environment. Besides the commands it runs
+only Python, for -web.tls.certmatch. Every wait has a deadline. Every outside quantity has a limit.
 
 Endpoints: /proxy, /metrics, /, /sd (discovery), /-/healthy, /-/ready, /-/reload, /-/explain.
-Exit codes: 0 stopped by a signal or nothing to do, 1 bad configuration or a port in use, 2 bad
-flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable.
+Exit codes: 0 stopped by a signal or no address to listen on, 1 bad configuration or a port in use,
+2 bad flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable.
 Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON. License: Apache 2.0.
 Specifications: text format 0.0.4, OpenMetrics 1.0, client_model's metrics.proto, RFC 9110 and 9112.
 
-The path of one scrape. No section uses a name of a later one:
+The path of one scrape. No section uses names of later ones. "IO." marks what reads or writes:
  15  `Server` accepts a connection. `ClientConnection.handle` makes its TLS handshake in a thread.
      `_answer` waits for a request. `read_request` reads its line and headers.
- 14  `Application.handle` counts and logs the request. `_route` has `admit` check the client.
+ 14  `Application.handle` counts and logs the request. `_route` calls `admit` to check the client.
      `proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
  13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls
      `scrape_http`, `scrape_exec` or `scrape_file`. `verify_scrape` unpacks gzip.
   7  `verify_exposition` reads text by section 5, protobuf by section 6.
-  2  A `ScrapeError` has its status in REASONS. `SelfMetrics.fail` (section 8) counts it.
- 15  `_write` sends the `Response` of `proxy`. Then the request counts as answered.
+  2  REASONS has the status of each `ScrapeError`. `SelfMetrics.fail` (section 8) counts it.
+ 15  `_write` sends the `Response` of `proxy`. Then the request is counted as answered.
 
 Contents:
   1  Constants and limits
@@ -53,7 +53,7 @@ import sys
 
 if (found := sys.version_info) < (3, 9):  # expexp needs Python 3.9 or later
     sys.exit(f"expexp needs Python 3.9 or later, found {found[0]}.{found[1]}")
-if __name__ == "__main__":  # until `run` Ctrl-C ends expexp without a traceback, as SIGTERM does
+if __name__ == "__main__":  # before `run`, Ctrl-C ends expexp without a traceback, like SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import _thread
@@ -134,15 +134,15 @@ PIECE_BYTES: Final = 65536
 LAST_PORT: Final = 65535
 OK: Final = 200
 UNKNOWN_MODULE: Final = "unknown"  # one label value: clients cannot create series
-HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp sends anew
+HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp frames itself
     "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
     "transfer-encoding|upgrade|content-length|expect"
 )
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
-MODULE_SHARE: Final = 3 / 4  # of connections, to one module, with those that wait for its cache
-PROXY_SHARE: Final = 7 / 8  # to all modules: `/metrics` and `/-/healthy` get the rest
-RELOAD_SHARE: Final = 1 / 10  # that wait for a reload, which can hang in a file system
+MODULE_SHARE: Final = 3 / 4  # of the connections: for one module, with waiters for its cache
+PROXY_SHARE: Final = 7 / 8  # for all modules: `/metrics` and `/-/healthy` keep the rest
+RELOAD_SHARE: Final = 1 / 10  # for requests that wait for a reload: a file system can block it
 HEADER_NAME: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
 Header = tuple[str, str]  # name and value of a header
 
@@ -153,26 +153,26 @@ class Limits:
 
     connections: int = 512  # one thread each; if all are taken, an idle one is evicted
     file_descriptors: int = 8192  # the soft limit is raised to this or the hard limit
-    connection_descriptors: int = 5  # of one client, its TLS and a command
-    accept_pause_seconds: float = 0.05  # without descriptors accepting must not spin
-    request_line_bytes: int = 65536  # a federation's query has many match[]
-    header_block_bytes: int = 65536  # with the line, 64 MiB in 512 connections
+    connection_descriptors: int = 5  # for one client, its TLS and a command
+    accept_pause_seconds: float = 0.05  # accept must not spin when no descriptor is free
+    request_line_bytes: int = 65536  # a federation query has many match[] parameters
+    header_block_bytes: int = 65536  # with the request line 64 MiB for 512 connections
     handshake_seconds: float = 10  # for a client's TLS handshake: slow-loris
     header_seconds: float = 10  # for a request's line and headers: slow-loris
     write_stall_seconds: float = 30  # without progress: a client must read to keep a slot
     write_bytes_per_second: int = 65536  # the slowest rate at which a client may read
     idle_seconds: float = 180  # an idle connection: longer than the usual scrape interval
     target_head_bytes: int = 262144  # status line and headers of a target's answer
-    unread_bytes: int = 262144  # of a refused body, read so that the answer arrives
+    unread_bytes: int = 262144  # of a refused request's body, read so that the answer arrives
     unread_seconds: float = 2  # to read that body
-    body_bytes: int = 268435456  # 256 MiB: a target's body, also decoded; output; a file
-    held_bytes: int = 536870912  # 512 MiB: bodies of all requests together; beyond it: busy
-    large_verifications: int = 2  # concurrent, above 1 MiB: 40 held up small ones by 0.4 s
+    body_bytes: int = 268435456  # 256 MiB: a body, sent or decoded; a command's output; a file
+    held_bytes: int = 536870912  # 512 MiB: the bodies of all requests together; above it: busy
+    large_verifications: int = 2  # concurrent ones above 1 MiB: 40 delayed small ones by 0.4 s
     config_bytes: int = 16777216  # 16 MiB: a configuration file
     rotation_seconds: float = 1  # between checks of certificate and secret files
-    retry_seconds: float = 300  # before unusable files are read again unchanged
-    bcrypt_cost: int = 14  # of a user's hash: about a second of processor time
-    bcrypt_waiting: int = 48  # requests that wait to hash a password: others need the slots
+    retry_seconds: float = 300  # before unusable files are read again although unchanged
+    bcrypt_cost: int = 14  # the highest of a user's hash: about a second of processor time
+    bcrypt_waiting: int = 48  # requests that wait to hash a password: others need slots, too
     bcrypt_seconds: float = 120  # for that wait: twice what the costliest hashes take
     certmatch_processes: int = 2  # concurrent; more would take all cores
     certmatch_seconds: float = 2  # for the operator's pattern on a client's names
@@ -188,14 +188,14 @@ class Limits:
     log_line_bytes: int = 4096  # a log line: writing that many to a pipe is atomic
     log_queue_lines: int = 1000  # waiting for a slow stderr; more lines are dropped
     log_flush_seconds: float = 0.5  # to write the queued log lines at the end
-    hang_up_seconds: float = 0.2  # between checks for a waiting client's hang-up
-    evicted_connections: int = 32  # that still have a thread; more make a new one wait, up to 1 s
-    unspread_scrapes: int = 32  # concurrent ones of a module; further ones begin spread over time
-    scrape_spread_seconds: float = 0.001  # of that time, for each running scrape
-    hang_up_spread_seconds: float = 0.3  # up to this a thread waits then: 520 may wake at once
+    hang_up_seconds: float = 0.2  # between checks whether a waiting client has hung up
+    evicted_connections: int = 32  # whose threads still run; above it new ones wait, up to 1 s
+    unspread_scrapes: int = 32  # of a module at once; further ones start after a random delay
+    scrape_spread_seconds: float = 0.001  # times the running scrapes: the longest such delay
+    hang_up_spread_seconds: float = 0.3  # longest delay after a hang-up: 520 may wake at once
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
-    client_scrape_seconds: float = 600  # with only the client's: a day would hold a slot
+    client_scrape_seconds: float = 600  # a scrape with only the client's: a day would hold a slot
     longest_scrape_seconds: float = 86400  # a scrape with any timeout
     term_to_kill_seconds: float = 0.5  # for a command's process group to end
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
@@ -203,15 +203,15 @@ class Limits:
     failure_pause_seconds: float = 10  # between any two warnings about a module
 
     def share(self, part: float) -> int:
-        """Return how many requests a part of the connections can carry, at least one."""
+        """Return the number of connections in a part of all, at least one."""
         return max(1, int(self.connections * part))
 
 
 # ==================================================================================================
 # 2  What can go wrong
 # ==================================================================================================
-# ConfigError tells the operator what to repair, RequestError the client, ScrapeError what failed at
-# a target. REASONS decides statuses and counters. A test compares docs/operation.md with it.
+# ConfigError tells the operator what to repair. RequestError tells the client. ScrapeError says
+# what failed at a target. REASONS decides statuses and counters. A test compares the docs with it.
 
 
 class Reason(NamedTuple):
@@ -220,7 +220,7 @@ class Reason(NamedTuple):
     name: str
     status: int  # of the answer; 0: the target's
     methods: tuple[str, ...] = ("http", "exec", "file")  # of the modules that can fail this way
-    counter: str = ""  # of the original, raised as well
+    counter: str = ""  # a counter of the original to increment as well
 
 
 REASONS: Final = {
@@ -237,8 +237,8 @@ REASONS: Final = {
         Reason("too_large", 502),  # body, decoded body, output or file over its limit
         Reason("busy", 503),  # max_concurrent, bodies in memory
         Reason("timeout", 504, counter="expexp_proxy_timeout_errors_total"),
-        Reason("status", 0, ("http",)),  # other than 200: passed on; 502: a redirect
-        Reason("aborted", 502),  # the client hung up, or failed after the status was sent
+        Reason("status", 0, ("http",)),  # not 200: passed on; a redirect becomes 502
+        Reason("aborted", 502),  # the client hung up, or the body failed after the status was sent
     )
 }
 
@@ -301,7 +301,7 @@ class ScrapeError(ExpexpError):
 
 
 class ExpositionError(ExpexpError):
-    """A body is no exposition. `line` and `column` begin at 1, and are 0 in protobuf."""
+    """A body is not an exposition. `line` and `column` begin at 1, and are 0 in protobuf."""
 
     def __init__(self, message: str, line: int, column: int, pos: int, text: bytes = b"") -> None:
         place = f"line {line}, column {column}" if line else f"byte {pos}"
@@ -316,7 +316,7 @@ class ExpositionError(ExpexpError):
 # ==================================================================================================
 # 3  Small values
 # ==================================================================================================
-# Values that several sections share. Pure: texts and numbers in, values out.
+# Values that several sections share. Only `Deadline` is not pure: it reads a clock.
 
 SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
@@ -349,7 +349,7 @@ class Deadline:
 
     def __post_init__(self) -> None:
         self._end = self.clock() + self.seconds
-        self._yield_below = inf  # remaining seconds
+        self._yield_below = inf  # remaining seconds at the next yield
 
     def remaining(self) -> float:
         """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
@@ -363,7 +363,7 @@ class Deadline:
         left = self.remaining()
         if left < self._yield_below:
             self._yield_below = left - 0.001
-            sleep(0)  # or each step of another thread waits for 5 ms, Python's interval
+            sleep(0)  # without it each step of another thread waits 5 ms, Python's switch interval
 
 
 def parse_duration(text: str) -> float:
@@ -423,11 +423,11 @@ def scrape_timeout(configured: float, header: str, offset: float, limits: Limits
 # 4  Exposition: grammar
 # ==================================================================================================
 # The two line formats as data: tokens for the reader of section 5, productions for its fast path,
-# and a `Dialect` for each. Runs of one byte class are possessive (`++`, `*+`, `}+`). Plain ones
-# match the same before Python 3.11, since nothing is ambiguous. Only the outermost group is
-# possessive, from 3.11.5 on: Python 3.11.2 takes half a group for a whole one (gh-106052). `(?:x|)`
-# is faster than `(?:x)?`, and a class is faster without `^`. Authority: Prometheus's lexers,
-# model/textparse/{promlex,openmetricslex}.l.
+# and a `Dialect` for each format. Runs of one byte class are possessive (`++`, `*+`, `}+`). Before
+# Python 3.11 plain runs match the same, because nothing is ambiguous. Of the groups only the
+# outermost is possessive, from 3.11.5 on: 3.11.2 takes half a group for a whole one (gh-106052).
+# `(?:x|)` is faster than `(?:x)?`, and a class is faster without `^`. Authority: Prometheus's
+# lexers, model/textparse/{promlex,openmetricslex}.l.
 
 Pattern = re.Pattern[bytes]
 POSSESSIVE: Final = sys.version_info >= (3, 11)
@@ -440,9 +440,9 @@ def compile_production(pattern: bytes) -> Pattern:
     return re.compile(pattern)
 
 
-# Prometheus ingests more. A token is a name, a label value, a number, a text of metadata or a run
-# of blanks: one match takes it in less than 1 ms, and a copy of it is small. Longer ones and more
-# labels would cost many times the body's memory, or hold up all other threads.
+# Prometheus has no such limits. A token is a name, a label value, a number, a text of metadata or a
+# run of blanks: one match takes it in less than 1 ms, and a copy of it is small. Longer tokens and
+# more labels would cost many times the body's memory, or block all other threads.
 MAX_TOKEN_BYTES: Final = 65_536
 MAX_LABELS: Final = 10_000
 MAX_LABELS_BYTES: Final = 1_048_576
@@ -456,7 +456,7 @@ NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % D
 
 # Tokens for the reader. A backslash takes the next byte with it, except a newline. Only three
 # escapes have a meaning. Prometheus's lexer skips NUL in a label value, even after a backslash, and
-# behind a label value. It stops at NUL in a quoted name.
+# after a label value. It stops at NUL in a quoted name.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
 NOTHING: Final = re.compile(rb"(?!)")
 BLANKS: Final = re.compile(rb"[ \t]+")
@@ -470,16 +470,16 @@ LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
 # Canonical forms for the fast path: what Go's libraries write. Digits are bounded so that no number
-# overflows, runs so that no token is too long, and groups so that a match is short: `re` keeps 100
-# bytes for each repetition.
+# overflows. Runs are bounded so that no token is too long. Groups are bounded so that a match needs
+# little memory: `re` keeps 100 bytes for each repetition.
 CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 VALUE_FORM: Final = rb'"%b{0,9999}+(?:"|(?:\\%b%b{0,800}+){1,64}")'  # at most 61,327 bytes
 CANONICAL_VALUE: Final = VALUE_FORM % (CANONICAL_BYTE, rb'[\\"n]', CANONICAL_BYTE)
 FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
 CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
-MAX_FAST_LABELS: Final = 20  # node_os_info has 12; with more, a match of names takes too long
+MAX_FAST_LABELS: Final = 20  # node_os_info has 12; to compare more names takes too long
 
-# Wide forms: what all other libraries write. Only a label name that needs quotes has them, so that
+# Wide forms: what all other libraries write. A label name has quotes only if it needs them, so that
 # no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
@@ -493,10 +493,10 @@ LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, W
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
-    """Return pairs from the `depth`-th on: 20 with different names, then `more` with any names."""
+    """Return a pattern of labels from number `depth` on. After 20, names may repeat: `more`."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    # Python 3.11 and 3.13 raise a SystemError if a group that matched in an earlier line begins to
-    # match in vain, and the line goes on. So no group begins at the brace after a last comma.
+    # Python 3.11 and 3.13 raise SystemError if a group that matched in an earlier line starts a
+    # match, fails, and the line goes on. So no group starts at the brace after a trailing comma.
     pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
         return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b){0,200}" % (comma, name, value)
@@ -508,7 +508,7 @@ CANONICAL_SERIES: Final = rb"%b(?:\{%b\}|)" % (METRIC_NAME, CANONICAL_LABELS)
 
 
 def compose_wide_series(comma: bytes) -> bytes:
-    """Return a series with these commas. Its name may be quoted in the braces."""
+    """Return a pattern of a series. Its name may be quoted in the braces."""
     labels = compose_labels(WIDE_NAME, WIDE_VALUE, comma)
     opening = rb"(?:%b\{|\{%b(?:%b|(?=\})))" % (METRIC_NAME, QUOTED, comma)
     return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
@@ -518,8 +518,8 @@ OPENMETRICS_TIME: Final = rb"(?: %b|)" % FINITE
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
 EXEMPLAR: Final = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
 AFTER_VALUE: Final = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
-#: The base units of OpenMetrics. The reader reads others: to compare a unit with the name by a
-#: group takes time in the square of its length.
+#: The base units of OpenMetrics. Other units are left to the reader: a group that compares a unit
+#: with the end of the name takes quadratic time.
 UNIT: Final = (
     rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
@@ -531,7 +531,7 @@ RUN_SAMPLES: Final = 200
 
 
 def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
-    """Return a line of HELP or TYPE, or the alternative `more`."""
+    """Return a pattern of a HELP line, a TYPE line, or a line of `more`."""
     forms = METRIC_NAME, METRIC_NAME, b"|".join(types), more
     return rb"# (?:HELP %b [^\n]{0,9999}+|TYPE %b (?:%b)%b)\n" % forms
 
@@ -542,7 +542,7 @@ TEXT_TIMESTAMP: Final = rb"(?: [0-9]{1,18}+|)"
 
 
 def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
-    """Return a run of at most RUN_SAMPLES with metadata: a match holds the interpreter lock."""
+    """Return a pattern of up to RUN_SAMPLES samples. Each match holds the interpreter lock."""
     possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
     block = rb"(?:%b){0,6}%b %b%b\n" % (metadata, series, number, after)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
@@ -552,10 +552,10 @@ class Dialect(NamedTuple):
     """What distinguishes the two line formats. The defaults are those of the text format."""
 
     types: tuple[bytes, ...] = TEXT_TYPES  #: a family without a type has the first one
-    number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: or what is in its place
+    number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: a number, or what stands in its place
     label_value: Pattern = compile_production(rb'[^"\\]*+(?:\\\0*+[^\n\0][^"\\]*+)*')
     fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIMESTAMP)
-    #: with comments, prom-client's blank lines, and VictoriaMetrics's blanks after commas
+    #: also comments, prom-client's blank lines, and VictoriaMetrics's blanks after commas
     wide: Pattern = compose_run(
         TEXT_METADATA + rb"|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n)",
         compose_wide_series(b", {0,9999}+"),
@@ -591,16 +591,16 @@ OPENMETRICS: Final = Dialect(
 # 5  Exposition: reading lines
 # ==================================================================================================
 # The reader defines what is accepted and makes every message. Each `read_*` reads at the position
-# of its source and moves it. It raises only ExpositionError, and what the caller's `tick` raises.
-# Every line, label and window of a long comment calls `tick`, so that no body outlives a deadline.
-# Time is linear in the size of the body. The fast path reads a run of lines in one match. It takes
-# only what the reader takes: verdicts and counts are the same without it.
+# of its source and advances it. It raises only ExpositionError and what the caller's `tick` raises.
+# `tick` is called for every line, label and window of a long comment, so that a deadline ends the
+# reading of any body. Time is linear in the size of the body. The fast path reads a run of lines in
+# one match. It accepts only what the reader accepts: verdicts and counts are the same without it.
 
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
-# The longest match, 2 ms for labels that begin alike, and the copy that is checked for UTF-8.
+# The most bytes in one match (2 ms for labels that begin alike) and in one check for UTF-8.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
-LINE_BYTES: Final = 1_048_576  # in a longer line, columns are bytes
-#: What to add to a message that matches. The byte before its place stands before it.
+LINE_BYTES: Final = 1_048_576  # in a longer line, columns count bytes
+#: What to add to a message that matches. Each pattern first sees the byte before the place.
 ADVICE: Final = {
     r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
     r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
@@ -615,7 +615,7 @@ Tick = Callable[[], object]
 
 
 def no_tick() -> None:
-    """Do nothing: the body may take any time."""
+    """Do nothing: no deadline ends the reading."""
 
 
 def is_utf8(text: bytes) -> bool:
@@ -671,16 +671,16 @@ class Source:
         return self.error_at(pos, f"expected {what}, found {found or self.describe(pos)}")
 
     def require(self, fits: object, pos: int, what: str, found: bytes | None = None) -> None:
-        """Raise the error for `what` missing at `pos` unless it `fits`."""
+        """Raise the error for `what` missing at `pos` if `fits` is false."""
         if not fits:
             raise self.expected(pos, what, "" if found is None else quote(found))
 
     def peek(self) -> bytes:
-        """Return the next byte, nothing at the end of the body."""
+        """Return the next byte, b"" at the end of the body."""
         return self.body[self.pos : self.pos + 1]
 
     def take(self, form: Pattern, what: str) -> bytes:
-        """Return the next token, nothing if there is none. A message calls it `what`."""
+        """Return and skip the next token, b"" if there is none. A message calls it `what`."""
         pos = self.pos
         found = form.match(self.body, pos, pos + MAX_TOKEN_BYTES + 2)  # an escape is not cut
         token = found[0] if found else b""
@@ -690,12 +690,12 @@ class Source:
         return token
 
     def skip_blanks(self) -> None:
-        """Skip the blanks that may stand anywhere. OpenMetrics has none."""
+        """Skip optional blanks, which only the text format has."""
         if not self.dialect.openmetrics:
             self.take(BLANKS, "a run of blanks")
 
     def skip_separator(self) -> bytes:
-        """Return and skip what separates two tokens, nothing if it is missing."""
+        """Return and skip what separates two tokens, b"" if it is missing."""
         return self.take(self.dialect.separator, "a run of blanks")
 
 
@@ -728,7 +728,7 @@ class Metadata(NamedTuple):
 
 
 Labels = list[Label]
-Line = Union[Sample, Metadata, None]  # None: a line that says nothing
+Line = Union[Sample, Metadata, None]  # None: an empty line or a comment
 
 
 def unescape(text: bytes) -> bytes:
@@ -737,7 +737,7 @@ def unescape(text: bytes) -> bytes:
 
 
 def read_quoted(source: Source, form: Pattern, what: str) -> bytes:
-    """Return what stands between the next quote and the one that closes it, not unescaped."""
+    """Return the text between the next quote and the one that closes it, still escaped."""
     opening = source.pos
     source.pos += 1
     text = source.take(form, what)
@@ -759,7 +759,7 @@ def read_name(source: Source, form: Pattern, what: str) -> bytes:
 
 
 def read_label_value(source: Source) -> bytes:
-    """Return a label's value as it was written, from the equals sign on."""
+    """Read the equals sign and a label's value. Return the value as it was written."""
     source.require(source.peek() == b"=", source.pos, '"="')
     source.pos += 1
     source.skip_blanks()
@@ -775,7 +775,7 @@ def read_label_value(source: Source) -> bytes:
 
 
 def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Labels]:
-    """Return what stands in the braces: the metric's name, which `name` may be, and the pairs."""
+    """Read braces. Return the metric's name (`name`, or a quoted one in them) and the labels."""
     labels = Labels()
     opening = source.pos
     source.pos += 1
@@ -802,8 +802,8 @@ def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Label
 
 
 def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *needed: bytes) -> Label | None:
-    """Return the first label that is not in UTF-8, or whose name is bad or `taken`."""
-    # Prometheus first drops all labels of a name that has an empty value, unless it is `needed`.
+    """Return the first label that is not UTF-8, or whose name is empty or `taken`."""
+    # Prometheus first drops all labels of a name if one has an empty value, unless it is `needed`.
     dropped = {name for _, name, value in labels if not value}.difference(needed)
     for label in labels:
         tick()
@@ -816,7 +816,7 @@ def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *needed: byt
 
 
 def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
-    """Return a number as it was written. What separates it from the token before is skipped."""
+    """Skip a separator. Return the number after it as it was written."""
     blank = source.skip_separator()
     start = source.pos
     number = source.take(source.dialect.number, "a number")
@@ -830,7 +830,7 @@ def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
 
 
 def read_timestamp(source: Source) -> bytes:
-    """Return a timestamp, if there is one: int64 milliseconds in digits, or float seconds."""
+    """Return a timestamp or b"": int64 milliseconds, in OpenMetrics float seconds."""
     dialect = source.dialect
     if dialect.no_timestamp.match(source.body, source.pos):
         return b""
@@ -874,7 +874,7 @@ def read_sample(source: Source) -> Sample:
 
 
 def read_comment(source: Source) -> Metadata | None:
-    """Return the metadata in a line that begins with `#`, None for a comment or the end."""
+    """Return the metadata in a line that begins with `#`, None for a comment or `# EOF`."""
     start = source.pos
     source.pos += 1
     blank = source.skip_separator()
@@ -892,14 +892,14 @@ def read_comment(source: Source) -> Metadata | None:
     while found := rest.match(source.body, source.pos, source.pos + WINDOW_BYTES):
         source.tick()
         source.pos = found.end()
-    # Prometheus takes this NUL for the end of the body. All that follows would be lost in silence.
+    # Prometheus takes this NUL for the end of the body. All that follows would be lost silently.
     if source.peek() == b"\0":
         raise source.error_at(source.pos, "a NUL byte here ends the body for Prometheus")
     return None
 
 
 def read_metadata(source: Source, start: int, keyword: bytes) -> Metadata:
-    """Return the HELP, TYPE or UNIT line that begins at `start`. Its name is next."""
+    """Return the HELP, TYPE or UNIT line from `start` on. The caller has read its keyword."""
     dialect = source.dialect
     name = read_name(source, METRIC_TOKEN, f"a metric name after {keyword.decode()}")
     blank = dialect.after_name.match(source.body, source.pos)
@@ -921,7 +921,7 @@ def read_metadata(source: Source, start: int, keyword: bytes) -> Metadata:
 def read_line(source: Source) -> Line:
     """Return the next line. OpenMetrics has no blank lines and ends with `# EOF`."""
     source.skip_blanks()
-    needs_eof = bool(source.dialect.openmetrics and source.body)  # Prometheus takes an empty body
+    needs_eof = bool(source.dialect.openmetrics and source.body)  # Prometheus accepts an empty body
     line: Line = None
     if source.peek() == b"#":
         line = read_comment(source)
@@ -936,11 +936,11 @@ def read_line(source: Source) -> Line:
 
 
 def find_repetition(body: bytes, pos: int, end: int) -> int:
-    """Return where the first of the lines up to `end` begins that has a label twice, or `end`."""
+    """Return the start of the first line that has a label twice, `end` without one."""
     for line in body[pos:end].split(b"\n"):
         if line.count(b'="') > MAX_FAST_LABELS:
             pairs = b"," + line.partition(b"{")[2]
-            names = pairs.split(b'"')[:-1:2]  # all of them are written alike in most lines
+            names = pairs.split(b'"')[:-1:2]  # `,name=`: in most lines no name has another form
             if b"\\" in pairs or b'"=' in pairs or b", " in pairs:
                 names = LABEL_PAIR.findall(pairs)
             if len(set(names)) < len(names):
@@ -984,7 +984,7 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
         tick()
         for form in forms:
             samples += read_runs(source, window, form)
-        if source.pos < window:  # measured: one line more a window by the reader took 5 % longer
+        if source.pos < window:  # measured: to read one more line in each window took 5 % longer
             samples += isinstance(read_line(source), Sample)
     return samples
 
@@ -992,13 +992,13 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 # ==================================================================================================
 # 6  Exposition: protobuf
 # ==================================================================================================
-# A run of `io.prometheus.client.MetricFamily` messages, each after its length. PROTOBUF has the
-# known fields. Others are skipped. Wire types and lengths must fit, names and texts must be UTF-8,
-# label names unique, as in Prometheus's decoder. Only the labels of one metric are kept in memory.
-# One match checks a plain message. It takes only what the walk through the fields takes. Authority:
-# client_model's metrics.proto, protobuf's encoding page.
+# A body is a run of `io.prometheus.client.MetricFamily` messages, each after its length. PROTOBUF
+# has the known fields. Others are skipped. As in Prometheus's decoder, wire types and lengths must
+# fit, names and texts must be UTF-8, and label names must be unique. Only the labels of one metric
+# are kept in memory. One match checks a plain message. It accepts only what `read_fields` accepts.
+# Authority: client_model's metrics.proto, protobuf's encoding page.
 
-#: The fields of each message in the order of their numbers, which begin with 1 and have no gaps.
+#: The fields of each message by their numbers: 1, 2, 3. "" is left to `check_metric`.
 PROTOBUF: Final = {
     "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
     "Metric": {
@@ -1037,19 +1037,19 @@ PROTOBUF: Final = {
     "Span": {"offset": "int", "length": "int"},
     "Exemplar": {"label": "LabelPair", "value": "double", "timestamp": "Timestamp"},
     "Timestamp": {"seconds": "int", "nanos": "int"},
-    "ints": {},  # a run of numbers, all of them plain
+    "ints": {},  # a run of numbers, which PLAIN matches
 }
 FIELDS: Final = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.items()}
-CONTINUED: Final = 0x80  # this bit of a number's byte says that another one follows
+CONTINUED: Final = 0x80  # set in each byte of a number except the last
 LENGTH_DELIMITED: Final = 2
-#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. Other contents have 2: a length and the bytes.
+#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All other contents have 2: length and bytes.
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 LAST_TYPE: Final = 5  # of a family
 MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
 #: Fields that make a histogram native. Prometheus adds the label `le` to other histograms.
 NATIVE: Final = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
 VARINT: Final = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
-#: A text of 1 to 127 bytes after its length.
+#: A length of 1 to 127, and an ASCII text of that length.
 SHORT: Final = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
 #: Fields that need no further check, by message.
 PLAIN: Final = {
@@ -1085,7 +1085,7 @@ def read_varint(body: bytes, pos: int, end: int, path: str) -> tuple[int, int]:
 
 
 def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple[int, int]:
-    """Return where the content of a field begins and ends. Groups are refused as obsolete."""
+    """Return where the content of a field begins and ends. Refuse obsolete groups."""
     if wire == 0:
         return pos, read_varint(body, pos, end, path)[0]
     start = pos
@@ -1100,7 +1100,7 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
 
 
 def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Iterator[Field]:
-    """Yield the known fields of a message, each before the fields in it, without plain ones."""
+    """Yield the known fields of a message except plain ones. Fields in a field follow it."""
     body = source.body
     plain = PLAIN.get(kind)
     while pos < end:
@@ -1168,7 +1168,7 @@ def check_metric(source: Source, pos: int, end: int) -> None:
 
 
 def read_family(source: Source, pos: int, end: int) -> int:
-    """Return how many metrics a family has. Without any, Prometheus asks no more of it."""
+    """Return how many metrics a family has. Without any, Prometheus ignores its name and type."""
     last = {"metric_family.type": b"\0"}
     metrics = 0
     for path, start, stop in read_fields(source, pos, end, "metric_family", "MetricFamily"):
@@ -1206,9 +1206,9 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
 # ==================================================================================================
 # 7  Exposition: verdict
 # ==================================================================================================
-# Chooses a reader by the content type, and judges a body with it. No content type raises an error.
+# The content type of a body chooses its reader. An unknown or missing content type means text.
 
-#: A Content-Type that Prometheus 3 takes. Go refuses a parameter that has two values.
+#: A Content-Type that Prometheus 3 accepts. Go refuses a parameter that has two values.
 CONTENT_TYPE: Final = re.compile(
     r"(?ai)\s{0,9}(?:text/plain|application/(?:openmetrics-text|vnd\.google\.protobuf))\s{0,9}"
     r"(?:;\s{0,9}([!#-'*+.0-9A-Z^-~-]{1,99})\s{0,9}=\s{0,9}"
@@ -1246,7 +1246,7 @@ def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> i
 # ==================================================================================================
 # 8  Self-metrics
 # ==================================================================================================
-# SELF_METRICS declares the original's families and ours, by type and labels. No IO.
+# SELF_METRICS declares the original's metrics and ours, by type and labels. No IO.
 
 SELF_METRICS: Final = {
     ("summary", "module"): {"expexp_proxy_duration_seconds": "Duration of proxied requests."},
@@ -1327,7 +1327,7 @@ class SelfMetrics:
 
     def forget_modules(self, known: Callable[[], Iterable[str]]) -> None:
         """Drop the series of all modules except the known ones."""
-        with self._lock:  # `known` is called within: no module gets its first series meanwhile
+        with self._lock:  # around `known`: no module gets its first series meanwhile
             kept = {UNKNOWN_MODULE, *known()}
             for name in (*MODULE_SAMPLES, "expexp_proxy_failures_total"):
                 samples = self._samples[name]
@@ -1335,7 +1335,7 @@ class SelfMetrics:
                     del samples[labels]
 
     def create_module(self, module: str, method: str) -> None:
-        """Create the series of a module at zero, with the reasons that its method can have."""
+        """Create the series of a module at zero, with the reasons why its method can fail."""
         for name in MODULE_SAMPLES:
             self.increment(name, module, by=0)
         for reason in REASONS.values():
@@ -1410,7 +1410,7 @@ def parse_address(text: str) -> Address | None:
 
 
 def parse_network(text: str) -> Network:
-    """Return the network of a text such as `10.0.0.0/8`. Raise ValueError, also for an address."""
+    """Return the network of a text such as `10.0.0.0/8`. Raise ValueError without a slash."""
     if "/" not in text:
         raise ValueError('expected a network such as "10.0.0.0/8"')
     return ipaddress.ip_network(text, strict=False)
@@ -1454,7 +1454,7 @@ class Flag(NamedTuple):
 
     documentation: str
     parse: Callable[[str], Any] = str
-    default: str | None = ""  # the default as a user types it; None: repeatable, without a default
+    default: str | None = ""  # as a user types it; None: a repeatable flag without a default
 
 
 FLAGS: Final = {
@@ -1524,7 +1524,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
             value = flag.parse(text)
         except ValueError as error:
             raise FlagError(f'invalid value "{excerpt(text)}" for -{name}: {error}.') from None
-        if name in GUARDS and not text:  # a template may leave it empty, and everybody gets in
+        if name in GUARDS and not text:  # if a template leaves it empty, everybody gets in
             options[WARNINGS] += (f"flag -{name} has no value and protects nothing",)
         options[name] = (*options[name], value) if flag.default is None else value
     return options
@@ -1570,7 +1570,7 @@ def place_after(before: str) -> Place:
 
 
 def build_yaml(loader: Any, raw: Any) -> Node:
-    """Return the node of PyYAML's node. The loader builds aliases once, so none can explode."""
+    """Return our node for one of PyYAML. It builds each alias once, so that none can explode."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
     build = loader.construct_object
     if raw.id == "scalar":
@@ -1615,7 +1615,7 @@ def parse_yaml(text: str) -> Node:
 
 
 def build_json(value: Any) -> Node:
-    """Return the node of a JSON value. An object is a tuple of pairs, a number already a node."""
+    """Return the node of a JSON value. An object is a tuple of pairs here, a number is a node."""
     if isinstance(value, list):
         return Node("list", items=[build_json(item) for item in value])
     if isinstance(value, bool):
@@ -1649,7 +1649,7 @@ def scalar(
     """Return a reader of scalars whose source text matches `pattern`. `convert` makes the value."""
 
     def read(node: Node) -> Any:
-        """Return the value of a node. Raise NodeError, without a secret or what precedes an @."""
+        """Return the value. Raise NodeError, which shows no secret and nothing before an @."""
         if node.kind not in ("list", "mapping") and re.fullmatch(pattern, node.text):
             if kind and node.kind != kind:
                 found = f'found the text "{node.text}": remove the quotes'
@@ -1701,7 +1701,7 @@ def read_list(node: Node, what: str = "a list") -> Sequence[str]:
 HASH: Final = r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{53}"  # up to Limits.bcrypt_cost
 PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
-#: No password before a host: pages and the log show the target.
+#: Refuses a password before a host: pages and the log show the target.
 NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
 A_PATH: Final = "the path of a URL (its host has the key address), two hexadecimal digits after %"
 URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
@@ -1736,7 +1736,7 @@ def read_accepted(node: Node) -> Any:
 
 
 # --- sections: the fields of their dataclasses declare the keys
-RIVAL_KEYS: Final = (  # of each group a section may have one
+RIVAL_KEYS: Final = (  # a section may have one key of each group
     ("address", "unix_socket", "container"),
     ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
 )
@@ -1745,7 +1745,7 @@ ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock
 
 
 def key(read: Any, default: Any = "", *needs: str, required: str = "") -> Any:
-    """Return a field for a key. It needs one of the keys `needs` beside it, if there are any."""
+    """Return a field for a key. If `needs` names keys, the section must have one of them, too."""
     metadata = {"read": read, "default": default, "needs": needs, "required": required}
     return dataclasses.field(default_factory=lambda: default, metadata=metadata)
 
@@ -1855,7 +1855,7 @@ class TlsServer:
 
 @dataclass(frozen=True, repr=False)
 class WebConfig:
-    """File of -web.config.file, with a part of the keys of exporter-toolkit."""
+    """Content of -web.config.file, with some of the keys of exporter-toolkit."""
 
     tls_server_config: Any = key(TlsServer, None)  # noqa: RUF009 - frozen
     basic_auth_users: Mapping[str, Secret] = key((read_user, read_hash), {})
@@ -1900,7 +1900,7 @@ def shell_advice(command: str) -> str:
 
 
 def words_of(error: BaseException) -> str:
-    """Return the message of a system or TLS error, without numbers and names of C."""
+    """Return the message of a system or TLS error, without error numbers and C file names."""
     text = ""
     for name in ("strerror", "reason", "verify_message"):  # the last is the most exact
         found = getattr(error, name, None)
@@ -1929,7 +1929,7 @@ class DocumentReader:
 
     @contextmanager
     def noting(self, path: str, what: str = "cannot be read") -> Iterator[None]:
-        """Note an error inside as a problem. `what` precedes the words of a system or TLS error."""
+        """Note an error of the block as a problem. `what` precedes a system or TLS error."""
         try:
             yield
         except NodeError as error:
@@ -2015,7 +2015,7 @@ class DocumentReader:
         declared = {**declared_keys(TARGETS[method]), **SHARED_KEYS}
         own = self.entries(nodes.get(method, Node()), where, declared)
         target = self.values(declared, own, where)
-        for shared in SHARED_KEYS:  # the section's join the module's values
+        for shared in SHARED_KEYS:  # add the section's values to the module's
             value = target.pop(shared, None)
             if value is not None and values.setdefault(shared, value) not in (value, None):
                 self.problem(f"{where}.{shared}", f"differs from {path}.{shared}")
@@ -2042,14 +2042,14 @@ NOTICE: Final = logging.CRITICAL + 10  # a start, a reload, an end: written at e
 
 @lru_cache
 def notify_socket() -> socket.socket:
-    """Return the one socket towards systemd. Without descriptors none could be opened. IO."""
+    """Return the one socket to systemd, kept in case descriptors run out later. IO."""
     channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     channel.settimeout(1)
     return channel
 
 
 def notify(state: str) -> None:
-    """Send a state to systemd if it started us and wants it: sd_notify(3). Wait a second. IO."""
+    """Send a state to systemd, if it asks for states: sd_notify(3). Wait up to a second. IO."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     with suppress(OSError):
         if address:
@@ -2085,7 +2085,7 @@ TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 SHORT_RSA: Final = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
 #: By their names in configurations. RFC 8446, 4.1.2: TLS 1.0 is 0x0301.
 TLS_VERSIONS: Final = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
-IGNORE_UNEXPECTED_EOF: Final = 0x80  # with it a body cut short looks whole; named from 3.12 on
+IGNORE_UNEXPECTED_EOF: Final = 0x80  # a truncated body would look complete; in ssl from 3.12
 SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
@@ -2096,12 +2096,12 @@ VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([
 
 
 def fingerprint(filename: str) -> list[int]:
-    """Return a file's mode (0: missing), and what changes when it is written or replaced. IO."""
+    """Return a file's mode (0: missing), and what a write or a replacement changes. IO."""
     try:
         found = os.stat(filename)  # of the file behind a link
     except OSError:
         return [0]
-    if stat.S_ISFIFO(found.st_mode):  # it can be read but once
+    if stat.S_ISFIFO(found.st_mode):  # it can be read only once
         return [found.st_mode]
     return [*found[:7], found.st_mtime_ns, found.st_ctime_ns]  # not st_atime
 
@@ -2126,19 +2126,19 @@ class LoadedValue(DocumentReader):
     """A value loaded from files, with its problems and the fingerprints of the files."""
 
     def __init__(self, source: DocumentReader, at_start: bool, *arguments: Any) -> None:
-        """Load the value. After problems, keep that of `source`, which has places of settings."""
+        """Load the value. After problems, keep that of `source`, which has the places of keys."""
         super().__init__(source.filename, [])
         self.places = source.places
         self.value: Any = getattr(source, "value", None)
         self.at_start = at_start
         self.files: dict[str, list[int]] = {}
         self.warnings: list[str] = []
-        self.checked_at = monotonic()  # when the files were looked at; infinite during a look
+        self.checked_at = monotonic()  # when the files were last checked; inf during a check
         self._tried_at = self.checked_at
         self.arguments = arguments
         try:
-            value = cast(Any, self).load(*arguments)  # of the class that knows the value
-        except Exception:  # an error of ours must not end a service that works
+            value = cast(Any, self).load(*arguments)  # each subclass has its own
+        except Exception:  # a bug of expexp must not end a working service
             LOGGER.exception("unexpected error in loading")
             self.problem("", "unexpected error: see the log")
         self.problems.sort()
@@ -2153,15 +2153,15 @@ class LoadedValue(DocumentReader):
 
     def is_due(self) -> bool:
         """Return whether files have changed, or a failed load is to be retried. IO."""
-        is_late = monotonic() - self._tried_at >= Limits.retry_seconds  # descriptors can lack
+        is_late = monotonic() - self._tried_at >= Limits.retry_seconds  # descriptors can run out
         return bool(self.problems and is_late) or self.fingerprints() != self.files
 
     def using(self, named: NamedFile) -> AbstractContextManager[None]:
-        """Note an error inside as a problem with a file."""
+        """Note an error of the block as a problem with a file."""
         return self.noting(named.setting, f"cannot use {excerpt(named.name, 200)}")
 
     def watch(self, filename: str) -> int:
-        """Note a file's fingerprint and return its mode. Raise ValueError for a late pipe. IO."""
+        """Note a file's fingerprint. Return its mode. Raise ValueError for a reread pipe. IO."""
         was_read = filename in self.files
         self.files[filename] = fingerprint(filename)
         mode = self.files[filename][0]
@@ -2179,7 +2179,7 @@ class LoadedValue(DocumentReader):
         return content
 
     def document(self, filename: str) -> Node:
-        """Return the tree of a file, JSON if it is named so, else YAML. Raise as `noting` says."""
+        """Return the tree of a file: `.json` or else YAML. Raise only what `noting` catches. IO."""
         text = self.content(filename).decode("utf-8-sig", "surrogateescape")
         wrong = re.search("[\ud800-\udfff]", text)
         if wrong:
@@ -2205,7 +2205,7 @@ class LoadedValue(DocumentReader):
             self.warnings.append(warning)
 
     def pem(self, pattern: Pattern, what: str, filename: str) -> list[str]:
-        """Return what matches in a PEM file. Raise OSError, or ValueError if nothing does. IO."""
+        """Return the matches in a PEM file. Raise OSError, or ValueError if nothing matches. IO."""
         content = self.content(filename)
         blocks = [block.decode() for block in pattern.findall(content)]
         for mistake, found, advice in PEM_MISTAKES:  # the last one matches anything
@@ -2231,7 +2231,7 @@ class LoadedValue(DocumentReader):
         return ""
 
     def present(self, context: SSLContext, chain: NamedFile, chain_key: NamedFile) -> float:
-        """Let a context present a certificate. Return its chain's earliest end, Unix time. IO."""
+        """Let a context present a certificate. Return its chain's first expiry, Unix time. IO."""
         expires = 0.0
         with self.using(chain):
             expires = min(map(certificate_end, self.certificates(context, chain.name)))
@@ -2248,7 +2248,7 @@ class LoadedValue(DocumentReader):
         return expires
 
 
-# --- who may ask
+# --- clients and their credentials
 def load_bcrypt() -> Any:
     """Return the function crypt_rn of libxcrypt. Raise NodeError if it is missing. IO."""
     for name in ("libcrypt.so.2", "libcrypt.so.1"):  # libcrypt.so is for compilers only
@@ -2263,13 +2263,13 @@ def load_bcrypt() -> Any:
 
 
 def hash_password(crypt_rn: Any, password: bytes, stored: str) -> Any:
-    """Return the password's bcrypt hash with cost and salt of a stored one. Its cost takes time."""
-    buffer = ctypes.create_string_buffer(32768)  # one a call: crypt() has one for all threads
+    """Return the bcrypt hash of a password, with the cost and salt of a stored hash."""
+    buffer = ctypes.create_string_buffer(32768)  # one a call: crypt() shares one between threads
     return crypt_rn(password, stored.encode(), buffer, len(buffer))
 
 
 class PasswordChecks:
-    """Proofs, and the turn to hash: known users first, then by arrival. They outlive a reload."""
+    """Proofs, and a queue for hashing: known users first, then by arrival. Reloads keep both."""
 
     def __init__(self) -> None:
         self.key = os.urandom(32)
@@ -2279,7 +2279,7 @@ class PasswordChecks:
 
     @contextmanager
     def turn(self, is_known: bool) -> Iterator[None]:
-        """Wait for the turn to hash. Raise RequestError if too many wait, or one for too long."""
+        """Wait for the turn to hash. Raise RequestError if too many wait, or this one too long."""
         own = (not is_known, monotonic(), threading.get_ident())
         try:
             with self._changed:
@@ -2304,7 +2304,7 @@ class Users(NamedTuple):
     checks: PasswordChecks
 
     def prove(self, given: str) -> bool:
-        """Return whether base64 of `user:password` is right, hashed once. Raise RequestError."""
+        """Return whether base64 of `user:password` is right. Hash it once. Raise RequestError."""
         try:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
@@ -2312,13 +2312,13 @@ class Users(NamedTuple):
         raw_name, colon, password = pair.partition(b":")
         name = raw_name.decode("utf-8", "replace")
         stored = self.hashes.get(name, Secret("")).reveal()
-        # The proof is void when the user's hash has changed. Without the key `==` tells nothing.
+        # A changed hash voids the proof. Without the key, the time of `==` tells nothing.
         proofs = self.checks.proofs
         proof = hmac.digest(self.checks.key, stored.encode() + pair, "sha256")
         if proofs.get(name) == proof:
             return True
         with self.checks.turn(stored != ""):
-            if proofs.get(name) == proof:  # by a request that waited beside this one
+            if proofs.get(name) == proof:  # another request has hashed it meanwhile
                 return True
             # An unknown name costs as much as the costliest user: time must not tell them apart.
             hashes = [secret.reveal() for secret in self.hashes.values()]
@@ -2351,7 +2351,7 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
         raise CertificateError(f"matching -web.tls.certmatch failed: {words_of(error)}") from None
     finally:
         MATCHING.release()
-    if status not in (0, 3):  # killed or not started: no verdict to remember
+    if status not in (0, 3):  # killed or not started: no result to cache
         raise CertificateError("matching -web.tls.certmatch failed")
     return status == 0
 
@@ -2379,7 +2379,7 @@ class PreparedTls(NamedTuple):
         kinds = ("DNS", "IP Address", "email", "URI")
         names = [canonical_name(text) for kind, text in pairs if kind in kinds]
         allowed = {*map(canonical_name, self.settings.client_allowed_sans)}
-        # Behind a line break a name could go on where the `$` of a pattern has matched.
+        # A `$` in a pattern also matches before a line break, so names with one are dropped.
         shown = tuple(filter(str.isprintable, common + names))
         is_wrong = bool(certificate and allowed) and allowed.isdisjoint(names)
         if certmatch and not is_wrong:
@@ -2390,7 +2390,7 @@ class PreparedTls(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """What decides who gets in, and how we show ourselves. Replaced as a whole."""
+    """What clients need to get in, and the certificate for them. Replaced as a whole."""
 
     token: Secret
     users: Users | None
@@ -2414,7 +2414,7 @@ class Credentials(NamedTuple):
 
 
 class LoadedCredentials(LoadedValue):
-    """Loads our credentials from flags and files."""
+    """Our credentials, loaded from flags and files."""
 
     def load(self, options: Options, checks: PasswordChecks) -> Credentials:
         """Return the credentials. Note what is unusable as problems. IO."""
@@ -2431,7 +2431,7 @@ class LoadedCredentials(LoadedValue):
         settings = web.tls_server_config
         if options["web.tls.listen-address"]:
             settings = TlsServer("", "", AUTH_TYPES[-1 if options["web.tls.verify"] else 0])
-        elif options["web.tls.verify"] and not settings:  # it promises a check that nobody makes
+        elif options["web.tls.verify"] and not settings:  # it promises a check that is not made
             self.problem("", "-web.tls.verify needs -web.tls.listen-address")
         tls = self._tls(options, settings) if settings else None
         if not options["web.tls.listen-address"]:
@@ -2442,7 +2442,7 @@ class LoadedCredentials(LoadedValue):
         if options["web.tls.certmatch"] and "client certificates" not in credentials.demands:
             self.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
         if self.value and not self.problems:
-            # A file that is just being written, or gone by mistake, must not open the door.
+            # A file that is half written, or deleted by mistake, must not let everybody in.
             for what in self.value.demands - credentials.demands:
                 self.problem("", f"{what} cannot be given up without a restart")
             if tls and not self.value.tls:  # its listener is plain
@@ -2454,7 +2454,7 @@ class LoadedCredentials(LoadedValue):
         web = WebConfig()
         if self.filename:
             with self.noting(""):
-                # A file that is no mapping but a password, named by mistake, is not shown.
+                # The file may be one with a password, named by mistake: no message shows its text.
                 node = self.document(self.filename)._replace(text="")
                 web = self.read(WebConfig, node, "") or web
                 if web.basic_auth_users:
@@ -2463,7 +2463,7 @@ class LoadedCredentials(LoadedValue):
                     raise NodeError("neither tls_server_config nor basic_auth_users is set")
         advice = "remove the flag, and set client_auth_type to ask for certificates"
         for flag in ("web.tls.listen-address", "web.tls.verify"):
-            if web.tls_server_config and options[flag]:  # ignored, -verify would let anybody in
+            if web.tls_server_config and options[flag]:  # if ignored, anybody would get in
                 self.problem("tls_server_config", f"does not go with -{flag}: {advice}")
         return web
 
@@ -2484,7 +2484,7 @@ class LoadedCredentials(LoadedValue):
         context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2")  # not for TLS 1.3
         context.minimum_version = TLS_VERSIONS[settings.min_version]
         context.maximum_version = TLS_VERSIONS[settings.max_version]
-        # No connection gets in by a ticket of an earlier one: each proves itself.
+        # No connection resumes the session of an earlier one: each shows its certificate.
         context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
         context.num_tickets = 0
         context.verify_flags |= 0x80000  # PARTIAL_CHAIN: trust what the operator names, as Go does
@@ -2497,11 +2497,11 @@ class LoadedCredentials(LoadedValue):
 # --- modules and their targets
 @cache
 def client_context(version: str, trusts_system: bool, is_verified: bool) -> SSLContext:
-    """Return a TLS context towards targets. The system's authorities take 35 ms and 1 MB. IO."""
+    """Return a TLS context for targets. To load the system's CAs takes 35 ms and 1 MB. IO."""
     context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options &= ~IGNORE_UNEXPECTED_EOF
-    level = 0 if version < "TLS12" else 2  # before 1.2 SHA-1 signs, which needs OpenSSL's level 0
-    # Up to TLS 1.2, as of Go's client since 1.22: without RSA key exchange. Python's list differs.
+    level = 0 if version < "TLS12" else 2  # before 1.2, SHA-1 signs: OpenSSL allows it at level 0
+    # For TLS up to 1.2, those of Go's client since 1.22: no RSA key exchange. Python's differ.
     context.set_ciphers(f"ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES+SHA1:@SECLEVEL={level}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of these versions
@@ -2523,7 +2523,7 @@ class TargetCredentials:
 
 
 class LoadedTarget(LoadedValue):
-    """Loads the credentials for a module's target."""
+    """The credentials for a module's target, loaded from files."""
 
     def load(self, target: HttpTarget, path: str) -> TargetCredentials:
         """Return the credentials. Note unusable files as problems. IO."""
@@ -2563,7 +2563,7 @@ class LoadedTarget(LoadedValue):
 
 
 class LoadedConfig(LoadedValue):
-    """Loads the modules from a file and from folders."""
+    """The modules, loaded from a file and from folders."""
 
     def load(self, web: DocumentReader, options: Options, checks: PasswordChecks) -> Config:
         """Return the configuration, without the modules that have problems. IO."""
@@ -2590,10 +2590,10 @@ class LoadedConfig(LoadedValue):
             source.problem("defaultModule", message)
         for included in (self.credentials, *self.targets.values()):
             self.problems += included.problems
-            if included.problems:  # the configuration is due when these files change, too
+            if included.problems:  # then these files also make the configuration due
                 self.files.update(included.files)
         if self.value and self.value.modules and not (self.modules or self.problems):
-            self.problem("", "no modules are left: that needs a restart")  # it is being written
+            self.problem("", "no modules are left: that needs a restart")  # a half-written file
         return Config(dict(sorted(self.modules.items())), default)
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
@@ -2609,14 +2609,14 @@ class LoadedConfig(LoadedValue):
                 continue
             source = DocumentReader(filename, self.problems)
             with source.noting(""):
-                module = read_module_name(Node("string", found[1]))  # bytes might be no text
+                module = read_module_name(Node("string", found[1]))  # its bytes may not be UTF-8
                 if os.path.exists(filename) and not os.path.isfile(filename):
-                    raise NodeError("not a regular file")  # a pipe would be waited for
+                    raise NodeError("not a regular file")  # reading a pipe would block
                 self._add(source, module, self.document(filename))
 
     def _add(self, source: DocumentReader, name: str, node: Node) -> None:
         """Add a module if it has no problems. A missing command or file is a warning. IO."""
-        sleep(0)  # a reload of 300 modules would keep the interpreter's lock from scrapes
+        sleep(0)  # or a reload of 300 modules would keep scrapes from the interpreter's lock
         path = f"modules.{name}"
         module = source.module(name, node)
         here = str(Problem(source.filename, *node.place, "", ""))
@@ -2649,7 +2649,7 @@ class Snapshot(NamedTuple):
     config: LoadedValue  # the value is a Config
     credentials: LoadedValue  # ours: the value is a Credentials
     targets: dict[str, LoadedValue]  # by module: the values are TargetCredentials
-    loaded: float  # when the configuration was, Unix time
+    loaded: float  # when the configuration was loaded, Unix time
 
     @property
     def trust(self) -> Any:
