@@ -1881,7 +1881,7 @@ def suggest(message: str, name: str, known: Iterable[str]) -> str:
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown key, with the key that it could be or its place."""
+    """Return the message for an unknown key, with its section or the most similar key."""
     if re.fullmatch(TOOLKIT_KEYS, name):
         return "known to exporter-toolkit, not supported here"
     homes: dict[str, Any] = {f"section {one}": declared_keys(TARGETS[one]) for one in TARGETS}
@@ -2153,8 +2153,8 @@ class LoadedValue(DocumentReader):
 
     def is_due(self) -> bool:
         """Return whether files have changed, or a failed load is to be retried. IO."""
-        is_late = monotonic() - self._tried_at >= Limits.retry_seconds  # descriptors can run out
-        return bool(self.problems and is_late) or self.fingerprints() != self.files
+        may_retry = monotonic() - self._tried_at >= Limits.retry_seconds  # descriptors can run out
+        return bool(self.problems and may_retry) or self.fingerprints() != self.files
 
     def using(self, named: NamedFile) -> AbstractContextManager[None]:
         """Note an error of the block as a problem with a file."""
