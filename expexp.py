@@ -2484,7 +2484,7 @@ class LoadedCredentials(LoadedValue):
         context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20:@SECLEVEL=2")  # not for TLS 1.3
         context.minimum_version = TLS_VERSIONS[settings.min_version]
         context.maximum_version = TLS_VERSIONS[settings.max_version]
-        # No connection resumes the session of an earlier one: each shows its certificate.
+        # No session tickets: a client that resumes by one does not show its certificate.
         context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
         context.num_tickets = 0
         context.verify_flags |= 0x80000  # PARTIAL_CHAIN: trust what the operator names, as Go does
