@@ -1077,7 +1077,7 @@ def read_varint(body: bytes, pos: int, end: int, path: str) -> tuple[int, int]:
         return pos + 1, body[pos]
     found = VARINT.match(body, pos, end)
     if not found:
-        raise garbled(path, pos, "expected a number that ends")
+        raise garbled(path, pos, "expected a complete varint")
     value = 0
     for byte in reversed(found[0]):
         value = value << 7 | byte & 0x7F
@@ -1163,7 +1163,7 @@ def check_metric(source: Source, pos: int, end: int) -> None:
     wrong = find_wrong_label(source.tick, labels, taken, b"__name__", b"")
     if wrong:
         shown = f"{quote(wrong.name)}={quote(wrong.value)}"
-        message = f"expected UTF-8 and a name of its own, found {shown}"
+        message = f"expected UTF-8 and a unique name, found {shown}"
         raise garbled("metric_family.metric.label", wrong.pos, message)
 
 
@@ -1269,7 +1269,7 @@ SELF_METRICS: Final = {
     ("gauge",): {
         "expexp_http_requests_in_flight": "Requests that are being answered.",
         "expexp_open_connections": "Open connections of clients.",
-        "expexp_tls_certificate_expiry_timestamp_seconds": "Earliest expiry in our chain.",
+        "expexp_tls_certificate_expiry_timestamp_seconds": "Earliest expiry in expexp's chain.",
         "expexp_config_last_reload_successful": "Whether the last reload was successful.",
         "expexp_config_last_reload_success_timestamp_seconds": "Time of the last good reload.",
         "expexp_credentials_last_reload_successful": "Whether changed secrets are in use.",
@@ -1445,7 +1445,7 @@ def parse_pattern(text: str) -> str:
         except (re.error, Warning, OverflowError, RecursionError) as error:
             raise ValueError(f"not a regular expression of Python: {error}") from None
     if re.search(r"\[:\^?\w+:]", text):  # Python does not always warn
-        raise ValueError("not a regular expression of Python: there are no classes of POSIX")
+        raise ValueError("not a regular expression of Python: POSIX classes are not supported")
     return text
 
 
@@ -1474,13 +1474,13 @@ FLAGS: Final = {
     "version": Flag("Show the version, and exit.", parse_boolean, "false"),
     "web.bearer.token": Flag("Require clients to send this token.", Secret),
     "web.bearer.token-file": Flag("Require clients to send the token in this file."),
-    "web.config.file": Flag("Read TLS settings and users from this file of exporter-toolkit."),
+    "web.config.file": Flag("Read TLS settings and users from this exporter-toolkit file."),
     "web.enable-lifecycle": Flag("Let clients reload with POST /-/reload.", parse_boolean, "false"),
-    "web.external-address": Flag("Name this host in /sd, not the header Host.", parse_host),
+    "web.external-address": Flag("Host for /sd. By default the header Host decides.", parse_host),
     "web.listen-address": Flag('Listen on this address. "" disables it.', parse_address, ":9999"),
     "web.proxy-path": Flag("Serve the modules at this path.", parse_path, "/proxy"),
     "web.telemetry-path": Flag("Serve the metrics of expexp at this path.", parse_path, "/metrics"),
-    "web.tls.ca": Flag("Verify clients by the authorities in this file.", default="ca.pem"),
+    "web.tls.ca": Flag("Verify client certificates with the CAs in this file.", default="ca.pem"),
     "web.tls.cert": Flag("Serve TLS with the certificate in this file.", default="cert.pem"),
     "web.tls.certmatch": Flag("Require a matching name in client certificates.", parse_pattern),
     "web.tls.key": Flag("Serve TLS with the key in this file.", default="key.pem"),
@@ -2020,7 +2020,7 @@ class DocumentReader:
             if value is not None and values.setdefault(shared, value) not in (value, None):
                 self.problem(f"{where}.{shared}", f"differs from {path}.{shared}")
         if method == "http" and values.get("verify") is False and values.get("cache"):
-            self.problem(f"{path}.cache", "needs verify: what streams through cannot be kept")
+            self.problem(f"{path}.cache", "needs verify: a streamed answer cannot be cached")
         for other in (*TARGETS, *UNFIT_KEYS[method]):
             if other in {**nodes, **values} and other != method:
                 self.problem(f"{path}.{other}", f'does not go with method "{method}"')
@@ -2081,7 +2081,7 @@ PEM_MISTAKES: Final = (
     (rb"", "something else", "PEM begins with -----BEGIN"),
 )
 TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
-#: DER of an RSA key whose length takes one byte: it has fewer than 2048 bits (1920 to be exact).
+#: DER of an RSA key whose length takes one byte: it has fewer than 2048 bits (1936 at most).
 SHORT_RSA: Final = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
 #: By their names in configurations. RFC 8446, 4.1.2: TLS 1.0 is 0x0301.
 TLS_VERSIONS: Final = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
@@ -2166,7 +2166,7 @@ class LoadedValue(DocumentReader):
         self.files[filename] = fingerprint(filename)
         mode = self.files[filename][0]
         if stat.S_ISFIFO(mode) and (was_read or not self.at_start):
-            raise ValueError("a pipe, which can be read but once")
+            raise ValueError("a pipe, which can be read only once")
         return mode
 
     def content(self, filename: str, most_bytes: int = Limits.config_bytes) -> bytes:
@@ -2218,7 +2218,7 @@ class LoadedValue(DocumentReader):
         found = self.pem(CERTIFICATE, "a certificate", filename)
         is_short = SHORT_RSA.search(ssl.PEM_cert_to_DER_cert(found[0]))  # the others do no harm
         if is_short and context.minimum_version >= ssl.TLSVersion.TLSv1_2:
-            raise ValueError("expected RSA keys from 2048 bits, found fewer: make a new one")
+            raise ValueError("expected an RSA key from 2048 bits, found fewer: make a new one")
         return found
 
     def trust(self, context: SSLContext, named: NamedFile) -> str:

@@ -4784,7 +4784,7 @@ PROTOBUF_INVALID = [
         0,
         "metric_family: expected 20 bytes, found 19",
     ),
-    ("a length that does not end", b"\xff", 0, "metric_family: expected a number that ends"),
+    ("a length that does not end", b"\xff", 0, "metric_family: expected a complete varint"),
     (
         "a length of six bytes",
         b"\x80\x80\x80\x80\x80\0",
@@ -4819,7 +4819,7 @@ PROTOBUF_INVALID = [
         "a number of eleven bytes",
         family(b"\xa0\x06" + b"\x80" * 10 + b"\0"),
         12,
-        "metric_family.metric.100: expected a number that ends",
+        "metric_family.metric.100: expected a complete varint",
     ),
     (
         "an unknown wire type",
@@ -4867,37 +4867,37 @@ PROTOBUF_INVALID = [
         "a label twice",
         family(label("a", "b") + label("a", "c") + GAUGE),
         20,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "a"="c"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "a"="c"',
     ),
     (
         "a label without name and value",
         family(label("", "") + GAUGE),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found ""=""',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found ""=""',
     ),
     (
         "a name that is not UTF-8",
         family(part(1, part(1, b"\xff") + part(2, b"b")) + GAUGE),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "\\xff"="b"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "\\xff"="b"',
     ),
     (
         "a value that is not UTF-8",
         family(part(1, part(1, b"a") + part(2, b"\xff")) + GAUGE),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "a"="\\xff"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "a"="\\xff"',
     ),
     (
         "a label of the metric's name without a value",
         family(label("__name__", "") + GAUGE),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "__name__"=""',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "__name__"=""',
     ),
     (
         "a label whose length is not that of its name and value",
         family(b"\n\x07\n\x01a\x12\x01b" + GAUGE),
         19,
-        "metric_family.metric.label.value: expected a number that ends",
+        "metric_family.metric.label.value: expected a complete varint",
     ),
     (
         "a bucket that ends early",
@@ -4911,7 +4911,7 @@ PROTOBUF_INVALID = [
             label("quantile", "1") + part(4, part(3, double(1, 0.5) + double(2, 1)) * 2), kind=2
         ),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "quantile"="1"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "quantile"="1"',
     ),
     (
         "too many labels",
@@ -4947,31 +4947,31 @@ PROTOBUF_INVALID = [
         "a label without a name",
         family(label("", "b") + GAUGE),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found ""="b"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found ""="b"',
     ),
     (
         "a label of the metric's name",
         family(label("__name__", "b") + GAUGE),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "__name__"="b"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "__name__"="b"',
     ),
     (
         "a bound given as a label",
         family(label("le", "1") + part(7, BUCKETS), kind=4),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "le"="1"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "le"="1"',
     ),
     (
         "a bound given as a label in a gauge histogram",
         family(label("le", "1") + part(7, BUCKETS), kind=5),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "le"="1"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "le"="1"',
     ),
     (
         "a quantile given as a label",
         family(label("quantile", "1") + part(4, part(3, double(1, 0.5))), kind=2),
         12,
-        'metric_family.metric.label: expected UTF-8 and a name of its own, found "quantile"="1"',
+        'metric_family.metric.label: expected UTF-8 and a unique name, found "quantile"="1"',
     ),
     (
         "doubles that are no multiple of eight bytes",
@@ -4983,7 +4983,7 @@ PROTOBUF_INVALID = [
         "numbers that do not end",
         family(part(7, part(13, b"\x01\xff")), kind=4),
         15,
-        "metric_family.metric.histogram.positive_delta: expected a number that ends",
+        "metric_family.metric.histogram.positive_delta: expected a complete varint",
     ),
 ]
 
@@ -6223,11 +6223,11 @@ PROBLEMS = {
     # costly scripts
     "a cache of something that streams through": (
         a_module("method: http", "cache: 5m", "verify: false", "http: {port: 1}"),
-        [("c.yaml:4:12: modules.a.cache: needs verify: what streams through cannot be kept")],
+        [("c.yaml:4:12: modules.a.cache: needs verify: a streamed answer cannot be cached")],
     ),
     "the same with verify in the section": (
         a_module("method: http", "cache: 5m", "http: {port: 1, verify: false}"),
-        [("c.yaml:4:12: modules.a.cache: needs verify: what streams through cannot be kept")],
+        [("c.yaml:4:12: modules.a.cache: needs verify: a streamed answer cannot be cached")],
     ),
     "a cache without a unit": (
         a_module("method: file", "cache: 5", "file: {path: /dev/null}"),
@@ -7823,7 +7823,7 @@ A_CERTIFICATE, A_KEY = (
     "expected a certificate in PEM, found ",
     "expected a private key in PEM, found ",
 )
-SHORT_KEY = "expected RSA keys from 2048 bits, found fewer: make a new one"
+SHORT_KEY = "expected an RSA key from 2048 bits, found fewer: make a new one"
 #: What is said of a certificate, then of a key.
 PEM_MISTAKES = {
     "cert.der": ("DER: convert it with openssl x509 -inform der", "DER: convert"),
@@ -14330,7 +14330,7 @@ def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_as_it_is(
     assert metric_with(app, RELOADED, bearer("two")) == 1
 
 
-A_PIPE = "a pipe, which can be read but once"
+A_PIPE = "a pipe, which can be read only once"
 TOKEN_FILE = "-web.bearer.token-file"
 
 
