@@ -1634,6 +1634,21 @@ def test_make_says_that_pip_needs_a_registry() -> None:
         assert not (folder / ".venv/.dev").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("ruff check .", "ruff format --check .", "mypy --strict", "mypy --strict bench/*.py"),
+        *("python test_expexp.py", "nothing"),
+    ],
+)
+def test_make_check_fails_with(command: str) -> None:
+    fail = f'[ "$(basename $0) $*" != "{command}" ]'
+    with made("check", "VENV=.", ruff=fail, mypy=fail, python=fail) as (folder, start):
+        (folder / ".dev").touch()
+        with start() as make:
+            assert make.wait() == (0 if command == "nothing" else 2)
+
+
 def test_every_code_block_of_the_documents_is_taken_by_a_test_or_has_a_reason() -> None:
     left = {block.text.partition("\n")[0].strip() for block in BLOCKS if block not in TAKEN_BLOCKS}
     assert left == set(NOT_RUN), "take_blocks() gives a block to a test, NOT_RUN has the reasons"
