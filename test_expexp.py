@@ -4243,6 +4243,9 @@ def test_the_fast_path_reads_no_line_twice_or_never() -> None:
         *('up{a="' + ("x" * 1_100 + "\\n") * 60 + '"} 1', "up{a" + "u" * 70_000 + '="b"} 1'),
         *('up{a="b",' + " " * 70_000 + 'c="d"} 1', "up 1" + " " * 70_000, "up " + "0" * 70_000),
         *("up 1 " + "0" * 70_000, 'up 1 # {a="' + "x" * 70_000 + '"} 1'),
+        *(line_with(count)[:-4] + ',__name__="x"} 1' for count in (19, 20, 21)),
+        *(f"# UNIT up{unit} {unit}" for unit in ("seconds", "bytes", "ratio", "volts", "amperes")),
+        *(f"# UNIT up{unit} {unit}" for unit in ("joules", "grams", "meters", "celsius")),
     ],
     ids=lambda line: line[:30],
 )
