@@ -4102,7 +4102,7 @@ def test_verify_exposition_raises_nothing_but_its_error(body: bytes, content_typ
         assert 0 <= found.offset <= len(body)
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 12, 23, 24, 25, 40])
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 12, 19, 20, 21, 23, 24, 25, 40])
 @pytest.mark.parametrize("before", [b"", b"up +1\n"], ids=["canonical", "wide"])
 def test_a_label_given_twice_is_found_at_every_distance(count: int, before: bytes) -> None:
     for first in range(count):
