@@ -4998,6 +4998,12 @@ PROTOBUF_INVALID = [
         "metric_family.metric.histogram.positive_count: expected a multiple of 8 bytes",
     ),
     (
+        "a double and a half",
+        family(part(7, part(14, bytes(12))), kind=4),
+        14,
+        "metric_family.metric.histogram.positive_count: expected a multiple of 8 bytes",
+    ),
+    (
         "numbers that do not end",
         family(part(7, part(13, b"\x01\xff")), kind=4),
         15,
