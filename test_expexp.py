@@ -4715,6 +4715,13 @@ GAUGE = part(2, double(1, 1))
 BUCKETS = part(3, b"\x08\x01" + double(2, 1)) + part(3, b"\x08\x02" + double(2, float("inf")))
 SPAN = part(12, b"\x08\x00\x10\x01")
 NATIVE = part(7, SPAN + part(13, b"\x02"))
+#: Fields of which each makes a histogram native, so that Prometheus adds no label `le`.
+MARKS_OF_NATIVE = {
+    "a positive span": SPAN,
+    "a negative span": part(9, b"\x08\x00\x10\x01"),
+    "a zero threshold": double(6, 0.5),
+    "a zero count": b"\x38\x01",
+}
 
 #: (what is legal, body, metrics)
 PROTOBUF_VALID = [
@@ -4780,12 +4787,9 @@ PROTOBUF_VALID = [
         family(part(7, SPAN + part(14, struct.pack("<2d", 1, 2)) + double(14, 3)), kind=4),
         1,
     ),
-    ("a native histogram of a zero threshold", family(part(7, double(6, 0.5)), kind=4), 1),
-    ("a native histogram of a zero count", family(part(7, b"\x38\x01"), kind=4), 1),
-    (
-        "a native histogram with a bound as its own label",
-        family(label("le", "1") + NATIVE, kind=4),
-        1,
+    *(
+        (f"a bound as a label beside {what}", family(label("le", "1") + part(7, field), kind=4), 1)
+        for what, field in MARKS_OF_NATIVE.items()
     ),
     ("a gauge with a bound as its own label", family(label("le", "1") + GAUGE), 1),
     (
