@@ -5220,6 +5220,22 @@ def test_a_content_type_is_usable_if_go_parses_it(text: str, is_usable: bool) ->
     assert bool(expexp.CONTENT_TYPE.fullmatch(text)) == is_usable
 
 
+#: Bodies without a content type, and whether they are OpenMetrics.
+LAST_LINES = [
+    ("the end alone", b"# EOF", True),
+    ("the end with its newline", b"a 1\n# EOF\n", True),
+    ("nothing", b"", False),
+    ("an empty line after the end", b"a 1\n# EOF\n\n", False),
+    ("a comment that ends alike", b"a 1\n## EOF\n", False),
+    ("a help text that ends alike", b"# HELP a # EOF", False),
+]
+
+
+@pytest.mark.parametrize(("body", "is_openmetrics"), **by_id(LAST_LINES))
+def test_a_body_is_openmetrics_if_its_last_line_says_so(body: bytes, is_openmetrics: bool) -> None:
+    assert expexp.is_openmetrics_body(body) == is_openmetrics
+
+
 # ==================================================================================================
 # 8  Self-metrics
 # ==================================================================================================
