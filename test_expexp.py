@@ -12720,6 +12720,20 @@ def test_commands_that_do_not_end_count_until_they_do(counted: Counted) -> None:
         wait_until(lambda: served.scrape("m").status == 504)
 
 
+def test_commands_of_clients_that_hung_up_count_until_they_end(counted: Counted) -> None:
+    script = "trap '' TERM; while :; do sleep 0.02; done"
+    module = counted.module(script, cache="0", max_concurrent=2)
+    with running({"m": module}, limits=fast_limits(term_to_kill_seconds=2)) as served:
+        with connect(served.port) as first, connect(served.port) as second:
+            begin_scrape(first)
+            begin_scrape(second)
+            wait_until(lambda: counted.count == 2)
+        wait_until(lambda: served.failures("m") == {"aborted": 2})
+        answer = served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "1"})
+        words = "2 commands of earlier scrapes have not ended yet"
+        assert (answer.status, answer.text) == (503, f"module m: {words}\n")
+
+
 @pytest.mark.parametrize(
     ("script", "status"),
     [
