@@ -4015,7 +4015,7 @@ PROMETHEUS_HEADERS: Final = {  # sent by version 3. curl and browsers accept any
     SCRAPE_TIMEOUT_HEADER: "10",
 }
 LOOPBACK: Final = re.compile(r"(?i)((localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?)?")  # as Host
-FIRST_STEP: Final = "module %s: %s %s, deadline in %.3g s (timeout %g s, the client's %s s)"
+FIRST_STEP: Final = "module %s: %s %s, deadline in %.3g s (the module's: %s, the client's: %s)"
 HIDDEN: Final = b"shown to authenticated clients or on the loopback"
 
 
@@ -4513,7 +4513,7 @@ class Application:
                 parts = (module, pairs, request.headers, request.client, deadline, cleanup)
                 job = Job(*parts, held, self._tools, credentials, steps)
                 about = (module.name, module.method, module.target.shown)
-                job.note(FIRST_STEP, *about, seconds, module.timeout, wanted)
+                job.note(FIRST_STEP, *about, seconds, module.timeout or "none", wanted)
                 found = answer_job(job)
                 body = attempt.observe(found)
                 response = Response(found.status, found.headers, body, cleanup.pop_all())

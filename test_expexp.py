@@ -16882,7 +16882,7 @@ def test_an_account_of_a_good_scrape_has_each_step() -> None:
         "headers from Prometheus's defaults: "
         "Accept, Accept-Encoding, X-Prometheus-Scrape-Timeout-Seconds\n"
         f"- module m: http http://localhost:{port}/metrics, "
-        "deadline in 9.5 s (timeout 0 s, the client's 10 s)\n"
+        "deadline in 9.5 s (the module's: none, the client's: 10)\n"
         f"- GET http://localhost:{port}/metrics with Accept, Accept-Encoding, "
         "X-Prometheus-Scrape-Timeout-Seconds, X-Forwarded-For, Host, User-Agent\n"
         f"- connected to ('127.0.0.1', {port})\n"
