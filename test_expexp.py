@@ -1915,30 +1915,57 @@ FAST = expexp.Limits(
 
 
 class Answer(NamedTuple):
-    """A response as a client saw it."""
+    """A response as a client saw it, and the seconds that it took."""
 
     status: int
     headers: http.client.HTTPMessage
     body: bytes
+    seconds: float = 0
 
     @property
     def text(self) -> str:
         return self.body.decode()
 
 
-class Running:
-    """An expexp inside this process, on a free port of the loopback."""
+class Client:
+    """A client of an HTTP server, over TLS with a context; `host` is the loopback by default."""
 
-    def __init__(self, program: expexp.Program, port: int) -> None:
-        self.program = program
+    def __init__(self, port: int, context: ssl.SSLContext | None = None, host: str = "") -> None:
         self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.context = context
+        self._host = host
+
+    @property
+    def host(self) -> str:
+        return self._host or ("localhost" if self.context else "127.0.0.1")
+
+    @property
+    def address(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"{'https' if self.context else 'http'}://{self.address}"
+
+    def connection(self, context: ssl.SSLContext | None = None) -> http.client.HTTPConnection:
+        """A connection for any number of requests."""
+        context = context or self.context
+        if context:
+            return http.client.HTTPSConnection(self.host, self.port, timeout=20, context=context)
+        return http.client.HTTPConnection(self.host, self.port, timeout=20)
+
+    def certificate(self) -> dict[str, Any]:
+        """The certificate that the server shows on a new connection."""
+        with contextlib.closing(self.connection()) as connection:
+            connection.connect()
+            return cast("dict[str, Any]", connection.sock.getpeercert())
 
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
     ) -> Answer:
         """One request on a connection of its own."""
-        return fetch(self.port, path, headers, method)
+        with contextlib.closing(self.connection()) as connection:
+            return ask_on(connection, path, headers, method)
 
     def scrape(self, module: str, headers: Mapping[str, str] | None = None) -> Answer:
         return self.get(f"/proxy?module={module}", headers)
@@ -1948,33 +1975,61 @@ class Running:
         listed = json.loads(self.get("/", {"Accept": "application/json"}).body)
         return cast("str", listed[module]["target"])
 
+    def metrics(self, headers: Mapping[str, str] | None = None) -> dict[str, float]:
+        """All series of expexp's own, and their values."""
+        return samples(self.get("/metrics", headers).text)
+
     def metric(self, series: str) -> float:
-        """The value of one of our own series, as a client reads it; KeyError if it is not there."""
-        lines = self.get("/metrics").text.splitlines()
-        return dict(_series(line) for line in lines if not line.startswith("#"))[series]
+        """The value of one of expexp's own series; KeyError if it is not there."""
+        return self.metrics()[series]
 
     def failures(self, module: str) -> dict[str, float]:
         """The reasons that were counted for a module, without those at zero."""
-        text = self.get("/metrics").text
-        found = re.findall(
-            r'(?m)^expexp_proxy_failures_total\{module="(.*)",reason="(.*)"\} (\S+)$', text
-        )
-        return {reason: float(n) for name, reason, n in found if name == module and float(n)}
+        return self.reasons(f'expexp_proxy_failures_total{{module="{module}",')
+
+    def faults(self) -> dict[str, float]:
+        """The reasons of failed handshakes that were counted, without those at zero."""
+        return self.reasons("expexp_tls_handshake_failures_total{")
+
+    def reasons(self, start: str) -> dict[str, float]:
+        """The reasons of series with this start that are not at zero."""
+        start += 'reason="'
+        found = {name: n for name, n in self.metrics().items() if n and name.startswith(start)}
+        return {name[len(start) : -2]: n for name, n in found.items()}
 
 
-def _series(line: str) -> tuple[str, float]:
-    series, _, value = line.rpartition(" ")
-    return series, float(value)
+class Running(Client):
+    """An expexp inside this process."""
+
+    def __init__(self, program: expexp.Program) -> None:
+        super().__init__(program.servers[0].server_address[1])
+        self.program = program
+
+
+def ask_on(
+    connection: http.client.HTTPConnection,
+    path: str,
+    headers: Mapping[str, str] | None = None,
+    method: str = "GET",
+) -> Answer:
+    """One request on a connection that stays open, if the server will have it so."""
+    started = time.monotonic()
+    connection.request(method, path, headers=dict(headers or {}))
+    response = connection.getresponse()
+    body = response.read()
+    return Answer(response.status, response.headers, body, time.monotonic() - started)
 
 
 def fetch(
     port: int, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
 ) -> Answer:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-    with contextlib.closing(connection):
-        connection.request(method, path, headers=dict(headers or {}))
-        response = connection.getresponse()
-        return Answer(response.status, response.headers, response.read())
+    return Client(port).get(path, headers, method)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Series and values of one of our own pages."""
+    rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+    return {series: float(value) for series, _, value in rows}
 
 
 def load_files(filename: str, *folders: str, skip: bool = False) -> tuple[expexp.Config, list[str]]:
@@ -2007,7 +2062,7 @@ def running(
         for thread in threads:
             thread.start()
         try:
-            yield Running(program, program.servers[0].server_address[1])
+            yield Running(program)
         finally:
             program.stop()
             for thread in threads:
@@ -5239,11 +5294,6 @@ def test_a_body_is_openmetrics_if_its_last_line_says_so(body: bytes, is_openmetr
 # ==================================================================================================
 # 8  Self-metrics
 # ==================================================================================================
-def samples(text: str) -> dict[str, float]:
-    """Series and values of one of our own pages."""
-    return dict(_series(line) for line in text.splitlines() if not line.startswith("#"))
-
-
 class Yielding(float):
     """A number that lets another thread run between reading a sum and writing it."""
 
@@ -8998,7 +9048,7 @@ TABLE_TIMEOUTS = {"timeout": "200ms"}
 
 
 @pytest.fixture(scope="module")
-def failing_targets() -> Iterator[tuple[Running, list[Future[Timed]]]]:
+def failing_targets() -> Iterator[tuple[Running, list[Future[Answer]]]]:
     """An expexp with a module for each of HTTP_FAILURES, all being scraped at once."""
     limits = dataclasses.replace(FAST, body_bytes=65536)
     with contextlib.ExitStack() as stack:
@@ -9010,30 +9060,17 @@ def failing_targets() -> Iterator[tuple[Running, list[Future[Timed]]]]:
             }
         served = stack.enter_context(running(modules, limits=limits))
         pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
-        yield served, [pool.submit(timed_scrape, served, name) for name in modules]
-
-
-class Timed(NamedTuple):
-    """An answer, and how many seconds it took."""
-
-    answer: Answer
-    seconds: float
-
-
-def timed_scrape(served: Running, module: str) -> Timed:
-    started = time.monotonic()
-    answer = served.scrape(module)
-    return Timed(answer, time.monotonic() - started)
+        yield served, [pool.submit(served.scrape, name) for name in modules]
 
 
 @pytest.mark.parametrize("what", HTTP_FAILURES)
-def test_a_target_that(what: str, failing_targets: tuple[Running, list[Future[Timed]]]) -> None:
+def test_a_target_that(what: str, failing_targets: tuple[Running, list[Future[Answer]]]) -> None:
     number = list(HTTP_FAILURES).index(what)
     served, scrapes, module = *failing_targets, f"m{number}"
     _, status, reason, message = HTTP_FAILURES[what]
-    answer, seconds = scrapes[number].result()
+    answer = scrapes[number].result()
     least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
-    assert least <= seconds <= most
+    assert least <= answer.seconds <= most
     where = "" if reason == "malformed" else f"{served.shown(module)}: "
     assert (answer.status, answer.text) == (status, f"module {module}: {where}{message}\n")
     assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
@@ -10067,11 +10104,11 @@ def test_a_broken_file_for_a_target_stops_no_other_rotation(tmp_path: Path, log:
             assert ask(app, f"/proxy?module={module}", bearer("two")).status == 200
             assert sent_authorization(heads) == f"Bearer {token}"
         assert ask(app, "/", bearer("one")).status == 401
-        assert metric_with(app, RELOADED, bearer("two")) == 0
+        assert metric(app, RELOADED, bearer("two")) == 0
         by_renaming(broken, "two")
         assert ask(app, "/proxy?module=broken", bearer("two")).status == 200
         assert sent_authorization(heads) == "Bearer two"
-        assert metric_with(app, RELOADED, bearer("two")) == 1
+        assert metric(app, RELOADED, bearer("two")) == 1
     where = "modules.broken.http.bearer_token_file"
     problem = f"{where}: cannot use {broken}: {NO_SECRET}"
     assert [line.rpartition("c.json: ")[2] for line in log] == [problem]
@@ -10675,7 +10712,7 @@ ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def failing_engine() -> Iterator[tuple[Running, list[Future[Timed]]]]:
+def failing_engine() -> Iterator[tuple[Running, list[Future[Answer]]]]:
     """An expexp with a module for each of ENGINE_FAILURES, all being scraped at once."""
     limits = dataclasses.replace(FAST, body_bytes=65536)
     with contextlib.ExitStack() as stack:
@@ -10688,17 +10725,17 @@ def failing_engine() -> Iterator[tuple[Running, list[Future[Timed]]]]:
             modules[f"m{number}"] = engine.module(f"m{number}") | timeout
         served = stack.enter_context(running(modules, limits=limits))
         pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
-        yield served, [pool.submit(timed_scrape, served, name) for name in modules]
+        yield served, [pool.submit(served.scrape, name) for name in modules]
 
 
 @pytest.mark.parametrize("what", ENGINE_FAILURES)
-def test_an_engine_that(what: str, failing_engine: tuple[Running, list[Future[Timed]]]) -> None:
+def test_an_engine_that(what: str, failing_engine: tuple[Running, list[Future[Answer]]]) -> None:
     served, scrapes = failing_engine
     number = list(ENGINE_FAILURES).index(what)
     module, (_, reason, begin) = f"m{number}", ENGINE_FAILURES[what]
-    answer, seconds = scrapes[number].result()
+    answer = scrapes[number].result()
     least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
-    assert least <= seconds <= most
+    assert least <= answer.seconds <= most
     message = f"module {module}: http://{module}:9100/metrics in a container: {begin}"
     assert (answer.status, answer.text[: len(message)]) == (expexp.REASONS[reason].status, message)
     assert answer.text.count("\n") == 1
@@ -11077,7 +11114,7 @@ EXEC_FAILURES = {
 @pytest.fixture(scope="module")
 def failing_commands(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Running, Path, list[Future[Timed]]]]:
+) -> Iterator[tuple[Running, Path, list[Future[Answer]]]]:
     """An expexp with a module for each of EXEC_FAILURES, all being scraped at once; each command
     leaves its process id in a folder."""
     limits, folder = dataclasses.replace(FAST, body_bytes=65536), tmp_path_factory.mktemp("exec")
@@ -11087,19 +11124,19 @@ def failing_commands(
         for number, (script, _, reason, _) in enumerate(EXEC_FAILURES.values())
     }
     with running(modules, limits=limits) as served, ThreadPoolExecutor(len(modules)) as pool:
-        yield served, folder, [pool.submit(timed_scrape, served, name) for name in modules]
+        yield served, folder, [pool.submit(served.scrape, name) for name in modules]
 
 
 @pytest.mark.parametrize("what", EXEC_FAILURES)
 def test_a_command_that(
-    what: str, failing_commands: tuple[Running, Path, list[Future[Timed]]]
+    what: str, failing_commands: tuple[Running, Path, list[Future[Answer]]]
 ) -> None:
     served, folder, scrapes = failing_commands
     number = list(EXEC_FAILURES).index(what)
     module, (_, status, reason, message) = f"m{number}", EXEC_FAILURES[what]
-    answer, seconds = scrapes[number].result()
+    answer = scrapes[number].result()
     least, most = AT_DEADLINE if reason == "timeout" else QUICK_SOCKET
-    assert least <= seconds <= most
+    assert least <= answer.seconds <= most
     assert (answer.status, answer.text) == (status, f"module {module}: {message}\n")
     assert served.failures(module) == {reason: 1}
     assert counters(served, module) == {ERRORS} | EXEC_COUNTERS.get(reason, set())
@@ -12778,18 +12815,6 @@ def test_a_slot_is_given_back_when_a_client_leaves_in_the_middle_of_a_stream() -
 # ==================================================================================================
 # 14  Application
 # ==================================================================================================
-class Reply(NamedTuple):
-    """What the application answered, its cleanup done; headers by their names in lower case."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def text(self) -> str:
-        return self.body.decode()
-
-
 def application(
     modules: Mapping[str, object], *flags: str, default: str = "", limits: expexp.Limits = FAST
 ) -> expexp.Application:
@@ -12807,18 +12832,23 @@ def ask(
     headers: Mapping[str, str] | None = None,
     method: str = "GET",
     client: str = "127.0.0.1",
-) -> Reply:
+) -> Answer:
     """One request, without a socket."""
     request = expexp.Request(method, target_of_request, list((headers or {}).items()), client)
     with ThreadPoolExecutor(1) as pool:  # as in the server, the main thread starts no command
         response = pool.submit(app.handle, request).result()
     with response.cleanup:
         body = response.body if isinstance(response.body, bytes) else b"".join(response.body)
-    return Reply(int(response.status), {n.lower(): v for n, v in response.headers}, body)
+    given = http.client.HTTPMessage()
+    for name, value in response.headers:
+        given[name] = value
+    return Answer(int(response.status), given, body)
 
 
-def metric(app: expexp.Application, series: str) -> float:
-    return samples(ask(app, "/metrics").text)[series]
+def metric(
+    app: expexp.Application, series: str, headers: Mapping[str, str] | None = None
+) -> float:
+    return samples(ask(app, "/metrics", headers).text)[series]
 
 
 def recording(heads: list[bytes]) -> Callable[[socket.socket, bytes], None]:
@@ -12838,7 +12868,7 @@ def request_line(head: bytes) -> str:
 PRINT_ARGUMENTS = 'for a in "$@"; do echo "argument{value=\\"$a\\"} 1"; done'
 
 
-def arguments_of(reply: Reply) -> list[str]:
+def arguments_of(reply: Answer) -> list[str]:
     """What a command that runs PRINT_ARGUMENTS was given."""
     return re.findall(r'argument\{value="(.*)"\} 1', reply.text)
 
@@ -14103,7 +14133,7 @@ class Logins:
         """The requests that hash or wait for their turn."""
         return list(self._app.loader.snapshot.credentials.value.users.checks._queue)
 
-    def begin(self, pair: str) -> Future[Reply]:
+    def begin(self, pair: str) -> Future[Answer]:
         """Send a request, and wait until it is in the line or answered."""
         before = self.line()
         sent = self._pool.submit(ask, self._app, "/", login(pair))
@@ -14283,11 +14313,7 @@ def test_a_token_in_a_file_is_replaced(
             assert ask(app, "/", bearer(old)).status == 401
             assert ask(app, "/", bearer(new)).status == 200
     assert [m for m in caplog.messages if "took" not in m] == [f"credentials reloaded: {path}"] * 3
-    assert metric_with(app, RELOADED, bearer("one")) == 1
-
-
-def metric_with(app: expexp.Application, series: str, headers: Mapping[str, str]) -> float:
-    return samples(ask(app, "/metrics", headers).text)[series]
+    assert metric(app, RELOADED, bearer("one")) == 1
 
 
 def test_files_of_a_kubernetes_secret_are_replaced(tmp_path: Path) -> None:
@@ -14337,13 +14363,13 @@ def test_the_former_token_stays_when_its_file_becomes(
 ) -> None:
     path = secret_file(tmp_path / "token", "one")
     app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
-    assert metric_with(app, RELOADED, bearer("one")) == 1
+    assert metric(app, RELOADED, bearer("one")) == 1
     caplog.clear()
     spoil(path)
     for _ in range(3):
         assert ask(app, "/", bearer("one")).status == 200
         assert ask(app, "/", bearer("")).status == 401
-    assert metric_with(app, RELOADED, bearer("one")) == 0
+    assert metric(app, RELOADED, bearer("one")) == 0
     (record,) = caplog.records
     assert (record.levelno, record.exc_info) == (logging.ERROR, None)
     assert record.getMessage().startswith(KEEPING)
@@ -14353,7 +14379,7 @@ def test_the_former_token_stays_when_its_file_becomes(
         path.rmdir()
     by_renaming(path, "two")
     assert ask(app, "/", bearer("one")).status == 401
-    assert metric_with(app, RELOADED, bearer("two")) == 1
+    assert metric(app, RELOADED, bearer("two")) == 1
 
 
 def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_as_it_is(
@@ -14385,7 +14411,7 @@ def test_a_file_that_could_not_be_read_for_a_moment_is_read_again_as_it_is(
     now[0] += 6
     assert ask(app, "/", bearer("two")).status == 200
     assert ask(app, "/", bearer("one")).status == 401
-    assert metric_with(app, RELOADED, bearer("two")) == 1
+    assert metric(app, RELOADED, bearer("two")) == 1
 
 
 A_PIPE = "a pipe, which can be read only once"
@@ -14401,7 +14427,7 @@ def test_a_token_that_comes_through_a_pipe_is_read_once(tmp_path: Path) -> None:
         assert writer.result(5) == 3
     for _ in range(2):
         assert ask(app, "/", bearer("one")).status == 200
-    assert metric_with(app, RELOADED, bearer("one")) == 1
+    assert metric(app, RELOADED, bearer("one")) == 1
 
 
 def test_a_token_whose_file_becomes_a_pipe_stays(tmp_path: Path, log: list[str]) -> None:
@@ -14555,10 +14581,10 @@ def test_the_former_users_stay_when_their_file_becomes(
     assert len(errors) == len(set(errors))
     assert f"w.yaml:{message}" in "".join(errors)
     assert SECRET not in caplog.text
-    assert metric_with(app, RELOADED, login("old:p")) == 0
+    assert metric(app, RELOADED, login("old:p")) == 0
     (here_with_pems / "w.yaml").write_text(with_users(f"a: {HASHED}"))
     assert ask(app, "/", login("old:p")).status == 401
-    assert metric_with(app, RELOADED, login("a:U*U")) == 1
+    assert metric(app, RELOADED, login("a:U*U")) == 1
 
 
 def test_users_may_go_where_a_token_stays(tmp_path: Path) -> None:
@@ -14676,7 +14702,7 @@ def test_tls_stays_when_its_files_are_gone(here: Path) -> None:
             assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
         secret_file(here / "w.yaml", with_users(f"a: {HASHED}"))
         assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
-        assert metric_with(served.program.application, RELOADED, login("a:U*U")) == 0
+        assert metric(served.program.application, RELOADED, login("a:U*U")) == 0
 
 
 #: What a web configuration with certificates may become without a restart.
@@ -15580,7 +15606,7 @@ def test_who_began_without_modules_may_go_on_without(tmp_path: Path) -> None:
 def series_of(served: Running, module: str) -> dict[str, float]:
     """Our series of a module."""
     mine = f'module="{module}"'
-    return {name: n for name, n in samples(served.get("/metrics").text).items() if mine in name}
+    return {name: n for name, n in served.metrics().items() if mine in name}
 
 
 def test_series_of_modules_go_and_come_with_them(tmp_path: Path) -> None:
@@ -15939,14 +15965,14 @@ def test_without_usable_credentials_a_new_configuration_is_not_taken_either(
         assert (answer.status, answer.text) == (500, f"{problem}\n")
         assert log == [f"{KEEPING}{problem}"]
         assert served.scrape("m", first).text == "a 1\n"
-        found = samples(served.get("/metrics", first).text)
+        found = served.metrics(first)
         assert (found[SUCCESSFUL], found[CREDENTIALS_SUCCESSFUL]) == (0, 0)
         secret_file(token, "second")
         second = {"Authorization": "Bearer second"}
         assert reload(**second).status in (200, 401)  # it may not have looked at the file yet
         wait_until(lambda: reload(**second).status == 200)
         assert served.scrape("m", second).text == "b 1\n"
-        assert samples(served.get("/metrics", second).text)[SUCCESSFUL] == 1
+        assert served.metrics(second)[SUCCESSFUL] == 1
 
 
 def test_no_request_sees_a_configuration_that_is_refused_for_the_credentials(
@@ -15977,7 +16003,7 @@ def test_good_credentials_are_taken_beside_a_bad_configuration(tmp_path: Path) -
     with reloadable(tmp_path, {"m": echoing("a")}, flag, limits=never) as (served, reload):
         secret_file(token, "second")
         assert reload(BAD, Authorization="Bearer first").status == 500
-        found = samples(served.get("/metrics", {"Authorization": "Bearer second"}).text)
+        found = served.metrics(bearer("second"))
         assert (found[SUCCESSFUL], found[CREDENTIALS_SUCCESSFUL]) == (0, 1)
 
 
@@ -16171,7 +16197,7 @@ def test_a_stream_of_a_client_that_hangs_up_ends_at_its_target() -> None:
 
 
 def test_a_client_that_hangs_up_over_tls_is_noticed(
-    secure: Callable[..., contextlib.AbstractContextManager[Secure]],
+    secure: Callable[..., contextlib.AbstractContextManager[Running]],
 ) -> None:
     with (
         target(silent_after()) as silent,
@@ -16559,7 +16585,7 @@ def test_a_fifo_that_was_opened_too_late_is_closed(
 # --- service discovery
 
 
-def groups_of(reply: Reply | Answer) -> list[dict[str, Any]]:
+def groups_of(reply: Answer) -> list[dict[str, Any]]:
     assert reply.status == 200
     found = json.loads(reply.body)
     assert isinstance(found, list)
@@ -17833,7 +17859,7 @@ def test_fifty_clients_at_once_all_get_their_answer() -> None:
 # --- TLS towards clients: helpers
 #
 # One authority for everything, and one that nobody trusts. A client's certificate and key are one
-# file; `Secure` is an expexp that speaks TLS, with a client that may always ask.
+# file; `secure` starts an expexp that speaks TLS, with a client that may always ask.
 
 HEALTH_REQUEST = b"GET /-/healthy HTTP/1.0\r\n\r\n"
 REQUIRED = "RequireAndVerifyClientCert"
@@ -17932,44 +17958,6 @@ def good_client(authorities: Authorities) -> str:
     return authorities.ours.client("good", [x509.DNSName("good.example")])
 
 
-class Secure:
-    """An expexp that speaks TLS, and a client of it that may ask."""
-
-    def __init__(self, served: Running, context: ssl.SSLContext) -> None:
-        self.served, self.port, self.context = served, served.port, context
-
-    def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
-        connection = self.connection()
-        with contextlib.closing(connection):
-            return ask_on(connection, path, headers)
-
-    def connection(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
-        context = context or self.context
-        return http.client.HTTPSConnection("localhost", self.port, timeout=5, context=context)
-
-    def metric(self, series: str) -> float:
-        lines = self.get("/metrics").text.splitlines()
-        return dict(_series(line) for line in lines if not line.startswith("#"))[series]
-
-    def faults(self) -> dict[str, float]:
-        """The reasons of failed handshakes that were counted, without those at zero."""
-        return {fault: n for fault, n in self.all_faults().items() if n}
-
-    def all_faults(self) -> dict[str, float]:
-        name = "expexp_tls_handshake_failures_total"
-        found = re.findall(rf'(?m)^{name}\{{reason="(.*)"\}} (\S+)$', self.get("/metrics").text)
-        return {fault: float(n) for fault, n in found}
-
-
-def ask_on(
-    connection: http.client.HTTPConnection, path: str, headers: Mapping[str, str] | None = None
-) -> Answer:
-    """One request on a connection that stays open, if the server will have it so."""
-    connection.request("GET", path, headers=dict(headers or {}))
-    response = connection.getresponse()
-    return Answer(response.status, response.headers, response.read())
-
-
 def web_config(folder: Path, authorities: Authorities, **settings: object) -> str:
     """The file of a web configuration with our certificate and these settings of TLS."""
     if settings.get("client_auth_type", "NoClientCert") != "NoClientCert":
@@ -17984,7 +17972,7 @@ def web_config(folder: Path, authorities: Authorities, **settings: object) -> st
 @pytest.fixture
 def secure(
     authorities: Authorities, good_client: str, tmp_path: Path
-) -> Callable[..., contextlib.AbstractContextManager[Secure]]:
+) -> Callable[..., contextlib.AbstractContextManager[Running]]:
     """Starts an expexp with modules, flags, limits and settings of TLS."""
 
     @contextlib.contextmanager
@@ -17993,15 +17981,16 @@ def secure(
         modules: Mapping[str, object] | None = None,
         limits: expexp.Limits = FAST,
         **settings: object,
-    ) -> Iterator[Secure]:
+    ) -> Iterator[Running]:
         file = web_config(tmp_path, authorities, **settings)
         with running(modules or {}, "-web.config.file", file, *flags, limits=limits) as served:
-            yield Secure(served, authorities.context(good_client))
+            served.context = authorities.context(good_client)
+            yield served
 
     return start
 
 
-Start = Callable[..., contextlib.AbstractContextManager[Secure]]
+Start = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
 def connect_at_once(port: int, host: str = "127.0.0.1") -> socket.socket:
@@ -18390,7 +18379,7 @@ def test_a_scrape_gets_in_although_silent_clients_have_taken_all_slots(secure: S
     with secure(limits=fast_limits(connections=5)) as served, contextlib.ExitStack() as stack:
         assert served.get("/-/healthy").body == HEALTHY
         silent = [stack.enter_context(connect(served.port)) for _ in range(5)]
-        wait_until(lambda: len(served.served.program.connections._open) == 5)
+        wait_until(lambda: len(served.program.connections._open) == 5)
         for _ in range(3):
             assert served.get("/-/healthy").body == HEALTHY
         closed, _, _ = select.select(silent, [], [], 5)
@@ -18411,7 +18400,7 @@ def test_a_scrape_gets_in_although_all_slots_wait_for_the_rest_after(
                 client = served.context.wrap_socket(client, server_hostname="localhost")
                 stack.enter_context(client)
             client.sendall(beginning)
-        wait_until_all_is_read(served.served, 3)
+        wait_until_all_is_read(served, 3)
         with taking(0, 4):
             assert served.get("/-/healthy").body == HEALTHY
         assert served.metric("expexp_rejected_connections_total") == 0
@@ -18470,7 +18459,7 @@ def with_reset(client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-def hang_up(served: Secure, sent: bytes, *, reset: bool = False) -> None:
+def hang_up(served: Running, sent: bytes, *, reset: bool = False) -> None:
     with connect(served.port) as client:
         client.sendall(sent)
         if reset:
@@ -18483,14 +18472,14 @@ def send_only(port: int, sent: bytes) -> None:
         exchange(port, sent)
 
 
-def refuse_certificate(served: Secure, version: str) -> None:
+def refuse_certificate(served: Running, version: str) -> None:
     """Shake hands as a client that does not trust us."""
     context = of_version(ssl.create_default_context(), version)
     with connect(served.port) as plain, pytest.raises(ssl.SSLCertVerificationError):
         context.wrap_socket(plain, server_hostname="localhost")
 
 
-def come_with(served: Secure, ours: Issuer, file: str = "") -> None:
+def come_with(served: Running, ours: Issuer, file: str = "") -> None:
     """Try to get in with a certificate, or with none."""
     context = ssl.create_default_context(cafile=ours.file)
     if file:
@@ -18499,7 +18488,7 @@ def come_with(served: Secure, ours: Issuer, file: str = "") -> None:
 
 
 #: What a client does, the fault that is counted for it, and what the log says of it.
-HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
+HANDSHAKES: dict[str, tuple[Callable[[Running, Issuer], object], str, str]] = {
     "is silent": (lambda s, _: send_only(s.port, b""), "timeout", "timed out.*"),
     "stops in its hello": (
         lambda s, _: send_only(s.port, CLIENT_HELLO_START),
@@ -18560,7 +18549,7 @@ HANDSHAKES: dict[str, tuple[Callable[[Secure, Issuer], object], str, str]] = {
 
 @pytest.mark.parametrize(("act", "fault", "words"), HANDSHAKES.values(), ids=HANDSHAKES)
 def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
-    act: Callable[[Secure, Issuer], object],
+    act: Callable[[Running, Issuer], object],
     fault: str,
     words: str,
     secure: Start,
@@ -18584,8 +18573,9 @@ def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
 def test_every_reason_of_a_failed_handshake_is_on_the_page_and_proven(secure: Start) -> None:
     with secure() as served:
         proven = {fault for _, fault, _ in HANDSHAKES.values()} | {"plain_http"}
-        assert set(served.all_faults()) == proven
-        assert served.faults() == {}
+        name = "expexp_tls_handshake_failures_total"
+        found = {series: n for series, n in served.metrics().items() if series.startswith(name)}
+        assert found == {f'{name}{{reason="{fault}"}}': 0 for fault in proven}
 
 
 def descriptors() -> int:
@@ -18599,7 +18589,7 @@ def test_failed_handshakes_leave_no_descriptor_and_no_thread(
     flag, limits = "-web.tls.certmatch=^good$", fast_limits(handshake_seconds=0.2)
     with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
         assert served.get("/-/healthy").body == HEALTHY
-        wait_until(lambda: not served.served.program.connections._open)
+        wait_until(lambda: not served.program.connections._open)
         open_before, threads_before = descriptors(), threads()
         for _ in range(10):
             assert not admits(served.port, bad)
@@ -18609,7 +18599,7 @@ def test_failed_handshakes_leave_no_descriptor_and_no_thread(
             send_only(served.port, b"\x16" + b"\xff" * 600)
             refuse_certificate(served, "TLSv1_3")
             exchange(served.port, HEALTH_REQUEST)
-        wait_until(lambda: not served.served.program.connections._open)
+        wait_until(lambda: not served.program.connections._open)
         wait_until(lambda: threads() <= threads_before)
         assert descriptors() <= open_before
         assert sum(served.faults().values()) == 70
@@ -18652,32 +18642,33 @@ def certified(
     request: pytest.FixtureRequest,
     authorities: Authorities,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[str, Secure]]:
+) -> Iterator[tuple[str, Running]]:
     """An expexp with a certificate of this kind: weak suites need RSA, others either."""
     pair = authorities.ours.server("localhost", rsa=request.param == "RSA")
     folder = tmp_path_factory.mktemp("certified")
     file = web_config(folder, authorities, cert_file=pair, key_file=pair)
     with running({}, "-web.config.file", file) as served:
-        yield request.param, Secure(served, authorities.context())
+        served.context = authorities.context()
+        yield request.param, served
 
 
 AEAD = ["AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305"]
 
 
 @pytest.mark.parametrize("suite", AEAD)
-def test_tls_1_2_is_spoken_with_ecdhe_and(suite: str, certified: tuple[str, Secure]) -> None:
+def test_tls_1_2_is_spoken_with_ecdhe_and(suite: str, certified: tuple[str, Running]) -> None:
     kind, served = certified
     probe = openssl(served.port, "-tls1_2", "-cipher", f"ECDHE-{kind}-{suite}")
     assert (probe.version, probe.suite) == ("TLSv1.2", f"ECDHE-{kind}-{suite}")
 
 
 @pytest.mark.parametrize("suite", ["AES_128_GCM_SHA256", "AES_256_GCM_SHA384"])
-def test_tls_1_3_is_spoken_with(suite: str, certified: tuple[str, Secure]) -> None:
+def test_tls_1_3_is_spoken_with(suite: str, certified: tuple[str, Running]) -> None:
     probe = openssl(certified[1].port, "-tls1_3", "-ciphersuites", f"TLS_{suite}")
     assert (probe.version, probe.suite) == ("TLSv1.3", f"TLS_{suite}")
 
 
-def test_the_newest_version_is_chosen(certified: tuple[str, Secure]) -> None:
+def test_the_newest_version_is_chosen(certified: tuple[str, Running]) -> None:
     assert openssl(certified[1].port).version == "TLSv1.3"
 
 
@@ -18697,7 +18688,7 @@ WEAK = {
 
 
 @pytest.mark.parametrize("options", WEAK.values(), ids=WEAK)
-def test_it_does_not_speak(options: list[str], certified: tuple[str, Secure]) -> None:
+def test_it_does_not_speak(options: list[str], certified: tuple[str, Running]) -> None:
     served, before = certified[1], certified[1].faults().get("protocol", 0)
     probe = openssl(served.port, *options)
     assert (probe.version, probe.suite) == ("", "")
@@ -18728,7 +18719,7 @@ def test_the_versions_spoken_are(
 
 
 @pytest.mark.parametrize("option", ["-tls1_2", "-tls1_3"])
-def test_no_session_ticket_is_issued(option: str, certified: tuple[str, Secure]) -> None:
+def test_no_session_ticket_is_issued(option: str, certified: tuple[str, Running]) -> None:
     probe = openssl(certified[1].port, option, "-msg")
     assert probe.version
     assert "NewSessionTicket" not in probe.text
@@ -18761,8 +18752,8 @@ def test_no_session_outlives_the_clients_certificate(
         assert served.faults() == {"certificate": 1}
 
 
-def context_of(served: Secure) -> ssl.SSLContext:
-    snapshot = served.served.program.loader.current()
+def context_of(served: Running) -> ssl.SSLContext:
+    snapshot = served.program.loader.current()
     credentials: expexp.Credentials = snapshot.credentials.value
     assert credentials.tls
     return credentials.tls.context
@@ -18775,7 +18766,7 @@ def test_a_client_that_is_not_allowed_leaves_no_session(
     with secure("-web.tls.certmatch=^good$", client_auth_type=REQUIRED) as served:
         for _ in range(3):
             assert not admits(served.port, bad)
-        wait_until(lambda: not served.served.program.connections._open)
+        wait_until(lambda: not served.program.connections._open)
         assert context_of(served).session_stats()["number"] == 0
         assert admits(served.port, of_version(served.context, "TLSv1_2"))
         assert context_of(served).session_stats()["number"] == 1
@@ -18830,7 +18821,7 @@ class Rotating(NamedTuple):
     """An expexp with all that can change in files of its own, and a client that may ask."""
 
     folder: Path
-    secure: Secure
+    secure: Running
 
     def put(self, name: str, content: str) -> None:
         put_in_place(self.folder / name, content)
@@ -18850,10 +18841,7 @@ class Rotating(NamedTuple):
 
     def serial(self) -> str:
         """The serial number of the certificate that a new client is shown."""
-        connection = self.secure.connection()
-        with contextlib.closing(connection):
-            connection.connect()
-            return str((connection.sock.getpeercert() or {})["serialNumber"])
+        return str(self.secure.certificate()["serialNumber"])
 
 
 @pytest.mark.parametrize("days", [-1, 1], ids=["expired", "good for a day"])
@@ -18878,14 +18866,15 @@ def rotating(
     @contextlib.contextmanager
     def start(*users: str, flags: Sequence[str] = (), **settings: object) -> Iterator[Rotating]:
         (tmp_path / "node.prom").write_bytes(EXPOSITION)
-        files = Rotating(tmp_path, cast(Secure, None))
+        files = Rotating(tmp_path, cast(Running, None))
         files.put("ca.pem", Path(authorities.ours.file).read_text())
         files.put_pair(authorities.server)
         files.put_web(*users, **settings)
         modules = {"m": file_module(tmp_path / "node.prom")}
         web = ["-web.config.file", str(tmp_path / "web.yml"), *flags]
         with running(modules, *web, limits=AT_ONCE) as served:
-            yield Rotating(tmp_path, Secure(served, authorities.context(good_client)))
+            served.context = authorities.context(good_client)
+            yield Rotating(tmp_path, served)
 
     return start
 
@@ -19002,7 +18991,7 @@ def scrape_like_a_browser(connection: http.client.HTTPSConnection) -> Answer:
 
 
 @contextlib.contextmanager
-def scraping(secure: Secure) -> Iterator[list[int]]:
+def scraping(secure: Running) -> Iterator[list[int]]:
     """Two threads that scrape on new connections and two on kept ones, all without a failure;
     gives the number of scrapes of each so far."""
     over, counts = threading.Event(), [0] * 4
@@ -19220,7 +19209,7 @@ def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted
     assert answer.endswith(b"405 method not allowed\n")
 
 
-def test_openssl_sees_the_goodbye(certified: tuple[str, Secure]) -> None:
+def test_openssl_sees_the_goodbye(certified: tuple[str, Running]) -> None:
     probe = openssl(certified[1].port, "-msg")
     assert re.search(r"<<< .*Alert .*, warning close_notify", probe.text)
     assert "unexpected eof" not in probe.text
@@ -19285,7 +19274,7 @@ def test_a_stream_that_breaks_off_is_an_error_to_the_client_over_tls(
 
 def test_tls_is_served_over_ipv6(secure: Start) -> None:
     with secure("-web.listen-address", "[::1]:0", client_auth_type=REQUIRED) as served:
-        assert re.fullmatch(r"https://\[::1\]:\d+", served.served.program.servers[0].url)
+        assert re.fullmatch(r"https://\[::1\]:\d+", served.program.servers[0].url)
         answer = said_to_its_end(served.port, served.context, HEALTH_REQUEST, host="::1")
         assert answer.endswith(HEALTHY)
 
@@ -20014,7 +20003,7 @@ def test_a_stderr_that_nobody_reads_holds_up_no_client_and_not_the_end(
     try:
         with logging_to(theirs, tmp_path) as (process, port):
             ask_often(port, 1500)
-            dropped = own_metric(port, LINES_DROPPED)
+            dropped = Client(port).metric(LINES_DROPPED)
             assert 0 < dropped <= 1500 - 1000
             assert fetch(port, "/proxy?module=m").body == b"a 1\n"
             process.terminate()
@@ -20037,9 +20026,9 @@ def test_lines_that_stderr_does_not_take_are_counted_that_is(kind: str, tmp_path
         _, port = stack.enter_context(
             logging_to(stderr, tmp_path) if kind != "closed" else without_stderr(tmp_path)
         )
-        before = own_metric(port, LINES_DROPPED)
+        before = Client(port).metric(LINES_DROPPED)
         ask_often(port, 20)
-        wait_until(lambda: own_metric(port, LINES_DROPPED) >= before + 20)
+        wait_until(lambda: Client(port).metric(LINES_DROPPED) >= before + 20)
 
 
 @contextlib.contextmanager
@@ -20095,7 +20084,7 @@ def test_a_line_that_a_full_disk_cuts_does_not_run_into_the_next_one(tmp_path: P
         limit = (path.stat().st_size + 100, no_limit[1])
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)  # as a disk that is full then
         ask_often(port, 2)
-        wait_until(lambda: own_metric(port, LINES_DROPPED) >= 2)
+        wait_until(lambda: Client(port).metric(LINES_DROPPED) >= 2)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, no_limit)
         fetch(port, "/sd?after")
         wait_until(lambda: b"/sd?after" in path.read_bytes())
@@ -20284,7 +20273,7 @@ def test_without_file_descriptors_it_waits_and_recovers(tmp_path: Path) -> None:
         before_clients = footprint(process.pid).descriptors
         for _ in range(20):
             begin_scrape(stack.enter_context(connect(port)), "slow")
-        wait_until(lambda: own_metric(port, "expexp_http_requests_in_flight") == 21)
+        wait_until(lambda: Client(port).metric("expexp_http_requests_in_flight") == 21)
         # One for each client, and one for the FIFO. None for the client that asked for the metrics.
         wait_until(lambda: footprint(process.pid).descriptors == before_clients + 21)
         take_descriptors(process)
@@ -20342,9 +20331,9 @@ def test_no_more_clients_are_served_than_there_are_descriptors_for(tmp_path: Pat
         contextlib.ExitStack() as stack,
     ):
         idle = [stack.enter_context(connect(port)) for _ in range(20)]
-        wait_until(lambda: own_metric(port, "expexp_open_connections") == 40 // 5)
+        wait_until(lambda: Client(port).metric("expexp_open_connections") == 40 // 5)
         assert idle[0].recv(1) == b""
-        assert own_metric(port, "expexp_rejected_connections_total") == 0
+        assert Client(port).metric("expexp_rejected_connections_total") == 0
 
 
 @pytest.mark.parametrize(
@@ -20527,10 +20516,6 @@ def module_names(port: int) -> list[str]:
     return list(json.loads(fetch(port, "/", {"Accept": "application/json"}).body))
 
 
-def own_metric(port: int, series: str) -> float:
-    return samples(fetch(port, "/metrics").text)[series]
-
-
 def rest_of_log(process: subprocess.Popen[str]) -> list[str]:
     """The messages that an expexp has logged since it began to serve; ends it."""
     process.send_signal(signal.SIGTERM)
@@ -20638,16 +20623,16 @@ def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None
 
 def test_sighup_with_a_bad_configuration_is_logged_and_changes_nothing(tmp_path: Path) -> None:
     with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
-        begun = own_metric(port, SUCCEEDED)
+        begun = Client(port).metric(SUCCEEDED)
         (tmp_path / "expexp.yaml").write_text(BAD)
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
-        assert own_metric(port, SUCCEEDED) == begun
+        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 0)
+        assert Client(port).metric(SUCCEEDED) == begun
         assert fetch(port, "/proxy?module=m").text == "a 1\n"
         write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo b 1")})
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: own_metric(port, SUCCESSFUL) == 1)
-        assert own_metric(port, SUCCEEDED) > begun
+        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 1)
+        assert Client(port).metric(SUCCEEDED) > begun
         log = rest_of_log(process)
     problems = [line for line in log if line.startswith(KEEPING)]
     assert [line.partition("expexp.yaml:")[2] for line in problems] == BAD_PROBLEMS
@@ -20713,11 +20698,11 @@ def test_by_itself_it_keeps_what_it_has_when_the_file_is_gone(
     write_modules(reloading_itself.config, {"kept": file_module("/dev/null")})
     wait_until(lambda: reloading_itself.has("kept"))
     reloading_itself.config.unlink()
-    wait_until(lambda: own_metric(reloading_itself.port, SUCCESSFUL) == 0)
+    wait_until(lambda: Client(reloading_itself.port).metric(SUCCESSFUL) == 0)
     assert reloading_itself.has("kept")
     write_modules(reloading_itself.config, {"back": file_module("/dev/null")})
     wait_until(lambda: reloading_itself.has("back"))
-    assert own_metric(reloading_itself.port, SUCCESSFUL) == 1
+    assert Client(reloading_itself.port).metric(SUCCESSFUL) == 1
 
 
 def test_by_itself_it_takes_files_of_folders_that_come_change_and_go(
@@ -20729,12 +20714,12 @@ def test_by_itself_it_takes_files_of_folders_that_come_change_and_go(
     file.write_text("{method: exec, exec: {command: sh}}")
     wait_until(lambda: fetch(served.port, "/").text.count("exec sh") == 1)
     file.write_text("{method: exec}")
-    wait_until(lambda: own_metric(served.port, SUCCESSFUL) == 0)
+    wait_until(lambda: Client(served.port).metric(SUCCESSFUL) == 0)
     assert served.has("comes")
     file.unlink()
     wait_until(lambda: not served.has("comes"))
     assert served.has("in_d")
-    assert own_metric(served.port, SUCCESSFUL) == 1
+    assert Client(served.port).metric(SUCCESSFUL) == 1
 
 
 def test_by_itself_it_takes_a_configuration_when_the_secret_that_it_lacked_comes(
@@ -20742,7 +20727,7 @@ def test_by_itself_it_takes_a_configuration_when_the_secret_that_it_lacked_comes
 ) -> None:
     token, config = reloading_itself.folder / "token", reloading_itself.config
     write_modules(config, {"lacking": http_module(1, bearer_token_file="token")})
-    wait_until(lambda: own_metric(reloading_itself.port, SUCCESSFUL) == 0)
+    wait_until(lambda: Client(reloading_itself.port).metric(SUCCESSFUL) == 0)
     assert not reloading_itself.has("lacking")
     secret_file(token, "t")
     wait_until(lambda: reloading_itself.has("lacking"))
@@ -20843,7 +20828,7 @@ def test_by_itself_it_reads_a_bad_file_once_and_says_once_what_is_wrong(tmp_path
         port = started(own)
         (tmp_path / "new").write_text("moduls: {}\n")
         (tmp_path / "new").rename(tmp_path / "expexp.yaml")
-        wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
+        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 0)
         time.sleep(0.2)  # ten times the interval
         said = [line for line in rest_of_log(own) if "keeping the previous" in line]
     assert said == [
@@ -20968,10 +20953,10 @@ def test_fifty_reloads_in_ten_seconds_disturb_nobody_and_leave_nothing_behind(
         port = started(own)
         log = Log(own)
         reload_under_load(own, log, config, port, range(2, 12), 0.05)  # caches and arenas fill
-        wait_until(lambda: own_metric(port, "expexp_open_connections") == 1)
+        wait_until(lambda: Client(port).metric("expexp_open_connections") == 1)
         before = footprint(own.pid)
         scrapers = reload_under_load(own, log, config, port, range(12, 37), 0.2)
-        wait_until(lambda: own_metric(port, "expexp_open_connections") == 1)
+        wait_until(lambda: Client(port).metric("expexp_open_connections") == 1)
         wait_until(lambda: all(a <= b for a, b in zip(footprint(own.pid)[:2], before)))
         grown = footprint(own.pid).memory - before.memory
         own.send_signal(signal.SIGTERM)
@@ -21026,13 +21011,13 @@ def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is
         answer = fetch(port, "/-/reload", method="POST")
         receive_reload(channel, since)
         assert (answer.status, answer.text) == (500, "unexpected error: see the log\n")
-        assert own_metric(port, SUCCESSFUL) == 0
+        assert Client(port).metric(SUCCESSFUL) == 0
         assert fetch(port, "/proxy?module=m").text == "a 1\n"
         fault.unlink()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: fetch(port, "/proxy?module=m").text == "b 1\n")
-        assert own_metric(port, SUCCESSFUL) == 1
+        assert Client(port).metric(SUCCESSFUL) == 1
         log = rest_of_log(process)
     traces = [line for line in log if "Traceback" in line]
     assert len(traces) == 2  # one a reload
@@ -21046,7 +21031,7 @@ def test_a_fault_of_ours_is_met_once_by_who_reloads_by_itself(tmp_path: Path) ->
     with program(tmp_path, {"m": echoing("a")}, source=source) as (process, port):
         (tmp_path / "fault").touch()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
-        wait_until(lambda: own_metric(port, SUCCESSFUL) == 0)
+        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 0)
         time.sleep(0.2)  # ten times the interval
         (tmp_path / "fault").unlink()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("c")})
@@ -21687,14 +21672,6 @@ def secret_web_flags(folder: Path) -> list[str]:
     return ["-web.config.file=web.yml"]
 
 
-def ask_for(port: int, path: str, headers: Mapping[str, str], ca: Path) -> Answer:
-    """One request over TLS."""
-    context = ssl.create_default_context(cafile=str(ca))
-    connection = http.client.HTTPSConnection("localhost", port, timeout=20, context=context)
-    with contextlib.closing(connection):
-        return ask_on(connection, path, headers)
-
-
 def spoil_secrets(folder: Path, ask: Callable[[str], Answer]) -> None:
     """Make the files of all credentials useless, and ask until that is noticed."""
     put_secret(folder / "web-token", f"{SECRET}\xff".encode("latin-1"))
@@ -21730,8 +21707,11 @@ def keep_journal(folder: Path, *flags: str) -> Journal:
                 assert line, f"ended before it listened: {log}"
                 log.append(line)
 
+            context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
+            client = Client(int(found[1]), context)
+
             def ask_once(path: str, headers: Mapping[str, str] = authorized) -> Answer:
-                answer = ask_for(int(found[1]), path, headers, folder / "ca.pem")
+                answer = client.get(path, headers)
                 answers.append(f"{answer.headers}\n{answer.text}")
                 statuses.setdefault(path, answer.status)
                 return answer
@@ -21751,8 +21731,8 @@ def keep_journal(folder: Path, *flags: str) -> Journal:
             ):
                 ask_once("/-/healthy", {"Authorization": given} if given else {})
             plain = f"GET /?a HTTP/1.0\r\nA: {SECRET}\r\n\r\n".encode()
-            answers.append(exchange(int(found[1]), plain).decode())
-            send_only(int(found[1]), f"\x16{SECRET}".encode() * 99)
+            answers.append(exchange(client.port, plain).decode())
+            send_only(client.port, f"\x16{SECRET}".encode() * 99)
             spoil_secrets(folder, ask_once)
             started.send_signal(signal.SIGTERM)
             rest = started.stderr.read()
@@ -24310,7 +24290,7 @@ def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Itera
             "broken": {**http_module(port), "verify": False},
         }
         (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
-        files = Rotating(folder, cast(Secure, None))
+        files = Rotating(folder, cast(Running, None))
         files.put("ca.pem", Path(authorities.ours.file).read_text())
         files.put_pair(authorities.server)
         files.put_web("scraper")
@@ -24402,7 +24382,7 @@ def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
     address = f"127.0.0.1:{free_port()}"
     command = [program, "--config.file=prometheus.yaml", "--storage.tsdb.path=data"]
     command += [f"--web.listen-address={address}"]
-    files = Rotating(guarded.folder, cast(Secure, None))
+    files = Rotating(guarded.folder, cast(Running, None))
     secure = authorities.context(guarded.client)
     with peer_running(command, f"http://{address}", "/-/ready", guarded.folder) as prometheus:
         world = ScrapedWorld(prometheus, prometheus, prometheus)
