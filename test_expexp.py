@@ -1760,14 +1760,9 @@ def as_the_documents_say(command: str, folder: Path, *more: str) -> Iterator[str
     flags = shlex.split(
         command.partition("expexp.py ")[2].replace("\\\n", "").replace(":9998", ":0")
     )
-    with process(*flags, "-log.level=info", *more, folder=folder) as started:
-        assert started.stderr
-        log = ""
-        while not (found := re.search(r"listening on https://\S+:(\d+)", log)):
-            line = started.stderr.readline()
-            assert line, f"ended before it listened: {log}"
-            log += line
-        yield f"localhost:{found[1]}"
+    with started(folder, None, *flags, *more) as own:
+        (url,) = [url for url in own.urls() if url.startswith("https")]
+        yield f"localhost:{url.rpartition(':')[2]}"
 
 
 (INSTALLATION,) = take_blocks("Installation", "sh")
@@ -1789,12 +1784,11 @@ def test_the_documents_show_lines_of_the_log(tmp_path: Path) -> None:
     (tmp_path / "x.prom").write_text("\n" * 11 + "jobs  abc\n")
     closed = free_port()
     modules = {"node": http_module(closed), "x": file_module("x.prom")}
-    with program(tmp_path, modules) as (process, port):
+    with started(tmp_path, modules) as own:
         for path in ("/proxy?module=node", "/metrics", "/proxy?module=x"):
-            fetch(port, path)
-        process.terminate()
-        assert process.stderr
-        log = plain_log(process.stderr.read(), port).replace(f":{closed}/", ":9100/")
+            own.get(path)
+        own.stop()
+        log = plain_log(own.log(), own.port).replace(f":{closed}/", ":9100/")
     for line in plain_log(LOGGED + MALFORMED_LOGGED).splitlines():
         assert f"{line}\n" in log
 
@@ -1970,10 +1964,13 @@ class Client:
     def scrape(self, module: str, headers: Mapping[str, str] | None = None) -> Answer:
         return self.get(f"/proxy?module={module}", headers)
 
+    def modules(self) -> dict[str, Any]:
+        """The list of modules."""
+        return cast("dict[str, Any]", json.loads(self.get("/", {"Accept": "application/json"}).body))
+
     def shown(self, module: str) -> str:
         """What the list of modules says of a module's target."""
-        listed = json.loads(self.get("/", {"Accept": "application/json"}).body)
-        return cast("str", listed[module]["target"])
+        return cast("str", self.modules()[module]["target"])
 
     def metrics(self, headers: Mapping[str, str] | None = None) -> dict[str, float]:
         """All series of expexp's own, and their values."""
@@ -2160,16 +2157,94 @@ def wait_until(condition: Callable[[], object], seconds: float = 5) -> None:
         time.sleep(0.01)
 
 
+LOCAL: Final = "127.0.0.1:0"
+
+
+class Started(Client):
+    """An expexp as a process of its own; its log is read as it comes, or the pipe would be full."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        super().__init__(0)
+        self.process = process
+        self.pid = process.pid
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.process.stderr or ():
+            self.lines.append(line)
+
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def count(self, words: str) -> int:
+        """The number of lines of the log with these words."""
+        return sum(words in line for line in self.lines)
+
+    def urls(self) -> list[str]:
+        """Where it listens, as soon as it does."""
+        wait_until(lambda: self.count(" started: ") or not self._reader.is_alive(), 20)
+        found = re.search(r" started: \d+ modules, (.*), clients: ", self.log())
+        assert found, self.log()
+        return found[1].split(", ")
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 5) -> list[str]:
+        """End it with a signal; the messages that it has logged."""
+        self.process.send_signal(number)
+        return self.wait(seconds)
+
+    def wait(self, seconds: float = 5) -> list[str]:
+        """Wait until it ends with 0; the messages that it has logged."""
+        assert self.process.wait(seconds) == 0
+        self._reader.join()
+        return [json.loads(line.partition(" msg=")[2] or line) for line in self.lines]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()
+        if self.process.stderr:
+            self.process.stderr.close()
+
+
 @contextlib.contextmanager
-def process(*flags: str, folder: Path | None = None) -> Iterator[subprocess.Popen[str]]:
-    """expexp as users start it, its stderr a pipe; killed at the end if it still runs."""
-    command = [sys.executable, str(SOURCE), *flags]
-    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
+def started(
+    folder: Path,
+    modules: Mapping[str, object] | None,
+    *flags: str,
+    around: Sequence[str] = (),
+    source: Path = SOURCE,
+    stderr: int = subprocess.PIPE,
+) -> Iterator[Started]:
+    """expexp as users start it in a folder; `around` is a command that becomes it."""
+    if modules is not None:
+        write_modules(folder / "expexp.yaml", modules)
+    port = 0 if stderr == subprocess.PIPE else free_port()
+    usual = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "info"]
+    command = [*around, sys.executable, str(source), *usual, *flags]
+    own = Started(subprocess.Popen(command, stderr=stderr, text=True, cwd=folder))
     try:
-        yield started
+        if port:
+            wait_until(lambda: is_listening(port), 20)
+        own.port = port or int(own.urls()[0].rpartition(":")[2])
+        yield own
     finally:
-        started.kill()
-        started.communicate()
+        own.kill()
+
+
+def write_modules(path: Path, modules: Mapping[str, object]) -> None:
+    """Write a configuration at once, as a rename does."""
+    new = path.with_name(f"{path.name}~")
+    new.write_text(json.dumps({"modules": modules}))
+    new.rename(path)
+
+
+def is_listening(port: int) -> bool:
+    """Whether a connection can be made."""
+    with contextlib.suppress(ConnectionRefusedError), connect(port):
+        return True
+    return False
 
 
 def run(*flags: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -12051,12 +12126,12 @@ def test_a_unix_socket_that_expexp_may_not_use(tmp_path: Path) -> None:
     with on_a_unix_socket(path) as asked:
         path.chmod(0o400)
         around = without_roots_rights()
-        with program(tmp_path, {"m": socket_module(path)}, *around) as (_, port):
-            answer = fetch(port, "/proxy?module=m")
+        with started(tmp_path, {"m": socket_module(path)}, around=around) as own:
+            answer = own.scrape("m")
             where = f"module m: http://localhost/metrics at {path}"
             assert (answer.status, answer.text) == (502, f"{where}: permission denied\n")
             path.chmod(0o600)
-            assert fetch(port, "/proxy?module=m").status == 200
+            assert own.scrape("m").status == 200
         assert len(asked) == 1
 
 
@@ -19733,36 +19808,6 @@ def test_the_documents_show_what_verify_says(here: Path, capfd: pytest.CaptureFi
 
 # expexp as users start it: signals, the shutdown, odd surroundings.
 
-LOCAL = "127.0.0.1:0"
-
-
-def started(process: subprocess.Popen[str]) -> int:
-    """The port of an expexp with -log.level=info, when it serves."""
-    lines = []
-    for line in cast("IO[str]", process.stderr):
-        lines.append(line)
-        found = re.search(r'msg="listening on http://127\.0\.0\.1:(\d+)"', line)
-        if found:
-            return int(found[1])
-    raise AssertionError("".join(lines))
-
-
-@contextlib.contextmanager
-def program(
-    folder: Path, modules: Mapping[str, object], *around: str, source: Path = SOURCE
-) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """expexp as a process of its own, and its port; `around` is a line of shell that becomes it."""
-    (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
-    flags = ["-web.listen-address", LOCAL, "-log.level", "info"]
-    command = [*around, sys.executable, str(source), *flags]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder)
-    try:
-        yield process, started(process)
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_a_scrape_finish_then_ends_with_0(
     number: signal.Signals, tmp_path: Path
@@ -19774,19 +19819,19 @@ def test_a_signal_lets_a_scrape_finish_then_ends_with_0(
         go_on.wait(5)
         connection.sendall(ok(EXPOSITION))
 
-    with target(answer) as slow, program(tmp_path, {"m": http_module(slow)}) as (process, port):
-        with ThreadPoolExecutor() as pool, connect(port) as idle:
-            scrape = pool.submit(fetch, port, "/proxy?module=m")
+    with target(answer) as slow, started(tmp_path, {"m": http_module(slow)}) as own:
+        with ThreadPoolExecutor() as pool, connect(own.port) as idle:
+            scrape = pool.submit(own.scrape, "m")
             assert asked.wait(5)
-            process.send_signal(number)
+            own.process.send_signal(number)
             assert idle.recv(1) == b""
             with pytest.raises(ConnectionRefusedError):
-                connect(port)
+                connect(own.port)
             go_on.set()
             assert (scrape.result().status, scrape.result().body) == (200, EXPOSITION)
         with taking(0, 2):
-            assert process.wait(5) == 0
-        assert "Traceback" not in cast("IO[str]", process.stderr).read()
+            own.wait()
+    assert not own.count("Traceback")
 
 
 #: Flags with which expexp reads the FIFO `held`. PyYAML's stand-in reads it with the first ones.
@@ -19819,19 +19864,18 @@ def test_a_signal_ends_an_expexp_that_has_not_started_without_a_word(
 @pytest.mark.load
 def test_many_signals_at_once_end_the_program(tmp_path: Path) -> None:
     for _ in range(20):  # with a lock in the handler one of six runs hung
-        with program(tmp_path, {}) as (process, _):
+        with started(tmp_path, {}) as own:
             for number in [signal.SIGTERM, signal.SIGINT] * 200:
-                process.send_signal(number)
-            assert process.wait(5) == 0
-            assert "wakeup" not in cast("IO[str]", process.stderr).read()
+                own.process.send_signal(number)
+            own.wait()
+        assert not own.count("wakeup")
 
 
 def test_the_end_of_the_program_is_that_of_its_commands(tmp_path: Path) -> None:
     modules = {"m": exec_module("(trap '' TERM; exec sleep 30) & echo a $!")}
-    with program(tmp_path, modules) as (process, port):
-        answer = fetch(port, "/proxy?module=m")
-        process.terminate()
-        assert process.wait(5) == 0
+    with started(tmp_path, modules) as own:
+        answer = own.scrape("m")
+        own.stop()
     assert is_gone(int(answer.text.split()[1]))
 
 
@@ -19871,11 +19915,11 @@ def test_what_commands_leave_behind_is_reaped_by(kind: str, tmp_path: Path) -> N
         "cached": exec_module(orphans + "sleep 0.1; echo b $$") | {"cache": "1ms"},
         "alone": exec_module("echo a 1"),
     }
-    own, around = PARENTS_OF_ORPHANS[kind]
-    with program(tmp_path, modules, *around) as (process, port), ThreadPoolExecutor(8) as pool:
+    parents, around = PARENTS_OF_ORPHANS[kind]
+    with started(tmp_path, modules, around=around) as own, ThreadPoolExecutor(8) as pool:
 
         def ask(name: str) -> tuple[int, str]:
-            answer = fetch(port, f"/proxy?module={name}")
+            answer = own.scrape(name)
             return answer.status, re.sub("[0-9]{2,}", "N", answer.text)
 
         for _ in range(3):  # no command's status is taken from the thread that waits for it
@@ -19889,12 +19933,12 @@ def test_what_commands_leave_behind_is_reaped_by(kind: str, tmp_path: Path) -> N
             }
         wait_until(
             lambda: (
-                [*descendants(process.pid).values()].count("Z")
-                == len(descendants(process.pid)) - own
+                [*descendants(own.pid).values()].count("Z")
+                == len(descendants(own.pid)) - parents
             )
         )
         assert ask("alone") == (200, "a 1\n")
-        wait_until(lambda: len(descendants(process.pid)) == own)
+        wait_until(lambda: len(descendants(own.pid)) == parents)
 
 
 def test_commands_that_run_when_the_drain_is_over_are_ended(tmp_path: Path) -> None:
@@ -19921,10 +19965,9 @@ def test_a_port_in_use_is_one_line_and_status_1() -> None:
 def test_the_file_alone_is_enough(tmp_path: Path) -> None:
     copied = Path(shutil.copy(SOURCE, tmp_path))
     modules = {"m": file_module("expexp.yaml") | {"verify": False}}
-    with program(tmp_path, modules, source=copied) as (process, port):
-        assert fetch(port, "/proxy?module=m").text.startswith('{"modules": ')
-        process.terminate()
-        assert process.wait(5) == 0
+    with started(tmp_path, modules, source=copied) as own:
+        assert own.scrape("m").text.startswith('{"modules": ')
+        own.stop()
     assert {path.name for path in tmp_path.iterdir()} == {"expexp.py", "expexp.yaml"}
 
 
@@ -19962,36 +20005,16 @@ STREAMS = pytest.mark.parametrize(
 )
 
 
-@contextlib.contextmanager
-def logging_to(stderr: int, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """An expexp with this stderr, and its port."""
-    (folder / "expexp.yaml").write_text(json.dumps({"modules": {"m": exec_module("echo a 1")}}))
-    port = free_port()
-    flags = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "info"]
-    process = subprocess.Popen([sys.executable, str(SOURCE), *flags], stderr=stderr, cwd=folder)
-    try:
-        wait_until(lambda: is_listening(port))
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
-
-
-def is_listening(port: int) -> bool:
-    """Whether a connection can be made."""
-    with contextlib.suppress(ConnectionRefusedError), connect(port):
-        return True
-    return False
-
-
 def ask_often(port: int, count: int) -> None:
     """Make so many requests, each of which is a line of 2,000 bytes in the log at info."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=5)) as client:
+    with contextlib.closing(Client(port).connection()) as client:
         for _ in range(count):
-            client.request("GET", "/-/healthy?" + "x" * 1900)
-            assert client.getresponse().read() == HEALTHY
+            assert ask_on(client, "/-/healthy?" + "x" * 1900).body == HEALTHY
 
 
+#: Without stdin the next descriptors are 0 and 2: one that is used here would be written to.
+NO_STDERR: Final = shell("exec 0<&- 2>&-")
+ECHO: Final = {"m": exec_module("echo a 1")}
 LINES_DROPPED: Final = "expexp_log_lines_dropped_total"
 
 
@@ -20001,14 +20024,13 @@ def test_a_stderr_that_nobody_reads_holds_up_no_client_and_not_the_end(
 ) -> None:
     ours, theirs = open_stream()
     try:
-        with logging_to(theirs, tmp_path) as (process, port):
-            ask_often(port, 1500)
-            dropped = Client(port).metric(LINES_DROPPED)
+        with started(tmp_path, ECHO, stderr=theirs) as own:
+            ask_often(own.port, 1500)
+            dropped = own.metric(LINES_DROPPED)
             assert 0 < dropped <= 1500 - 1000
-            assert fetch(port, "/proxy?module=m").body == b"a 1\n"
-            process.terminate()
+            assert own.scrape("m").body == b"a 1\n"
             with taking(0, 3):
-                assert process.wait(5) == 0
+                own.stop()
     finally:
         os.close(ours)
         os.close(theirs)
@@ -20023,53 +20045,29 @@ def test_lines_that_stderr_does_not_take_are_counted_that_is(kind: str, tmp_path
             stack.callback(os.close, stderr)
         else:
             stderr = stack.enter_context(Path("/dev/full").open("wb")).fileno()
-        _, port = stack.enter_context(
-            logging_to(stderr, tmp_path) if kind != "closed" else without_stderr(tmp_path)
-        )
-        before = Client(port).metric(LINES_DROPPED)
-        ask_often(port, 20)
-        wait_until(lambda: Client(port).metric(LINES_DROPPED) >= before + 20)
-
-
-@contextlib.contextmanager
-def without_stderr(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """An expexp whose stderr is closed, and its port."""
-    (folder / "expexp.yaml").write_text(
-        json.dumps(
-            {"modules": {"good": exec_module("echo a 1; echo b >&2"), "bad": exec_module("x")}}
-        )
-    )
-    port = free_port()
-    flags = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "debug"]
-    process = subprocess.Popen(
-        # Without stdin the next descriptors are 0 and 2: one that is used here would be written to.
-        [*shell("exec 0<&- 2>&-"), sys.executable, str(SOURCE), *flags],
-        cwd=folder,
-    )
-    try:
-        wait_until(lambda: is_served(port))
-        yield process, port
-    finally:
-        process.kill()
-        process.wait()
+        around = NO_STDERR if kind == "closed" else []
+        own = stack.enter_context(started(tmp_path, ECHO, around=around, stderr=stderr))
+        before = own.metric(LINES_DROPPED)
+        ask_often(own.port, 20)
+        wait_until(lambda: own.metric(LINES_DROPPED) >= before + 20)
 
 
 def test_a_closed_stderr_changes_nothing(tmp_path: Path) -> None:
-    with without_stderr(tmp_path) as (_, port):
+    modules = {"good": exec_module("echo a 1; echo b >&2"), "bad": exec_module("x")}
+    flags: Any = {"around": NO_STDERR, "stderr": subprocess.DEVNULL}
+    with started(tmp_path, modules, "-log.level=debug", **flags) as own:
         for _ in range(3):
-            assert fetch(port, "/proxy?module=bad").status == 500
-            assert fetch(port, "/proxy?module=good").body == b"a 1\n"
+            assert own.scrape("bad").status == 500
+            assert own.scrape("good").body == b"a 1\n"
 
 
 def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with path.open("wb") as file, logging_to(file.fileno(), tmp_path) as (process, port):
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as client:
+    with path.open("wb") as file, started(tmp_path, ECHO, stderr=file.fileno()) as own:
+        with contextlib.closing(own.connection()) as client:
             for number in range(200):
-                client.request("GET", f"/-/healthy?{number}")
-                assert client.getresponse().read() == HEALTHY
-        process.terminate()
-        assert process.wait(5) == 0
+                assert ask_on(client, f"/-/healthy?{number}").body == HEALTHY
+        own.stop()
     lines = path.read_text().splitlines()
     assert re.findall(r"healthy\?(\d+)", "\n".join(lines)) == [str(n) for n in range(200)]
     assert any(line.endswith('level=notice msg="stopping"') for line in lines[-2:])
@@ -20077,16 +20075,16 @@ def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
 
 def test_a_line_that_a_full_disk_cuts_does_not_run_into_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    with path.open("wb") as file, logging_to(file.fileno(), tmp_path) as (process, port):
-        ask_often(port, 1)
+    with path.open("wb") as file, started(tmp_path, ECHO, stderr=file.fileno()) as own:
+        ask_often(own.port, 1)
         wait_until(lambda: b"healthy" in path.read_bytes())
-        no_limit = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        no_limit = resource.prlimit(own.pid, resource.RLIMIT_FSIZE)
         limit = (path.stat().st_size + 100, no_limit[1])
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limit)  # as a disk that is full then
-        ask_often(port, 2)
-        wait_until(lambda: Client(port).metric(LINES_DROPPED) >= 2)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, no_limit)
-        fetch(port, "/sd?after")
+        resource.prlimit(own.pid, resource.RLIMIT_FSIZE, limit)  # as a disk that is full then
+        ask_often(own.port, 2)
+        wait_until(lambda: own.metric(LINES_DROPPED) >= 2)
+        resource.prlimit(own.pid, resource.RLIMIT_FSIZE, no_limit)
+        own.get("/sd?after")
         wait_until(lambda: b"/sd?after" in path.read_bytes())
     lines = path.read_text().splitlines()
     cut = [line for line in lines if not re.fullmatch(r'time="[^"]+" level=\w+ msg=".+"', line)]
@@ -20227,14 +20225,11 @@ sys.exit(expexp.main())
 
 def test_an_error_that_ends_a_thread_is_a_line_of_the_log(tmp_path: Path) -> None:
     source = faulty_threads(tmp_path)
-    with program(tmp_path, {}, source=source) as (process, port), connect(port) as client:
-        log = Log(process)
+    with started(tmp_path, {}, source=source) as own, connect(own.port) as client:
         assert client.recv(1) == b""
-        wait_until(lambda: log.count("Traceback"))
-        process.terminate()
-        assert process.wait(5) == 0
-        log.end()
-    (line,) = [line for line in log.lines if "Traceback" in line]
+        wait_until(lambda: own.count("Traceback"))
+        own.stop()
+    (line,) = [line for line in own.lines if "Traceback" in line]
     message = json.loads(line.partition(" msg=")[2])
     assert message.startswith("unexpected error in a thread\nTraceback ")
     assert message.endswith("KeyError: 'connection'")
@@ -20246,55 +20241,46 @@ def cpu_seconds(process_id: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@contextlib.contextmanager
-def few_descriptors(
-    folder: Path, modules: Mapping[str, object]
-) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """An expexp that may have 40 descriptors, which it did not know when it began."""
-    with program(folder, modules) as (process, port):
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
-        yield process, port
-
-
-def take_descriptors(process: subprocess.Popen[str]) -> None:
+def take_descriptors(process_id: int) -> None:
     """Leave no descriptor to a process beyond those that it has open."""
-    taken = set(map(int, os.listdir(f"/proc/{process.pid}/fd")))
+    taken = set(map(int, os.listdir(f"/proc/{process_id}/fd")))
     lowest_free = next(number for number in itertools.count() if number not in taken)
-    hard = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)[1]
-    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (lowest_free, hard))
+    hard = resource.prlimit(process_id, resource.RLIMIT_NOFILE)[1]
+    resource.prlimit(process_id, resource.RLIMIT_NOFILE, (lowest_free, hard))
 
 
 def test_without_file_descriptors_it_waits_and_recovers(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     modules = {"m": exec_module("echo a 1"), "slow": file_module(tmp_path / "fifo")}
     with contextlib.ExitStack() as stack:
-        process, port = stack.enter_context(program(tmp_path, modules))
-        limits = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
-        before_clients = footprint(process.pid).descriptors
+        own = stack.enter_context(started(tmp_path, modules))
+        limits = resource.prlimit(own.pid, resource.RLIMIT_NOFILE)
+        before_clients = footprint(own.pid).descriptors
         for _ in range(20):
-            begin_scrape(stack.enter_context(connect(port)), "slow")
-        wait_until(lambda: Client(port).metric("expexp_http_requests_in_flight") == 21)
+            begin_scrape(stack.enter_context(connect(own.port)), "slow")
+        wait_until(lambda: own.metric("expexp_http_requests_in_flight") == 21)
         # One for each client, and one for the FIFO. None for the client that asked for the metrics.
-        wait_until(lambda: footprint(process.pid).descriptors == before_clients + 21)
-        take_descriptors(process)
-        waiting = stack.enter_context(connect(port))
+        wait_until(lambda: footprint(own.pid).descriptors == before_clients + 21)
+        take_descriptors(own.pid)
+        waiting = stack.enter_context(connect(own.port))
         waiting.sendall(b"GET /-/healthy HTTP/1.0\r\n\r\n")
         waiting.settimeout(0.2)
-        before = cpu_seconds(process.pid)
+        before = cpu_seconds(own.pid)
         with pytest.raises(socket.timeout):
             waiting.recv(1)
-        assert cpu_seconds(process.pid) - before <= 0.08
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, limits)
+        assert cpu_seconds(own.pid) - before <= 0.08
+        resource.prlimit(own.pid, resource.RLIMIT_NOFILE, limits)
         waiting.settimeout(5)
         assert read_all(waiting).endswith(HEALTHY)
-        assert fetch(port, "/proxy?module=m").body == b"a 1\n"
+        assert own.scrape("m").body == b"a 1\n"
 
 
 def test_without_file_descriptors_idle_connections_make_room(tmp_path: Path) -> None:
-    with few_descriptors(tmp_path, {}) as (_, port), contextlib.ExitStack() as stack:
-        idle = [stack.enter_context(connect(port)) for _ in range(300)]
+    with started(tmp_path, {}) as own, contextlib.ExitStack() as stack:
+        resource.prlimit(own.pid, resource.RLIMIT_NOFILE, (40, 40))  # unknown to it
+        idle = [stack.enter_context(connect(own.port)) for _ in range(300)]
         with taking(0, 5):
-            assert is_served(port)
+            assert is_served(own.port)
         assert idle[0].recv(1) == b""
 
 
@@ -20309,31 +20295,29 @@ def test_scrapes_recover_when_the_limit_of_descriptors_is_lowered_and_idle_clien
             "file": file_module(tmp_path / "m"),
         }
         modules["cache"] = modules["http"] | {"cache": "1m"}
-        process, port = stack.enter_context(program(tmp_path, modules))
+        own = stack.enter_context(started(tmp_path, modules))
         for _ in range(100):
-            client = stack.enter_context(connect(port))
+            client = stack.enter_context(connect(own.port))
             client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(65536)  # its thread has begun: it will be idle before the scraper is
-        scraper = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-        stack.enter_context(contextlib.closing(scraper))
-        scraper.request("GET", "/-/healthy")  # accepted before the limit, it stays open
-        assert scraper.getresponse().read() == HEALTHY
-        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
-        wait_until(lambda: footprint(process.pid).descriptors < 30)
+        scraper = stack.enter_context(contextlib.closing(own.connection()))
+        # Accepted before the limit, it stays open.
+        assert ask_on(scraper, "/-/healthy").body == HEALTHY
+        resource.prlimit(own.pid, resource.RLIMIT_NOFILE, (40, 40))
+        wait_until(lambda: footprint(own.pid).descriptors < 30)
         for name in modules:
-            scraper.request("GET", f"/proxy?module={name}")
-            assert scraper.getresponse().read().startswith(EXPOSITION)
+            assert ask_on(scraper, f"/proxy?module={name}").body.startswith(EXPOSITION)
 
 
 def test_no_more_clients_are_served_than_there_are_descriptors_for(tmp_path: Path) -> None:
     with (
-        program(tmp_path, {}, *shell("ulimit -Sn 40; ulimit -Hn 40")) as (_, port),
+        started(tmp_path, {}, around=shell("ulimit -Sn 40; ulimit -Hn 40")) as own,
         contextlib.ExitStack() as stack,
     ):
-        idle = [stack.enter_context(connect(port)) for _ in range(20)]
-        wait_until(lambda: Client(port).metric("expexp_open_connections") == 40 // 5)
+        idle = [stack.enter_context(connect(own.port)) for _ in range(20)]
+        wait_until(lambda: own.metric("expexp_open_connections") == 40 // 5)
         assert idle[0].recv(1) == b""
-        assert Client(port).metric("expexp_rejected_connections_total") == 0
+        assert own.metric("expexp_rejected_connections_total") == 0
 
 
 @pytest.mark.parametrize(
@@ -20363,15 +20347,16 @@ def test_connections_fit_the_descriptors_that_there_may_be(
 
 def test_without_memory_for_threads_idle_connections_make_room(tmp_path: Path) -> None:
     around = shell("ulimit -v 400000")
-    with program(tmp_path, {"m": exec_module("echo a 1")}, *around) as (process, port):
+    with started(tmp_path, {"m": exec_module("echo a 1")}, around=around) as own:
         with contextlib.ExitStack() as stack:
             for _ in range(300):
-                stack.enter_context(connect(port))
-            assert footprint(process.pid).threads < 200  # there is not memory for all
+                stack.enter_context(connect(own.port))
+            assert footprint(own.pid).threads < 200  # there is not memory for all
             scrape = b"GET /proxy?module=m HTTP/1.0\r\n\r\n"
-            wait_until(lambda: is_answered(port, scrape, b"a 1\n"))
-        wait_until(lambda: is_answered(port, scrape, b"a 1\n"))
-        assert not [line for line in rest_of_log(process) if "level=warning" in line]
+            wait_until(lambda: is_answered(own.port, scrape, b"a 1\n"))
+        wait_until(lambda: is_answered(own.port, scrape, b"a 1\n"))
+        own.stop()
+    assert not own.count("level=warning")
 
 
 def is_answered(port: int, request: bytes, end: bytes) -> bool:
@@ -20382,9 +20367,7 @@ def is_answered(port: int, request: bytes, end: bytes) -> bool:
 
 
 @pytest.fixture(scope="module")
-def odd_parent(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def odd_parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """An expexp whose parent ignores its children and has set limits of descriptors."""
     modules = {
         "good": exec_module("echo a 1"),
@@ -20392,46 +20375,28 @@ def odd_parent(
         "limit": exec_module("sleep .01; echo a $(ulimit -Sn)"),
     }
     around = shell("trap '' CHLD; ulimit -Sn 200; ulimit -Hn 3000")
-    with program(tmp_path_factory.mktemp("odd"), modules, *around) as started:
-        yield started
+    with started(tmp_path_factory.mktemp("odd"), modules, around=around) as own:
+        yield own
 
 
-def test_a_hang_up_signal_does_not_end_it(odd_parent: tuple[subprocess.Popen[str], int]) -> None:
-    process, port = odd_parent
-    process.send_signal(signal.SIGHUP)
-    assert fetch(port, "/proxy?module=good").body == b"a 1\n"
-    assert process.poll() is None
+def test_a_hang_up_signal_does_not_end_it(odd_parent: Started) -> None:
+    odd_parent.process.send_signal(signal.SIGHUP)
+    assert odd_parent.scrape("good").body == b"a 1\n"
+    assert odd_parent.process.poll() is None
 
 
-def test_a_parent_that_ignores_its_children_changes_nothing(
-    odd_parent: tuple[subprocess.Popen[str], int],
-) -> None:
-    _, port = odd_parent
-    assert fetch(port, "/proxy?module=good").body == b"a 1\n"
-    bad = fetch(port, "/proxy?module=bad")
+def test_a_parent_that_ignores_its_children_changes_nothing(odd_parent: Started) -> None:
+    assert odd_parent.scrape("good").body == b"a 1\n"
+    bad = odd_parent.scrape("bad")
     assert bad.text == "module bad: sh: the command exited with status 3\n"
 
 
-def test_commands_get_their_own_limit_of_descriptors_back(
-    odd_parent: tuple[subprocess.Popen[str], int],
-) -> None:
-    _, port = odd_parent
-    assert fetch(port, "/proxy?module=limit").text == "a 200\n"
-    assert b"process_max_fds 3000\n" in fetch(port, "/metrics").body
+def test_commands_get_their_own_limit_of_descriptors_back(odd_parent: Started) -> None:
+    assert odd_parent.scrape("limit").text == "a 200\n"
+    assert odd_parent.metric("process_max_fds") == 3000
 
 
-TLS_LISTENER = ["-web.tls.listen-address", LOCAL, "-log.level", "info", "-config", ""]
-
-
-def listeners(process: subprocess.Popen[str], count: int) -> tuple[list[str], list[str]]:
-    """Where an expexp listens, and the lines of its log until it does on so many addresses."""
-    lines: list[str] = []
-    for line in cast("IO[str]", process.stderr):
-        lines.append(line)
-        urls = re.findall(r'msg="listening on (\S+)"', "".join(lines))
-        if len(urls) == count:
-            return urls, lines
-    raise AssertionError("".join(lines))
+TLS_LISTENER = ["-web.tls.listen-address", LOCAL, "-config", ""]
 
 
 @pytest.mark.parametrize(
@@ -20442,26 +20407,29 @@ def listeners(process: subprocess.Popen[str], count: int) -> tuple[list[str], li
     ],
 )
 def test_plain_http_is_served_beside_tls_with_a_warning_beyond_the_loopback(
-    plain: str, warned: bool, authorities: Authorities
+    plain: str, warned: bool, authorities: Authorities, tmp_path: Path
 ) -> None:
     files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
-    with process("-web.listen-address", plain, *TLS_LISTENER, *files) as started:
-        (http_url, https_url), lines = listeners(started, 2)
+    flags = ["-web.listen-address", plain, *TLS_LISTENER, *files]
+    with started(tmp_path, None, *flags) as own:
+        http_url, https_url = own.urls()
         assert [http_url[:7], https_url[:8]] == ["http://", "https://"]
-        assert fetch(int(http_url.rpartition(":")[2]), "/-/healthy").body == HEALTHY
+        assert own.get("/-/healthy").body == HEALTHY
         port = int(https_url.rpartition(":")[2])
         assert said_to_its_end(port, authorities.context(), HEALTH_REQUEST).endswith(HEALTHY)
+        own.stop()
     warning = f'level=warning msg="plain HTTP is still served beside TLS: {http_url}"'
-    assert any(warning in line for line in lines) is warned
-    assert any("plain HTTP" in line for line in lines) is warned
+    assert any(warning in line for line in own.lines) is warned
+    assert any("plain HTTP" in line for line in own.lines) is warned
 
 
-def test_tls_alone_is_served_without_that_warning(authorities: Authorities) -> None:
+def test_tls_alone_is_served_without_that_warning(authorities: Authorities, tmp_path: Path) -> None:
     files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
-    with process("-web.listen-address", "", *TLS_LISTENER, *files) as started:
-        (url,), lines = listeners(started, 1)
+    with started(tmp_path, None, "-web.listen-address", "", *TLS_LISTENER, *files) as own:
+        (url,) = own.urls()
+        own.stop()
     assert url.startswith("https://")
-    assert not any("plain HTTP" in line for line in lines)
+    assert not own.count("plain HTTP")
 
 
 def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients(
@@ -20475,89 +20443,49 @@ def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients
         connection.sendall(ok(EXPOSITION))
 
     web = web_config(tmp_path, authorities, client_auth_type=REQUIRED)
-    flags = ["-web.config.file", web, "-web.listen-address", LOCAL, "-log.level", "info"]
+    flags = ["-web.config.file", web]
     context = authorities.context(good_client)
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(target(answer))
-        (tmp_path / "expexp.yaml").write_text(json.dumps({"modules": {"m": http_module(slow)}}))
-        started = stack.enter_context(process(*flags, folder=tmp_path))
-        port = int(listeners(started, 1)[0][0].rpartition(":")[2])
-        silent, plain = (stack.enter_context(connect(port)) for _ in range(2))
+        modules = {"m": http_module(slow)}
+        own = stack.enter_context(started(tmp_path, modules, *flags))
+        silent, plain = (stack.enter_context(connect(own.port)) for _ in range(2))
         idle = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
         idle.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(cast(socket.socket, idle), HEALTHY)
         pool = stack.enter_context(ThreadPoolExecutor())
         request = b"GET /proxy?module=m HTTP/1.1\r\nHost: a\r\n\r\n"
-        scrape = pool.submit(said_to_its_end, port, context, request)
+        scrape = pool.submit(said_to_its_end, own.port, context, request)
         assert asked.wait(5)
-        started.send_signal(signal.SIGTERM)
+        own.process.send_signal(signal.SIGTERM)
         assert idle.recv(1) == b""
         assert silent.recv(1) == b""
         with pytest.raises(ConnectionRefusedError):
-            connect(port)
+            connect(own.port)
         go_on.set()
         assert scrape.result().endswith(EXPOSITION)
         with taking(0, 2):
-            assert started.wait(5) == 0
-        assert "Traceback" not in cast("IO[str]", started.stderr).read()
+            own.wait()
+    assert not own.count("Traceback")
 
 
 # --- reload of a real process: SIGHUP, and by itself
 
 
-def write_modules(path: Path, modules: Mapping[str, object]) -> None:
-    """Write a configuration at once, as a rename does."""
-    new = path.with_name(f"{path.name}~")
-    new.write_text(json.dumps({"modules": modules}))
-    new.rename(path)
-
-
-def module_names(port: int) -> list[str]:
-    return list(json.loads(fetch(port, "/", {"Accept": "application/json"}).body))
-
-
-def rest_of_log(process: subprocess.Popen[str]) -> list[str]:
-    """The messages that an expexp has logged since it began to serve; ends it."""
-    process.send_signal(signal.SIGTERM)
-    lines = cast("IO[str]", process.stderr).read().splitlines()
-    assert process.wait(5) == 0
-    return [json.loads(line.partition(" msg=")[2] or line) for line in lines]
-
-
-class Log:
-    """What an expexp logs, read as it comes: or else the pipe would be full."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.lines: list[str] = []
-        self._file = cast("IO[str]", process.stderr)
-        self._thread = threading.Thread(target=self._read)
-        self._thread.start()
-
-    def _read(self) -> None:
-        for line in self._file:
-            self.lines.append(line)
-
-    def count(self, words: str) -> int:
-        return sum(words in line for line in self.lines)
-
-    def end(self) -> None:
-        self._thread.join()
-
-
 def test_sighup_reloads_and_nothing_else_does_without_the_flag(tmp_path: Path) -> None:
-    with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
+    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
         write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo b 1")})
         end = time.monotonic() + 0.3
         while time.monotonic() < end:
-            assert fetch(port, "/proxy?module=m").text == "a 1\n"
-        process.send_signal(signal.SIGHUP)
-        wait_until(lambda: fetch(port, "/proxy?module=m").text == "b 1\n")
+            assert own.scrape("m").text == "a 1\n"
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.scrape("m").text == "b 1\n")
         for _ in range(20):
-            process.send_signal(signal.SIGHUP)
+            own.process.send_signal(signal.SIGHUP)
         write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo c 1")})
-        process.send_signal(signal.SIGHUP)
-        wait_until(lambda: fetch(port, "/proxy?module=m").text == "c 1\n")
-        assert "stopping" in rest_of_log(process)
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.scrape("m").text == "c 1\n")
+        assert "stopping" in own.stop()
 
 
 #: Flags, and which clients the line at the start names.
@@ -20575,16 +20503,12 @@ def test_a_start_a_good_reload_and_the_end_are_a_line_each_at_every_level(
     secret = exec_module("true", env={"TOKEN": "s3ntinel"})
     path, old = tmp_path / "expexp.yaml", {"a": exec_module("true"), "b": secret, "c": secret}
     write_modules(path, old)
-    with process("-web.listen-address", LOCAL, *flags, folder=tmp_path) as own:
-        log = Log(own)
-        wait_until(lambda: log.count("started"))
+    with started(tmp_path, None, "-log.level=warning", *flags) as own:
         write_modules(path, {"a": exec_module("false"), "b": secret, "d": secret, "e": secret})
-        own.send_signal(signal.SIGHUP)
-        wait_until(lambda: log.count("reloaded"))
-        own.send_signal(signal.SIGTERM)
-        assert own.wait(5) == 0
-        log.end()
-    lines = [line for line in log.lines if "level=notice" in line]
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.count("reloaded"))
+        own.stop()
+    lines = [line for line in own.lines if "level=notice" in line]
     url = r"http://127\.0\.0\.1:\d+"
     said = [
         rf"expexp {expexp.__version__} started: 3 modules, {url}, clients: {clients}",
@@ -20600,40 +20524,38 @@ def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None
     # A thread that begins or ends just then may be the one that the kernel interrupts.
     over = threading.Event()
 
-    def come_and_go(port: int) -> None:
+    def come_and_go(client: Client) -> None:
         while not over.is_set():
-            fetch(port, "/-/ready")
+            client.get("/-/ready")
 
-    with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
-        log, said = Log(process), "configuration reloaded: 1 modules, 0 added, 0 changed, 0 removed"
+    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+        said = "configuration reloaded: 1 modules, 0 added, 0 changed, 0 removed"
         with ThreadPoolExecutor(2) as pool:
-            clients = [pool.submit(come_and_go, port) for _ in range(2)]
+            clients = [pool.submit(come_and_go, own) for _ in range(2)]
             try:
                 for number in range(40):
-                    process.send_signal(signal.SIGHUP)
-                    wait_until(lambda number=number: log.count(said) > number)  # type: ignore[misc]
+                    own.process.send_signal(signal.SIGHUP)
+                    wait_until(lambda number=number: own.count(said) > number)  # type: ignore[misc]
             finally:
                 over.set()
             for client in clients:
                 client.result()
-        process.terminate()
-        assert process.wait(5) == 0
-        log.end()
+        own.stop()
 
 
 def test_sighup_with_a_bad_configuration_is_logged_and_changes_nothing(tmp_path: Path) -> None:
-    with program(tmp_path, {"m": exec_module("echo a 1")}) as (process, port):
-        begun = Client(port).metric(SUCCEEDED)
+    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+        begun = own.metric(SUCCEEDED)
         (tmp_path / "expexp.yaml").write_text(BAD)
-        process.send_signal(signal.SIGHUP)
-        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 0)
-        assert Client(port).metric(SUCCEEDED) == begun
-        assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.metric(SUCCESSFUL) == 0)
+        assert own.metric(SUCCEEDED) == begun
+        assert own.scrape("m").text == "a 1\n"
         write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo b 1")})
-        process.send_signal(signal.SIGHUP)
-        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 1)
-        assert Client(port).metric(SUCCEEDED) > begun
-        log = rest_of_log(process)
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.metric(SUCCESSFUL) == 1)
+        assert own.metric(SUCCEEDED) > begun
+        log = own.stop()
     problems = [line for line in log if line.startswith(KEEPING)]
     assert [line.partition("expexp.yaml:")[2] for line in problems] == BAD_PROBLEMS
     assert not any("Traceback" in line or SECRET in line for line in log)
@@ -20643,14 +20565,14 @@ class ReloadingItself(NamedTuple):
     """An expexp that looks for changes all the time, and its files."""
 
     folder: Path
-    port: int
+    own: Started
 
     @property
     def config(self) -> Path:
         return self.folder / "c.yaml"
 
     def has(self, *names: str) -> bool:
-        return set(names) <= set(module_names(self.port))
+        return set(names) <= set(self.own.modules())
 
 
 @pytest.fixture(scope="module")
@@ -20659,9 +20581,9 @@ def reloading_itself(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloa
     put(str(folder / "d"), in_d__yaml=A_FILE)
     write_modules(folder / "c.yaml", {"m": file_module("/dev/null")})
     flags = ["-config=c.yaml", "-config.dirs=d", "-config.dirs=later", "-config.skip-dirs"]
-    flags += ["-config.auto-reload-interval=20ms", "-log.level=info"]
-    with process(*flags, f"-web.listen-address={LOCAL}", folder=folder) as own:
-        yield ReloadingItself(folder, started(own))
+    flags += ["-config.auto-reload-interval=20ms"]
+    with started(folder, None, *flags) as own:
+        yield ReloadingItself(folder, own)
 
 
 def test_by_itself_it_takes_a_file_that_was_replaced(reloading_itself: ReloadingItself) -> None:
@@ -20698,11 +20620,11 @@ def test_by_itself_it_keeps_what_it_has_when_the_file_is_gone(
     write_modules(reloading_itself.config, {"kept": file_module("/dev/null")})
     wait_until(lambda: reloading_itself.has("kept"))
     reloading_itself.config.unlink()
-    wait_until(lambda: Client(reloading_itself.port).metric(SUCCESSFUL) == 0)
+    wait_until(lambda: reloading_itself.own.metric(SUCCESSFUL) == 0)
     assert reloading_itself.has("kept")
     write_modules(reloading_itself.config, {"back": file_module("/dev/null")})
     wait_until(lambda: reloading_itself.has("back"))
-    assert Client(reloading_itself.port).metric(SUCCESSFUL) == 1
+    assert reloading_itself.own.metric(SUCCESSFUL) == 1
 
 
 def test_by_itself_it_takes_files_of_folders_that_come_change_and_go(
@@ -20712,14 +20634,14 @@ def test_by_itself_it_takes_files_of_folders_that_come_change_and_go(
     file.write_text(A_FILE)
     wait_until(lambda: served.has("comes", "in_d"))
     file.write_text("{method: exec, exec: {command: sh}}")
-    wait_until(lambda: fetch(served.port, "/").text.count("exec sh") == 1)
+    wait_until(lambda: served.own.get("/").text.count("exec sh") == 1)
     file.write_text("{method: exec}")
-    wait_until(lambda: Client(served.port).metric(SUCCESSFUL) == 0)
+    wait_until(lambda: served.own.metric(SUCCESSFUL) == 0)
     assert served.has("comes")
     file.unlink()
     wait_until(lambda: not served.has("comes"))
     assert served.has("in_d")
-    assert Client(served.port).metric(SUCCESSFUL) == 1
+    assert served.own.metric(SUCCESSFUL) == 1
 
 
 def test_by_itself_it_takes_a_configuration_when_the_secret_that_it_lacked_comes(
@@ -20727,7 +20649,7 @@ def test_by_itself_it_takes_a_configuration_when_the_secret_that_it_lacked_comes
 ) -> None:
     token, config = reloading_itself.folder / "token", reloading_itself.config
     write_modules(config, {"lacking": http_module(1, bearer_token_file="token")})
-    wait_until(lambda: Client(reloading_itself.port).metric(SUCCESSFUL) == 0)
+    wait_until(lambda: reloading_itself.own.metric(SUCCESSFUL) == 0)
     assert not reloading_itself.has("lacking")
     secret_file(token, "t")
     wait_until(lambda: reloading_itself.has("lacking"))
@@ -20791,46 +20713,37 @@ def test_by_itself_it_takes_a_folder_that_was_skipped_and_comes(
 
 
 def test_no_number_of_signals_hides_the_one_to_stop(tmp_path: Path) -> None:
-    write_modules(tmp_path / "expexp.yaml", {f"m{n}": exec_module("true") for n in range(50)})
-    with process("-log.level=info", "-web.listen-address", LOCAL, folder=tmp_path) as own:
-        started(own)
-        log = Log(own)
+    modules = {f"m{n}": exec_module("true") for n in range(50)}
+    with started(tmp_path, modules) as own:
         for _ in range(2000):
-            own.send_signal(signal.SIGHUP)
-        wait_until(lambda: log.count("configuration reloaded: "))
-        own.send_signal(signal.SIGTERM)
-        assert own.wait(5) == 0
-        log.end()
-    assert 1 <= log.count("configuration reloaded: ") < 1000
-    assert log.count("wakeup") == log.count("Traceback") == 0
+            own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.count("configuration reloaded: "))
+        own.stop()
+    assert 1 <= own.count("configuration reloaded: ") < 1000
+    assert own.count("wakeup") == own.count("Traceback") == 0
 
 
 def test_by_itself_it_takes_no_file_that_still_changes(tmp_path: Path) -> None:
-    flags = ["-config.auto-reload-interval=500ms", "-log.level=info", "-web.listen-address", LOCAL]
     path = tmp_path / "expexp.yaml"
-    write_modules(path, {"m": exec_module("echo a 1", accept_args=False)})
-    with process(*flags, folder=tmp_path) as own:
-        port = started(own)
+    modules = {"m": exec_module("echo a 1", accept_args=False)}
+    with started(tmp_path, modules, "-config.auto-reload-interval=500ms") as own:
         path.write_text("modules:\n  m: {method: exec, exec: {command: echo, args: [a 1]}}\n")
         for _ in range(20):  # the rest comes late, and piece by piece
             with path.open("a") as file:
                 file.write("# more\n")
             time.sleep(0.05)
-            assert fetch(port, "/proxy?module=m&args=evil").status == 400
+            assert own.scrape("m&args=evil").status == 400
         write_modules(path, {"n": exec_module("echo a 1")})
-        wait_until(lambda: module_names(port) == ["n"])
+        wait_until(lambda: list(own.modules()) == ["n"])
 
 
 def test_by_itself_it_reads_a_bad_file_once_and_says_once_what_is_wrong(tmp_path: Path) -> None:
-    flags = ["-config.auto-reload-interval=20ms", "-log.level=info", "-web.listen-address", LOCAL]
-    write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo a 1")})
-    with process(*flags, folder=tmp_path) as own:
-        port = started(own)
+    with started(tmp_path, ECHO, "-config.auto-reload-interval=20ms") as own:
         (tmp_path / "new").write_text("moduls: {}\n")
         (tmp_path / "new").rename(tmp_path / "expexp.yaml")
-        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 0)
+        wait_until(lambda: own.metric(SUCCESSFUL) == 0)
         time.sleep(0.2)  # ten times the interval
-        said = [line for line in rest_of_log(own) if "keeping the previous" in line]
+        said = [line for line in own.stop() if "keeping the previous" in line]
     assert said == [
         f'{KEEPING}expexp.yaml:1:1: moduls: unknown key; did you mean "modules"?',
     ]
@@ -20874,34 +20787,25 @@ def versions_in(path: str, answer: Answer) -> set[int]:
 class Scraper:
     """A client that asks again and again; what it saw that must not be."""
 
-    def __init__(self, port: int, path: str, keep: bool) -> None:
-        self.port, self.path, self.keep = port, path, keep
+    def __init__(self, own: Client, path: str, keep: bool) -> None:
+        self.own, self.path = own, path
+        self.headers = {
+            "Accept": "application/json",
+            "Connection": "keep-alive" if keep else "close",
+        }
         self.answers, self.faults, self.version = 0, list[str](), 0
 
     def run(self, over: threading.Event) -> None:
-        client = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        with contextlib.closing(client):
+        with contextlib.closing(self.own.connection()) as client:
             while not over.wait(0.08):
-                with self.noting(client):
+                try:
                     self.ask(client)
-
-    @contextlib.contextmanager
-    def noting(self, client: http.client.HTTPConnection) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, http.client.HTTPException, AssertionError) as error:
-            self.faults.append(repr(error))
-            client.close()
+                except (OSError, http.client.HTTPException, AssertionError) as error:
+                    self.faults.append(repr(error))
+                    client.close()
 
     def ask(self, client: http.client.HTTPConnection) -> None:
-        headers = {
-            "Accept": "application/json",
-            "Connection": "keep-alive" if self.keep else "close",
-        }
-        client.request("GET", self.path, headers=headers)
-        response = client.getresponse()
-        answer = Answer(response.status, response.headers, response.read())
-        found = versions_in(self.path, answer)
+        found = versions_in(self.path, ask_on(client, self.path, self.headers))
         assert len(found) == 1, f"mixed: {sorted(found)}"
         assert self.version <= min(found), f"{found} after {self.version}"
         self.version = min(found)
@@ -20909,23 +20813,18 @@ class Scraper:
 
 
 def reload_under_load(
-    own: subprocess.Popen[str],
-    log: Log,
-    config: Path,
-    port: int,
-    versions: Sequence[int],
-    pace: float,
+    own: Started, config: Path, versions: Sequence[int], pace: float
 ) -> list[Scraper]:
     """A good and a bad reload for each version while eight clients ask; what they saw."""
     paths = ["/", "/proxy?module=m"] * 4
-    scrapers = [Scraper(port, path, keep=number % 4 < 2) for number, path in enumerate(paths)]
+    scrapers = [Scraper(own, path, keep=number % 4 < 2) for number, path in enumerate(paths)]
     over = threading.Event()
 
     def reload(modules: dict[str, object], said: str) -> None:
-        before, end = log.count(said), time.monotonic() + pace
+        before, end = own.count(said), time.monotonic() + pace
         write_modules(config, modules)
-        own.send_signal(signal.SIGHUP)
-        wait_until(lambda: log.count(said) > before)
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.count(said) > before)
         time.sleep(max(0, end - time.monotonic()))
 
     with ThreadPoolExecutor(len(scrapers)) as pool:
@@ -20948,24 +20847,19 @@ def test_fifty_reloads_in_ten_seconds_disturb_nobody_and_leave_nothing_behind(
 ) -> None:
     config = tmp_path / "c.json"
     write_modules(config, versioned(1))
-    flags = ["-config=c.json", "-log.level=info", "-web.listen-address", LOCAL]
-    with process(*flags, folder=tmp_path) as own:
-        port = started(own)
-        log = Log(own)
-        reload_under_load(own, log, config, port, range(2, 12), 0.05)  # caches and arenas fill
-        wait_until(lambda: Client(port).metric("expexp_open_connections") == 1)
+    with started(tmp_path, None, "-config=c.json") as own:
+        reload_under_load(own, config, range(2, 12), 0.05)  # caches and arenas fill
+        wait_until(lambda: own.metric("expexp_open_connections") == 1)
         before = footprint(own.pid)
-        scrapers = reload_under_load(own, log, config, port, range(12, 37), 0.2)
-        wait_until(lambda: Client(port).metric("expexp_open_connections") == 1)
+        scrapers = reload_under_load(own, config, range(12, 37), 0.2)
+        wait_until(lambda: own.metric("expexp_open_connections") == 1)
         wait_until(lambda: all(a <= b for a, b in zip(footprint(own.pid)[:2], before)))
         grown = footprint(own.pid).memory - before.memory
-        own.send_signal(signal.SIGTERM)
-        assert own.wait(10) == 0
-        log.end()
+        own.stop(seconds=10)
     assert [fault for scraper in scrapers for fault in scraper.faults] == []
     assert min(scraper.answers for scraper in scrapers) >= 20
     assert {scraper.version for scraper in scrapers} == {36}
-    assert not log.count("Traceback") + log.count("unexpected")
+    assert not own.count("Traceback") + own.count("unexpected")
     # 25 configurations of half a mebibyte that were kept would be twice as much; the allocator's
     # own wavering was at most 4.
     assert grown < 6 * expexp.MEBIBYTE, grown
@@ -21000,25 +20894,25 @@ def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is
     around, fault = ["env", f"NOTIFY_SOCKET={address}"], tmp_path / "fault"
     with (
         service_manager(address) as channel,
-        program(tmp_path, {"m": echoing("a")}, *around, source=source) as (process, port),
+        started(tmp_path, {"m": echoing("a")}, around=around, source=source) as own,
     ):
         assert channel.recv(4096) == b"READY=1"
         fault.touch()
         since = time.monotonic_ns() // 1000
-        process.send_signal(signal.SIGHUP)
+        own.process.send_signal(signal.SIGHUP)
         receive_reload(channel, since)
         since = time.monotonic_ns() // 1000
-        answer = fetch(port, "/-/reload", method="POST")
+        answer = own.get("/-/reload", method="POST")
         receive_reload(channel, since)
         assert (answer.status, answer.text) == (500, "unexpected error: see the log\n")
-        assert Client(port).metric(SUCCESSFUL) == 0
-        assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        assert own.metric(SUCCESSFUL) == 0
+        assert own.scrape("m").text == "a 1\n"
         fault.unlink()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
-        process.send_signal(signal.SIGHUP)
-        wait_until(lambda: fetch(port, "/proxy?module=m").text == "b 1\n")
-        assert Client(port).metric(SUCCESSFUL) == 1
-        log = rest_of_log(process)
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.scrape("m").text == "b 1\n")
+        assert own.metric(SUCCESSFUL) == 1
+        log = own.stop()
     traces = [line for line in log if "Traceback" in line]
     assert len(traces) == 2  # one a reload
     for line in traces:
@@ -21028,15 +20922,15 @@ def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is
 
 def test_a_fault_of_ours_is_met_once_by_who_reloads_by_itself(tmp_path: Path) -> None:
     source = faulty_program(tmp_path, "-config.auto-reload-interval=20ms")
-    with program(tmp_path, {"m": echoing("a")}, source=source) as (process, port):
+    with started(tmp_path, {"m": echoing("a")}, source=source) as own:
         (tmp_path / "fault").touch()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
-        wait_until(lambda: Client(port).metric(SUCCESSFUL) == 0)
+        wait_until(lambda: own.metric(SUCCESSFUL) == 0)
         time.sleep(0.2)  # ten times the interval
         (tmp_path / "fault").unlink()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("c")})
-        wait_until(lambda: fetch(port, "/proxy?module=m").text == "c 1\n")
-        assert sum("Traceback" in line for line in rest_of_log(process)) == 1
+        wait_until(lambda: own.scrape("m").text == "c 1\n")
+        assert sum("Traceback" in line for line in own.stop()) == 1
 
 
 BY_NAME = 'exec "$@" -web.bearer.token-file pipe'
@@ -21050,18 +20944,16 @@ def test_a_token_from_a_pipe_does_not_hold_up_a_reload_nor_the_end(
     os.mkfifo(tmp_path / "pipe")
     with ThreadPoolExecutor() as pool:
         writer = pool.submit((tmp_path / "pipe").write_text, "one") if line == BY_NAME else None
-        with program(tmp_path, {"m": echoing("a")}, "bash", "-c", line, "bash") as (process, port):
+        around = ["bash", "-c", line, "bash"]
+        with started(tmp_path, {"m": echoing("a")}, around=around) as own:
             assert writer is None or writer.result(5) == 3
-            log = Log(process)
             for count in (1, 2):
-                process.send_signal(signal.SIGHUP)
-                wait_until(lambda count=count: log.count(A_PIPE) == count)  # type: ignore[misc]
-            assert fetch(port, "/", bearer("one")).status == 200
-            assert fetch(port, "/", bearer("")).status == 401
-            process.terminate()
-            assert process.wait(5) == 0
-            log.end()
-    assert log.count("stopping") == 1
+                own.process.send_signal(signal.SIGHUP)
+                wait_until(lambda count=count: own.count(A_PIPE) == count)  # type: ignore[misc]
+            assert own.get("/", bearer("one")).status == 200
+            assert own.get("/", bearer("")).status == 401
+            own.stop()
+    assert own.count("stopping") == 1
 
 
 @pytest.mark.parametrize("which", ["cert", "key", "ca"])
@@ -21072,18 +20964,14 @@ def test_a_file_of_tls_that_becomes_a_pipe_holds_up_no_client_no_reload_and_not_
     for name in ("cert", "key", "ca"):
         source = authorities.ours.file if name == "ca" else authorities.server
         flags.append(f"-web.tls.{name}={shutil.copy(source, tmp_path / name)}")
-    with process("-web.listen-address=", *TLS_LISTENER, *flags) as started:
-        (url,), _ = listeners(started, 1)
-        log, port = Log(started), int(url.rpartition(":")[2])
+    with started(tmp_path, None, "-web.listen-address=", *TLS_LISTENER, *flags) as own:
         (tmp_path / which).unlink()
         os.mkfifo(tmp_path / which)
-        wait_until(lambda: admits(port, context) and log.count(A_PIPE) == 1)
-        started.send_signal(signal.SIGHUP)
-        wait_until(lambda: log.count(A_PIPE) == 2)
-        assert admits(port, context)
-        started.terminate()
-        assert started.wait(5) == 0
-        log.end()
+        wait_until(lambda: admits(own.port, context) and own.count(A_PIPE) == 1)
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.count(A_PIPE) == 2)
+        assert admits(own.port, context)
+        own.stop()
 
 
 # --- reloads that do not end, and many at once
@@ -21122,16 +21010,14 @@ def test_expexp_ends_in_time_although_a_file_system_hangs_where(
 ) -> None:
     (tmp_path / "flags").write_text(flags)
     source = hanging_program(tmp_path)
-    with program(tmp_path, {"m": exec_module("echo a 1")}, source=source) as (process, port):
+    with started(tmp_path, {"m": exec_module("echo a 1")}, source=source) as own:
         (tmp_path / "hang").touch()
         if hangs_at:
-            process.send_signal(hangs_at)
+            own.process.send_signal(hangs_at)
         wait_until((tmp_path / "hung").exists)
-        assert fetch(port, "/proxy?module=m").body == b"a 1\n"
-        process.terminate()
+        assert own.scrape("m").body == b"a 1\n"
         with taking(0, 3):
-            assert process.wait(5) == 0
-        assert "stopping" in cast("IO[str]", process.stderr).read()
+            assert "stopping" in own.stop()
 
 
 @pytest.mark.load
@@ -21147,27 +21033,28 @@ def test_two_thousand_scrapes_of_a_hung_file_leave_as_many_threads_as_its_module
     source = SOURCE.parent / "bench" / "hostile_hang.c"
     build = ["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"]
     subprocess.run(build, check=True)
-    preload = [f"LD_PRELOAD={library}", f"HANG_CALL={call}", f"HANG_PREFIX={hung}"]
+    around = ["env", f"LD_PRELOAD={library}", f"HANG_CALL={call}"]
+    around += [f"HANG_PREFIX={hung}", f"HANG_WHILE={hangs}"]
     modules = {"m": file_module(hung) | {"timeout": "500ms"}, "good": file_module(good)}
     with (
-        program(tmp_path, modules, "env", *preload, f"HANG_WHILE={hangs}") as (process, port),
+        started(tmp_path, modules, around=around) as own,
         ThreadPoolExecutor(60) as pool,
     ):
-        assert fetch(port, "/proxy?module=m").status == 200
-        threads_before = footprint(process.pid).threads
+        assert own.scrape("m").status == 200
+        threads_before = footprint(own.pid).threads
         hangs.touch()
-        scrapes = [pool.submit(fetch, port, "/proxy?module=m") for _ in range(2000)]
+        scrapes = [pool.submit(own.scrape, "m") for _ in range(2000)]
         while not all(scrape.done() for scrape in scrapes):
             with taking(0, 2):
-                assert fetch(port, "/proxy?module=good").status == 200
+                assert own.scrape("good").status == 200
         assert collections.Counter(scrape.result().status for scrape in scrapes) == {
             504: 50,
             503: 1950,
         }
-        wait_until(lambda: footprint(process.pid).threads <= threads_before + 50)
+        wait_until(lambda: footprint(own.pid).threads <= threads_before + 50)
         hangs.unlink()
-        wait_until(lambda: footprint(process.pid).threads <= threads_before)
-        assert fetch(port, "/proxy?module=m").status == 200
+        wait_until(lambda: footprint(own.pid).threads <= threads_before)
+        assert own.scrape("m").status == 200
 
 
 @contextlib.contextmanager
@@ -21285,9 +21172,9 @@ def test_a_check_of_a_configuration_without_modules_says_so_and_exits_with_0(
 
 def test_a_start_without_modules_says_so_once(here: Path) -> None:
     (here / "c.yaml").write_text("")
-    with process("-config=c.yaml", "-web.listen-address=127.0.0.1:0", "-log.level=info") as started:
-        _, lines = listeners(started, 1)
-    assert [NO_MODULES in line for line in lines].count(True) == 1
+    with started(here, None, "-config=c.yaml") as own:
+        own.stop()
+    assert own.count(NO_MODULES) == 1
 
 
 def test_a_check_says_all_that_is_wrong_and_exits_with_1(here: Path) -> None:
@@ -21337,11 +21224,11 @@ def test_a_check_refuses_flags_that_do_not_go_together() -> None:
 
 
 def test_a_check_binds_no_port_and_so_works_beside_a_running_expexp(tmp_path: Path) -> None:
-    with program(tmp_path, {"m": exec_module("echo a 1")}) as (_, port):
-        flags = ["-config.check", f"-web.listen-address=127.0.0.1:{port}"]
+    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+        flags = ["-config.check", f"-web.listen-address=127.0.0.1:{own.port}"]
         ended = run(*flags, folder=tmp_path)
         assert (ended.returncode, ended.stderr) == (0, "0 problems, 0 warnings, modules: 1\n")
-        assert fetch(port, "/proxy?module=m").text == "a 1\n"
+        assert own.scrape("m").text == "a 1\n"
         write_modules(tmp_path / "expexp.yaml", {"m": {"method": "none"}})
         assert run(*flags, folder=tmp_path).returncode == 1
 
@@ -21369,23 +21256,10 @@ def address_of(kind: str, folder: Path) -> str:
     return f"@{folder}" if kind == "abstract" else str(folder / "notify")
 
 
-@contextlib.contextmanager
-def managed(folder: Path, address: str, *flags: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """An expexp under a service manager, whose command tells what it was given, and its port."""
-    script = 'echo "given{address=\\"$NOTIFY_SOCKET\\"} 1"'
-    write_modules(folder / "expexp.yaml", {"m": exec_module(script)})
-    command = ["env", f"NOTIFY_SOCKET={address}", sys.executable, str(SOURCE), *flags]
-    own = subprocess.Popen(
-        [*command, f"-web.listen-address={LOCAL}", "-log.level=info"],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-    )
-    try:
-        yield own, started(own)
-    finally:
-        own.kill()
-        own.communicate()
+def managed(folder: Path, address: str, *flags: str) -> contextlib.AbstractContextManager[Started]:
+    """An expexp under a service manager, whose command tells what it was given."""
+    modules = {"m": exec_module('echo "given{address=\\"$NOTIFY_SOCKET\\"} 1"')}
+    return started(folder, modules, *flags, around=["env", f"NOTIFY_SOCKET={address}"])
 
 
 def receive_reload(channel: socket.socket, since: int) -> None:
@@ -21399,20 +21273,19 @@ def receive_reload(channel: socket.socket, since: int) -> None:
 @pytest.mark.parametrize("kind", ["path", "abstract"])
 def test_systemd_is_told_of_start_reloads_and_end(kind: str, tmp_path: Path) -> None:
     address, flag = address_of(kind, tmp_path), "-web.enable-lifecycle"
-    with service_manager(address) as channel, managed(tmp_path, address, flag) as (own, port):
+    with service_manager(address) as channel, managed(tmp_path, address, flag) as own:
         assert channel.recv(4096) == b"READY=1"
-        assert fetch(port, "/proxy?module=m").text == 'given{address=""} 1\n'
+        assert own.scrape("m").text == 'given{address=""} 1\n'
         for text, status in [("modules: {n: " + A_FILE + "}", 200), ("nonsense", 500)]:
             (tmp_path / "expexp.yaml").write_text(text)
             since = time.monotonic_ns() // 1000
-            own.send_signal(signal.SIGHUP)
+            own.process.send_signal(signal.SIGHUP)
             receive_reload(channel, since)
             since = time.monotonic_ns() // 1000
-            assert fetch(port, "/-/reload", method="POST").status == status
+            assert own.get("/-/reload", method="POST").status == status
             receive_reload(channel, since)
-        own.terminate()
+        own.stop()
         assert channel.recv(4096) == b"STOPPING=1"
-        assert own.wait(5) == 0
         channel.settimeout(0)
         with pytest.raises(BlockingIOError):
             channel.recv(4096)
@@ -21450,11 +21323,11 @@ def test_who_does_not_serve_is_not_ready(fault: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["", "/nowhere/notify", "@nobody", "/" + "x" * 200])
 def test_without_a_service_manager_that_listens_all_goes_on(address: str, tmp_path: Path) -> None:
-    with managed(tmp_path, address) as (own, port):
+    with managed(tmp_path, address) as own:
         write_modules(tmp_path / "expexp.yaml", {"n": exec_module("echo a 1")})
-        own.send_signal(signal.SIGHUP)
-        wait_until(lambda: module_names(port) == ["n"])
-        assert not [line for line in rest_of_log(own) if "Traceback" in line]
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: list(own.modules()) == ["n"])
+        assert not [line for line in own.stop() if "Traceback" in line]
 
 
 def test_a_service_manager_that_reads_nothing_holds_up_nothing(tmp_path: Path) -> None:
@@ -21464,14 +21337,13 @@ def test_a_service_manager_that_reads_nothing_holds_up_nothing(tmp_path: Path) -
         with contextlib.suppress(BlockingIOError):
             while True:
                 other.sendto(b"X", address)
-        with managed(tmp_path, address) as (own, port):
-            assert fetch(port, "/proxy?module=m").status == 200
+        with managed(tmp_path, address) as own:
+            assert own.scrape("m").status == 200
             write_modules(tmp_path / "expexp.yaml", {"n": exec_module("echo a 1")})
-            own.send_signal(signal.SIGHUP)
-            wait_until(lambda: module_names(port) == ["n"], 10)
-            assert fetch(port, "/proxy?module=n").status == 200
-            own.terminate()
-            assert own.wait(10) == 0
+            own.process.send_signal(signal.SIGHUP)
+            wait_until(lambda: list(own.modules()) == ["n"], 10)
+            assert own.scrape("n").status == 200
+            own.stop(seconds=10)
 
 
 # --- systemd's watchdog: sd_watchdog_enabled(3)
@@ -21500,22 +21372,16 @@ sys.exit(expexp.main())
 @contextlib.contextmanager
 def watched(
     folder: Path, authorities: Authorities, *environment: str
-) -> Iterator[tuple[socket.socket, subprocess.Popen[str]]]:
+) -> Iterator[tuple[socket.socket, Started]]:
     """What systemd is told by an expexp with two listeners, once it is ready, and its process."""
     address = address_of("path", folder)
     flags = [f"-web.tls.cert={authorities.server}", f"-web.tls.key={authorities.server}"]
-    command = ["env", f"NOTIFY_SOCKET={address}", *environment, sys.executable]
-    command += [str(watched_program(folder)), f"-web.listen-address={LOCAL}", *TLS_LISTENER]
-    with service_manager(address) as channel:
-        process = subprocess.Popen(
-            [*command, *flags], stderr=subprocess.PIPE, text=True, cwd=folder
-        )
-        try:
-            assert channel.recv(4096) == b"READY=1"
-            yield channel, process
-        finally:
-            process.kill()
-            process.communicate()
+    around, source = ["env", f"NOTIFY_SOCKET={address}", *environment], watched_program(folder)
+    with service_manager(address) as channel, started(
+        folder, None, *TLS_LISTENER, *flags, around=around, source=source
+    ) as own:
+        assert channel.recv(4096) == b"READY=1"
+        yield channel, own
 
 
 QUARTER: Final = 0.1
@@ -21554,28 +21420,27 @@ def test_systemd_hears_nothing_once_one_of_two_listeners_has_stopped(
 def test_systemd_hears_nothing_that_it_does_not_want_to_hear_where_there_is(
     environment: list[str], authorities: Authorities, tmp_path: Path
 ) -> None:
-    with watched(tmp_path, authorities, *environment) as (channel, process):
+    with watched(tmp_path, authorities, *environment) as (channel, own):
         channel.settimeout(5 * QUARTER)
         with pytest.raises(socket.timeout):
             channel.recv(4096)
-        process.terminate()
+        own.stop()
         assert channel.recv(4096) == b"STOPPING=1"
-        assert process.wait(5) == 0
 
 
 def test_systemd_hears_of_a_process_without_descriptors(
     authorities: Authorities, tmp_path: Path
 ) -> None:
-    with watched(tmp_path, authorities, WATCHDOG) as (channel, process):
+    with watched(tmp_path, authorities, WATCHDOG) as (channel, own):
         assert channel.recv(4096) == b"WATCHDOG=1"
-        take_descriptors(process)
+        take_descriptors(own.pid)
         assert [channel.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
-        process.send_signal(signal.SIGHUP)
+        own.process.send_signal(signal.SIGHUP)
         heard = [channel.recv(4096)]
         while heard[-1] != b"READY=1":
             heard.append(channel.recv(4096))
         assert [text for text in heard if text.startswith(b"RELOADING=1\n")]
-        process.send_signal(signal.SIGTERM)
+        own.process.send_signal(signal.SIGTERM)
         while channel.recv(4096) != b"STOPPING=1":
             pass
 
@@ -21583,7 +21448,7 @@ def test_systemd_hears_of_a_process_without_descriptors(
 def test_systemd_hears_of_the_process_that_it_has_started(tmp_path: Path) -> None:
     address, line = address_of("path", tmp_path), f'{WATCHDOG} WATCHDOG_PID=$$ exec "$@"'
     around = ["env", f"NOTIFY_SOCKET={address}", "sh", "-c", line, "sh"]
-    with service_manager(address) as channel, program(tmp_path, {}, *around):
+    with service_manager(address) as channel, started(tmp_path, {}, around=around):
         assert [channel.recv(4096) for _ in range(3)] == [b"READY=1"] + [b"WATCHDOG=1"] * 2
 
 
@@ -21595,9 +21460,9 @@ def test_a_watchdog_that_reads_nothing_holds_up_no_client(tmp_path: Path) -> Non
         with contextlib.suppress(BlockingIOError):
             while True:
                 other.sendto(b"X", address)
-        with program(tmp_path, {}, *around) as (_, port), taking(0, 0.9):
+        with started(tmp_path, {}, around=around) as own, taking(0, 0.9):
             for _ in range(10):
-                assert is_served(port)
+                assert is_served(own.port)
 
 
 # ==================================================================================================
@@ -21696,22 +21561,12 @@ def keep_journal(folder: Path, *flags: str) -> Journal:
     with target(ok(b"up 1\n")) as port, target(b"\x1b[31m nonsense\r\n\r\n") as garbage:
         modules = secret_modules(port, garbage)
         (folder / "c.json").write_text(json.dumps({"modules": modules}))
-        options = ["-config=c.json", "-web.listen-address=127.0.0.1:0", "-log.level=trace"]
-        with process(*options, *flags, folder=folder) as started:
-            assert started.stderr
-            log: list[str] = []
-            while not (
-                found := re.search(r"listening on https://127\.0\.0\.1:(\d+)", "".join(log))
-            ):
-                line = started.stderr.readline()
-                assert line, f"ended before it listened: {log}"
-                log.append(line)
-
-            context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
-            client = Client(int(found[1]), context)
+        options = ["-config=c.json", "-log.level=trace", *flags]
+        with started(folder, None, *options) as own:
+            own.context = ssl.create_default_context(cafile=str(folder / "ca.pem"))
 
             def ask_once(path: str, headers: Mapping[str, str] = authorized) -> Answer:
-                answer = client.get(path, headers)
+                answer = own.get(path, headers)
                 answers.append(f"{answer.headers}\n{answer.text}")
                 statuses.setdefault(path, answer.status)
                 return answer
@@ -21731,13 +21586,11 @@ def keep_journal(folder: Path, *flags: str) -> Journal:
             ):
                 ask_once("/-/healthy", {"Authorization": given} if given else {})
             plain = f"GET /?a HTTP/1.0\r\nA: {SECRET}\r\n\r\n".encode()
-            answers.append(exchange(client.port, plain).decode())
-            send_only(client.port, f"\x16{SECRET}".encode() * 99)
+            answers.append(exchange(own.port, plain).decode())
+            send_only(own.port, f"\x16{SECRET}".encode() * 99)
             spoil_secrets(folder, ask_once)
-            started.send_signal(signal.SIGTERM)
-            rest = started.stderr.read()
-            assert started.wait(20) == 0
-    return Journal(answers, statuses, ("".join(log) + rest).splitlines())
+            own.stop(seconds=20)
+    return Journal(answers, statuses, own.log().splitlines())
 
 
 #: Users and passwords: right, wrong, unknown.
@@ -24271,7 +24124,6 @@ class Guarded(NamedTuple):
     port: int
     ca: str
     client: str
-    process: subprocess.Popen[str]
 
     @property
     def url(self) -> str:
@@ -24289,16 +24141,12 @@ def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Itera
             "m": file_module(folder / "body.prom"),
             "broken": {**http_module(port), "verify": False},
         }
-        (folder / "expexp.yaml").write_text(json.dumps({"modules": modules}))
         files = Rotating(folder, cast(Running, None))
         files.put("ca.pem", Path(authorities.ours.file).read_text())
         files.put_pair(authorities.server)
         files.put_web("scraper")
-        flags = ["-web.config.file=web.yml", f"-web.listen-address={LOCAL}", "-log.level=info"]
-        with process(*flags, folder=folder) as started:
-            (url,), _ = listeners(started, 1)
-            own_port = int(url.rpartition(":")[2])
-            yield Guarded(folder, own_port, authorities.ours.file, good_client, started)
+        with started(folder, modules, "-web.config.file=web.yml") as own:
+            yield Guarded(folder, own.port, authorities.ours.file, good_client)
 
 
 def curl(guarded: Guarded, *options: str, url: str = "") -> subprocess.CompletedProcess[str]:
