@@ -1584,7 +1584,7 @@ def test_make_run_answers_at_another_port_with_and_without_pyyaml(
             assert bool(options) == (f"same modules from {config}" in said)
             assert bool(options) != (plain_log(said, port) == plain_log(MADE))
             for path in ("/proxy?module=self", *re.findall(r"localhost:9999([^']+)", ASK)):
-                assert fetch(port, path).status == 200
+                assert Client(port).get(path).status == 200
         finally:
             os.killpg(make.pid, signal.SIGTERM)
         assert "stopping" in make.stdout.read()
@@ -2017,12 +2017,6 @@ def ask_on(
     return Answer(response.status, response.headers, body, time.monotonic() - started)
 
 
-def fetch(
-    port: int, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
-) -> Answer:
-    return Client(port).get(path, headers, method)
-
-
 def samples(text: str) -> dict[str, float]:
     """Series and values of one of our own pages."""
     rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
@@ -2066,44 +2060,6 @@ def running(
                 thread.join()
 
 
-@contextlib.contextmanager
-def target(answer: bytes | Callable[[socket.socket, bytes], None]) -> Iterator[int]:
-    """The port of a raw TCP server: it reads a request's head, then sends these bytes and closes,
-    or lets a function talk on the socket."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    over = threading.Event()
-
-    def talk(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            head = b""
-            while b"\r\n\r\n" not in head:
-                piece = connection.recv(65536)
-                if not piece:
-                    return
-                head += piece
-            if callable(answer):
-                answer(connection, head)
-            else:
-                connection.sendall(answer)
-
-    def accept() -> None:
-        while not over.is_set():
-            with contextlib.suppress(OSError):
-                connection, _ = listener.accept()
-                threading.Thread(target=talk, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        over.set()
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
-
-
 def ok(body: bytes, *headers: str, content_type: str = expexp.TEXT_CONTENT_TYPE) -> bytes:
     """A complete HTTP/1.1 response with this body."""
     head = [
@@ -2113,6 +2069,115 @@ def ok(body: bytes, *headers: str, content_type: str = expexp.TEXT_CONTENT_TYPE)
         *headers,
     ]
     return "\r\n".join(head).encode() + b"\r\n\r\n" + body
+
+
+EXPOSITION = b"# HELP a An a.\n# TYPE a counter\na 1\n"
+Answerer = Callable[[socket.socket, bytes], None]
+
+
+class Target(int):
+    """The port of a target, what it answers to some paths, and the heads of its requests."""
+
+    def __init__(self, _port: int) -> None:
+        self.answers: dict[str, bytes | Answerer] = {}
+        self.heads: list[bytes] = []
+
+    @property
+    def asked(self) -> list[str]:
+        """The paths and queries of all requests."""
+        return [path_of(head) for head in self.heads]
+
+
+def path_of(head: bytes) -> str:
+    return head.split()[1].decode("latin-1")
+
+
+@contextlib.contextmanager
+def target(
+    usual: bytes | Answerer = ok(EXPOSITION),
+    at: tuple[str, int] | Path = ("127.0.0.1", 0),
+    context: ssl.SSLContext | None = None,
+    *,
+    goodbye: bool = True,
+) -> Iterator[Target]:
+    """A raw server: it reads a request's head, then sends these bytes and closes, or lets a
+    function talk on the socket. `goodbye` is how TLS ends."""
+
+    def talk(connection: socket.socket) -> None:
+        if context is None:
+            return reply(connection)
+        with context.wrap_socket(connection, server_side=True) as tls:
+            reply(tls)
+            if goodbye:
+                tls.unwrap()
+
+    def reply(connection: socket.socket) -> None:
+        head = read_head(connection)
+        found.heads.append(head)
+        answer = found.answers.get(path_of(head), usual)
+        if callable(answer):
+            answer(connection, head)
+        else:
+            connection.sendall(answer)
+
+    with listening(talk, at) as port:
+        found = Target(port)
+        yield found
+
+
+@contextlib.contextmanager
+def listening(
+    talk: Callable[[socket.socket], None],
+    at: tuple[str, int] | Path | socket.socket = ("127.0.0.1", 0),
+) -> Iterator[int]:
+    """The port of a server that lets a function talk on the socket of each connection."""
+    if isinstance(at, tuple):
+        family = socket.AF_INET6 if ":" in at[0] else socket.AF_INET
+        listener = socket.create_server(at, family=family)
+    elif isinstance(at, Path):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(at))
+        listener.listen(64)
+    else:
+        listener = at
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            talk(connection)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                threading.Thread(target=serve, args=(connection,), daemon=True).start()
+
+    thread = threading.Thread(target=accept, daemon=True)
+    thread.start()
+    try:
+        yield 0 if isinstance(at, Path) else listener.getsockname()[1]
+    finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+def read_head(connection: socket.socket) -> bytes:
+    """A request's head."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        piece = connection.recv(65536)
+        if not piece:
+            raise ConnectionError("the client has hung up")
+        head += piece
+    return head
+
+
+UP = ok(b"up 1\n")
+
+
+def request_line(head: bytes) -> str:
+    return head.split(b"\r\n")[0].decode()
 
 
 def http_module(port: int, **settings: object) -> dict[str, object]:
@@ -2163,16 +2228,17 @@ LOCAL: Final = "127.0.0.1:0"
 class Started(Client):
     """An expexp as a process of its own; its log is read as it comes, or the pipe would be full."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        super().__init__(0)
+    def __init__(self, process: subprocess.Popen[str], port: int = 0, host: str = "") -> None:
+        super().__init__(port, host=host)
         self.process = process
+        self._output = process.stdout or process.stderr
         self.pid = process.pid
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
     def _read(self) -> None:
-        for line in self.process.stderr or ():
+        for line in self._output or ():
             self.lines.append(line)
 
     def log(self) -> str:
@@ -2204,8 +2270,8 @@ class Started(Client):
         self.process.kill()
         self.process.wait()
         self._reader.join()
-        if self.process.stderr:
-            self.process.stderr.close()
+        if self._output:
+            self._output.close()
 
 
 @contextlib.contextmanager
@@ -8665,12 +8731,9 @@ def test_a_wire_waits_no_longer_than_one_wait_may_take() -> None:
 # Each kind of failure with its status, reason, counters and the time it took. Modules that fail are
 # served by one expexp for all of a table; each is scraped once.
 
-Answerer = Callable[[socket.socket, bytes], None]
-
 SHORT = 0.2  # the timeout of modules that meet their deadline, in seconds
 QUICK_SOCKET: Final = (0, 2)  # what did not wait for a timeout of 5 or 10 s
 AT_DEADLINE: Final = (SHORT, SHORT + 0.4)
-EXPOSITION = b"# HELP a An a.\n# TYPE a counter\na 1\n"
 ERRORS = "expexp_proxy_errors_total"
 TIMEOUTS_SOCKET = "expexp_proxy_timeout_errors_total"
 MALFORMED = "expexp_malformed_content_errors_total"
@@ -8690,63 +8753,6 @@ def counters(running: Running, module: str) -> set[str]:
     assert sorted(name for name, _ in found) == sorted(ALL_COUNTERS)
     assert {value for _, value in found} <= {"0", "1"}
     return {name for name, value in found if value == "1"}
-
-
-@contextlib.contextmanager
-def listening(talk: Callable[[socket.socket], None], host: str = "127.0.0.1") -> Iterator[int]:
-    """The port of a server that lets a function talk on the socket of each connection."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, 0), family=family)
-    with accepting(listener, talk):
-        yield listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def accepting(listener: socket.socket, talk: Callable[[socket.socket], None]) -> Iterator[None]:
-    """Lets a function talk on the socket of each connection; closes the listener at the end."""
-
-    def serve(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            talk(connection)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                connection, _ = listener.accept()
-                threading.Thread(target=serve, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
-
-
-def read_head(connection: socket.socket) -> bytes:
-    """A request's head."""
-    head = b""
-    while b"\r\n\r\n" not in head:
-        head += connection.recv(65536) or b"\r\n\r\n"
-    return head
-
-
-@contextlib.contextmanager
-def tls_target(context: ssl.SSLContext, answer: bytes, *, tidy: bool = True) -> Iterator[int]:
-    """Like `target`, over TLS; `tidy` is whether it says goodbye before it closes."""
-
-    def talk(connection: socket.socket) -> None:
-        with context.wrap_socket(connection, server_side=True) as tls:
-            read_head(tls)
-            tls.sendall(answer)
-            if tidy:
-                tls.unwrap()
-
-    with listening(talk) as port:
-        yield port
 
 
 def silent_after(*pieces: bytes) -> Answerer:
@@ -9481,27 +9487,22 @@ def test_a_body_gives_its_part_of_the_budget_back(end: str) -> None:
 # --- http: requests to targets
 
 
-class Echo:
-    """A target that keeps the heads of the requests it gets."""
+class Echo(NamedTuple):
+    """A target, and an expexp with modules for it."""
 
-    def __init__(self) -> None:
-        self.heads: list[bytes] = []
-        self.served: Running
-
-    def answer(self, connection: socket.socket, head: bytes) -> None:
-        self.heads.append(head)
-        connection.sendall(ok(EXPOSITION))
+    target: Target
+    served: Running
 
     def line(self, path: str) -> str:
         """The request line that the target gets when a client asks for this path."""
         assert self.served.get(path).status == 200
-        return self.heads[-1].split(b"\r\n")[0].decode()
+        return request_line(self.target.heads[-1])
 
     def headers(self, module: str, *lines: str) -> dict[str, str]:
         """The headers that the target gets from a client with these headers."""
         head = "\r\n".join([f"GET /proxy?module={module} HTTP/1.0", *lines, "", ""])
         assert exchange(self.served.port, head.encode()).startswith(b"HTTP/1.1 200 OK\r\n")
-        pairs = [line.split(": ", 1) for line in self.heads[-1].decode().split("\r\n")[1:-2]]
+        pairs = [line.split(": ", 1) for line in self.target.heads[-1].decode().split("\r\n")[1:-2]]
         assert len({name.lower() for name, _ in pairs}) == len(pairs)
         return {name.lower(): value for name, value in pairs}
 
@@ -9527,8 +9528,7 @@ def read_all(client: socket.socket) -> bytes:
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Echo]:
     """An expexp with modules that all have the same target."""
-    echo = Echo()
-    with target(echo.answer) as port:
+    with target() as port:
         modules = {
             "plain": http_module(port),
             "path": http_module(port, path="/probe?x=1&module=own"),
@@ -9536,8 +9536,8 @@ def echo() -> Iterator[Echo]:
             "set": http_module(port, headers={"hOST": "other:1", "x-one": "ours", "X-Two": "2"}),
             "unverified": http_module(port, verify=False),
         }
-        with running(modules) as echo.served:
-            yield echo
+        with running(modules) as served:
+            yield Echo(port, served)
 
 
 @pytest.mark.parametrize(
@@ -9568,7 +9568,7 @@ def test_a_query_goes_on_with(query: str, expected: str | None, echo: Echo) -> N
 
 def test_bytes_of_a_query_that_are_not_escaped_go_on(echo: Echo) -> None:
     exchange(echo.served.port, b"GET /proxy?module=plain&a=\xc3\xbc\xff HTTP/1.0\r\n\r\n")
-    assert echo.heads[-1].startswith(b"GET /metrics?a=%C3%BC%FF HTTP/1.1\r\n")
+    assert echo.target.heads[-1].startswith(b"GET /metrics?a=%C3%BC%FF HTTP/1.1\r\n")
 
 
 def test_headers_of_the_client_go_on_without_hop_by_hop_ones(echo: Echo) -> None:
@@ -9650,15 +9650,15 @@ def test_headers_of_the_module_replace_those_of_the_client_in_any_case(echo: Ech
 def test_the_header_host_has_no_default_port(
     scheme: str, address: str, port: int, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    echo, connect = Echo(), expexp.connect_host
+    connect = expexp.connect_host
     with contextlib.ExitStack() as stack:
-        real = stack.enter_context(target(echo.answer))
+        real = stack.enter_context(target())
         monkeypatch.setattr(expexp, "connect_host", lambda job, *_: connect(job, "127.0.0.1", real))
         monkeypatch.setattr(expexp.Wire, "start_tls", lambda *_, **__: None)
         module = http_module(port, scheme=scheme, address=address)
         served = stack.enter_context(running({"m": module}))
         assert served.scrape("m").body == EXPOSITION
-    assert f"\r\nHost: {host}\r\n".encode() in echo.heads[0]
+    assert f"\r\nHost: {host}\r\n".encode() in real.heads[0]
 
 
 def test_basic_auth_replaces_the_credentials_of_the_client(echo: Echo) -> None:
@@ -9666,15 +9666,14 @@ def test_basic_auth_replaces_the_credentials_of_the_client(echo: Echo) -> None:
 
 
 def test_our_own_bearer_token_is_not_forwarded() -> None:
-    echo = Echo()
     with (
-        target(echo.answer) as port,
+        target() as port,
         running({"m": http_module(port)}, "-web.bearer.token", "tok") as served,
     ):
         answer = served.scrape("m", {"Authorization": "Bearer tok"})
         assert (answer.status, answer.body) == (200, EXPOSITION)
-    assert b"tok" not in echo.heads[0]
-    assert b"authorization" not in echo.heads[0].lower()
+    assert b"tok" not in port.heads[0]
+    assert b"authorization" not in port.heads[0].lower()
 
 
 def test_the_target_is_told_what_remains_of_the_timeout(echo: Echo) -> None:
@@ -9721,15 +9720,12 @@ def test_proxies_of_the_environment_are_ignored(
 
 
 def test_a_target_has_an_ipv6_address() -> None:
-    heads: list[bytes] = []
-
-    def talk(connection: socket.socket) -> None:
-        heads.append(read_head(connection))
-        connection.sendall(ok(EXPOSITION))
-
-    with listening(talk, "::1") as port, running({"m": http_module(port, address="::1")}) as served:
+    with (
+        target(at=("::1", 0)) as port,
+        running({"m": http_module(port, address="::1")}) as served,
+    ):
         assert served.scrape("m").body == EXPOSITION
-    assert b"Host: [::1]:%d\r\n" % port in heads[0]
+    assert b"Host: [::1]:%d\r\n" % port in port.heads[0]
 
 
 # --- http: TLS towards targets
@@ -9769,7 +9765,7 @@ def https_module(port: int, **settings: object) -> dict[str, object]:
 @pytest.mark.parametrize("key", ["tls_ca_cert_file", "tls_root_ca_file"])
 def test_the_certificate_of_a_target_is_verified_with(key: str, certificates: Certificates) -> None:
     with (
-        tls_target(certificates.server("localhost"), ok(EXPOSITION)) as port,
+        target(context=certificates.server("localhost")) as port,
         running({"m": https_module(port, **{key: certificates.ca_file})}) as served,
     ):
         answer = served.scrape("m")
@@ -9811,7 +9807,7 @@ def test_a_certificate_is_refused_that_is(
 ) -> None:
     settings = {k: certificates.ca_file if v == "CA" else v for k, v in settings.items()}
     with (
-        tls_target(certificates.server(*names, days=days), ok(EXPOSITION)) as port,
+        target(context=certificates.server(*names, days=days)) as port,
         running({"m": https_module(port, **settings)}) as served,
         taking(*QUICK_SOCKET),
     ):
@@ -9829,7 +9825,7 @@ def test_server_name_is_asked_for_and_verified_instead_of_the_address(
     context.sni_callback = lambda _socket, name, _context: asked.append(name)
     settings = {"tls_ca_cert_file": certificates.ca_file, "server_name": "db.example"}
     with (
-        tls_target(context, ok(EXPOSITION)) as port,
+        target(context=context) as port,
         running({"m": https_module(port, **settings)}) as served,
     ):
         assert served.scrape("m").body == EXPOSITION
@@ -9852,7 +9848,7 @@ def test_a_final_dot_is_for_the_resolver_alone_in(
     shown: list[str | None] = []
     context = certificates.server("db.example")
     context.sni_callback = lambda _socket, name, _context: shown.append(name)
-    with tls_target(context, ok(EXPOSITION)) as port:
+    with target(context=context) as port:
         entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
         names[address] = lambda *_, **__: [entry]
         settings = {"tls_ca_cert_file": certificates.ca_file, "address": address, **settings}
@@ -9894,7 +9890,7 @@ def test_a_target_is_unreachable_that_ends_the_handshake(how: str) -> None:
 
 def test_insecure_skip_verify_takes_any_certificate(certificates: Certificates) -> None:
     with (
-        tls_target(certificates.server("other.example", days=-1), ok(EXPOSITION)) as port,
+        target(context=certificates.server("other.example", days=-1)) as port,
         running({"m": https_module(port, tls_insecure_skip_verify=True)}) as served,
     ):
         assert served.scrape("m").body == EXPOSITION
@@ -9910,7 +9906,7 @@ def test_a_client_certificate_is_presented(certificates: Certificates) -> None:
     ours = {"tls_cert_file": certificates.client_file, "tls_key_file": certificates.key_file}
     trust = {"tls_ca_cert_file": certificates.ca_file}
     with (
-        tls_target(context, ok(EXPOSITION)) as port,
+        target(context=context) as port,
         running(
             {"with": https_module(port, **trust, **ours), "without": https_module(port, **trust)}
         ) as served,
@@ -9928,7 +9924,7 @@ def test_tls_that_ends_without_goodbye_is_cut_short(
 ) -> None:
     trust = {"tls_ca_cert_file": certificates.ca_file, "verify": verify}
     with (
-        tls_target(certificates.server("localhost"), ENDLESS + b"a 1\n", tidy=False) as port,
+        target(ENDLESS + b"a 1\n", context=certificates.server("localhost"), goodbye=False) as port,
         running({"m": https_module(port, **trust)}) as served,
     ):
         if verify:
@@ -9972,8 +9968,8 @@ def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     settings = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file} if over_tls else {}
-    with accepting(listener, talk):
-        module = http_module(listener.getsockname()[1], **settings) | {"timeout": "20s"}
+    with listening(talk, listener) as port:
+        module = http_module(port, **settings) | {"timeout": "20s"}
         with running({"m": module}) as served:
             polled.clear()
             long = {"X-Long": "x" * 30_000, "X-Last": "y"}
@@ -10022,7 +10018,7 @@ def test_a_certificate_that_vouches_for_itself_is_no_chain(
 ) -> None:
     trust = {"tls_ca_cert_file": certificates.ca_file}
     with (
-        tls_target(self_signed(tmp_path), ok(EXPOSITION)) as port,
+        target(context=self_signed(tmp_path)) as port,
         running({"m": https_module(port, **trust)}) as served,
     ):
         answer = served.scrape("m")
@@ -10040,7 +10036,7 @@ def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(certificates: Cert
     context.set_ciphers("ALL:@SECLEVEL=0")
     trust = {"tls_ca_cert_file": certificates.ca_file}
     with (
-        tls_target(context, ok(EXPOSITION)) as port,
+        target(context=context) as port,
         running({"m": https_module(port, **trust)}) as served,
     ):
         answer = served.scrape("m")
@@ -10084,7 +10080,7 @@ def test_a_target_that_speaks(
         monkeypatch.setattr(expexp.HttpTarget, "tls_min_version", lowest, raising=False)
     with (
         warnings.catch_warnings(),
-        tls_target(context, ok(EXPOSITION)) as port,
+        target(context=context) as port,
         running({"m": https_module(port, **settings)}) as served,
     ):
         warnings.simplefilter("error")
@@ -10111,37 +10107,34 @@ def sent_authorization(heads: list[bytes]) -> str:
 def test_a_token_for_a_target_is_read_from_its_file_and_again(
     replace: Callable[[Path, str], None], tmp_path: Path
 ) -> None:
-    heads: list[bytes] = []
     path = secret_file(tmp_path / "token", " one \n")
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         module = http_module(port, bearer_token_file=str(path))
         app = application({"m": module}, limits=WATCHFUL)
         for text, token in (("", "one"), ("two\n", "two"), ("\ufefft\u00f6ken", "t\u00f6ken")):
             if text:
                 replace(path, text)
             assert ask(app, "/proxy?module=m", bearer("own")).status == 200
-            assert sent_authorization(heads) == f"Bearer {token}"
+            assert sent_authorization(port.heads) == f"Bearer {token}"
 
 
 @pytest.mark.parametrize("password", ["p", "a:b", "p\u00e4\u20ac", "two\nlines", "b l a n k"])
 def test_a_password_for_a_target_is_read_from_its_file(password: str, tmp_path: Path) -> None:
-    heads: list[bytes] = []
     path = secret_file(tmp_path / "password", "old")
     own = {"basic_auth_username": "u", "basic_auth_password_file": str(path)}
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         app = application({"m": http_module(port, **own)}, limits=WATCHFUL)
         for text in ("old", password):
             by_renaming(path, f"{text}\n")
             assert ask(app, "/proxy?module=m").status == 200
-            assert sent_authorization(heads) == basic(f"u:{text}")
+            assert sent_authorization(port.heads) == basic(f"u:{text}")
 
 
 def test_a_broken_file_for_a_target_leaves_what_it_held(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heads: list[bytes] = []
     path = secret_file(tmp_path / "token", "one")
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         modules = {"m": http_module(port, bearer_token_file=str(path)), "n": http_module(port)}
         app = application(modules, limits=WATCHFUL)
         for broken in ("", "s3n\ntinel"):
@@ -10149,7 +10142,7 @@ def test_a_broken_file_for_a_target_leaves_what_it_held(
             by_renaming(path, broken)
             for _ in range(2):
                 assert ask(app, "/proxy?module=m").status == 200
-                assert sent_authorization(heads) == "Bearer one"
+                assert sent_authorization(port.heads) == "Bearer one"
             assert metric(app, RELOADED) == 0
             (message,) = caplog.messages
             assert re.search(
@@ -10158,14 +10151,13 @@ def test_a_broken_file_for_a_target_leaves_what_it_held(
             assert SECRET not in message
         by_renaming(path, "two")
         assert ask(app, "/proxy?module=m").status == 200
-        assert sent_authorization(heads) == "Bearer two"
+        assert sent_authorization(port.heads) == "Bearer two"
         assert metric(app, RELOADED) == 1
 
 
 def test_a_broken_file_for_a_target_stops_no_other_rotation(tmp_path: Path, log: list[str]) -> None:
-    heads: list[bytes] = []
     broken, good, own = (secret_file(tmp_path / name, "one") for name in ("broken", "good", "own"))
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         modules = {
             "broken": http_module(port, bearer_token_file=str(broken)),
             "good": http_module(port, bearer_token_file=str(good)),
@@ -10177,12 +10169,12 @@ def test_a_broken_file_for_a_target_stops_no_other_rotation(tmp_path: Path, log:
         by_renaming(own, "two")
         for module, token in (("broken", "one"), ("good", "two")):
             assert ask(app, f"/proxy?module={module}", bearer("two")).status == 200
-            assert sent_authorization(heads) == f"Bearer {token}"
+            assert sent_authorization(port.heads) == f"Bearer {token}"
         assert ask(app, "/", bearer("one")).status == 401
         assert metric(app, RELOADED, bearer("two")) == 0
         by_renaming(broken, "two")
         assert ask(app, "/proxy?module=broken", bearer("two")).status == 200
-        assert sent_authorization(heads) == "Bearer two"
+        assert sent_authorization(port.heads) == "Bearer two"
         assert metric(app, RELOADED, bearer("two")) == 1
     where = "modules.broken.http.bearer_token_file"
     problem = f"{where}: cannot use {broken}: {NO_SECRET}"
@@ -10226,7 +10218,7 @@ def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path
     own = {key: str(tmp_path / "client.pem") for key in ("tls_cert_file", "tls_key_file")}
     settings = {"tls_ca_cert_file": str(tmp_path / "ca.pem"), **own}
     with (
-        tls_target(context, ok(EXPOSITION)) as port,
+        target(context=context) as port,
         running({"m": https_module(port, **settings)}, limits=WATCHFUL) as served,
     ):
         where = f"module m: https://localhost:{port}/metrics"
@@ -10272,7 +10264,7 @@ def test_after_a_reload_the_systems_authorities_are_those_that_there_are_now(
     system = secret_file(tmp_path / "system.pem", "")
     monkeypatch.setenv("SSL_CERT_FILE", str(system))
     with (
-        tls_target(certificates.server("localhost"), ok(EXPOSITION)) as port,
+        target(context=certificates.server("localhost")) as port,
         reloadable(tmp_path, {"m": https_module(port)}) as (served, reload),
     ):
         untrusted = f"module m: https://localhost:{port}/metrics: TLS: {UNKNOWN_CA}\n"
@@ -10295,8 +10287,8 @@ def test_what_one_module_trusts_and_shows_is_not_anothers(
     any_target: dict[str, object] = {"tls_insecure_skip_verify": True}
     ours = {"tls_cert_file": certificates.client_file, "tls_key_file": certificates.key_file}
     with (
-        tls_target(anyone, ok(EXPOSITION)) as port,
-        tls_target(known, ok(EXPOSITION)) as known_port,
+        target(context=anyone) as port,
+        target(context=known) as known_port,
     ):
         modules = {
             "plain": https_module(port),
@@ -10428,21 +10420,16 @@ def test_an_unverified_answer_that_has_no_body_has_no_length_and_the_connection_
 
 
 class Engine:
-    """A container engine on a unix socket: what it says of each container, and what it is asked."""
+    """A container engine on a unix socket that the tests play."""
+
+    target: Target
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, f"unix://{path}"
-        self.says: dict[str, bytes | Answerer] = {}
-        self.asked: list[str] = []
 
-    def talk(self, connection: socket.socket) -> None:
-        head = read_head(connection)
-        self.asked.append(head.split(b"\r\n")[0].decode())
-        answer = self.says.get(self.asked[-1].split("/")[2], b"")
-        if callable(answer):
-            answer(connection, head)
-        else:
-            connection.sendall(answer)
+    def say(self, container: str, answer: bytes | Answerer) -> None:
+        """What it says of a container from now on."""
+        self.target.answers[f"/containers/{container}/json"] = answer
 
     def module(self, container: str, port: int = 9100, **settings: object) -> dict[str, object]:
         """A module for a container of this engine."""
@@ -10451,11 +10438,9 @@ class Engine:
 
 @contextlib.contextmanager
 def engine_at(path: Path) -> Iterator[Engine]:
-    """An engine that listens there."""
-    engine, listener = Engine(path), socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen(64)
-    with accepting(listener, engine.talk):
+    """An engine that listens there, and knows no container yet."""
+    engine = Engine(path)
+    with target(b"", path) as engine.target:
         yield engine
 
 
@@ -10531,18 +10516,11 @@ def found_containers() -> Iterator[Running]:
         modules, gone = {}, str(free_port())
         for number, (host, inside, said) in enumerate(CONTAINERS.values()):
             body = b"a %d\n" % number
-            talk = functools.partial(answer_any, ok(body))
-            port = stack.enter_context(listening(talk, host))
+            port = stack.enter_context(target(ok(body), (host, 0)))
             text = json.dumps(said).replace("PORT", str(port)).replace("GONE", gone)
-            engine.says[f"m{number}"] = in_json(json.loads(text))
+            engine.say(f"m{number}", in_json(json.loads(text)))
             modules[f"m{number}"] = engine.module(f"m{number}", inside or port)
         yield stack.enter_context(running(modules))
-
-
-def answer_any(answer: bytes, connection: socket.socket) -> None:
-    """Read a request, whatever it is, and answer it."""
-    read_head(connection)
-    connection.sendall(answer)
 
 
 @pytest.mark.parametrize("where", CONTAINERS)
@@ -10563,14 +10541,14 @@ def test_the_list_of_modules_says_that_a_target_is_in_a_container(
 def test_an_engine_is_asked_at_each_scrape(
     render: Callable[[object], bytes], engine: Engine
 ) -> None:
-    echo = Echo()
-    with target(echo.answer) as port:
-        engine.says["web.1_a-b"] = render(container(f"127.0.0.1:{port}"))
+    with target() as port:
+        engine.say("web.1_a-b", render(container(f"127.0.0.1:{port}")))
         with running({"m": engine.module("web.1_a-b")}) as served:
             assert [served.scrape("m").body for _ in range(3)] == [EXPOSITION] * 3
-    assert engine.asked == ["GET /containers/web.1_a-b/json HTTP/1.1"] * 3
-    assert len(echo.heads) == 3
-    assert b"\r\nHost: web.1_a-b:9100\r\n" in echo.heads[0]
+    asked = [request_line(head) for head in engine.target.heads]
+    assert asked == ["GET /containers/web.1_a-b/json HTTP/1.1"] * 3
+    assert len(port.heads) == 3
+    assert b"\r\nHost: web.1_a-b:9100\r\n" in port.heads[0]
 
 
 def test_two_ports_of_a_container_are_two_places(engine: Engine) -> None:
@@ -10579,13 +10557,13 @@ def test_two_ports_of_a_container_are_two_places(engine: Engine) -> None:
         said["NetworkSettings"]["Ports"]["9200/tcp"] = [
             {"HostIp": "127.0.0.1", "HostPort": str(two)}
         ]
-        engine.says["web"] = in_json(said)
+        engine.say("web", in_json(said))
         modules = {"one": engine.module("web", 9100), "two": engine.module("web", 9200)}
         with running(modules) as served:
             assert [served.scrape(name).text for name in ("one", "two", "one", "two")] == [
                 *("a 1\n", "a 2\n") * 2
             ]
-    assert len(engine.asked) == 4
+    assert len(engine.target.asked) == 4
 
 
 def test_containers_of_two_engines_may_have_the_same_name(folder_of_sockets: Path) -> None:
@@ -10595,8 +10573,8 @@ def test_containers_of_two_engines_may_have_the_same_name(folder_of_sockets: Pat
         target(ok(b"a 1\n")) as one,
         target(ok(b"a 2\n")) as two,
     ):
-        first.says["web"] = in_json(container(f"127.0.0.1:{one}"))
-        second.says["web"] = in_json(container(f"127.0.0.1:{two}"))
+        first.say("web", in_json(container(f"127.0.0.1:{one}")))
+        second.say("web", in_json(container(f"127.0.0.1:{two}")))
         with running({"one": first.module("web"), "two": second.module("web")}) as served:
             assert [served.scrape(name).text for name in ("one", "two")] == ["a 1\n", "a 2\n"]
 
@@ -10604,33 +10582,33 @@ def test_containers_of_two_engines_may_have_the_same_name(folder_of_sockets: Pat
 def test_a_container_that_was_made_anew_is_found(engine: Engine) -> None:
     with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
         with target(ok(b"a 1\n")) as port:
-            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            engine.say("web", in_json(container(f"127.0.0.1:{port}")))
             assert served.scrape("m").text == "a 1\n"
-        engine.says["web"] = in_json(container(running=False))
+        engine.say("web", in_json(container(running=False)))
         assert served.scrape("m").text == f"{WEB}: the container is not running\n"
         with target(ok(b"a 2\n")) as port:
-            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            engine.say("web", in_json(container(f"127.0.0.1:{port}")))
             assert served.scrape("m").text == "a 2\n"
-    assert len(engine.asked) == 3
+    assert len(engine.target.asked) == 3
 
 
 def test_a_container_is_found_whose_former_place_does_not_answer(engine: Engine) -> None:
     """The address of a container that is gone is one from which nothing comes, not even a no."""
     module = engine.module("web") | {"timeout": "300ms"}
     with running({"m": module}) as served, full_listener() as full:
-        engine.says["web"] = in_json(container(f"127.0.0.1:{full}"))
+        engine.say("web", in_json(container(f"127.0.0.1:{full}")))
         assert served.scrape("m").status == 504
         with target(ok(EXPOSITION)) as port:
-            engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+            engine.say("web", in_json(container(f"127.0.0.1:{port}")))
             wait_until(lambda: served.scrape("m").body == EXPOSITION, 2)
 
 
 def test_a_container_may_speak_tls_in_its_own_name(
     engine: Engine, certificates: Certificates
 ) -> None:
-    with tls_target(certificates.server("web"), ok(EXPOSITION)) as port:
+    with target(context=certificates.server("web")) as port:
         for name in ("web", "other"):
-            engine.says[name] = in_json(container(f"127.0.0.1:{port}"))
+            engine.say(name, in_json(container(f"127.0.0.1:{port}")))
         settings: Any = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file}
         modules = {name: engine.module(name, **settings) for name in ("web", "other")}
         with running(modules) as served:
@@ -10795,7 +10773,7 @@ def failing_engine() -> Iterator[tuple[Running, list[Future[Answer]]]]:
         engine = stack.enter_context(engine_at(folder / "engine.sock"))
         modules = {}
         for number, (answer, reason, _) in enumerate(ENGINE_FAILURES.values()):
-            engine.says[f"m{number}"] = answer
+            engine.say(f"m{number}", answer)
             timeout = {"timeout": TABLE_TIMEOUTS.get(reason, "5s")}
             modules[f"m{number}"] = engine.module(f"m{number}") | timeout
         served = stack.enter_context(running(modules, limits=limits))
@@ -10839,7 +10817,7 @@ def test_an_engine_that_does_not_let_expexp_ask(engine: Engine) -> None:
         message = f"{WEB}: {NO_ENGINE}{engine.address}: permission denied\n"
         assert (answer.status, answer.text) == (502, message)
         assert served.failures("m") == {"unreachable": 1}
-    assert not engine.asked
+    assert not engine.target.asked
 
 
 @pytest.mark.parametrize(
@@ -10888,7 +10866,7 @@ def test_podman_is_asked_where_docker_is_not_there(
             if path.stem in there:
                 engine = stack.enter_context(engine_at(path))
                 port = stack.enter_context(target(ok(b"a %d\n" % number)))
-                engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+                engine.say("web", in_json(container(f"127.0.0.1:{port}")))
         with running({"m": Engine(engines.docker).module("web")}) as served:
             assert served.scrape("m").text == expected
 
@@ -10898,15 +10876,15 @@ def test_podman_is_not_asked_instead_of_an_engine_that_is_configured(engines: En
     with engine_at(engines.podman) as podman, running({"m": other.module("web")}) as served:
         message = f"{WEB}: {NO_ENGINE}{other.address}: no such file or directory\n"
         assert served.scrape("m").text == message
-    assert not podman.asked
+    assert not podman.target.asked
 
 
 def test_podman_is_not_asked_where_docker_does_not_know_the_container(engines: Engines) -> None:
     with engine_at(engines.docker) as docker, engine_at(engines.podman) as podman:
-        docker.says["web"] = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        docker.say("web", b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
         with running({"m": docker.module("web")}) as served:
             assert served.scrape("m").text == f"{WEB}: there is no such container\n"
-    assert not podman.asked
+    assert not podman.target.asked
 
 
 def test_podman_is_not_asked_where_docker_does_not_let_expexp_ask(engines: Engines) -> None:
@@ -10916,7 +10894,7 @@ def test_podman_is_not_asked_where_docker_does_not_let_expexp_ask(engines: Engin
         with running({"m": docker.module("web")}) as served, without_the_rights_of_root():
             message = f"{WEB}: {NO_ENGINE}{docker.address}: permission denied\n"
             assert served.scrape("m").text == message
-    assert not docker.asked + podman.asked
+    assert not docker.target.asked + podman.target.asked
 
 
 def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Engines) -> None:
@@ -10932,26 +10910,10 @@ def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Eng
 # --- http: redirects
 
 
-class Redirects:
-    """A target that redirects some paths, and answers all others with EXPOSITION."""
-
-    def __init__(self) -> None:
-        self.heads: list[str] = []
-        self.answers: dict[str, bytes] = {}
-
-    def answer(self, connection: socket.socket, head: bytes) -> None:
-        self.heads.append(head.decode())
-        connection.sendall(self.answers.get(self.asked[-1], ok(EXPOSITION)))
-
-    def add(self, path: str, location: bytes, status: int = 302) -> None:
-        """Redirect a path; the body that is announced never comes."""
-        fields = b"Location: %b\r\nContent-Length: 99\r\n\r\n" % location
-        self.answers[path] = b"HTTP/1.1 %d Moved\r\n%b" % (status, fields)
-
-    @property
-    def asked(self) -> list[str]:
-        """The paths and queries of all requests."""
-        return [head.split()[1] for head in self.heads]
+def redirect(location: bytes, status: int = 302) -> bytes:
+    """An answer whose body, although announced, never comes."""
+    fields = b"Location: %b\r\nContent-Length: 99\r\n\r\n" % location
+    return b"HTTP/1.1 %d Moved\r\n%b" % (status, fields)
 
 
 #: What a target redirects to on its own address, where PORT is its port, and what it is asked for.
@@ -10981,36 +10943,34 @@ FOLLOWED: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("to", FOLLOWED)
 def test_a_redirect_is_followed_to(to: str, verify: bool) -> None:
     location, asked = FOLLOWED[to]
-    redirects = Redirects()
     with (
-        target(redirects.answer) as port,
+        target() as port,
         running({"m": http_module(port, verify=verify)}) as served,
     ):
-        redirects.add("/metrics", location.replace(b"PORT", b"%d" % port))
+        port.answers["/metrics"] = redirect(location.replace(b"PORT", b"%d" % port))
         answer = served.scrape("m")
         assert (answer.status, answer.body) == (200, EXPOSITION)
         assert answer.headers["Location"] is None
         assert served.failures("m") == {}
-    assert redirects.asked == ["/metrics", asked]
+    assert port.asked == ["/metrics", asked]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_a_redirect_is_followed_with_all_that_the_module_sends(status: int) -> None:
-    redirects = Redirects()
-    redirects.add("/a?x=1&b=2", b"/next", status)
-    redirects.add("/next", b"/ok", status)
     sent: dict[str, Any] = {"basic_auth_username": "u", "basic_auth_password": "p"}
-    with target(redirects.answer) as port:
+    with target() as port:
+        port.answers["/a?x=1&b=2"] = redirect(b"/next", status)
+        port.answers["/next"] = redirect(b"/ok", status)
         module = http_module(port, path="/a?b=2", headers={"X-Own": "y"}, **sent)
         with running({"m": module}) as served:
             assert served.scrape("m&x=1", {"X-Client": "z"}).body == EXPOSITION
-    assert redirects.asked == ["/a?x=1&b=2", "/next", "/ok"]
-    for head in redirects.heads:
+    assert port.asked == ["/a?x=1&b=2", "/next", "/ok"]
+    for head in port.heads:
         assert head.startswith("GET ")
         for line in (f"Host: localhost:{port}", "Authorization: Basic dTpw", "X-Own: y"):
             assert f"\r\n{line}\r\n" in head
         assert "\r\nX-Client: z\r\n" in head
-    left = [float(re.findall("Timeout-Seconds: (.*)\r", head)[0]) for head in redirects.heads]
+    left = [float(re.findall("Timeout-Seconds: (.*)\r", head)[0]) for head in port.heads]
     assert left == sorted(left, reverse=True)
 
 
@@ -11042,13 +11002,12 @@ ELSEWHERE_LOCATIONS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("to", ELSEWHERE_LOCATIONS)
 def test_a_redirect_is_a_failure_to(to: str, verify: bool, log: list[str]) -> None:
     location, shown = ELSEWHERE_LOCATIONS[to]
-    redirects = Redirects()
     with (
-        target(redirects.answer) as port,
+        target() as port,
         running({"m": http_module(port, verify=verify)}) as served,
     ):
         log.clear()
-        redirects.add("/metrics", location.replace(b"PORT", b"%d" % port), 307)
+        port.answers["/metrics"] = redirect(location.replace(b"PORT", b"%d" % port), 307)
         answer = served.scrape("m")
         said = f"redirect 307 not followed: it leads to {shown.replace('PORT', str(port))}"
         said = said if len(said) <= 300 else said[:300] + "..."
@@ -11058,18 +11017,16 @@ def test_a_redirect_is_a_failure_to(to: str, verify: bool, log: list[str]) -> No
         assert served.failures("m") == {"status": 1}
         assert counters(served, "m") == {ERRORS}
     assert log == [f"module m: status: {words}"]
-    assert len(redirects.asked) == (10 if to == "itself" else 1)
+    assert len(port.asked) == (10 if to == "itself" else 1)
 
 
 @pytest.mark.parametrize(("count", "status"), [(9, 200), (10, 502)])
 def test_as_many_redirects_are_followed_as_prometheus_follows(count: int, status: int) -> None:
-    redirects = Redirects()
-    redirects.add("/metrics", b"/1")
-    for number in range(1, count):
-        redirects.add(f"/{number}", b"/%d" % (number + 1))
-    with target(redirects.answer) as port, running({"m": http_module(port)}) as served:
+    with target() as port, running({"m": http_module(port)}) as served:
+        for number, path in enumerate(["/metrics", *(f"/{n}" for n in range(1, count))], 1):
+            port.answers[path] = redirect(b"/%d" % number)
         assert served.scrape("m").status == status
-    assert redirects.asked == ["/metrics", *(f"/{number}" for number in range(1, 10))]
+    assert port.asked == ["/metrics", *(f"/{number}" for number in range(1, 10))]
 
 
 @pytest.mark.parametrize("verify", [True, False])
@@ -11119,18 +11076,11 @@ def test_redirects_meet_the_deadline() -> None:
 def test_a_redirect_on_a_unix_socket_stays_there(
     port: int, location: str, is_followed: bool, tmp_path: Path
 ) -> None:
-    redirects = Redirects()
-    redirects.add("/metrics", location.encode())
     module = socket_module(tmp_path / "x.sock", **({"port": port} if port else {}))
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "x.sock"))
-        listener.listen()
-        with (
-            accepting(listener, lambda client: redirects.answer(client, read_head(client))),
-            running({"m": module}) as served,
-        ):
-            assert served.scrape("m").status == (200 if is_followed else 502)
-    assert redirects.asked == ["/metrics", "/ok"][: 2 if is_followed else 1]
+    with target(at=tmp_path / "x.sock") as web, running({"m": module}) as served:
+        web.answers["/metrics"] = redirect(location.encode())
+        assert served.scrape("m").status == (200 if is_followed else 502)
+    assert web.asked == ["/metrics", "/ok"][: 2 if is_followed else 1]
 
 
 @pytest.mark.parametrize(
@@ -11140,13 +11090,12 @@ def test_a_redirect_on_a_unix_socket_stays_there(
 def test_a_redirect_in_a_container_stays_there(
     location: str, is_followed: bool, engine: Engine
 ) -> None:
-    redirects = Redirects()
-    redirects.add("/metrics", location.encode())
-    with target(redirects.answer) as port:
-        engine.says["web"] = in_json(container(f"127.0.0.1:{port}"))
+    with target() as port:
+        port.answers["/metrics"] = redirect(location.encode())
+        engine.say("web", in_json(container(f"127.0.0.1:{port}")))
         with running({"m": engine.module("web")}) as served:
             assert served.scrape("m").status == (200 if is_followed else 502)
-    assert redirects.asked == ["/metrics", "/ok"][: 2 if is_followed else 1]
+    assert port.asked == ["/metrics", "/ok"][: 2 if is_followed else 1]
 
 
 # --- exec
@@ -11989,31 +11938,6 @@ def test_the_deadline_cuts_the_verification_of_a_hostile_body() -> None:
 # --- unix sockets
 
 
-@contextlib.contextmanager
-def on_a_unix_socket(path: Path, context: ssl.SSLContext | None = None) -> Iterator[list[str]]:
-    """An HTTP server on a socket of the file system; gives "METHOD PATH HOST" of each request."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(f"{self.command} {self.path} {self.headers['Host']}")
-            self.wfile.write(ok(EXPOSITION))
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
-            pass
-
-    with socketserver.ThreadingUnixStreamServer(str(path), Handler) as listener:
-        if context:
-            listener.socket = context.wrap_socket(listener.socket, server_side=True)
-        thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield asked
-        finally:
-            listener.shutdown()
-            thread.join()
-
-
 def socket_module(path: object, /, **settings: object) -> dict[str, object]:
     return {"method": "http", "timeout": "2s", "http": {"unix_socket": str(path), **settings}}
 
@@ -12033,9 +11957,12 @@ def test_a_target_on_a_unix_socket_is_asked(
     tmp_path: Path, settings: dict[str, object], asked: str
 ) -> None:
     module = socket_module(tmp_path / "x.sock", **settings)
-    with on_a_unix_socket(tmp_path / "x.sock") as heads, running({"m": module}) as served:
+    with target(at=tmp_path / "x.sock") as web, running({"m": module}) as served:
         answer = served.scrape("m&params=x=1" if "x=1" in asked else "m")
-        assert (answer.status, answer.body, heads) == (200, EXPOSITION, [asked])
+        assert (answer.status, answer.body, len(web.heads)) == (200, EXPOSITION, 1)
+    line, host = asked.rsplit(" ", 1)
+    assert request_line(web.heads[0]) == f"{line} HTTP/1.1"
+    assert re.findall(r"Host: (.*)\r\n", web.heads[0].decode()) == [host]
 
 
 @pytest.mark.parametrize(
@@ -12051,7 +11978,7 @@ def test_a_certificate_on_a_unix_socket_is_verified_for(
         "good": socket_module(path, scheme="https", **trust, **settings),
         "bad": socket_module(path, scheme="https", **trust, server_name="other.example"),
     }
-    with on_a_unix_socket(path, certificates.server(name)), running(modules) as served:
+    with target(at=path, context=certificates.server(name)), running(modules) as served:
         assert (served.scrape("good").status, served.scrape("good").body) == (200, EXPOSITION)
         answer = served.scrape("bad")
         assert answer.status == 502
@@ -12106,7 +12033,7 @@ def test_a_unix_sockets_path_has_at_most_107_bytes(
         path = Path(folder, "x" * (length - len(folder) - 1))
         monkeypatch.chdir(folder)  # the server binds by a short name
         short = Path("s")
-        with on_a_unix_socket(short), running({"m": socket_module(path)}) as served:
+        with target(at=short), running({"m": socket_module(path)}) as served:
             short.rename(path)
             answer = served.scrape("m")
             assert answer.status == status, answer.text
@@ -12123,7 +12050,7 @@ def without_roots_rights() -> list[str]:
 
 def test_a_unix_socket_that_expexp_may_not_use(tmp_path: Path) -> None:
     path = tmp_path / "x.sock"
-    with on_a_unix_socket(path) as asked:
+    with target(at=path) as web:
         path.chmod(0o400)
         around = without_roots_rights()
         with started(tmp_path, {"m": socket_module(path)}, around=around) as own:
@@ -12132,7 +12059,7 @@ def test_a_unix_socket_that_expexp_may_not_use(tmp_path: Path) -> None:
             assert (answer.status, answer.text) == (502, f"{where}: permission denied\n")
             path.chmod(0o600)
             assert own.scrape("m").status == 200
-        assert len(asked) == 1
+        assert len(web.asked) == 1
 
 
 def test_a_unix_socket_that_says_nothing_meets_the_deadline(tmp_path: Path) -> None:
@@ -12278,15 +12205,14 @@ def test_nothing_else_of_a_request_makes_a_script_run_again(counted: Counted) ->
 def test_answers_over_http_are_kept_by_what_changes_them(
     path: str, headers: dict[str, str], asked_again: bool
 ) -> None:
-    heads: list[bytes] = []
     with (
-        target(recording(heads)) as port,
+        target(UP) as port,
         running({"m": http_module(port) | {"cache": "1m"}}) as served,
     ):
         for _ in range(2):
             served.scrape("m")
             assert served.scrape(path, headers).status == 200
-    assert len(heads) == 1 + asked_again
+    assert len(port.heads) == 1 + asked_again
 
 
 @pytest.mark.parametrize("same", ["/fifo", "link"], ids=["another spelling", "a link"])
@@ -12558,13 +12484,12 @@ def test_no_more_answers_are_made_at_once_than_scrapes_of_the_module(counted: Co
 
 
 def test_a_target_over_http_is_told_the_time_that_who_asks_has() -> None:
-    heads: list[bytes] = []
     with (
-        target(recording(heads)) as port,
+        target(UP) as port,
         running({"m": http_module(port) | {"cache": "1m"}}) as served,
     ):
         served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "4"})
-    found = re.search(rb"(?i)scrape-timeout-seconds: ([0-9.]+)", heads[0])
+    found = re.search(rb"(?i)scrape-timeout-seconds: ([0-9.]+)", port.heads[0])
     assert found
     assert 3 < float(found[1]) <= 3.5
 
@@ -12924,20 +12849,6 @@ def metric(
     app: expexp.Application, series: str, headers: Mapping[str, str] | None = None
 ) -> float:
     return samples(ask(app, "/metrics", headers).text)[series]
-
-
-def recording(heads: list[bytes]) -> Callable[[socket.socket, bytes], None]:
-    """A target that answers "up 1" and keeps the heads of its requests."""
-
-    def answer(connection: socket.socket, head: bytes) -> None:
-        heads.append(head)
-        connection.sendall(ok(b"up 1\n"))
-
-    return answer
-
-
-def request_line(head: bytes) -> str:
-    return head.split(b"\r\n")[0].decode()
 
 
 PRINT_ARGUMENTS = 'for a in "$@"; do echo "argument{value=\\"$a\\"} 1"; done'
@@ -13575,12 +13486,11 @@ def test_an_unexpected_error_is_a_500_and_one_record_never_an_exception(
 
 
 def test_the_default_module_answers_where_none_is_named_bug_1() -> None:
-    heads: list[bytes] = []
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         app = application({"h": http_module(port), "x": http_module(1)}, default="h")
         for query in ("", "?", "?x=1", "?Module=x"):
             assert ask(app, f"/proxy{query}").text == "up 1\n"
-    assert [request_line(head).split()[1] for head in heads] == [
+    assert [request_line(head).split()[1] for head in port.heads] == [
         "/metrics",
         "/metrics",
         "/metrics?x=1",
@@ -13597,12 +13507,11 @@ def test_an_empty_module_does_not_scrape_the_default_one(query: str) -> None:
 
 
 def test_a_default_modules_own_parameter_named_module_is_kept_bug_1b() -> None:
-    heads: list[bytes] = []
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         app = application({"h": http_module(port, path="/m?module=zzz&a=1")}, default="h")
         ask(app, "/proxy")
         ask(app, "/proxy?module=h&module=x&b=2")
-    assert [request_line(head) for head in heads] == [
+    assert [request_line(head) for head in port.heads] == [
         "GET /m?module=zzz&a=1 HTTP/1.1",
         "GET /m?module=x&b=2&module=zzz&a=1 HTTP/1.1",
     ]
@@ -13672,11 +13581,10 @@ def test_bytes_that_are_not_utf_8_reach_a_command_unchanged() -> None:
 
 
 def test_an_http_target_gets_params_as_parameters_and_args_as_they_are() -> None:
-    heads: list[bytes] = []
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         app = application({"h": http_module(port, path="/p?own=1")})
         ask(app, "/proxy?x=%ff&module=h&params=name=a%26b&args=y&z=+")
-    assert request_line(heads[0]) == "GET /p?x=%FF&name=a%26b&args=y&z=+&own=1 HTTP/1.1"
+    assert request_line(port.heads[0]) == "GET /p?x=%FF&name=a%26b&args=y&z=+&own=1 HTTP/1.1"
 
 
 ACCEPTED: dict[str, tuple[dict[str, object], str, bool]] = {
@@ -14086,14 +13994,13 @@ FORWARDED = {
 def test_authorization_is_forwarded_to_a_target_unless(
     flags: list[str], module: str, sent: str, expected: str | None, tmp_path: Path
 ) -> None:
-    heads: list[bytes] = []
     users = write_users(tmp_path / "w.json", u="p")
     own = {"basic_auth_username": "target", "basic_auth_password": "s3ntinel"}
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         modules = {"a": http_module(port), "b": http_module(port, **own)}
         app = application(modules, *(users if flag == "USERS" else flag for flag in flags))
         assert ask(app, f"/proxy?module={module}", {"authorization": sent}).status == 200
-    found = re.findall(r"(?im)^authorization: (.*)\r$", heads[0].decode())
+    found = re.findall(r"(?im)^authorization: (.*)\r$", port.heads[0].decode())
     assert found == ([expected] if expected else [])
 
 
@@ -15841,9 +15748,9 @@ def test_a_reload_reads_the_token_again(tmp_path: Path) -> None:
 
 
 def test_a_reload_reads_the_tokens_for_targets_again(tmp_path: Path) -> None:
-    heads, never = list[bytes](), fast_limits(rotation_seconds=1000)
+    never = fast_limits(rotation_seconds=1000)
     (tmp_path / "token").write_text("first")
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         modules = {"m": http_module(port, bearer_token_file=f"{tmp_path}/token")}
         with reloadable(tmp_path, modules, limits=never) as (served, reload):
             served.scrape("m")
@@ -15851,20 +15758,19 @@ def test_a_reload_reads_the_tokens_for_targets_again(tmp_path: Path) -> None:
             served.scrape("m")
             assert reload().status == 200
             served.scrape("m")
-    found = [re.findall(rb"Authorization: Bearer (\w+)", head) for head in heads]
+    found = [re.findall(rb"Authorization: Bearer (\w+)", head) for head in port.heads]
     assert found == [[b"first"], [b"first"], [b"second"]]
 
 
 def test_a_hung_file_of_a_target_stops_neither_our_token_nor_other_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heads: list[bytes] = []
     files = {name: tmp_path / name for name in ("own", "good", "hung")}
     for file in files.values():
         file.write_text("first")
     flag, at_once = f"-web.bearer.token-file={files['own']}", fast_limits(rotation_seconds=0)
     first, second = ({"Authorization": f"Bearer {word}"} for word in ("first", "second"))
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         modules = {
             name: http_module(port, bearer_token_file=str(files[name])) for name in ("good", "hung")
         }
@@ -15880,7 +15786,7 @@ def test_a_hung_file_of_a_target_stops_neither_our_token_nor_other_targets(
             wait_until(lambda: served.get("/", second).status == 200)
             assert served.get("/", first).status == 401
             assert served.scrape("good", second).status == 200
-            assert b"Authorization: Bearer second\r\n" in heads[-1]
+            assert b"Authorization: Bearer second\r\n" in port.heads[-1]
             answered.set()
             assert waiting.result().status == 200
 
@@ -16894,14 +16800,14 @@ def expired(
     stack: contextlib.ExitStack, certificates: Certificates, _engine: Engine
 ) -> Mapping[str, Any]:
     context = certificates.server("localhost", days=-1)
-    port = stack.enter_context(tls_target(context, ok(EXPOSITION)))
+    port = stack.enter_context(target(context=context))
     return https_module(port, tls_ca_cert_file=certificates.ca_file)
 
 
 def stopped(
     _stack: contextlib.ExitStack, _certificates: Certificates, engine: Engine
 ) -> Mapping[str, Any]:
-    engine.says["web"] = in_json(container(running=False))
+    engine.say("web", in_json(container(running=False)))
     return engine.module("web")
 
 
@@ -17008,12 +16914,11 @@ def test_an_account_has_the_first_lines_of_a_body_that_is_not_verified() -> None
 
 
 def test_an_account_meets_the_target_as_a_scrape_of_prometheus_does() -> None:
-    heads: list[bytes] = []
-    with target(recording(heads)) as port:
+    with target(UP) as port:
         app = application({"m": http_module(port, path="/m?a=b", headers={"X-Key": "1"})})
         ask(app, "/proxy?module=m&c=d", expexp.PROMETHEUS_HEADERS | {"X-Own": "2"})
         ask(app, "/-/explain?module=m&c=d", {"X-Own": "2", "Accept": "*/*"})
-    scraped, explained = (sorted(head.split(b"\r\n")) for head in heads)
+    scraped, explained = (sorted(head.split(b"\r\n")) for head in port.heads)
     own = next(line for line in scraped if line.startswith(b"X-Prometheus"))
     assert [line for line in scraped if line not in explained] in ([], [own])
 
@@ -17116,7 +17021,7 @@ def test_a_client_that_nginx_forwards_sees_no_stderr(tmp_path: Path) -> None:
         with subprocess.Popen(nginx, stderr=subprocess.DEVNULL) as started:
             try:
                 wait_until(lambda: is_listening(port))
-                text = fetch(port, "/-/explain?module=m").text
+                text = Client(port).get("/-/explain?module=m").text
             finally:
                 started.terminate()
     assert "command: sh: the command exited with status 3\n" in text
@@ -17879,13 +17784,12 @@ def test_the_addresses_served_are(listen: str, url: str, hosts: list[str]) -> No
 
 
 def test_a_client_over_ipv6_is_named_without_its_mapping() -> None:
-    echo = Echo()
     with (
-        target(echo.answer) as port,
+        target() as port,
         running({"m": http_module(port)}, "-web.listen-address", ":0") as served,
     ):
         assert served.scrape("m").status == 200
-    assert b"\r\nX-Forwarded-For: 127.0.0.1\r\n" in echo.heads[0]
+    assert b"\r\nX-Forwarded-For: 127.0.0.1\r\n" in port.heads[0]
 
 
 def test_our_metrics_are_compressed_where_the_client_asks(server: Running) -> None:
@@ -22231,12 +22135,12 @@ def test_fleet_sd_serves_the_list_of_its_last_good_round(tmp_path: Path) -> None
             log = started.stderr.readline()
             found = re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)/\n", log)
             assert found
-            served = int(found[1])
+            served = Client(int(found[1]))
             assert "is not HTTP; target groups kept: 0" in started.stderr.readline()
             assert "no host has answered" in started.stderr.readline()
-            assert fetch(served, "/sd").status == 503
+            assert served.get("/sd").status == 503
             assert "is not HTTP; target groups kept: 1" in started.stderr.readline()
-            answered = fetch(served, "/sd")
+            answered = served.get("/sd")
             assert (answered.status, json.loads(answered.body)) == (200, [A_GROUP])
             assert answered.headers["Content-Type"] == "application/json"
         finally:
@@ -22356,7 +22260,7 @@ def test_fleet_sd_asks_two_thousand_hosts_of_which_many_are_ill(tmp_path: Path) 
 def test_a_real_prometheus_scrapes_the_list_of_fleet_sd(
     discovery: Discovery, tmp_path: Path
 ) -> None:
-    host = discovery.expexp.url.partition("://")[2]
+    host = discovery.expexp.address
     ended = fleet_sd("-output", "out.json", folder=tmp_path, hosts=host)
     assert ended.returncode == 0, ended.stderr
     with discovery.prometheus_config.open("a") as config:
@@ -23476,37 +23380,7 @@ def test_the_linter_without_expexp_says_what_it_needs(tmp_path: Path) -> None:
 # ==================================================================================================
 # P  Real peers
 # ==================================================================================================
-HERE = Path(__file__).resolve().parent
-EXPEXP = HERE / "expexp.py"
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class PeerAnswer:
-    """What a server said."""
-
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
-
-    @property
-    def content_type(self) -> str:
-        """Its Content-Type, or nothing."""
-        return self.headers.get("Content-Type", "")
-
-
-def get(url: str, headers: dict[str, str] | None = None) -> PeerAnswer:
-    """GET without redirects, proxies or decompression."""
-    parts = urllib.parse.urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
-    try:
-        path = f"{parts.path}?{parts.query}" if parts.query else parts.path
-        connection.request("GET", path, headers=headers or {})
-        response = connection.getresponse()
-        return PeerAnswer(response.status, response.msg, response.read())
-    finally:
-        connection.close()
 
 
 def eventually(attempt: Callable[[], T | None], waiting_for: str, seconds: float = 30) -> T:
@@ -23526,107 +23400,57 @@ def eventually(attempt: Callable[[], T | None], waiting_for: str, seconds: float
     pytest.fail(f"waited {seconds} seconds for {waiting_for}: {trouble or 'no result'}")
 
 
-@dataclass(frozen=True)
-class PeerRunning:
-    """A server that a test started as its own process."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-    log_path: Path
-
-    def log(self) -> str:
-        """What it wrote so far, stdout and stderr together."""
-        return self.log_path.read_text(encoding="utf-8", errors="replace")
-
-
 @contextmanager
 def peer_running(
-    command: list[str], url: str, ready_path: str, folder: Path
-) -> Iterator[PeerRunning]:
-    """Start it in a folder of its own, wait until it answers, end it with TERM and then KILL."""
-    log_path = folder / f"{Path(command[0]).name}-{urllib.parse.urlsplit(url).port}.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
-        )
-    server = PeerRunning(url, process, log_path)
+    command: Sequence[str], address: str, ready_path: str, folder: Path
+) -> Iterator[Started]:
+    """A server in a process of its own, once it answers; TERM and then KILL end it."""
+    host, _, port = address.rpartition(":")
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    server = Started(
+        subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, text=True, errors="replace", cwd=folder, **output
+        ),
+        int(port),
+        host.strip("[]"),
+    )
 
     def is_ready() -> bool | None:
-        if process.poll() is not None:
-            pytest.fail(f"{command[0]} ended with {process.returncode}: {server.log()}")
-        return get(url + ready_path).status == 200 or None
+        if server.process.poll() is not None:
+            pytest.fail(f"{command[0]} ended with {server.process.returncode}: {server.log()}")
+        return server.get(ready_path).status == 200 or None
 
     try:
         eventually(is_ready, f"{command[0]} to be ready")
         yield server
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(15)
+        server.kill()
 
 
 @contextmanager
-def running_expexp(folder: Path, *flags: str, port: int = 0) -> Iterator[PeerRunning]:
-    """The real command on 127.0.0.1, this port or a free one, with its logs at debug."""
-    address = f"127.0.0.1:{port or free_port()}"
-    command = [sys.executable, str(SOURCE), "-web.listen-address", address, "-log.level", "debug"]
-    with peer_running([*command, *flags], f"http://{address}", "/-/ready", folder) as server:
+def prometheus(config: Path, *before: str) -> Iterator[Started]:
+    """A Prometheus with this file, and its data beside it."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [*before, peer_program("prometheus"), f"--config.file={config}"]
+    command += [f"--storage.tsdb.path={config.parent / 'data'}", f"--web.listen-address={address}"]
+    with peer_running(command, address, "/-/ready", config.parent) as server:
         yield server
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a little exporter answers on any path; `held` delays it until the test is over."""
-
-    body: bytes
-    content_type: str = "text/plain; version=0.0.4; charset=utf-8"
-    held: bool = False
-    over: threading.Event = field(default_factory=threading.Event)
-
-    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        """Send the whole answer, compressed where the client asks for it."""
-        if self.held:
-            self.over.wait(60)
-        body = self.body
-        handler.send_response(200)
-        if "gzip" in handler.headers.get("Accept-Encoding", ""):
-            body = gzip.compress(body, mtime=0)
-            handler.send_header("Content-Encoding", "gzip")
-        handler.send_header("Content-Type", self.content_type)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
+def query_of(server: Client, query: str) -> list[dict[str, Any]]:
+    """What a Prometheus answers to a query."""
+    answer = server.get(f"/api/v1/query?{urllib.parse.urlencode({'query': query})}")
+    assert answer.status == 200, answer.body
+    return cast("list[dict[str, Any]]", json.loads(answer.body)["data"]["result"])
 
 
-@contextmanager
-def serving(target: Target, port: int = 0) -> Iterator[str]:
-    """An exporter on 127.0.0.1; gives its address, which ends in /metrics."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            try:
-                target.answer(self)
-            except ConnectionError:
-                self.close_connection = True
-
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base's name
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/metrics"
-    finally:
-        target.over.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def targets_of(server: Client) -> list[dict[str, Any]]:
+    """What a Prometheus says of the targets that it scrapes."""
+    found = json.loads(server.get("/api/v1/targets?state=active").body)
+    return cast("list[dict[str, Any]]", found["data"]["activeTargets"])
 
 
 # expexp as a black box between real programs: Debian's prometheus, prometheus-node-exporter, podman
@@ -23713,43 +23537,36 @@ def count_samples(body: bytes) -> int:
     return sum(bool(line.strip()) and not line.startswith(b"#") for line in body.splitlines())
 
 
-@contextmanager
-def peer_http_module(folder: Path, port: int) -> Iterator[str]:
-    """An expexp with one http module for this port; gives the address that scrapes it."""
-    config = folder / "one.json"
-    module = {"method": "http", "http": {"address": "127.0.0.1", "port": port}}
-    config.write_text(json.dumps({"modules": {"one": module}}), encoding="utf-8")
-    with running_expexp(folder, "-config", str(config)) as expexp:
-        yield f"{expexp.url}/proxy?module=one"
-
-
 @pytest.fixture(scope="module")
-def node_exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerRunning]:
+def node_exporter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """A live node_exporter."""
     address = f"127.0.0.1:{free_port()}"
     command = [peer_program("prometheus-node-exporter"), f"--web.listen-address={address}"]
     folder = tmp_path_factory.mktemp("node_exporter")
-    with peer_running(command, f"http://{address}", "/metrics", folder) as server:
+    with peer_running(command, address, "/metrics", folder) as server:
         yield server
 
 
 @pytest.mark.peer
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 def test_a_recorded_node_exporter_body_passes_byte_for_byte(
-    node_exporter: PeerRunning, tmp_path: Path, encoding: str
+    node_exporter: Started, tmp_path: Path, encoding: str
 ) -> None:
-    recorded = get(f"{node_exporter.url}/metrics")
+    recorded = node_exporter.get("/metrics")
     assert count_samples(recorded.body) > 100, "this is no real body of node_exporter"
     headers = {"Accept-Encoding": encoding}
-    target = Target(recorded.body, recorded.content_type)
-    with (
-        serving(target) as url,
-        peer_http_module(tmp_path, urllib.parse.urlsplit(url).port or 0) as via,
-    ):
-        direct, through = get(url, headers), get(via, headers)
+
+    def answer(connection: socket.socket, head: bytes) -> None:
+        body, *packed = recorded.body, *re.findall(b"Accept-Encoding: .*(gzip)", head)
+        fields = ["Content-Encoding: gzip"] if packed else []
+        body = gzip.compress(body, mtime=0) if packed else body
+        connection.sendall(ok(body, *fields, content_type=recorded.headers["Content-Type"]))
+
+    with target(answer) as port, started(tmp_path, {"m": http_module(port)}) as own:
+        direct, through = Client(port).get("/", headers), own.scrape("m", headers)
     assert through.status == 200, through.body
     assert through.body == direct.body
-    assert through.content_type == direct.content_type == recorded.content_type
+    assert len({one.headers["Content-Type"] for one in (through, direct, recorded)}) == 1
     assert through.headers.get("Content-Encoding", "identity") == encoding
 
 
@@ -23762,19 +23579,19 @@ PROMETHEUS_ACCEPT = (
 @pytest.mark.peer
 @pytest.mark.parametrize("accept", ["*/*", PROMETHEUS_ACCEPT], ids=["any type", "as Prometheus"])
 def test_a_live_node_exporter_has_the_same_families_through_expexp(
-    node_exporter: PeerRunning, tmp_path: Path, accept: str
+    node_exporter: Started, tmp_path: Path, accept: str
 ) -> None:
     headers = {"Accept": accept}
-    direct = f"{node_exporter.url}/metrics"
-    with peer_http_module(tmp_path, urllib.parse.urlsplit(node_exporter.url).port or 0) as via:
+    with started(tmp_path, {"m": http_module(node_exporter.port, address="127.0.0.1")}) as own:
 
-        def same_families() -> PeerAnswer | None:
-            before, through, after = (get(url, headers) for url in (direct, via, direct))
+        def same_families() -> Answer | None:
+            before = node_exporter.get("/metrics", headers)
+            through, after = own.scrape("m", headers), node_exporter.get("/metrics", headers)
             assert through.status == 200, through.body
             if families(before.body) != families(after.body):
                 return None
             assert families(through.body) == families(before.body)
-            assert through.content_type == before.content_type
+            assert through.headers["Content-Type"] == before.headers["Content-Type"]
             return through
 
         through = eventually(same_families, "two direct scrapes with the same families", 20)
@@ -23785,23 +23602,18 @@ def test_a_live_node_exporter_has_the_same_families_through_expexp(
 class ScrapedWorld:
     """A Prometheus that scrapes expexp and, in jobs called direct_..., the targets behind it."""
 
-    prometheus: PeerRunning
-    original: PeerRunning
-    further: PeerRunning
+    prometheus: Started
+    original: Started
+    further: Started
 
     def query(self, metric: str) -> dict[str, float]:
         """The latest value of this metric by job."""
-        query = urllib.parse.urlencode({"query": metric})
-        answer = get(f"{self.prometheus.url}/api/v1/query?{query}")
-        assert answer.status == 200, answer.body
-        results = json.loads(answer.body)["data"]["result"]
+        results = query_of(self.prometheus, metric)
         return {result["metric"]["job"]: float(result["value"][1]) for result in results}
 
     def last_errors(self) -> dict[str, str]:
         """What Prometheus says of each job's last scrape."""
-        targets = json.loads(get(f"{self.prometheus.url}/api/v1/targets").body)
-        active = targets["data"]["activeTargets"]
-        return {target["labels"]["job"]: target["lastError"] for target in active}
+        return {one["labels"]["job"]: one["lastError"] for one in targets_of(self.prometheus)}
 
     def value(self, metric: str, job: str) -> float:
         """The latest value of this metric in one job."""
@@ -23844,16 +23656,16 @@ def run_original_script() -> bytes:
     return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout
 
 
-def start_original(stack: ExitStack, folder: Path) -> tuple[PeerRunning, str]:
+def start_original(stack: ExitStack, folder: Path) -> tuple[Started, str]:
     """The original's example with its exporters played; with the jobs that scrape it."""
     with peer("the ports and the script of the original's example are needed"):
         for port, body in ((9100, NODE_BODY), (3903, MTAIL_BODY), (4194, CADVISOR_BODY)):
-            stack.enter_context(serving(Target(body), port))
+            stack.enter_context(target(ok(body), ("127.0.0.1", port)))
         stack.enter_context(original_script())
     config = folder / "original.yaml"
     config.write_text(original_readme("expexp.yaml"), encoding="utf-8")
-    expexp = stack.enter_context(running_expexp(folder, "-config", str(config)))
-    address = urllib.parse.urlsplit(expexp.url).netloc
+    expexp = stack.enter_context(started(folder, None, "-config", str(config)))
+    address = expexp.address
     jobs = original_readme("prometheus-jobs.yaml").rstrip("\n") + "\n"
     assert jobs.count("host:9999") == 4
     jobs = jobs.replace("host:9999", address) + scrape_job("node", address, "node")
@@ -23862,28 +23674,23 @@ def start_original(stack: ExitStack, folder: Path) -> tuple[PeerRunning, str]:
     return expexp, jobs
 
 
-def start_further(stack: ExitStack, folder: Path) -> tuple[PeerRunning, str]:
+def start_further(stack: ExitStack, folder: Path) -> tuple[Started, str]:
     """An expexp with a module of each further kind; with the jobs that scrape it."""
-    targets = {
-        "http": Target(COUNTED_BODY),
-        "broken": Target(BROKEN_BODY),
-        "slow": Target(COUNTED_BODY, held=True),
-    }
-    urls = {name: stack.enter_context(serving(target)) for name, target in targets.items()}
-    ports = {f"{name}_port": urllib.parse.urlsplit(url).port for name, url in urls.items()}
+    answers = {"http": ok(COUNTED_BODY), "broken": ok(BROKEN_BODY), "slow": silent_after()}
+    ports = {name: stack.enter_context(target(answer)) for name, answer in answers.items()}
+    ports["own"] = free_port()
     body_path = folder / "body.prom"
     body_path.write_bytes(COUNTED_BODY)
-    own_port = free_port()
+    named = {f"{name}_port": port for name, port in ports.items()}
     config = folder / "further.yaml"
-    config.write_text(
-        FURTHER_MODULES.format(body_path=body_path, own_port=own_port, **ports), encoding="utf-8"
-    )
-    expexp = stack.enter_context(running_expexp(folder, "-config", str(config), port=own_port))
-    own = urllib.parse.urlsplit(expexp.url).netloc
-    jobs = "".join(scrape_job(name, own, name) for name in FURTHER_MODULE_NAMES)
-    for name, url in urls.items():
-        jobs += scrape_job(f"direct_{name}", urllib.parse.urlsplit(url).netloc)
-    return expexp, jobs + scrape_job("direct_self", own)
+    config.write_text(FURTHER_MODULES.format(body_path=body_path, **named), encoding="utf-8")
+    flags = ["-config", str(config), f"-web.listen-address=127.0.0.1:{ports['own']}"]
+    expexp = stack.enter_context(started(folder, None, *flags))
+    jobs = "".join(scrape_job(name, expexp.address, name) for name in FURTHER_MODULE_NAMES)
+    ports["self"] = ports.pop("own")
+    for name, port in ports.items():
+        jobs += scrape_job(f"direct_{name}", f"127.0.0.1:{port}")
+    return expexp, jobs
 
 
 #: What the tests with peers start once. It ends after the last of them (section R): scrapes of this
@@ -23894,19 +23701,13 @@ FOR_PEERS: Final = ExitStack()
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScrapedWorld]:
     """All of it, after each job was scraped at least once."""
-    program = peer_program("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     with ExitStack() as stack:
         original, original_jobs = start_original(stack, folder)
         further, further_jobs = start_further(stack, folder)
         config = folder / "prometheus.yaml"
         config.write_text(original_jobs + further_jobs, encoding="utf-8")
-        address = f"127.0.0.1:{free_port()}"
-        command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
-        command += [f"--web.listen-address={address}"]
-        server = peer_running(command, f"http://{address}", "/-/ready", folder)
-        prometheus = stack.enter_context(server)
-        found = ScrapedWorld(prometheus, original, further)
+        found = ScrapedWorld(stack.enter_context(prometheus(config)), original, further)
         jobs = set(re.findall(r"job_name: '(\w+)'", config.read_text(encoding="utf-8")))
 
         def all_scraped() -> bool | None:
@@ -23931,13 +23732,9 @@ def test_prometheus_finds_the_jobs_of_the_original_up(world: ScrapedWorld, job: 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("panel", dashboard_queries())
 def test_prometheus_answers_each_query_of_the_dashboard(world: ScrapedWorld, panel: str) -> None:
-    query = urllib.parse.urlencode({"query": dashboard_queries()[panel]})
-
     def is_answered() -> bool | None:  # a rate needs two scrapes
-        answer = get(f"{world.prometheus.url}/api/v1/query?{query}")
-        assert answer.status == 200, answer.body
-        is_without_tls = panel.startswith("First certificate to expire")
-        return bool(json.loads(answer.body)["data"]["result"]) or is_without_tls or None
+        results = query_of(world.prometheus, dashboard_queries()[panel])
+        return bool(results) or panel.startswith("First certificate to expire") or None
 
     eventually(is_answered, "a result")
 
@@ -23986,7 +23783,7 @@ DIRECTED_JOBS = [*(name for name in DIRECTED if not name.startswith("chain")), *
 @pytest.fixture(scope="module")
 def directed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float, float]]:
     """For each of DIRECTED, what `up` a real Prometheus has for it directly and through expexp."""
-    program, folder = peer_program("prometheus"), tmp_path_factory.mktemp("redirects")
+    folder = tmp_path_factory.mktemp("redirects")
 
     def answer(connection: socket.socket, head: bytes) -> None:
         name = head.split()[1].decode()[1:]
@@ -24005,20 +23802,15 @@ def directed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[float,
         modules = {
             name: http_module(port, address="127.0.0.1", path=f"/{name}") for name in DIRECTED_JOBS
         }
-        (folder / "c.json").write_text(json.dumps({"modules": modules}))
-        expexp = stack.enter_context(running_expexp(folder, "-config", str(folder / "c.json")))
-        own = urllib.parse.urlsplit(expexp.url).netloc
+        expexp = stack.enter_context(started(folder, modules))
         jobs = "scrape_configs:\n"
         for name in DIRECTED_JOBS:
-            jobs += scrape_job(name, own, name)
+            jobs += scrape_job(name, expexp.address, name)
             direct = scrape_job(f"direct_{name}", f"127.0.0.1:{port}")
             jobs += direct.replace("/metrics", f"/{name}")
         (folder / "prometheus.yaml").write_text(jobs)
-        address = f"127.0.0.1:{free_port()}"
-        command = [program, f"--config.file={folder / 'prometheus.yaml'}"]
-        command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
-        server = peer_running(command, f"http://{address}", "/-/ready", folder)
-        world = ScrapedWorld(stack.enter_context(server), expexp, expexp)
+        server = stack.enter_context(prometheus(folder / "prometheus.yaml"))
+        world = ScrapedWorld(server, expexp, expexp)
 
         def all_scraped() -> dict[str, float] | None:
             up = world.query("up")
@@ -24074,7 +23866,7 @@ def test_prometheus_scrapes_every_sample_through_expexp(
 @pytest.mark.timeout(120)
 def test_prometheus_scrapes_every_sample_of_the_original_script(world: ScrapedWorld) -> None:
     body = run_original_script()
-    assert get(f"{world.original.url}/proxy?module=somescript").body == body
+    assert world.original.scrape("somescript").body == body
     assert world.value("scrape_samples_scraped", "somescript") == count_samples(body)
 
 
@@ -24086,7 +23878,7 @@ def test_prometheus_scrapes_every_sample_of_expexp_itself(world: ScrapedWorld, j
     server = world.original if job == "expexp_metrics" else world.further
 
     def same_number() -> bool | None:
-        now = count_samples(get(f"{server.url}/metrics").body)
+        now = count_samples(server.get("/metrics").body)
         scraped = world.value("scrape_samples_scraped", job)
         assert scraped == now > 0, f"{scraped} samples were scraped, there are {now}"
         return True
@@ -24110,7 +23902,7 @@ def test_prometheus_is_told_why_a_module_is_down(
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_the_time_of_modification_arrives_in_prometheus(world: ScrapedWorld) -> None:
-    mtime = (world.further.log_path.parent / "body.prom").stat().st_mtime
+    mtime = Path(world.further.shown("file")).stat().st_mtime
     assert world.value("expexp_file_mtime_timestamp", "file") == pytest.approx(mtime)
 
 
@@ -24225,15 +24017,11 @@ def guarded_jobs(guarded: Guarded) -> str:
 def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
     guarded: Guarded, authorities: Authorities
 ) -> None:
-    program = peer_program("prometheus")
     (guarded.folder / "prometheus.yaml").write_text(guarded_jobs(guarded))
-    address = f"127.0.0.1:{free_port()}"
-    command = [program, "--config.file=prometheus.yaml", "--storage.tsdb.path=data"]
-    command += [f"--web.listen-address={address}"]
     files = Rotating(guarded.folder, cast(Running, None))
     secure = authorities.context(guarded.client)
-    with peer_running(command, f"http://{address}", "/-/ready", guarded.folder) as prometheus:
-        world = ScrapedWorld(prometheus, prometheus, prometheus)
+    with prometheus(guarded.folder / "prometheus.yaml") as server:
+        world = ScrapedWorld(server, server, server)
 
         def scrapes() -> float:
             return world.query("count_over_time(up{job='right'}[5m])").get("right", 0)
@@ -24277,16 +24065,14 @@ def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
 class Discovery:
     """A Prometheus that discovers the modules of an expexp, and of more where it is told to."""
 
-    prometheus: PeerRunning
-    expexp: PeerRunning
+    prometheus: Started
+    expexp: Started
     config: Path
     prometheus_config: Path
 
     def targets(self, job: str) -> dict[tuple[str, str], dict[str, Any]]:
         """The targets of a job that Prometheus scrapes, by their labels instance and module."""
-        answer = get(f"{self.prometheus.url}/api/v1/targets?state=active")
-        active = json.loads(answer.body)["data"]["activeTargets"]
-        ours = [target for target in active if target["scrapePool"] == job]
+        ours = [one for one in targets_of(self.prometheus) if one["scrapePool"] == job]
         return {(one["labels"]["instance"], one["labels"]["module"]): one for one in ours}
 
     def modules(self) -> set[str]:
@@ -24294,11 +24080,7 @@ class Discovery:
         return {module for _, module in self.targets("expexp")}
 
     def query(self, query: str) -> list[dict[str, Any]]:
-        """What Prometheus answers to a query."""
-        text = urllib.parse.urlencode({"query": query})
-        answer = get(f"{self.prometheus.url}/api/v1/query?{text}")
-        assert answer.status == 200, answer.body
-        return cast("list[dict[str, Any]]", json.loads(answer.body)["data"]["result"])
+        return query_of(self.prometheus, query)
 
     def up(self, job: str) -> dict[tuple[str, str], str]:
         """Whether each target of a job is up, by its labels instance and module."""
@@ -24320,12 +24102,12 @@ def discovery_job(name: str, *addresses: str) -> str:
     return f"  - job_name: {name}\n    http_sd_configs:\n{''.join(urls)}"
 
 
-def discovered_modules(node_port: int | None, folder: Path) -> dict[str, Any]:
+def discovered_modules(node_port: int, folder: Path) -> dict[str, Any]:
     """Modules of each method, some of which say how often they are to be scraped."""
     body = folder / "body.prom"
     body.write_bytes(COUNTED_BODY)
     return {
-        "node": http_module(node_port or 0, address="127.0.0.1"),
+        "node": http_module(node_port, address="127.0.0.1"),
         "script": exec_module("echo a 1", accept_args=False) | {"scrape_interval": "5s"},
         "batch": file_module(body) | {"scrape_interval": "4s", "timeout": "1500ms"},
         "leaving": file_module(body),
@@ -24334,22 +24116,17 @@ def discovered_modules(node_port: int | None, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def discovery(
-    node_exporter: PeerRunning, tmp_path_factory: pytest.TempPathFactory
+    node_exporter: Started, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Discovery]:
     """An expexp with http, exec and file modules, all of which Prometheus has scraped."""
-    program, folder = peer_program("prometheus"), tmp_path_factory.mktemp("discovery")
-    config, prometheus_config = folder / "expexp.json", folder / "prometheus.yaml"
-    modules = discovered_modules(urllib.parse.urlsplit(node_exporter.url).port, folder)
-    config.write_text(json.dumps({"modules": modules}))
-    with running_expexp(folder, "-config", str(config)) as expexp:
+    folder = tmp_path_factory.mktemp("discovery")
+    config = folder / "prometheus.yaml"
+    modules = discovered_modules(node_exporter.port, folder)
+    with started(folder, modules) as expexp:
         head = "global: {scrape_interval: 1s, scrape_timeout: 1s}\nscrape_configs:\n"
-        own = urllib.parse.urlsplit(expexp.url).netloc
-        prometheus_config.write_text(head + discovery_job("expexp", own))
-        address = f"127.0.0.1:{free_port()}"
-        command = [program, f"--config.file={prometheus_config}"]
-        command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
-        with peer_running(command, f"http://{address}", "/-/ready", folder) as prometheus:
-            found = Discovery(prometheus, expexp, config, prometheus_config)
+        config.write_text(head + discovery_job("expexp", expexp.address))
+        with prometheus(config) as server:
+            found = Discovery(server, expexp, folder / "expexp.yaml", config)
 
             def all_scraped() -> bool | None:
                 missing = set(modules) - {module for _, module in found.up("expexp")}
@@ -24368,7 +24145,7 @@ def discovery(
 def test_prometheus_discovers_a_module_and_finds_it_up(
     discovery: Discovery, module: str, samples: str
 ) -> None:
-    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    own = discovery.expexp.address
     assert discovery.up("expexp")[own, module] == "1", discovery.expexp.log()[-2000:]
     assert discovery.query(f'{samples}{{job="expexp",instance="{own}",module="{module}"}}')
 
@@ -24386,7 +24163,7 @@ def test_prometheus_discovers_a_module_and_finds_it_up(
 def test_prometheus_scrapes_a_module_at_an_interval(
     discovery: Discovery, module: str, interval: float, timeout: float
 ) -> None:
-    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    own = discovery.expexp.address
     found = discovery.targets("expexp")[own, module]
     assert expexp.parse_duration(found["scrapeInterval"]) == interval
     assert expexp.parse_duration(found["scrapeTimeout"]) == timeout
@@ -24403,7 +24180,7 @@ def test_prometheus_follows_a_reload(discovery: Discovery) -> None:
     wanted = {"node", "script", "batch", "added"}
     # Prometheus hands on what it has discovered at most every 5 seconds.
     eventually(lambda: discovery.modules() == wanted or None, "the targets of the new modules", 20)
-    own = urllib.parse.urlsplit(discovery.expexp.url).netloc
+    own = discovery.expexp.address
     eventually(
         lambda: discovery.up("expexp").get((own, "added")) == "1" or None, "a scrape of one", 10
     )
@@ -24467,7 +24244,7 @@ def expexp_in_namespace(number: int, folder: Path) -> Iterator[str]:
         address = f"{host}:9999"
         command = [*inside, sys.executable, str(SOURCE), "-web.listen-address", ":9999"]
         command += ["-config", str(config)]
-        with peer_running(command, f"http://{address}", "/-/ready", folder):
+        with peer_running(command, address, "/-/ready", folder):
             yield address
 
 
@@ -24623,7 +24400,7 @@ WAYS_TO_CONTAINERS: Final = {
 
 
 @pytest.fixture(scope="module")
-def contained(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PeerRunning]:
+def contained(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started]:
     """An expexp with modules for containers; those of WAYS_TO_CONTAINERS run."""
     folder, modules = tmp_path_factory.mktemp("contained"), {}
     for number, flags in enumerate(WAYS_TO_CONTAINERS.values()):
@@ -24636,9 +24413,7 @@ def contained(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Itera
         modules[name] = podman.module(name)
     modules["wandering"]["timeout"] = "1s"
     modules["deserted"] = podman.module("deserted", engine=podman.second_socket)
-    config = folder / "expexp.json"
-    config.write_text(json.dumps({"modules": modules}))
-    with running_expexp(folder, "-config", str(config)) as expexp:
+    with started(folder, modules) as expexp:
         yield expexp
 
 
@@ -24647,12 +24422,12 @@ def at_podman(container: str) -> str:
     return f"http://{container}:9100/metrics in a container"
 
 
-def scrape_until(expexp: PeerRunning, module: str, status: int, words: str) -> None:
+def scrape_until(expexp: Started, module: str, status: int, words: str) -> None:
     """Scrape until this is the answer."""
     wanted = f"{words}\n"
 
     def is_answer() -> bool | None:
-        answer = get(f"{expexp.url}/proxy?module={module}")
+        answer = expexp.scrape(module)
         assert (answer.status, answer.body.decode()) == (status, wanted)
         return True
 
@@ -24662,14 +24437,14 @@ def scrape_until(expexp: PeerRunning, module: str, status: int, words: str) -> N
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("way", WAYS_TO_CONTAINERS)
-def test_a_container_of_podman_is_scraped(way: str, contained: PeerRunning) -> None:
+def test_a_container_of_podman_is_scraped(way: str, contained: Started) -> None:
     name = f"way_{list(WAYS_TO_CONTAINERS).index(way)}"
     scrape_until(contained, name, 200, f"{name} 1")
 
 
 @pytest.mark.peer
 @pytest.mark.timeout(120)
-def test_a_container_that_podman_does_not_know(contained: PeerRunning) -> None:
+def test_a_container_that_podman_does_not_know(contained: Started) -> None:
     scrape_until(
         contained, "never", 502, f"module never: {at_podman('never')}: there is no such container"
     )
@@ -24677,7 +24452,7 @@ def test_a_container_that_podman_does_not_know(contained: PeerRunning) -> None:
 
 @pytest.mark.peer
 @pytest.mark.timeout(120)
-def test_a_container_of_podman_without_a_network(podman: Podman, contained: PeerRunning) -> None:
+def test_a_container_of_podman_without_a_network(podman: Podman, contained: Started) -> None:
     podman.start("lonely", "--network=none")
     words = f"{at_podman('lonely')}: {NOT_PUBLISHED}"
     scrape_until(contained, "lonely", 502, f"module lonely: {words}")
@@ -24686,7 +24461,7 @@ def test_a_container_of_podman_without_a_network(podman: Podman, contained: Peer
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_a_container_of_podman_is_stopped_and_started(
-    podman: Podman, contained: PeerRunning
+    podman: Podman, contained: Started
 ) -> None:
     podman.start("stopped", f"--publish=127.0.0.1:{free_port()}:9100")
     scrape_until(contained, "stopped", 200, "stopped 1")
@@ -24704,7 +24479,7 @@ def test_a_container_of_podman_is_stopped_and_started(
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_a_container_of_podman_is_removed_and_made_anew_with_another_port(
-    podman: Podman, contained: PeerRunning
+    podman: Podman, contained: Started
 ) -> None:
     first, second = free_port(), free_port()
     podman.start("moved", f"--publish=127.0.0.1:{first}:9100")
@@ -24720,7 +24495,7 @@ def test_a_container_of_podman_is_removed_and_made_anew_with_another_port(
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_a_container_of_podman_is_made_anew_at_another_address(
-    podman: Podman, contained: PeerRunning
+    podman: Podman, contained: Started
 ) -> None:
     def address() -> str:
         return podman("inspect", "--format={{.NetworkSettings.IPAddress}}", "wandering")
@@ -24736,7 +24511,7 @@ def test_a_container_of_podman_is_made_anew_at_another_address(
 
 @pytest.mark.peer
 @pytest.mark.timeout(120)
-def test_podman_is_needed_to_find_a_container(podman: Podman, contained: PeerRunning) -> None:
+def test_podman_is_needed_to_find_a_container(podman: Podman, contained: Started) -> None:
     with podman.service(podman.second_socket):
         podman.start("deserted", f"--publish=127.0.0.1:{free_port()}:9100")
         scrape_until(contained, "deserted", 200, "deserted 1")
@@ -25215,7 +24990,7 @@ http {{
 
 
 @contextmanager
-def nginx_serving(site: str, folder: Path) -> Iterator[PeerRunning]:
+def nginx_serving(site: str, folder: Path) -> Iterator[Started]:
     """A real nginx with this site, and one more that says that it runs."""
     (folder / "site.conf").write_text(site)
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -25223,7 +24998,7 @@ def nginx_serving(site: str, folder: Path) -> Iterator[PeerRunning]:
     port, config = free_port(), folder / "nginx.conf"
     config.write_text(NGINX_MAIN.format(folder=folder, temporary=temporary, port=port))
     command = [peer_program("nginx"), "-c", str(config), "-e", "stderr"]
-    with peer_running(command, f"http://127.0.0.1:{port}", "/", folder) as server:
+    with peer_running(command, f"127.0.0.1:{port}", "/", folder) as server:
         yield server
     warned = [line for line in server.log().splitlines() if "[warn]" in line]
     assert [line for line in warned if '"user" directive' not in line] == []
@@ -25241,18 +25016,13 @@ def browsed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str
         options.add_argument(f"--{argument}")
     options.add_argument(f"--user-data-dir={folder / 'profile'}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    broken = Target(f"a 1\n{HOSTILE_TEXT}\n".encode())
+    bodies = [NODE_BODY, f"a 1\n{HOSTILE_TEXT}\n".encode()]
     with ExitStack() as stack:
-        ports = [
-            urllib.parse.urlsplit(stack.enter_context(serving(target))).port or 0
-            for target in (Target(NODE_BODY), broken)
-        ]
-        config = folder / "c.json"
+        ports = [stack.enter_context(target(ok(body))) for body in bodies]
         modules = browser_modules(folder, *ports)
-        config.write_text(json.dumps({"modules": modules}), encoding="utf-8")
-        expexp = stack.enter_context(running_expexp(folder, "-config", str(config)))
+        expexp = stack.enter_context(started(folder, modules))
         for name in [name for name in modules if name != "never"] * 2:
-            get(f"{expexp.url}/proxy?{urllib.parse.urlencode({'module': name})}")
+            expexp.scrape(urllib.parse.quote_plus(name))
         url = f"http://127.0.0.1:{free_port()}"
         site = f"server {{ listen {urllib.parse.urlsplit(url).netloc}; "
         site += f"location /host1/ {{ proxy_pass {expexp.url}/; }} }}"
@@ -25317,9 +25087,10 @@ def test_the_links_of_the_status_page_lead_to_expexp_behind_a_prefix(
     open_page(driver, url, 1440, "light")
     links = driver.execute_script("return [...document.querySelectorAll('a')].map(a => a.href)")
     assert len(links) >= 10
+    parts = urllib.parse.urlsplit(url)
     for link in links:
         assert link.startswith(url), link
-        assert get(link).status != 404, link
+        assert Client(parts.port or 0).get(link.partition(parts.netloc)[2]).status != 404, link
 
 
 # The recipes of docs/recipes.md, with the files, commands and results that the document itself has.
@@ -25558,7 +25329,7 @@ def test_the_recipe_of_containers_finds_one_with_no_more_rights_than_it_needs(
     config.write_text(CONTAINERS_RECIPE.adapted(INSTALLED_CONFIG, {"/run/expexp-engine": own}))
     with podman.service(engine):
         assert service("systemctl", "enable", "--now", "expexp-engine").returncode == 0
-        with running_expexp(tmp_path, "-config", str(config)) as expexp:
+        with started(tmp_path, None) as expexp:
             scrape_until(expexp, "web", 200, "web 1")
         ask = "curl -sS -o /dev/null -w %{http_code} --path-as-is"
         ask += " --unix-socket /run/expexp-engine/engine.sock "
@@ -25574,21 +25345,19 @@ def test_the_recipe_of_containers_finds_one_with_no_more_rights_than_it_needs(
 @contextmanager
 def discovering(jobs: str, folder: Path, *before: str) -> Iterator[Discovery]:
     """A real Prometheus with these jobs, which scrapes every 2 seconds."""
-    path, address = folder / "prometheus.yml", f"127.0.0.1:{free_port()}"
+    path = folder / "prometheus.yml"
     path.write_text(f"global: {{scrape_interval: 2s, scrape_timeout: 2s}}\n{jobs}")
-    command = [*before, peer_program("prometheus"), f"--config.file={path}"]
-    command += [f"--storage.tsdb.path={folder / 'data'}", f"--web.listen-address={address}"]
-    with peer_running(command, f"http://{address}", "/-/ready", folder) as server:
+    with prometheus(path, *before) as server:
         yield Discovery(server, server, path, path)
 
 
 class BehindNginx(NamedTuple):
     """An expexp behind nginx, both with the flags and the file of the recipe, and their target."""
 
-    expexp: PeerRunning
+    expexp: Started
     port: int
     context: ssl.SSLContext
-    echo: Echo
+    target: Target
 
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, source: str = "127.0.0.1"
@@ -25607,7 +25376,7 @@ class BehindNginx(NamedTuple):
 def behind_nginx(
     authorities: Authorities, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BehindNginx]:
-    echo, folder = Echo(), tmp_path_factory.mktemp("nginx")
+    folder = tmp_path_factory.mktemp("nginx")
     port, own_port = free_port(), free_port()
     changes = {
         "listen 443": f"listen 127.0.0.1:{port}",
@@ -25622,13 +25391,12 @@ def behind_nginx(
     (location,) = re.findall(r"(?s)    location .*?\n    }\n", site)
     second = location.replace("/expexp/", "/second/").replace("deny all;", f"deny all; {said}")
     flags = [flag.replace("9999", str(own_port)) for flag in NGINX_RECIPE.flags()]
-    with target(echo.answer) as target_port:
-        modules = {"echo": http_module(target_port), "script": exec_module("echo a 1")}
-        (folder / "c.json").write_text(json.dumps({"modules": modules}))
-        flags += ["-config", str(folder / "c.json")]
+    with target() as web:
+        modules = {"echo": http_module(web), "script": exec_module("echo a 1")}
+        flags = [f"-web.listen-address=127.0.0.1:{own_port}", *flags]
         site = site.replace(location, location + second)
-        with running_expexp(folder, *flags, port=own_port) as expexp, nginx_serving(site, folder):
-            yield BehindNginx(expexp, port, authorities.context(), echo)
+        with started(folder, modules, *flags) as expexp, nginx_serving(site, folder):
+            yield BehindNginx(expexp, port, authorities.context(), web)
 
 
 @pytest.mark.peer
@@ -25671,7 +25439,7 @@ def test_the_recipe_of_nginx_decides_which_clients_and_headers_get_through(
     for prefix in ("/expexp", "/second"):
         path = f"{prefix}/proxy?module=echo"
         assert behind_nginx.get(path, user, source="127.0.0.2")[0] == 200
-        heads.append(behind_nginx.echo.heads[-1].decode())
+        heads.append(behind_nginx.target.heads[-1].decode())
     assert ["\r\nAuthorization: Basic " in head for head in heads] == [True, False]
     assert "\r\nX-Forwarded-For: 192.0.2.1, 127.0.0.2, 127.0.0.1\r\n" in heads[0]
     clients = re.findall(r'msg="(\S+) - GET', behind_nginx.expexp.log())
@@ -25706,8 +25474,8 @@ def test_the_recipe_of_ipv6_needs_no_ipv4(tmp_path: Path) -> None:
         (listen,) = re.findall(r"`(--web\.listen-address=.*?)`", IPV6_RECIPE.text)
         start_in_background(stack, *inside, peer_program("prometheus-node-exporter"), listen)
         command = [*inside, sys.executable, str(SOURCE), "-config", str(config), "-log.level=info"]
-        started = peer_running([*command, *flags], f"http://{address}", "/-/ready", tmp_path)
-        expexp = stack.enter_context(started)
+        server = peer_running([*command, *flags], address, "/-/ready", tmp_path)
+        expexp = stack.enter_context(server)
         world = stack.enter_context(discovering(jobs.replace("2001:db8:", net), tmp_path))
         wanted = {(address, "node"): "1"}
         eventually(lambda: world.up("expexp") == wanted or None, "the module to be up")
@@ -25738,7 +25506,7 @@ def probing(device: str, folder: Path) -> Iterator[dict[str, int]]:
             port = ports[name] = free_port()
             command = [peer_program(f"prometheus-{name}-exporter"), f"--config.file={path}"]
             command.append(f"--web.listen-address=127.0.0.1:{port}")
-            stack.enter_context(peer_running(command, f"http://127.0.0.1:{port}", "/", folder))
+            stack.enter_context(peer_running(command, f"127.0.0.1:{port}", "/", folder))
         yield ports
 
 
@@ -25763,12 +25531,12 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
     }
     with ExitStack() as stack:
         ports = stack.enter_context(probing(hosts["switch.example.org"], tmp_path))
-        hosts["http://www.example.org/"] = stack.enter_context(serving(Target(b"<html>")))
+        hosts["http://www.example.org/"] = f"http://127.0.0.1:{stack.enter_context(target(ok(b'<html>')))}/metrics"
         config = tmp_path / "expexp.yaml"
         changes = {"9115": ports["blackbox"], "9116": ports["snmp"]}
         config.write_text(PROBES_RECIPE.adapted(INSTALLED_CONFIG, changes))
-        expexp = stack.enter_context(running_expexp(tmp_path, "-config", str(config)))
-        more = {"host:9999": urllib.parse.urlsplit(expexp.url).netloc, "if_mib": "uptime"}
+        expexp = stack.enter_context(started(tmp_path, None))
+        more = {"host:9999": expexp.address, "if_mib": "uptime"}
         jobs = PROBES_RECIPE.adapted(PROMETHEUS_CONFIG, {**hosts, **more})
         world = stack.enter_context(discovering(jobs, tmp_path))
         names = {host: "snmp" if host.startswith("switch") else "blackbox" for host in hosts}
@@ -26122,10 +25890,10 @@ def test_a_container_answers_is_healthy_reaps_orphans_and_ends_at_once(
     flags += ["--read-only", "--cap-drop=all", *IN_CONTAINER]
     podman("run", "--detach", "--name=expexp", *flags, image)
     pid = int(podman("inspect", "--format={{.State.Pid}}", "expexp"))
-    url = f"http://127.0.0.1:{port}"
+    own = Client(port)
 
     def is_answer() -> bool | None:
-        answer = get(f"{url}/proxy?module=orphans")
+        answer = own.scrape("orphans")
         return (answer.status, answer.body) == (200, b"a 1\n") or None
 
     eventually(is_answer, "the container to answer", 15)
@@ -26136,7 +25904,7 @@ def test_a_container_answers_is_healthy_reaps_orphans_and_ends_at_once(
     podman("healthcheck", "run", "expexp")
     assert podman("inspect", "--format={{.State.Health.Status}}", "expexp") == "healthy"
     revision = run_peer(released, "git", "rev-parse", "--short=12", "HEAD").strip()
-    assert f'revision="{revision}"' in get(f"{url}/metrics").body.decode()
+    assert f'revision="{revision}"' in own.get("/metrics").text
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: is_gone(pid), 2)
     assert podman("wait", "expexp") == "0"
