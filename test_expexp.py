@@ -40,7 +40,6 @@ import shlex
 import shutil
 import signal
 import socket
-import socketserver
 import ssl
 import struct
 import subprocess
@@ -60,7 +59,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from secrets import randbelow
@@ -1655,13 +1654,12 @@ def test_every_code_block_of_the_documents_is_taken_by_a_test_or_has_a_reason() 
 
 
 @pytest.mark.parametrize("text", document_blocks("yaml expexp"))
-def test_a_configuration_in_the_documents_loads(text: str, tmp_path: Path) -> None:
-    trustme = pytest.importorskip("trustme")
-    authority = trustme.CA()
-    client = authority.issue_cert("prometheus@example.org")
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    client.cert_chain_pems[0].write_to_path(str(tmp_path / "client.pem"))
-    client.private_key_pem.write_to_path(str(tmp_path / "client.key"))
+def test_a_configuration_in_the_documents_loads(
+    text: str, tmp_path: Path, authority: Authority, good_client: str
+) -> None:
+    (tmp_path / "ca.pem").write_text(authority.pem)
+    for name in ("client.pem", "client.key"):
+        shutil.copy(good_client, tmp_path / name)
     (tmp_path / "exporter.password").write_text("change-me\n")
     document = tmp_path / "expexp.yaml"
     document.write_text(text.replace("/etc/expexp", str(tmp_path)), encoding="utf-8")
@@ -1926,7 +1924,7 @@ class Client:
 
     def __init__(self, port: int, context: ssl.SSLContext | None = None, host: str = "") -> None:
         self.port = port
-        self.context = context
+        self.context: Any = context  # None is plain HTTP
         self._host = host
 
     @property
@@ -1941,24 +1939,29 @@ class Client:
     def url(self) -> str:
         return f"{'https' if self.context else 'http'}://{self.address}"
 
-    def connection(self, context: ssl.SSLContext | None = None) -> http.client.HTTPConnection:
+    @contextlib.contextmanager
+    def connection(self) -> Iterator[http.client.HTTPConnection]:
         """A connection for any number of requests."""
-        context = context or self.context
-        if context:
-            return http.client.HTTPSConnection(self.host, self.port, timeout=20, context=context)
-        return http.client.HTTPConnection(self.host, self.port, timeout=20)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
+        if self.context:
+            connection = http.client.HTTPSConnection(
+                self.host, self.port, timeout=20, context=self.context
+            )
+        with contextlib.closing(connection):
+            yield connection
 
-    def certificate(self) -> dict[str, Any]:
+    def certificate(self) -> x509.Certificate:
         """The certificate that the server shows on a new connection."""
-        with contextlib.closing(self.connection()) as connection:
+        with self.connection() as connection:
             connection.connect()
-            return cast("dict[str, Any]", connection.sock.getpeercert())
+            shown = cast("ssl.SSLSocket", connection.sock).getpeercert(True)
+            return x509.load_der_x509_certificate(shown or b"")
 
     def get(
         self, path: str, headers: Mapping[str, str] | None = None, method: str = "GET"
     ) -> Answer:
         """One request on a connection of its own."""
-        with contextlib.closing(self.connection()) as connection:
+        with self.connection() as connection:
             return ask_on(connection, path, headers, method)
 
     def scrape(self, module: str, headers: Mapping[str, str] | None = None) -> Answer:
@@ -1966,7 +1969,9 @@ class Client:
 
     def modules(self) -> dict[str, Any]:
         """The list of modules."""
-        return cast("dict[str, Any]", json.loads(self.get("/", {"Accept": "application/json"}).body))
+        return cast(
+            "dict[str, Any]", json.loads(self.get("/", {"Accept": "application/json"}).body)
+        )
 
     def shown(self, module: str) -> str:
         """What the list of modules says of a module's target."""
@@ -2072,6 +2077,7 @@ def ok(body: bytes, *headers: str, content_type: str = expexp.TEXT_CONTENT_TYPE)
 
 
 EXPOSITION = b"# HELP a An a.\n# TYPE a counter\na 1\n"
+GOOD = ok(EXPOSITION)
 Answerer = Callable[[socket.socket, bytes], None]
 
 
@@ -2094,7 +2100,7 @@ def path_of(head: bytes) -> str:
 
 @contextlib.contextmanager
 def target(
-    usual: bytes | Answerer = ok(EXPOSITION),
+    usual: bytes | Answerer = GOOD,
     at: tuple[str, int] | Path = ("127.0.0.1", 0),
     context: ssl.SSLContext | None = None,
     *,
@@ -2110,6 +2116,7 @@ def target(
             reply(tls)
             if goodbye:
                 tls.unwrap()
+        return None
 
     def reply(connection: socket.socket) -> None:
         head = read_head(connection)
@@ -2323,6 +2330,146 @@ def run(*flags: str, folder: Path | None = None) -> subprocess.CompletedProcess[
         timeout=20,
         cwd=folder,
     )
+
+
+def secret_file(path: Path, text: str | bytes) -> Path:
+    """A file that only its owner can read, as if written long ago."""
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.chmod(0o600)
+    os.utime(path, (1, 1))
+    return path
+
+
+def by_renaming(path: Path, text: str) -> None:
+    os.replace(secret_file(path.with_name("new"), text), path)
+
+
+Names = Sequence[x509.GeneralName]
+
+
+class Authority:
+    """A certificate authority; the certificates that it makes are files in its folder."""
+
+    def __init__(self, folder: Path, name: str = "ca") -> None:
+        self.folder, self.ca = folder, trustme.CA()
+        self.file = str(folder / f"{name}.pem")
+        self.ca.cert_pem.write_to_path(self.file)
+        self._certificate = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
+        key = serialization.load_pem_private_key(self.ca.private_key_pem.bytes(), None)
+        self._key = cast("ec.EllipticCurvePrivateKey", key)
+        self._count = itertools.count()
+
+    @property
+    def pem(self) -> str:
+        return Path(self.file).read_text()
+
+    @functools.cached_property
+    def pair(self) -> str:
+        """The file of a certificate for the loopback, and its key."""
+        return self.server()
+
+    def context(self, client: str = "") -> ssl.SSLContext:
+        """That of a client which trusts this authority, with its certificate, if it has any."""
+        context = ssl.create_default_context(cafile=self.file)
+        if client:
+            context.load_cert_chain(client)
+        return context
+
+    def serving(self, *names: str, days: int = 1) -> ssl.SSLContext:
+        """That of a server with a certificate for these names."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.server(*names, days=days))
+        return context
+
+    def serving_clients(self) -> ssl.SSLContext:
+        """That of a server which wants a client's certificate of this authority."""
+        context = self.serving()
+        context.load_verify_locations(self.file)
+        context.verify_mode = ssl.CERT_REQUIRED
+        # In 1.3 a client learns after its request that it is not let in.
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        return context
+
+    def server(self, *names: str, rsa: bool = False, days: int = 1) -> str:
+        """The file of a certificate for a server, and its key."""
+        kind = trustme.KeyType.RSA if rsa else trustme.KeyType.ECDSA
+        ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
+        names = names or ("localhost", "127.0.0.1", "::1")
+        made = self.ca.issue_cert(*names, key_type=kind, not_after=ends)
+        return self._write(made.private_key_and_cert_chain_pem.bytes())
+
+    def client(
+        self,
+        common: str = "client",
+        names: Names = (),
+        *,
+        ends_in: float = 3600,
+        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
+        own: bool = False,
+        more: x509.ExtensionType | None = None,
+    ) -> str:
+        """The file of a client's certificate and its key; `own` is whether it signs itself."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+        issuer, signs = (subject, key) if own else (self._certificate.subject, self._key)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(issuer)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=2))
+            .not_valid_after(now + datetime.timedelta(seconds=ends_in))
+            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        if more:
+            builder = builder.add_extension(more, critical=False)
+        private = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        signed = builder.sign(signs, hashes.SHA256())
+        return self._write(private + signed.public_bytes(serialization.Encoding.PEM))
+
+    def _write(self, content: bytes) -> str:
+        path = self.folder / f"{Path(self.file).stem}-{next(self._count)}.pem"
+        path.touch(0o600)
+        path.write_bytes(content)
+        return str(path)
+
+
+def split_pair(file: str) -> dict[str, str]:
+    """The contents of cert.pem and key.pem, from a file that has both."""
+    key, mark, certificate = Path(file).read_text().partition("-----BEGIN CERTIFICATE-----")
+    return {"cert.pem": mark + certificate, "key.pem": key}
+
+
+def put_pair(folder: Path, file: str) -> None:
+    """Replace the certificate and the key in a folder, one after the other."""
+    for name, content in split_pair(file).items():
+        by_renaming(folder / name, content)
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The one for everything."""
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """One that nobody trusts."""
+    return Authority(tmp_path_factory.mktemp("stranger"), "stranger")
+
+
+@pytest.fixture(scope="module")
+def good_client(authority: Authority) -> str:
+    """The file of a client's certificate that is good, in the usual case."""
+    return authority.client("good", [x509.DNSName("good.example")])
 
 
 #: The two examples of the original's README, word for word, where EXPEXP_ORIGINAL_README (the
@@ -7683,15 +7830,13 @@ def short_certificate(key: rsa.RSAPrivateKey) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pems(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Path:
     """A folder with a certificate, keys and authorities, as people get them right and wrong."""
-    folder, ca = tmp_path_factory.mktemp("pems"), trustme.CA()
-    own, other = ca.issue_cert("localhost"), ca.issue_cert("localhost")
-    ca.cert_pem.write_to_path(str(folder / "ca.pem"))
-    own.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
-    own.private_key_pem.write_to_path(str(folder / "key.pem"))
-    other.private_key_pem.write_to_path(str(folder / "other.pem"))
-    key = serialization.load_pem_private_key(own.private_key_pem.bytes(), None)
+    folder, own = tmp_path_factory.mktemp("pems"), authority.pair
+    (folder / "ca.pem").write_text(authority.pem)
+    put_pair(folder, own)
+    (folder / "other.pem").write_text(split_pair(authority.server())["key.pem"])
+    key = serialization.load_pem_private_key((folder / "key.pem").read_bytes(), None)
     encrypted = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -7699,7 +7844,7 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "encrypted.pem").write_bytes(encrypted)
     (folder / "junk.pem").write_text("-----BEGIN CERTIFICATE-----\nanVuaw==\n")
-    cert = x509.load_pem_x509_certificate(own.cert_chain_pems[0].bytes())
+    cert = certificate_in(own)
     der, pem = serialization.Encoding.DER, serialization.Encoding.PEM
     formats, plain = serialization.PrivateFormat, serialization.NoEncryption()
     secret = serialization.BestAvailableEncryption(b"s3ntinel")
@@ -8459,20 +8604,8 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def secret_file(path: Path, text: str | bytes) -> Path:
-    """A file that only its owner can read, as if written long ago."""
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    path.chmod(0o600)
-    os.utime(path, (1, 1))
-    return path
-
-
 def in_place(path: Path, text: str) -> None:
     path.write_text(text)
-
-
-def by_renaming(path: Path, text: str) -> None:
-    os.replace(secret_file(path.with_name("new"), text), path)
 
 
 def by_removing_it_first(path: Path, text: str) -> None:
@@ -9731,42 +9864,15 @@ def test_a_target_has_an_ipv6_address() -> None:
 # --- http: TLS towards targets
 
 
-class Certificates(NamedTuple):
-    """A certificate authority, and files that it has made."""
-
-    ca: trustme.CA
-    ca_file: str
-    client_file: str
-    key_file: str
-
-    def server(self, *names: str, days: int = 1) -> ssl.SSLContext:
-        """A server's context with a certificate for these names."""
-        after = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.ca.issue_cert(*names, not_after=after).configure_cert(context)
-        return context
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    folder, ca = tmp_path_factory.mktemp("certificates"), trustme.CA()
-    files = [str(folder / name) for name in ("ca.pem", "client.pem", "key.pem")]
-    client = ca.issue_cert("client@example.org")
-    ca.cert_pem.write_to_path(files[0])
-    client.cert_chain_pems[0].write_to_path(files[1])
-    client.private_key_pem.write_to_path(files[2])
-    return Certificates(ca, *files)
-
-
 def https_module(port: int, **settings: object) -> dict[str, object]:
     return http_module(port, scheme="https", **settings) | {"timeout": "2s"}
 
 
 @pytest.mark.parametrize("key", ["tls_ca_cert_file", "tls_root_ca_file"])
-def test_the_certificate_of_a_target_is_verified_with(key: str, certificates: Certificates) -> None:
+def test_the_certificate_of_a_target_is_verified_with(key: str, authority: Authority) -> None:
     with (
-        target(context=certificates.server("localhost")) as port,
-        running({"m": https_module(port, **{key: certificates.ca_file})}) as served,
+        target(context=authority.serving("localhost")) as port,
+        running({"m": https_module(port, **{key: authority.file})}) as served,
     ):
         answer = served.scrape("m")
         assert (answer.status, answer.body) == (200, EXPOSITION)
@@ -9803,11 +9909,11 @@ UNKNOWN_CA = "chain: unable to get local issuer certificate"
     ],
 )
 def test_a_certificate_is_refused_that_is(
-    names: list[str], days: int, settings: dict[str, str], message: str, certificates: Certificates
+    names: list[str], days: int, settings: dict[str, str], message: str, authority: Authority
 ) -> None:
-    settings = {k: certificates.ca_file if v == "CA" else v for k, v in settings.items()}
+    settings = {k: authority.file if v == "CA" else v for k, v in settings.items()}
     with (
-        target(context=certificates.server(*names, days=days)) as port,
+        target(context=authority.serving(*names, days=days)) as port,
         running({"m": https_module(port, **settings)}) as served,
         taking(*QUICK_SOCKET),
     ):
@@ -9818,12 +9924,12 @@ def test_a_certificate_is_refused_that_is(
 
 
 def test_server_name_is_asked_for_and_verified_instead_of_the_address(
-    certificates: Certificates,
+    authority: Authority,
 ) -> None:
     asked: list[str | None] = []
-    context = certificates.server("db.example")
+    context = authority.serving("db.example")
     context.sni_callback = lambda _socket, name, _context: asked.append(name)
-    settings = {"tls_ca_cert_file": certificates.ca_file, "server_name": "db.example"}
+    settings = {"tls_ca_cert_file": authority.file, "server_name": "db.example"}
     with (
         target(context=context) as port,
         running({"m": https_module(port, **settings)}) as served,
@@ -9843,15 +9949,15 @@ def test_server_name_is_asked_for_and_verified_instead_of_the_address(
     ids=["the address", "server_name", "both", "the address, with another server_name"],
 )
 def test_a_final_dot_is_for_the_resolver_alone_in(
-    address: str, settings: dict[str, str], certificates: Certificates, names: dict[str, Resolve]
+    address: str, settings: dict[str, str], authority: Authority, names: dict[str, Resolve]
 ) -> None:
     shown: list[str | None] = []
-    context = certificates.server("db.example")
+    context = authority.serving("db.example")
     context.sni_callback = lambda _socket, name, _context: shown.append(name)
     with target(context=context) as port:
         entry = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
         names[address] = lambda *_, **__: [entry]
-        settings = {"tls_ca_cert_file": certificates.ca_file, "address": address, **settings}
+        settings = {"tls_ca_cert_file": authority.file, "address": address, **settings}
         with running({"m": https_module(port, **settings)}) as served:
             assert served.scrape("m").body == EXPOSITION
     assert shown == ["db.example"]
@@ -9888,25 +9994,19 @@ def test_a_target_is_unreachable_that_ends_the_handshake(how: str) -> None:
         assert served.failures("m") == {"unreachable": 1}
 
 
-def test_insecure_skip_verify_takes_any_certificate(certificates: Certificates) -> None:
+def test_insecure_skip_verify_takes_any_certificate(authority: Authority) -> None:
     with (
-        target(context=certificates.server("other.example", days=-1)) as port,
+        target(context=authority.serving("other.example", days=-1)) as port,
         running({"m": https_module(port, tls_insecure_skip_verify=True)}) as served,
     ):
         assert served.scrape("m").body == EXPOSITION
 
 
-def test_a_client_certificate_is_presented(certificates: Certificates) -> None:
-    context = certificates.server("localhost")
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.maximum_version = (
-        ssl.TLSVersion.TLSv1_2
-    )  # in 1.3 a client learns of it after its request
-    certificates.ca.configure_trust(context)
-    ours = {"tls_cert_file": certificates.client_file, "tls_key_file": certificates.key_file}
-    trust = {"tls_ca_cert_file": certificates.ca_file}
+def test_a_client_certificate_is_presented(authority: Authority, good_client: str) -> None:
+    ours = {"tls_cert_file": good_client, "tls_key_file": good_client}
+    trust = {"tls_ca_cert_file": authority.file}
     with (
-        target(context=context) as port,
+        target(context=authority.serving_clients()) as port,
         running(
             {"with": https_module(port, **trust, **ours), "without": https_module(port, **trust)}
         ) as served,
@@ -9919,12 +10019,10 @@ def test_a_client_certificate_is_presented(certificates: Certificates) -> None:
 
 
 @pytest.mark.parametrize("verify", [True, False])
-def test_tls_that_ends_without_goodbye_is_cut_short(
-    verify: bool, certificates: Certificates
-) -> None:
-    trust = {"tls_ca_cert_file": certificates.ca_file, "verify": verify}
+def test_tls_that_ends_without_goodbye_is_cut_short(verify: bool, authority: Authority) -> None:
+    trust = {"tls_ca_cert_file": authority.file, "verify": verify}
     with (
-        target(ENDLESS + b"a 1\n", context=certificates.server("localhost"), goodbye=False) as port,
+        target(ENDLESS + b"a 1\n", context=authority.serving("localhost"), goodbye=False) as port,
         running({"m": https_module(port, **trust)}) as served,
     ):
         if verify:
@@ -9947,7 +10045,7 @@ def read_byte_by_byte(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("over_tls", [True, False])
 def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
-    over_tls: bool, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, polled: list[int]
+    over_tls: bool, authority: Authority, monkeypatch: pytest.MonkeyPatch, polled: list[int]
 ) -> None:
     heads, connect_one = list[bytes](), expexp.connect_one
 
@@ -9957,7 +10055,7 @@ def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
         return wire
 
     def talk(connection: socket.socket) -> None:
-        server = certificates.server("localhost")
+        server = authority.serving("localhost")
         with server.wrap_socket(connection, server_side=True) if over_tls else connection as target:
             heads.append(read_byte_by_byte(target))
             target.sendall(ok(EXPOSITION))
@@ -9967,7 +10065,7 @@ def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
     monkeypatch.setattr(expexp, "connect_one", connect_narrowly)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-    settings = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file} if over_tls else {}
+    settings = {"scheme": "https", "tls_ca_cert_file": authority.file} if over_tls else {}
     with listening(talk, listener) as port:
         module = http_module(port, **settings) | {"timeout": "20s"}
         with running({"m": module}) as served:
@@ -9993,32 +10091,13 @@ def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
         assert served.failures("m") == {"unreachable": 1}
 
 
-def self_signed(folder: Path, name: str = "localhost") -> ssl.SSLContext:
-    """A server's context with a certificate that vouches for itself, also left in own.pem."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    named = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now, day = datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(days=1)
-    certificate = (
-        x509.CertificateBuilder(named, named, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - day)
-        .not_valid_after(now + day)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    text = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain)
-    secret_file(folder / "own.pem", text + certificate.public_bytes(pem))
+def test_a_certificate_that_vouches_for_itself_is_no_chain(authority: Authority) -> None:
+    trust = {"tls_ca_cert_file": authority.file}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "own.pem")
-    return context
-
-
-def test_a_certificate_that_vouches_for_itself_is_no_chain(
-    tmp_path: Path, certificates: Certificates
-) -> None:
-    trust = {"tls_ca_cert_file": certificates.ca_file}
+    names, usage = [x509.DNSName("localhost")], ExtendedKeyUsageOID.SERVER_AUTH
+    context.load_cert_chain(authority.client("localhost", names, usage=usage, own=True))
     with (
-        target(context=self_signed(tmp_path)) as port,
+        target(context=context) as port,
         running({"m": https_module(port, **trust)}) as served,
     ):
         answer = served.scrape("m")
@@ -10028,13 +10107,13 @@ def test_a_certificate_that_vouches_for_itself_is_no_chain(
     assert re.fullmatch(expected, answer.text)
 
 
-def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(certificates: Certificates) -> None:
-    context = certificates.server("localhost")
+def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(authority: Authority) -> None:
+    context = authority.serving("localhost")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
-    trust = {"tls_ca_cert_file": certificates.ca_file}
+    trust = {"tls_ca_cert_file": authority.file}
     with (
         target(context=context) as port,
         running({"m": https_module(port, **trust)}) as served,
@@ -10200,32 +10279,23 @@ def test_a_scrape_of_a_target_without_files_makes_no_call_of_the_file_system(
     assert looks == []
 
 
-def test_authorities_and_certificates_for_a_target_are_read_again(tmp_path: Path) -> None:
-    folders = [tmp_path / "one", tmp_path / "two"]
-    for folder in folders:
-        folder.mkdir()
-    one, two = map(Authority, folders)
-    server, client = two.issue("localhost"), two.issue("client@example.org")
-    secret_file(tmp_path / "server.pem", server.certificate + server.key)
-    former = one.issue("client@example.org")
-    secret_file(tmp_path / "client.pem", former.certificate + former.key)
-    secret_file(tmp_path / "ca.pem", (folders[0] / "ca.pem").read_text())
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "server.pem")
-    context.load_verify_locations(folders[1] / "ca.pem")
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.maximum_version = ssl.TLSVersion.TLSv1_2  # see above
-    own = {key: str(tmp_path / "client.pem") for key in ("tls_cert_file", "tls_key_file")}
-    settings = {"tls_ca_cert_file": str(tmp_path / "ca.pem"), **own}
+def test_authorities_and_certificates_for_a_target_are_read_again(
+    tmp_path: Path, authority: Authority, stranger: Authority
+) -> None:
+    ca = secret_file(tmp_path / "ca.pem", stranger.pem)
+    client = secret_file(tmp_path / "client.pem", Path(stranger.client()).read_text())
+    own = {"tls_cert_file": str(client), "tls_key_file": str(client)}
     with (
-        target(context=context) as port,
-        running({"m": https_module(port, **settings)}, limits=WATCHFUL) as served,
+        target(context=authority.serving_clients()) as port,
+        running(
+            {"m": https_module(port, tls_ca_cert_file=str(ca), **own)}, limits=WATCHFUL
+        ) as served,
     ):
         where = f"module m: https://localhost:{port}/metrics"
         assert served.scrape("m").text.startswith(f"{where}: TLS: chain: ")
-        by_renaming(tmp_path / "ca.pem", (folders[1] / "ca.pem").read_text())
+        by_renaming(ca, authority.pem)
         assert served.scrape("m").text.startswith(f"{where}: TLS: protocol: ")
-        by_renaming(tmp_path / "client.pem", client.certificate + client.key)
+        by_renaming(client, Path(authority.client()).read_text())
         assert served.scrape("m").body == EXPOSITION
 
 
@@ -10259,42 +10329,39 @@ def test_for_twenty_modules_the_systems_authorities_are_loaded_once_and_again_on
 
 
 def test_after_a_reload_the_systems_authorities_are_those_that_there_are_now(
-    tmp_path: Path, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = secret_file(tmp_path / "system.pem", "")
     monkeypatch.setenv("SSL_CERT_FILE", str(system))
     with (
-        target(context=certificates.server("localhost")) as port,
+        target(context=authority.serving("localhost")) as port,
         reloadable(tmp_path, {"m": https_module(port)}) as (served, reload),
     ):
         untrusted = f"module m: https://localhost:{port}/metrics: TLS: {UNKNOWN_CA}\n"
         assert served.scrape("m").text == untrusted
-        system.write_text(Path(certificates.ca_file).read_text())
+        system.write_text(authority.pem)
         assert served.scrape("m").text == untrusted
         assert reload().status == 200
         assert served.scrape("m").body == EXPOSITION
 
 
 def test_what_one_module_trusts_and_shows_is_not_anothers(
-    tmp_path: Path, certificates: Certificates, loads_of_the_system: list[ssl.SSLContext]
+    tmp_path: Path,
+    authority: Authority,
+    good_client: str,
+    loads_of_the_system: list[ssl.SSLContext],
 ) -> None:
-    anyone, known = certificates.server("localhost"), certificates.server("localhost")
-    known.verify_mode, known.maximum_version = (
-        ssl.CERT_REQUIRED,
-        ssl.TLSVersion.TLSv1_2,
-    )  # see above
-    certificates.ca.configure_trust(known)
     any_target: dict[str, object] = {"tls_insecure_skip_verify": True}
-    ours = {"tls_cert_file": certificates.client_file, "tls_key_file": certificates.key_file}
+    ours = {"tls_cert_file": good_client, "tls_key_file": good_client}
     with (
-        target(context=anyone) as port,
-        target(context=known) as known_port,
+        target(context=authority.serving()) as port,
+        target(context=authority.serving_clients()) as known_port,
     ):
         modules = {
             "plain": https_module(port),
             "again": https_module(port),
-            "own": https_module(port, tls_ca_cert_file=certificates.ca_file),
-            "further": https_module(port, tls_root_ca_file=certificates.ca_file),
+            "own": https_module(port, tls_ca_cert_file=authority.file),
+            "further": https_module(port, tls_root_ca_file=authority.file),
             "any": https_module(port, **any_target),
             "known": https_module(known_port, **any_target, **ours),
             "unknown": https_module(known_port, **any_target),
@@ -10310,8 +10377,8 @@ def test_what_one_module_trusts_and_shows_is_not_anothers(
 
 
 @pytest.mark.parametrize("where", ["handshake", "records"])
-def test_a_target_that_drips_its_tls(where: str, certificates: Certificates) -> None:
-    context = certificates.server("localhost")
+def test_a_target_that_drips_its_tls(where: str, authority: Authority) -> None:
+    context = authority.serving("localhost")
 
     def talk(connection: socket.socket) -> None:
         if where == "handshake":
@@ -10319,7 +10386,7 @@ def test_a_target_that_drips_its_tls(where: str, certificates: Certificates) -> 
         drip_tls_records(connection, context)
 
     with listening(talk) as port:
-        module = https_module(port, tls_ca_cert_file=certificates.ca_file) | {"timeout": "200ms"}
+        module = https_module(port, tls_ca_cert_file=authority.file) | {"timeout": "200ms"}
         with running({"m": module}) as served, taking(*AT_DEADLINE):
             answer = served.scrape("m")
             where = f"module m: https://localhost:{port}/metrics"
@@ -10342,8 +10409,7 @@ def test_an_unverified_body_is_passed_on_as_it_comes() -> None:
         connection.sendall(b" second")
 
     with target(answer) as port, running({"m": http_module(port, verify=False)}) as served:
-        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
-        with contextlib.closing(client):
+        with served.connection() as client:
             client.request("GET", "/proxy?module=m")
             response = client.getresponse()
             assert response.read1(100) == b"first"
@@ -10603,13 +10669,11 @@ def test_a_container_is_found_whose_former_place_does_not_answer(engine: Engine)
             wait_until(lambda: served.scrape("m").body == EXPOSITION, 2)
 
 
-def test_a_container_may_speak_tls_in_its_own_name(
-    engine: Engine, certificates: Certificates
-) -> None:
-    with target(context=certificates.server("web")) as port:
+def test_a_container_may_speak_tls_in_its_own_name(engine: Engine, authority: Authority) -> None:
+    with target(context=authority.serving("web")) as port:
         for name in ("web", "other"):
             engine.say(name, in_json(container(f"127.0.0.1:{port}")))
-        settings: Any = {"scheme": "https", "tls_ca_cert_file": certificates.ca_file}
+        settings: Any = {"scheme": "https", "tls_ca_cert_file": authority.file}
         modules = {name: engine.module(name, **settings) for name in ("web", "other")}
         with running(modules) as served:
             assert served.scrape("web").body == EXPOSITION
@@ -10965,12 +11029,13 @@ def test_a_redirect_is_followed_with_all_that_the_module_sends(status: int) -> N
         with running({"m": module}) as served:
             assert served.scrape("m&x=1", {"X-Client": "z"}).body == EXPOSITION
     assert port.asked == ["/a?x=1&b=2", "/next", "/ok"]
-    for head in port.heads:
+    heads = [head.decode() for head in port.heads]
+    for head in heads:
         assert head.startswith("GET ")
         for line in (f"Host: localhost:{port}", "Authorization: Basic dTpw", "X-Own: y"):
             assert f"\r\n{line}\r\n" in head
         assert "\r\nX-Client: z\r\n" in head
-    left = [float(re.findall("Timeout-Seconds: (.*)\r", head)[0]) for head in port.heads]
+    left = [float(re.findall("Timeout-Seconds: (.*)\r", head)[0]) for head in heads]
     assert left == sorted(left, reverse=True)
 
 
@@ -11971,14 +12036,14 @@ def test_a_target_on_a_unix_socket_is_asked(
     ids=["localhost by default", "server_name"],
 )
 def test_a_certificate_on_a_unix_socket_is_verified_for(
-    name: str, settings: dict[str, object], tmp_path: Path, certificates: Certificates
+    name: str, settings: dict[str, object], tmp_path: Path, authority: Authority
 ) -> None:
-    path, trust = tmp_path / "x.sock", {"tls_ca_cert_file": certificates.ca_file}
+    path, trust = tmp_path / "x.sock", {"tls_ca_cert_file": authority.file}
     modules = {
         "good": socket_module(path, scheme="https", **trust, **settings),
         "bad": socket_module(path, scheme="https", **trust, server_name="other.example"),
     }
-    with target(at=path, context=certificates.server(name)), running(modules) as served:
+    with target(at=path, context=authority.serving(name)), running(modules) as served:
         assert (served.scrape("good").status, served.scrape("good").body) == (200, EXPOSITION)
         answer = served.scrape("bad")
         assert answer.status == 502
@@ -12845,9 +12910,7 @@ def ask(
     return Answer(int(response.status), given, body)
 
 
-def metric(
-    app: expexp.Application, series: str, headers: Mapping[str, str] | None = None
-) -> float:
+def metric(app: expexp.Application, series: str, headers: Mapping[str, str] | None = None) -> float:
     return samples(ask(app, "/metrics", headers).text)[series]
 
 
@@ -14474,20 +14537,19 @@ def test_a_kept_connection_heeds_new_users_at_its_next_request_and_closes(
     pair: str, status: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "w.json"
-    with running({}, write_users(path, a="p", b="q"), limits=WATCHFUL) as served:
-        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
-        with contextlib.closing(client):
+    with (
+        running({}, write_users(path, a="p", b="q"), limits=WATCHFUL) as served,
+        served.connection() as client,
+    ):
 
-            def attempt() -> tuple[int, bool]:
-                client.request("GET", "/-/healthy", headers=login(pair))
-                response = client.getresponse()
-                response.read()
-                return response.status, response.will_close
+        def attempt() -> tuple[int, bool]:
+            answer = ask_on(client, "/-/healthy", login(pair))
+            return answer.status, answer.headers["Connection"] == "close"
 
-            assert [attempt(), attempt()] == [(200, False)] * 2
-            write_users(path, b="q")
-            assert attempt() == (status, True)
-            assert attempt() == (status, False)  # on a new one
+        assert [attempt(), attempt()] == [(200, False)] * 2
+        write_users(path, b="q")
+        assert attempt() == (status, True)
+        assert attempt() == (status, False)  # on a new one
 
 
 def test_requests_from_many_threads_see_no_gap_while_a_token_is_replaced(tmp_path: Path) -> None:
@@ -14581,109 +14643,65 @@ def test_users_may_go_where_a_token_stays(tmp_path: Path) -> None:
     assert ask(app, "/", bearer("t")).status == 200
 
 
-class Issued(NamedTuple):
-    """A certificate, its key, and its end in seconds since 1970."""
-
-    certificate: str
-    key: str
-    end: float
-
-
-class Authority:
-    """A certificate authority that writes certificates, and trusts what it has made."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._ca = folder, trustme.CA()
-        self._ca.cert_pem.write_to_path(str(folder / "ca.pem"))
-
-    def issue(self, *names: str, days: int = 1) -> Issued:
-        end = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
-        end = end.replace(microsecond=0)
-        made = self._ca.issue_cert(*names, not_after=end)
-        certificate, key = made.cert_chain_pems[0], made.private_key_pem
-        return Issued(certificate.bytes().decode(), key.bytes().decode(), end.timestamp())
-
-    def serve(self, days: int = 1) -> Issued:
-        """The same, in the files of a server."""
-        made = self.issue("localhost", days=days)
-        (self.folder / "cert.pem").write_text(made.certificate)
-        secret_file(self.folder / "key.pem", made.key)
-        return made
-
-    def client(self, issuer: Authority | None = None) -> ssl.SSLContext:
-        """What a client of ours needs, with a certificate of an issuer, if there is one."""
-        context = ssl.create_default_context()
-        self._ca.configure_trust(context)
-        if issuer:
-            made = issuer.issue("client@example.org")
-            context.load_cert_chain(
-                secret_file(self.folder / "own.pem", made.certificate + made.key)
-            )
-        return context
-
-
-def fetch_tls(port: int, path: str, context: ssl.SSLContext) -> tuple[int, bytes]:
-    """Status, and the certificate that the server has shown."""
-    client = http.client.HTTPSConnection("localhost", port, timeout=5, context=context)
-    with contextlib.closing(client):
-        client.request("GET", path)
-        shown = cast("ssl.SSLSocket", client.sock).getpeercert(True)
-        return client.getresponse().status, shown or b""
-
-
 TLS_ALONE = ["-web.listen-address=", *OWN_TLS]
 EXPIRY = "expexp_tls_certificate_expiry_timestamp_seconds"
 
 
-def test_a_tls_listener_alone_serves(here: Path) -> None:
-    authority = Authority(here)
-    made = authority.serve()
+def test_a_tls_listener_alone_serves(here: Path, authority: Authority) -> None:
+    put_pair(here, authority.pair)
     with running({"m": exec_module("echo up 1")}, *TLS_ALONE) as served:
+        served.context = authority.context()
         assert len(served.program.servers) == 1
-        shown = fetch_tls(served.port, "/proxy?module=m", authority.client())
-        assert shown == (200, ssl.PEM_cert_to_DER_cert(made.certificate))
-        assert metric(served.program.application, EXPIRY) == made.end
+        assert served.scrape("m").status == 200
+        shown = served.certificate()
+        assert shown == certificate_in(authority.pair)
+        assert served.metric(EXPIRY) == expiry_of(shown)
+
+
+def certificate_in(file: str) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(split_pair(file)["cert.pem"].encode())
+
+
+def expiry_of(certificate: x509.Certificate) -> float:
+    """In seconds since 1970."""
+    return certificate.not_valid_after_utc.timestamp()
 
 
 def test_certificate_and_key_are_replaced_one_after_the_other(
-    here: Path, caplog: pytest.LogCaptureFixture
+    here: Path, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
-    authority = Authority(here)
-    client = authority.client()
-    pairs = [authority.serve(), *(authority.issue("localhost", days=days) for days in (2, 3))]
-
-    def is_shown(number: int) -> bool:
-        expected = ssl.PEM_cert_to_DER_cert(pairs[number].certificate)
-        return fetch_tls(served.port, "/-/healthy", client) == (200, expected)
-
+    pairs = [authority.server(days=days) for days in (1, 2, 3)]
+    put_pair(here, pairs[0])
     with running({}, *TLS_ALONE, limits=WATCHFUL) as served:
-        app = served.program.application
-        assert is_shown(0)
-        for number, names in ((1, ["key.pem", "cert.pem"]), (2, ["cert.pem", "key.pem"])):
+        served.context = authority.context()
+        shown = certificate_in(pairs[0])
+        assert served.certificate() == shown
+        for pair, names in zip(pairs[1:], (["key.pem", "cert.pem"], ["cert.pem", "key.pem"])):
             caplog.clear()
-            new = {"cert.pem": pairs[number].certificate, "key.pem": pairs[number].key}
+            new = split_pair(pair)
             by_renaming(here / names[0], new[names[0]])
-            wait_until(lambda: metric(app, RELOADED) == 0)
-            assert is_shown(number - 1)
-            assert metric(app, EXPIRY) == pairs[number - 1].end
+            wait_until(lambda: served.metric(RELOADED) == 0)
+            assert served.certificate() == shown
+            assert served.metric(EXPIRY) == expiry_of(shown)
             by_renaming(here / names[1], new[names[1]])
-            wait_until(functools.partial(is_shown, number))
-            wait_until(lambda: metric(app, RELOADED) == 1)
-            assert metric(app, EXPIRY) == pairs[number].end
+            shown = certificate_in(pair)
+            wait_until(lambda shown=shown: served.certificate() == shown)  # type: ignore[misc]
+            wait_until(lambda: served.metric(RELOADED) == 1)
+            assert served.metric(EXPIRY) == expiry_of(shown)
             (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
             assert error.endswith("-web.tls.key: cannot use key.pem: key values mismatch")
 
 
-def test_tls_stays_when_its_files_are_gone(here: Path) -> None:
-    authority = Authority(here)
-    authority.serve()
+def test_tls_stays_when_its_files_are_gone(here: Path, authority: Authority) -> None:
+    put_pair(here, authority.pair)
     secret_file(here / "w.yaml", serving_tls() + with_users(f"a: {HASHED}"))
     with running({}, "-web.config.file=w.yaml", limits=WATCHFUL) as served:
+        served.context = authority.context()
         for name in ("cert.pem", "key.pem", "w.yaml"):
             (here / name).unlink()
-            assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
+            assert served.get("/-/healthy").status == 401
         secret_file(here / "w.yaml", with_users(f"a: {HASHED}"))
-        assert fetch_tls(served.port, "/-/healthy", authority.client())[0] == 401
+        assert served.get("/-/healthy").status == 401
         assert metric(served.program.application, RELOADED, login("a:U*U")) == 0
 
 
@@ -14721,32 +14739,16 @@ def test_a_web_configuration_goes_on(
     assert [m.rpartition(": ")[2] for m in caplog.messages] == ([message] if message else [])
 
 
-def is_let_in(port: int, context: ssl.SSLContext) -> bool:
-    try:
-        return fetch_tls(port, "/-/healthy", context)[0] == 200
-    except OSError:
-        return False
-
-
-def test_an_authority_is_replaced(here: Path) -> None:
-    (here / "other").mkdir()
-    authority, other = Authority(here), Authority(here / "other")
-    authority.serve()
+def test_an_authority_is_replaced(here: Path, authority: Authority, stranger: Authority) -> None:
+    put_pair(here, authority.pair)
+    secret_file(here / "ca.pem", authority.pem)
     secret_file(here / "w.yaml", serving_tls(*ASKING))
-    old, new, none = (authority.client(issuer) for issuer in (authority, other, None))
+    clients = [authority.context(file) for file in (authority.client(), stranger.client(), "")]
     with running({}, "-web.config.file=w.yaml", limits=WATCHFUL) as served:
-        assert [is_let_in(served.port, client) for client in (old, new, none)] == [
-            True,
-            False,
-            False,
-        ]
-        by_renaming(here / "ca.pem", (here / "other" / "ca.pem").read_text())
-        wait_until(lambda: is_let_in(served.port, new))
-        assert [is_let_in(served.port, client) for client in (old, new, none)] == [
-            False,
-            True,
-            False,
-        ]
+        assert [admits(served.port, client) for client in clients] == [True, False, False]
+        by_renaming(here / "ca.pem", stranger.pem)
+        wait_until(lambda: admits(served.port, clients[1]))
+        assert [admits(served.port, client) for client in clients] == [False, True, False]
 
 
 # --- logs
@@ -15671,7 +15673,7 @@ def test_a_stream_that_runs_goes_on_after_its_module_is_gone(tmp_path: Path) -> 
     with (
         target(answer) as port,
         reloadable(tmp_path, {"m": http_module(port, verify=False)}) as (served, reload),
-        contextlib.closing(http.client.HTTPConnection("127.0.0.1", served.port)) as client,
+        served.connection() as client,
     ):
         client.request("GET", "/proxy?module=m")
         response = client.getresponse()
@@ -15791,45 +15793,22 @@ def test_a_hung_file_of_a_target_stops_neither_our_token_nor_other_targets(
             assert waiting.result().status == 200
 
 
-def tls_flags(folder: Path, certificates: Certificates) -> list[str]:
-    """Flags to serve TLS alone, with a new certificate in the files of a folder."""
-    own = certificates.ca.issue_cert("localhost")
-    own.cert_chain_pems[0].write_to_path(str(folder / "cert.pem"))
-    own.private_key_pem.write_to_path(str(folder / "key.pem"))
-    files = [f"-web.tls.{name}={folder}/{name}.pem" for name in ("cert", "key")]
-    return ["-web.listen-address=", "-web.tls.listen-address=127.0.0.1:0", *files]
-
-
-def fetch_over_tls(
-    served: Running, certificates: Certificates, path: str, method: str = "GET"
-) -> tuple[object, Answer]:
-    """The number of the certificate that expexp has shown, and what it has answered."""
-    context = ssl.create_default_context(cafile=certificates.ca_file)
-    client = http.client.HTTPSConnection("localhost", served.port, timeout=5, context=context)
-    with contextlib.closing(client):
-        client.connect()
-        shown = cast("ssl.SSLSocket", client.sock).getpeercert() or {}
-        client.request(method, path)
-        response = client.getresponse()
-        answer = Answer(response.status, response.headers, response.read())
-    return shown["serialNumber"], answer
-
-
-def test_a_reload_reads_our_certificate_again(tmp_path: Path, certificates: Certificates) -> None:
-    flags, never = tls_flags(tmp_path, certificates), fast_limits(rotation_seconds=1000)
-    with reloadable(tmp_path, {"m": echoing("a")}, *flags, limits=never) as (served, _):
-        first, _ = fetch_over_tls(served, certificates, "/-/ready")
-        tls_flags(tmp_path, certificates)
-        assert fetch_over_tls(served, certificates, "/-/ready")[0] == first
-        shown, answer = fetch_over_tls(served, certificates, "/-/reload", "POST")
-        assert (shown, answer.status) == (first, 200)
-        second, _ = fetch_over_tls(served, certificates, "/-/ready")
+def test_a_reload_reads_our_certificate_again(here: Path, authority: Authority) -> None:
+    put_pair(here, authority.server())
+    never = fast_limits(rotation_seconds=1000)
+    with reloadable(here, {"m": echoing("a")}, *TLS_ALONE, limits=never) as (served, reload):
+        served.context = authority.context()
+        first = served.certificate()
+        put_pair(here, authority.server())
+        assert served.certificate() == first
+        assert reload().status == 200
+        second = served.certificate()
         assert second != first
-        (tmp_path / "key.pem").write_text("nonsense")
-        answer = fetch_over_tls(served, certificates, "/-/reload", "POST")[1]
+        (here / "key.pem").write_text("nonsense")
+        answer = reload()
         assert answer.status == 500
-        assert answer.text.startswith(f"-web.tls.key: cannot use {tmp_path}/key.pem: expected a ")
-        assert fetch_over_tls(served, certificates, "/-/ready")[0] == second
+        assert answer.text.startswith("-web.tls.key: cannot use key.pem: expected a ")
+        assert served.certificate() == second
 
 
 def test_a_target_without_its_secret_is_no_good_configuration(tmp_path: Path) -> None:
@@ -15843,53 +15822,27 @@ def test_a_target_without_its_secret_is_no_good_configuration(tmp_path: Path) ->
         assert served.scrape("new").status == 404
 
 
-#: What may come through a pipe, and what a reload says of it, behind the name of a file.
-PIPED: dict[str, tuple[Callable[[Path, Certificates], dict[str, str]], str, str]] = {
-    "the token of a target": (
-        lambda pipe, _: {"bearer_token_file": str(pipe)},
-        "token",
-        f"modules.m.http.bearer_token_file: cannot use {{}}: {A_PIPE}",
-    ),
-    "the password for a target": (
-        lambda pipe, _: {"basic_auth_username": "u", "basic_auth_password_file": str(pipe)},
-        "password",
-        f"modules.m.http.basic_auth_password_file: cannot use {{}}: {A_PIPE}",
-    ),
-    "authorities for a target": (
-        lambda pipe, _: {"scheme": "https", "tls_ca_cert_file": str(pipe)},
-        "ca_file",
-        f"modules.m.http.tls_ca_cert_file: cannot use {{}}: {A_PIPE}",
-    ),
-    "further authorities for a target": (
-        lambda pipe, _: {"scheme": "https", "tls_root_ca_file": str(pipe)},
-        "ca_file",
-        f"modules.m.http.tls_root_ca_file: cannot use {{}}: {A_PIPE}",
-    ),
-    "our key for a target": (
-        lambda pipe, made: {
-            "scheme": "https",
-            "tls_cert_file": made.client_file,
-            "tls_key_file": str(pipe),
-        },
-        "key_file",
-        f"modules.m.http.tls_key_file: cannot use {{}}: {A_PIPE}",
-    ),
+#: Keys of files that may come through a pipe, with what else the module then needs.
+PIPED: dict[str, tuple[str, dict[str, str]]] = {
+    "the token of a target": ("bearer_token_file", {}),
+    "the password for a target": ("basic_auth_password_file", {"basic_auth_username": "u"}),
+    "authorities for a target": ("tls_ca_cert_file", {"scheme": "https"}),
+    "further authorities for a target": ("tls_root_ca_file", {"scheme": "https"}),
+    "our key for a target": ("tls_key_file", {"scheme": "https", "tls_cert_file": "OURS"}),
 }
 
 
-@pytest.mark.parametrize(("settings", "content", "problem"), PIPED.values(), ids=PIPED)
+@pytest.mark.parametrize(("key", "more"), PIPED.values(), ids=PIPED)
 def test_a_reload_says_that_it_cannot_read_again_what_came_through_a_pipe(
-    settings: Callable[[Path, Certificates], dict[str, str]],
-    content: str,
-    problem: str,
-    tmp_path: Path,
-    certificates: Certificates,
+    key: str, more: dict[str, str], tmp_path: Path, authority: Authority, good_client: str
 ) -> None:
     pipe, text = tmp_path / "pipe", "s3cret"
-    if content.endswith("_file"):
-        text = Path(getattr(certificates, content)).read_text()
+    if key.startswith("tls"):
+        text = Path(good_client).read_text() if key == "tls_key_file" else authority.pem
+    settings = {name: value.replace("OURS", good_client) for name, value in more.items()}
+    settings[key] = str(pipe)
     os.mkfifo(pipe)
-    modules = {"m": http_module(free_port(), **settings(pipe, certificates))}
+    modules = {"m": http_module(free_port(), **settings)}
     with ThreadPoolExecutor() as pool:
         writer = pool.submit(pipe.write_text, text)
         with reloadable(tmp_path, modules) as (served, reload):
@@ -15898,7 +15851,9 @@ def test_a_reload_says_that_it_cannot_read_again_what_came_through_a_pipe(
                 with taking(*QUICK_SOCKET):
                     answer = reload({**modules, "new": echoing("a")})
                 assert (answer.status, answer.text.count("\n")) == (500, 1)
-                assert answer.text.endswith(f": {problem.format(pipe)}\n")
+                assert answer.text.endswith(
+                    f": modules.m.http.{key}: cannot use {pipe}: {A_PIPE}\n"
+                )
                 assert served.scrape("new").status == 404
                 assert served.scrape("m").status == 502  # it would be 500 without its credentials
                 assert served.metric(SUCCESSFUL) == 0
@@ -16184,7 +16139,7 @@ def test_a_client_that_hangs_up_over_tls_is_noticed(
         target(silent_after()) as silent,
         secure(modules={"m": http_module(silent)}) as served,
     ):
-        with contextlib.closing(served.connection()) as connection:
+        with served.connection() as connection:
             connection.request("GET", "/proxy?module=m")
             wait_until(lambda: served.metric("expexp_http_requests_in_flight") == 2)
         aborted = 'expexp_proxy_failures_total{module="m",reason="aborted"}'
@@ -16689,11 +16644,11 @@ def test_an_external_address_comes_before_the_clients_word(headers: list[str]) -
         assert [group["targets"] for group in json.loads(body)] == [["db1.example:443"]]
 
 
-def test_over_tls_the_scheme_is_https(tmp_path: Path, certificates: Certificates) -> None:
-    flags = tls_flags(tmp_path, certificates)
-    with running({"m": echoing("a")}, *flags) as served:
-        _, answer = fetch_over_tls(served, certificates, "/sd")
-        (group,) = groups_of(answer)
+def test_over_tls_the_scheme_is_https(here: Path, authority: Authority) -> None:
+    put_pair(here, authority.pair)
+    with running({"m": echoing("a")}, *TLS_ALONE) as served:
+        served.context = authority.context()
+        (group,) = groups_of(served.get("/sd"))
     assert group["targets"] == [f"localhost:{served.port}"]
     assert group["labels"]["__scheme__"] == "https"
 
@@ -16778,7 +16733,7 @@ def test_discovery_is_for_those_who_may_ask() -> None:
 
 def test_discovery_shows_no_secrets(here: Path) -> None:
     for name in ("password", "bearer"):
-        put_secret(here / name)
+        secret_file(here / name, SECRET)
     reply = ask(application(secret_modules(1, 2)), "/sd", {"Host": "h"})
     assert reply.status == 200
     assert SECRET not in reply.text
@@ -16788,7 +16743,7 @@ def test_discovery_shows_no_secrets(here: Path) -> None:
 
 STDERR = "the command has written this to stderr"
 HIDDEN = "shown to authenticated clients or on the loopback"
-Faulty = Callable[[contextlib.ExitStack, Certificates, Engine], Mapping[str, Any]]
+Faulty = Callable[[contextlib.ExitStack, Authority, Engine], Mapping[str, Any]]
 
 
 def answering(answer: bytes | Answerer, **settings: object) -> Faulty:
@@ -16797,15 +16752,14 @@ def answering(answer: bytes | Answerer, **settings: object) -> Faulty:
 
 
 def expired(
-    stack: contextlib.ExitStack, certificates: Certificates, _engine: Engine
+    stack: contextlib.ExitStack, authority: Authority, _engine: Engine
 ) -> Mapping[str, Any]:
-    context = certificates.server("localhost", days=-1)
-    port = stack.enter_context(target(context=context))
-    return https_module(port, tls_ca_cert_file=certificates.ca_file)
+    port = stack.enter_context(target(context=authority.serving(days=-1)))
+    return https_module(port, tls_ca_cert_file=authority.file)
 
 
 def stopped(
-    _stack: contextlib.ExitStack, _certificates: Certificates, engine: Engine
+    _stack: contextlib.ExitStack, _authority: Authority, engine: Engine
 ) -> Mapping[str, Any]:
     engine.say("web", in_json(container(running=False)))
     return engine.module("web")
@@ -16847,11 +16801,11 @@ EXPLAINED: dict[str, tuple[Faulty, int, list[str]]] = {
 
 @pytest.mark.parametrize("fault", EXPLAINED)
 def test_the_account_alone_says_why_a_module(
-    fault: str, certificates: Certificates, engine: Engine
+    fault: str, authority: Authority, engine: Engine
 ) -> None:
     build, status, words = EXPLAINED[fault]
     with contextlib.ExitStack() as stack:
-        module = build(stack, certificates, engine)
+        module = build(stack, authority, engine)
         reply = ask(application({"m": module}), "/-/explain?module=m")
     assert (reply.status, reply.headers["content-type"]) == (200, expexp.PLAIN_CONTENT_TYPE)
     lines = reply.text.splitlines()
@@ -17086,8 +17040,7 @@ def server() -> Iterator[Running]:
 
 
 def test_one_connection_serves_many_requests(server: Running) -> None:
-    client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=5)
-    with contextlib.closing(client):
+    with server.connection() as client:
         for method in ("GET", "HEAD", "GET"):
             client.request(method, "/-/healthy")
             sock, response = client.sock, client.getresponse()
@@ -17837,111 +17790,18 @@ def test_fifty_clients_at_once_all_get_their_answer() -> None:
 
 # --- TLS towards clients: helpers
 #
-# One authority for everything, and one that nobody trusts. A client's certificate and key are one
-# file; `secure` starts an expexp that speaks TLS, with a client that may always ask.
+# A client's certificate and key are one file; `secure` starts an expexp that speaks TLS, with a
+# client that may always ask.
 
 HEALTH_REQUEST = b"GET /-/healthy HTTP/1.0\r\n\r\n"
 REQUIRED = "RequireAndVerifyClientCert"
-Names = Sequence[x509.GeneralName]
 
 
-class Issuer:
-    """A certificate authority that makes clients' certificates, good and bad, in a folder."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.ca = folder, trustme.CA()
-        self.file = str(folder / f"{name}.pem")
-        self.ca.cert_pem.write_to_path(self.file)
-        self._certificate = x509.load_pem_x509_certificate(self.ca.cert_pem.bytes())
-        key = serialization.load_pem_private_key(self.ca.private_key_pem.bytes(), None)
-        self._key = cast("ec.EllipticCurvePrivateKey", key)
-        self._count = itertools.count()
-
-    def server(self, *names: str, rsa: bool = False, days: int = 1) -> str:
-        """The file of a certificate for a server, and its key."""
-        kind = trustme.KeyType.RSA if rsa else trustme.KeyType.ECDSA
-        ends = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=days)
-        names = names or ("localhost", "127.0.0.1", "::1")
-        made = self.ca.issue_cert(*names, key_type=kind, not_after=ends)
-        return self._write(made.private_key_and_cert_chain_pem.bytes())
-
-    def client(
-        self,
-        common: str = "client",
-        names: Names = (),
-        *,
-        ends_in: float = 3600,
-        usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.CLIENT_AUTH,
-        own: bool = False,
-        more: x509.ExtensionType | None = None,
-    ) -> str:
-        """The file of a client's certificate and its key; `own` is whether it signs itself."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-        issuer, signs = (subject, key) if own else (self._certificate.subject, self._key)
-        now = datetime.datetime.now(datetime.timezone.utc)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=2))
-            .not_valid_after(now + datetime.timedelta(seconds=ends_in))
-            .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-        )
-        if names:
-            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
-        if more:
-            builder = builder.add_extension(more, critical=False)
-        private = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        signed = builder.sign(signs, hashes.SHA256())
-        return self._write(private + signed.public_bytes(serialization.Encoding.PEM))
-
-    def _write(self, content: bytes) -> str:
-        path = self.folder / f"{Path(self.file).stem}-{next(self._count)}.pem"
-        path.touch(0o600)
-        path.write_bytes(content)
-        return str(path)
-
-
-class Authorities(NamedTuple):
-    """Who makes certificates: one that we trust, one that nobody does."""
-
-    ours: Issuer
-    other: Issuer
-    server: str  # a certificate of ours for the loopback
-
-    def context(self, client: str = "") -> ssl.SSLContext:
-        """That of a client which trusts us, with its certificate, if it has any."""
-        context = ssl.create_default_context(cafile=self.ours.file)
-        if client:
-            context.load_cert_chain(client)
-        return context
-
-
-@pytest.fixture(scope="module")
-def authorities(tmp_path_factory: pytest.TempPathFactory) -> Authorities:
-    folder = tmp_path_factory.mktemp("authorities")
-    ours = Issuer(folder, "ours")
-    return Authorities(ours, Issuer(folder, "other"), ours.server())
-
-
-@pytest.fixture(scope="module")
-def good_client(authorities: Authorities) -> str:
-    """The file of a client's certificate that is good, in the usual case."""
-    return authorities.ours.client("good", [x509.DNSName("good.example")])
-
-
-def web_config(folder: Path, authorities: Authorities, **settings: object) -> str:
+def web_config(folder: Path, authority: Authority, **settings: object) -> str:
     """The file of a web configuration with our certificate and these settings of TLS."""
     if settings.get("client_auth_type", "NoClientCert") != "NoClientCert":
-        settings.setdefault("client_ca_file", authorities.ours.file)
-    pair = {"cert_file": authorities.server, "key_file": authorities.server}
+        settings.setdefault("client_ca_file", authority.file)
+    pair = {"cert_file": authority.pair, "key_file": authority.pair}
     path = folder / "web.yml"
     path.touch(0o600)
     path.write_text(json.dumps({"tls_server_config": {**pair, **settings}}))
@@ -17950,7 +17810,7 @@ def web_config(folder: Path, authorities: Authorities, **settings: object) -> st
 
 @pytest.fixture
 def secure(
-    authorities: Authorities, good_client: str, tmp_path: Path
+    authority: Authority, good_client: str, tmp_path: Path
 ) -> Callable[..., contextlib.AbstractContextManager[Running]]:
     """Starts an expexp with modules, flags, limits and settings of TLS."""
 
@@ -17961,9 +17821,9 @@ def secure(
         limits: expexp.Limits = FAST,
         **settings: object,
     ) -> Iterator[Running]:
-        file = web_config(tmp_path, authorities, **settings)
+        file = web_config(tmp_path, authority, **settings)
         with running(modules or {}, "-web.config.file", file, *flags, limits=limits) as served:
-            served.context = authorities.context(good_client)
+            served.context = authority.context(good_client)
             yield served
 
     return start
@@ -18012,24 +17872,24 @@ BOTH_VERSIONS = pytest.mark.parametrize("version", ["TLSv1_2", "TLSv1_3"])
 # --- TLS towards clients: who gets in
 
 
-def clients_of(authorities: Authorities) -> dict[str, str]:
-    """The certificates of clients that do not get in, by what they are."""
-    ours, other = authorities.ours, authorities.other
-    return {
-        "of a wrong authority": other.client(),
-        "expired": ours.client(ends_in=-60),
-        "signed by itself": ours.client(own=True),
-        "not for clients": ours.client(usage=ExtendedKeyUsageOID.SERVER_AUTH),
-    }
-
-
 @BOTH_VERSIONS
 @pytest.mark.parametrize("kind", ["NoClientCert", "VerifyClientCertIfGiven", REQUIRED])
 def test_who_gets_in_is_decided_by_client_auth_type(
-    kind: str, version: str, secure: Start, authorities: Authorities, good_client: str
+    kind: str,
+    version: str,
+    secure: Start,
+    authority: Authority,
+    stranger: Authority,
+    good_client: str,
 ) -> None:
-    clients = {"none": "", "good": good_client}
-    clients |= clients_of(authorities)
+    clients = {
+        "none": "",
+        "good": good_client,
+        "of a wrong authority": stranger.client(),
+        "expired": authority.client(ends_in=-60),
+        "signed by itself": authority.client(own=True),
+        "not for clients": authority.client(usage=ExtendedKeyUsageOID.SERVER_AUTH),
+    }
     let_in = {
         "NoClientCert": set(clients),
         "VerifyClientCertIfGiven": {"none", "good"},
@@ -18038,7 +17898,7 @@ def test_who_gets_in_is_decided_by_client_auth_type(
     with secure(client_auth_type=kind) as served:
         for what, file in clients.items():
             before = served.faults()
-            context = of_version(authorities.context(file), version)
+            context = of_version(authority.context(file), version)
             assert admits(served.port, context) == (what in let_in), what
             if what not in let_in:
                 after = {"certificate": before.get("certificate", 0) + 1}
@@ -18046,25 +17906,25 @@ def test_who_gets_in_is_decided_by_client_auth_type(
 
 
 def test_a_client_without_certificate_is_told_why_it_does_not_get_in(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority
 ) -> None:
     told = r"alert (certificate required|bad certificate)"
     with secure(client_auth_type=REQUIRED) as served:
-        client = served.connection(authorities.context())
-        with contextlib.closing(client), pytest.raises(ssl.SSLError, match=told):
-            ask_on(client, "/-/healthy")
+        served.context = authority.context()
+        with pytest.raises(ssl.SSLError, match=told):
+            served.get("/-/healthy")
 
 
 def test_web_tls_verify_asks_for_certificates_as_the_original(
-    authorities: Authorities, good_client: str
+    authority: Authority, good_client: str
 ) -> None:
     flags = ["-web.listen-address", "", "-web.tls.listen-address", "127.0.0.1:0"]
-    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
-    flags += ["-web.tls.ca", authorities.ours.file]
+    flags += ["-web.tls.cert", authority.pair, "-web.tls.key", authority.pair]
+    flags += ["-web.tls.ca", authority.file]
     for verify in ("true", "false"):
         with running({}, *flags, f"-web.tls.verify={verify}") as served:
-            assert admits(served.port, authorities.context(good_client))
-            assert admits(served.port, authorities.context()) == (verify == "false")
+            assert admits(served.port, authority.context(good_client))
+            assert admits(served.port, authority.context()) == (verify == "false")
 
 
 def ip(text: str) -> x509.IPAddress:
@@ -18100,33 +17960,33 @@ def test_client_allowed_sans_is_compared_exactly_with(
     allowed: str,
     expected: bool,
     secure: Start,
-    authorities: Authorities,
+    authority: Authority,
 ) -> None:
-    file = authorities.ours.client("common", [x509.DNSName("first.example"), name])
+    file = authority.client("common", [x509.DNSName("first.example"), name])
     sans = ["not.this.one", allowed, "good.example"]
     with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
-        assert admits(served.port, authorities.context(file)) is expected
+        assert admits(served.port, authority.context(file)) is expected
         assert served.faults() == ({} if expected else {"certificate": 1})
 
 
 def test_client_allowed_sans_does_not_look_at_the_common_name(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority
 ) -> None:
     sans = ["a.example", "good.example"]
     with secure(client_auth_type=REQUIRED, client_allowed_sans=sans) as served:
         for names in ([], [x509.DNSName("b.example")]):
-            file = authorities.ours.client("a.example", names)
-            assert not admits(served.port, authorities.context(file))
+            file = authority.client("a.example", names)
+            assert not admits(served.port, authority.context(file))
         assert served.faults() == {"certificate": 2}
 
 
 def test_client_allowed_sans_asks_nothing_of_a_client_that_needs_no_certificate(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority
 ) -> None:
     kind, sans = "VerifyClientCertIfGiven", ["good.example"]
     with secure(client_auth_type=kind, client_allowed_sans=sans) as served:
-        assert admits(served.port, authorities.context())
-        assert not admits(served.port, authorities.context(authorities.ours.client("a.example")))
+        assert admits(served.port, authority.context())
+        assert not admits(served.port, authority.context(authority.client("a.example")))
 
 
 NO_NAMES: Names = ()
@@ -18166,9 +18026,9 @@ def test_certmatch_is_searched_in(
     pattern: str,
     expected: bool,
     secure: Start,
-    authorities: Authorities,
+    authority: Authority,
 ) -> None:
-    context = authorities.context(authorities.ours.client(common, names))
+    context = authority.context(authority.client(common, names))
     flags = [f"-web.tls.certmatch={pattern}|^good$"]
     with secure(*flags, client_auth_type=REQUIRED) as served:
         assert admits(served.port, context) is expected
@@ -18177,16 +18037,16 @@ def test_certmatch_is_searched_in(
 
 
 def test_certmatch_does_not_let_in_a_certificate_of_a_wrong_authority_with_the_right_name(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority, stranger: Authority
 ) -> None:
     with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
-        file = authorities.other.client("good", [x509.DNSName("good.example")])
-        assert not admits(served.port, authorities.context(file))
+        file = stranger.client("good", [x509.DNSName("good.example")])
+        assert not admits(served.port, authority.context(file))
         assert served.faults() == {"certificate": 1}
 
 
 def test_a_client_must_satisfy_certmatch_and_client_allowed_sans(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority
 ) -> None:
     sans = ["a.example", "good.example"]
     wanted = {"client_auth_type": REQUIRED, "client_allowed_sans": sans}
@@ -18196,16 +18056,16 @@ def test_a_client_must_satisfy_certmatch_and_client_allowed_sans(
             ("two", "a.example", False),
             ("one", "b.example", False),
         ]:
-            file = authorities.ours.client(common, [x509.DNSName(name)])
-            assert admits(served.port, authorities.context(file)) is expected, (common, name)
+            file = authority.client(common, [x509.DNSName(name)])
+            assert admits(served.port, authority.context(file)) is expected, (common, name)
 
 
 def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
-    secure: Start, authorities: Authorities, caplog: pytest.LogCaptureFixture
+    secure: Start, authority: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "expexp")
     pattern, limits = "^([a-z0-9]+[.-]?)+$", fast_limits(certmatch_seconds=0.6)
-    slow = authorities.context(authorities.ours.client("a" * 40 + "!"))
+    slow = authority.context(authority.client("a" * 40 + "!"))
     flag = f"-web.tls.certmatch={pattern}"
     with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
         assert served.get("/-/healthy").body == HEALTHY
@@ -18227,13 +18087,13 @@ def test_a_pattern_that_would_take_for_ever_neither_lets_in_nor_delays_others(
 
 def test_names_that_wait_too_long_to_be_matched_are_told_so(
     secure: Start,
-    authorities: Authorities,
+    authority: Authority,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "expexp")
     monkeypatch.setattr(expexp, "MATCHING", threading.BoundedSemaphore(1))
-    context = authorities.context(authorities.ours.client("waiting"))
+    context = authority.context(authority.client("waiting"))
     limits = fast_limits(certmatch_seconds=0.5)
     flag = "-web.tls.certmatch=^(waiting|good)$"
     with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
@@ -18260,7 +18120,7 @@ MATCHERS = {
 def test_a_client_gets_in_at_its_next_try_where_the_process_that_matches(
     script: str | None,
     secure: Start,
-    authorities: Authorities,
+    authority: Authority,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -18269,7 +18129,7 @@ def test_a_client_gets_in_at_its_next_try_where_the_process_that_matches(
         python.write_text(script)
         python.chmod(0o700)
     # A name of its own, about which there is no verdict yet.
-    context = authorities.context(authorities.ours.client(tmp_path.name))
+    context = authority.context(authority.client(tmp_path.name))
     with secure(
         f"-web.tls.certmatch=^({tmp_path.name}|good)$", client_auth_type=REQUIRED
     ) as served:
@@ -18322,13 +18182,13 @@ def test_a_tls_client_that_pauses_gets_all_of_a_large_body(
     assert told.startswith(body)
 
 
-def test_names_that_are_no_text_cost_no_trace(secure: Start, authorities: Authorities) -> None:
+def test_names_that_are_no_text_cost_no_trace(secure: Start, authority: Authority) -> None:
     names = b"\x30\x05\x82\x03a\xff\xfe"  # one DNS name
     odd = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
-    file, records = authorities.ours.client("odd", more=odd), cast("list[logging.LogRecord]", [])
+    file, records = authority.client("odd", more=odd), cast("list[logging.LogRecord]", [])
     with secure("-web.tls.certmatch=good", client_auth_type=REQUIRED) as served:
         with socket_recording(records):
-            assert not admits(served.port, authorities.context(file))
+            assert not admits(served.port, authority.context(file))
             wait_until(served.faults)
         assert sum(served.faults().values()) == 1
     assert not [record for record in records if record.exc_info]
@@ -18458,16 +18318,13 @@ def refuse_certificate(served: Running, version: str) -> None:
         context.wrap_socket(plain, server_hostname="localhost")
 
 
-def come_with(served: Running, ours: Issuer, file: str = "") -> None:
+def come_with(served: Running, ours: Authority, file: str = "") -> None:
     """Try to get in with a certificate, or with none."""
-    context = ssl.create_default_context(cafile=ours.file)
-    if file:
-        context.load_cert_chain(file)
-    assert not admits(served.port, context)
+    assert not admits(served.port, ours.context(file))
 
 
 #: What a client does, the fault that is counted for it, and what the log says of it.
-HANDSHAKES: dict[str, tuple[Callable[[Running, Issuer], object], str, str]] = {
+HANDSHAKES: dict[str, tuple[Callable[[Running, Authority], object], str, str]] = {
     "is silent": (lambda s, _: send_only(s.port, b""), "timeout", "timed out.*"),
     "stops in its hello": (
         lambda s, _: send_only(s.port, CLIENT_HELLO_START),
@@ -18528,18 +18385,18 @@ HANDSHAKES: dict[str, tuple[Callable[[Running, Issuer], object], str, str]] = {
 
 @pytest.mark.parametrize(("act", "fault", "words"), HANDSHAKES.values(), ids=HANDSHAKES)
 def test_a_failed_handshake_is_counted_and_one_line_in_the_log_when_a_client(
-    act: Callable[[Running, Issuer], object],
+    act: Callable[[Running, Authority], object],
     fault: str,
     words: str,
     secure: Start,
-    authorities: Authorities,
+    authority: Authority,
 ) -> None:
     records: list[logging.LogRecord] = []
     limits = fast_limits(handshake_seconds=0.3, unread_seconds=0.3)
     flag = "-web.tls.certmatch=^good$"
     with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
         with socket_recording(records):
-            act(served, authorities.ours)
+            act(served, authority)
             wait_until(lambda: records)
         assert served.faults() == {fault: 1}
         wait_until(lambda: served.metric("expexp_open_connections") == 1)
@@ -18562,9 +18419,9 @@ def descriptors() -> int:
 
 
 def test_failed_handshakes_leave_no_descriptor_and_no_thread(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority
 ) -> None:
-    bad, none = authorities.context(authorities.ours.client("bad")), authorities.context()
+    bad, none = authority.context(authority.client("bad")), authority.context()
     flag, limits = "-web.tls.certmatch=^good$", fast_limits(handshake_seconds=0.2)
     with secure(flag, client_auth_type=REQUIRED, limits=limits) as served:
         assert served.get("/-/healthy").body == HEALTHY
@@ -18619,15 +18476,15 @@ def openssl(port: int, *options: str) -> Probe:
 @pytest.fixture(scope="module", params=["RSA", "ECDSA"])
 def certified(
     request: pytest.FixtureRequest,
-    authorities: Authorities,
+    authority: Authority,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[str, Running]]:
     """An expexp with a certificate of this kind: weak suites need RSA, others either."""
-    pair = authorities.ours.server("localhost", rsa=request.param == "RSA")
+    pair = authority.server("localhost", rsa=request.param == "RSA")
     folder = tmp_path_factory.mktemp("certified")
-    file = web_config(folder, authorities, cert_file=pair, key_file=pair)
+    file = web_config(folder, authority, cert_file=pair, key_file=pair)
     with running({}, "-web.config.file", file) as served:
-        served.context = authorities.context()
+        served.context = authority.context()
         yield request.param, served
 
 
@@ -18687,10 +18544,10 @@ def test_it_does_not_speak(options: list[str], certified: tuple[str, Running]) -
     ],
 )
 def test_the_versions_spoken_are(
-    limits: dict[str, str], spoken: list[str], secure: Start, authorities: Authorities
+    limits: dict[str, str], spoken: list[str], secure: Start, authority: Authority
 ) -> None:
     with secure(**limits) as served:
-        served.context = authorities.context()
+        served.context = authority.context()
         probes = [openssl(served.port, option) for option in ("-tls1_2", "-tls1_3")]
         assert [probe.version for probe in probes if probe.version] == spoken
         refused = 2 - len(spoken)
@@ -18717,11 +18574,9 @@ def resumable(port: int, context: ssl.SSLContext, session: Any = None) -> tuple[
     return b"", None
 
 
-def test_no_session_outlives_the_clients_certificate(
-    secure: Start, authorities: Authorities
-) -> None:
-    file = authorities.ours.client(ends_in=2)
-    context = of_version(authorities.context(file), "TLSv1_2")  # 1.3 has sessions by ticket alone
+def test_no_session_outlives_the_clients_certificate(secure: Start, authority: Authority) -> None:
+    file = authority.client(ends_in=2)
+    context = of_version(authority.context(file), "TLSv1_2")  # 1.3 has sessions by ticket alone
     with secure(client_auth_type=REQUIRED) as served:
         ends = time.time() + 2
         answer, session = resumable(served.port, context)
@@ -18739,9 +18594,9 @@ def context_of(served: Running) -> ssl.SSLContext:
 
 
 def test_a_client_that_is_not_allowed_leaves_no_session(
-    secure: Start, authorities: Authorities
+    secure: Start, authority: Authority
 ) -> None:
-    bad = of_version(authorities.context(authorities.ours.client("bad")), "TLSv1_2")
+    bad = of_version(authority.context(authority.client("bad")), "TLSv1_2")
     with secure("-web.tls.certmatch=^good$", client_auth_type=REQUIRED) as served:
         for _ in range(3):
             assert not admits(served.port, bad)
@@ -18760,20 +18615,25 @@ def test_clients_cannot_renegotiate_also_where_openssl_would_have_it(secure: Sta
 
 @BOTH_VERSIONS
 def test_no_session_outlives_its_authority(
-    version: str, secure: Start, authorities: Authorities, good_client: str, tmp_path: Path
+    version: str,
+    secure: Start,
+    authority: Authority,
+    stranger: Authority,
+    good_client: str,
+    tmp_path: Path,
 ) -> None:
-    context = of_version(authorities.context(good_client), version)
+    context = of_version(authority.context(good_client), version)
     with secure(client_auth_type=REQUIRED, limits=fast_limits(rotation_seconds=0)) as served:
         answer, session = resumable(served.port, context)
         assert answer.endswith(HEALTHY)
         web_config(
             tmp_path,
-            authorities,
+            authority,
             client_auth_type=REQUIRED,
-            client_ca_file=authorities.other.file,
+            client_ca_file=stranger.file,
         )
         assert resumable(served.port, context, session)[0] == b""
-        served.context = authorities.context(authorities.other.client())
+        served.context = authority.context(stranger.client())
         assert served.faults() == {"certificate": 1}
 
 
@@ -18781,53 +18641,50 @@ def test_no_session_outlives_its_authority(
 
 #: bcrypt, at its least cost, of the password `right`.
 HASH = "$2b$04$abcdefghijklmnopqrstuuFmEfrkTQnczNzw475xE2VhDrK1uwJiC"
-AT_ONCE = fast_limits(rotation_seconds=0)
 
 
-def put_in_place(path: Path, content: str) -> None:
-    """Replace a file as careful tools do: at no moment is it missing or half written."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.touch(0o600)
-    beside.write_text(content)
-    beside.replace(path)
+def web_text(*users: str, **settings: object) -> str:
+    """The web configuration with these users and settings of TLS."""
+    tls = {"cert_file": "cert.pem", "key_file": "key.pem", "client_ca_file": "ca.pem"}
+    section = {**tls, "client_auth_type": REQUIRED, **settings}
+    document = {"tls_server_config": section, "basic_auth_users": dict.fromkeys(users, HASH)}
+    return json.dumps(document if users else {"tls_server_config": section})
 
 
-def signed_in(user: str, password: str) -> dict[str, str]:
-    return {"Authorization": f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}"}
+def put_files(folder: Path, authority: Authority, *users: str, **settings: object) -> None:
+    """All files of a web configuration, with these users and settings of TLS."""
+    put_pair(folder, authority.pair)
+    by_renaming(folder / "ca.pem", authority.pem)
+    by_renaming(folder / "web.yml", web_text(*users, **settings))
 
 
 class Rotating(NamedTuple):
     """An expexp with all that can change in files of its own, and a client that may ask."""
 
     folder: Path
+    ours: Authority
+    other: Authority
     secure: Running
 
     def put(self, name: str, content: str) -> None:
-        put_in_place(self.folder / name, content)
+        by_renaming(self.folder / name, content)
 
     def put_pair(self, file: str) -> None:
-        """The certificate and the key of a file that has both, one after the other."""
-        key, mark, certificate = Path(file).read_text().partition("-----BEGIN CERTIFICATE-----")
-        self.put("cert.pem", mark + certificate)
-        self.put("key.pem", key)
+        put_pair(self.folder, file)
 
     def put_web(self, *users: str, **settings: object) -> None:
-        """The web configuration with these users and settings of TLS."""
-        tls = {"cert_file": "cert.pem", "key_file": "key.pem", "client_ca_file": "ca.pem"}
-        section = {**tls, "client_auth_type": REQUIRED, **settings}
-        document = {"tls_server_config": section, "basic_auth_users": dict.fromkeys(users, HASH)}
-        self.put("web.yml", json.dumps(document if users else {"tls_server_config": section}))
+        self.put("web.yml", web_text(*users, **settings))
 
-    def serial(self) -> str:
+    def serial(self) -> int:
         """The serial number of the certificate that a new client is shown."""
-        return str(self.secure.certificate()["serialNumber"])
+        return self.secure.certificate().serial_number
 
 
 @pytest.mark.parametrize("days", [-1, 1], ids=["expired", "good for a day"])
 def test_a_certificate_of_ours_that_has_expired_is_a_warning_at_start(
-    days: int, authorities: Authorities, tmp_path: Path
+    days: int, authority: Authority, tmp_path: Path
 ) -> None:
-    path = authorities.ours.server(days=days)
+    path = authority.server(days=days)
     Path(path).chmod(0o600)
     tls = {"cert_file": path, "key_file": path}
     (tmp_path / "web.json").write_text(json.dumps({"tls_server_config": tls}))
@@ -18838,22 +18695,19 @@ def test_a_certificate_of_ours_that_has_expired_is_a_warning_at_start(
 
 @pytest.fixture
 def rotating(
-    authorities: Authorities, good_client: str, tmp_path: Path
+    authority: Authority, stranger: Authority, good_client: str, tmp_path: Path
 ) -> Callable[..., contextlib.AbstractContextManager[Rotating]]:
     """Starts an expexp with users and flags, that looks at its files whenever a client comes."""
 
     @contextlib.contextmanager
     def start(*users: str, flags: Sequence[str] = (), **settings: object) -> Iterator[Rotating]:
         (tmp_path / "node.prom").write_bytes(EXPOSITION)
-        files = Rotating(tmp_path, cast(Running, None))
-        files.put("ca.pem", Path(authorities.ours.file).read_text())
-        files.put_pair(authorities.server)
-        files.put_web(*users, **settings)
+        put_files(tmp_path, authority, *users, **settings)
         modules = {"m": file_module(tmp_path / "node.prom")}
         web = ["-web.config.file", str(tmp_path / "web.yml"), *flags]
-        with running(modules, *web, limits=AT_ONCE) as served:
-            served.context = authorities.context(good_client)
-            yield Rotating(tmp_path, served)
+        with running(modules, *web, limits=WATCHFUL) as served:
+            served.context = authority.context(good_client)
+            yield Rotating(tmp_path, authority, stranger, served)
 
     return start
 
@@ -18861,103 +18715,89 @@ def rotating(
 Rotate = Callable[..., contextlib.AbstractContextManager[Rotating]]
 
 
-def change_authority(files: Rotating, authorities: Authorities) -> None:
-    files.put("ca.pem", Path(authorities.other.file).read_text())
-
-
 #: Changes after which a client that was let in by its certificate might not be.
-CHANGES_OF_TRUST: dict[str, Callable[[Rotating, Authorities], None]] = {
-    "another authority": change_authority,
-    "one authority more": lambda files, authorities: files.put(
-        "ca.pem", "".join(Path(each.file).read_text() for each in authorities[:2])
-    ),
-    "other client_allowed_sans": lambda files, _: files.put_web(
-        client_allowed_sans=["good.example"]
-    ),
+CHANGES_OF_TRUST: dict[str, Callable[[Rotating], None]] = {
+    "another authority": lambda files: files.put("ca.pem", files.other.pem),
+    "one authority more": lambda files: files.put("ca.pem", files.ours.pem + files.other.pem),
+    "other client_allowed_sans": lambda files: files.put_web(client_allowed_sans=["good.example"]),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES_OF_TRUST.values(), ids=CHANGES_OF_TRUST)
 def test_a_kept_connection_ends_without_an_answer_after(
-    change: Callable[[Rotating, Authorities], None], rotating: Rotate, authorities: Authorities
+    change: Callable[[Rotating], None], rotating: Rotate
 ) -> None:
-    with rotating() as files:
-        connection = files.secure.connection()
-        with contextlib.closing(connection):
-            assert ask_on(connection, "/-/healthy").body == HEALTHY
-            change(files, authorities)
-            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
-                ask_on(connection, "/-/healthy")
+    with rotating() as files, files.secure.connection() as connection:
+        assert ask_on(connection, "/-/healthy").body == HEALTHY
+        change(files)
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+            ask_on(connection, "/-/healthy")
 
 
 def test_a_kept_connection_ends_without_an_answer_when_certificates_are_required_from_now_on(
     rotating: Rotate,
 ) -> None:
-    with rotating(client_auth_type="VerifyClientCertIfGiven") as files:
-        connection = files.secure.connection()
-        with contextlib.closing(connection):
-            assert ask_on(connection, "/-/healthy").body == HEALTHY
-            files.put_web(client_auth_type=REQUIRED)
-            with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
-                ask_on(connection, "/-/healthy")
+    with (
+        rotating(client_auth_type="VerifyClientCertIfGiven") as files,
+        files.secure.connection() as connection,
+    ):
+        assert ask_on(connection, "/-/healthy").body == HEALTHY
+        files.put_web(client_auth_type=REQUIRED)
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
+            ask_on(connection, "/-/healthy")
 
 
 #: Changes after which the client's certificate is as good as it was, and the next answer's status.
-OTHER_CHANGES: dict[str, tuple[Callable[[Rotating, Authorities], None], int]] = {
-    "another token": (lambda files, _: files.put("token", "other"), 401),
+OTHER_CHANGES: dict[str, tuple[Callable[[Rotating], None], int]] = {
+    "another token": (lambda files: files.put("token", "other"), 401),
     "another certificate of ours": (
-        lambda files, authorities: files.put_pair(authorities.ours.server()),
+        lambda files: files.put_pair(files.ours.server()),
         200,
     ),
     "the authority written anew": (
-        lambda files, authorities: files.put("ca.pem", Path(authorities.ours.file).read_text()),
+        lambda files: files.put("ca.pem", files.ours.pem),
         200,
     ),
-    "a user more": (lambda files, _: files.put_web("a", "b"), 200),
+    "a user more": (lambda files: files.put_web("a", "b"), 200),
 }
 
 
 @pytest.mark.parametrize(("change", "status"), OTHER_CHANGES.values(), ids=OTHER_CHANGES)
 def test_a_kept_connection_is_answered_then_closed_after(
-    change: Callable[[Rotating, Authorities], None],
+    change: Callable[[Rotating], None],
     status: int,
     rotating: Rotate,
-    authorities: Authorities,
     tmp_path: Path,
 ) -> None:
-    put_in_place(tmp_path / "token", "right")
+    by_renaming(tmp_path / "token", "right")
     flags = ["-web.bearer.token-file", str(tmp_path / "token")]
     headers = {"Authorization": "Bearer right"}
-    with rotating("a", flags=flags) as files:
-        connection = files.secure.connection()
-        with contextlib.closing(connection):
-            for _ in range(2):
-                assert ask_on(connection, "/-/healthy", headers).status == 200
-                assert connection.sock is not None
-            change(files, authorities)
-            answer = ask_on(connection, "/-/healthy", headers)
-            assert (answer.status, answer.headers["Connection"]) == (status, "close")
-            assert ask_on(connection, "/-/healthy", headers).status == status
+    with rotating("a", flags=flags) as files, files.secure.connection() as connection:
+        for _ in range(2):
+            assert ask_on(connection, "/-/healthy", headers).status == 200
             assert connection.sock is not None
+        change(files)
+        answer = ask_on(connection, "/-/healthy", headers)
+        assert (answer.status, answer.headers["Connection"]) == (status, "close")
+        assert ask_on(connection, "/-/healthy", headers).status == status
+        assert connection.sock is not None
 
 
 def test_a_kept_plain_connection_beside_tls_is_answered_after_another_authority(
-    authorities: Authorities, tmp_path: Path
+    authority: Authority, stranger: Authority, tmp_path: Path
 ) -> None:
-    put_in_place(tmp_path / "ca.pem", Path(authorities.ours.file).read_text())
+    by_renaming(tmp_path / "ca.pem", authority.pem)
     flags = ["-web.tls.listen-address", LOCAL, "-web.tls.verify"]
-    flags += ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    flags += ["-web.tls.cert", authority.pair, "-web.tls.key", authority.pair]
     flags += ["-web.tls.ca", str(tmp_path / "ca.pem")]
-    with running({}, *flags, limits=AT_ONCE) as served:
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
-        with contextlib.closing(connection):
-            assert ask_on(connection, "/-/healthy").headers["Connection"] == "keep-alive"
-            put_in_place(tmp_path / "ca.pem", Path(authorities.other.file).read_text())
-            answer = ask_on(connection, "/-/healthy")
-            assert (answer.body, answer.headers["Connection"]) == (HEALTHY, "close")
+    with running({}, *flags, limits=WATCHFUL) as served, served.connection() as connection:
+        assert ask_on(connection, "/-/healthy").headers["Connection"] == "keep-alive"
+        by_renaming(tmp_path / "ca.pem", stranger.pem)
+        answer = ask_on(connection, "/-/healthy")
+        assert (answer.body, answer.headers["Connection"]) == (HEALTHY, "close")
 
 
-def scrape_like_a_browser(connection: http.client.HTTPSConnection) -> Answer:
+def scrape_like_a_browser(connection: http.client.HTTPConnection) -> Answer:
     """A scrape; where a kept connection turns out to be closed, once more on a new one."""
     was_kept = connection.sock is not None
     try:
@@ -18976,8 +18816,7 @@ def scraping(secure: Running) -> Iterator[list[int]]:
     over, counts = threading.Event(), [0] * 4
 
     def work(number: int) -> None:
-        connection = secure.connection()
-        with contextlib.closing(connection):
+        with secure.connection() as connection:
             while not over.is_set():
                 answer = scrape_like_a_browser(connection)
                 assert (answer.status, answer.body.startswith(EXPOSITION)) == (200, True)
@@ -18996,9 +18835,9 @@ def scraping(secure: Running) -> Iterator[list[int]]:
 
 
 def test_ten_certificates_follow_each_other_under_load_without_a_failed_scrape(
-    rotating: Rotate, authorities: Authorities
+    rotating: Rotate, authority: Authority
 ) -> None:
-    pairs = [authorities.ours.server() for _ in range(10)]
+    pairs = [authority.server() for _ in range(10)]
     with rotating() as files, scraping(files.secure) as counts:
         shown = [files.serial()]
         for pair in pairs:
@@ -19012,23 +18851,21 @@ def test_ten_certificates_follow_each_other_under_load_without_a_failed_scrape(
         assert files.secure.faults() == {}
 
 
-def remove(name: str) -> Callable[[Rotating, Authorities], None]:
-    return lambda files, _: (files.folder / name).unlink()
+def remove(name: str) -> Callable[[Rotating], None]:
+    return lambda files: (files.folder / name).unlink()
 
 
 #: How what is in use becomes useless, and what the log says of it.
-GARBAGE: dict[str, tuple[Callable[[Rotating, Authorities], None], str]] = {
-    "a certificate that is none": (lambda files, _: files.put("cert.pem", "x\n"), "cert.pem"),
-    "an empty certificate": (lambda files, _: files.put("cert.pem", ""), "cert.pem"),
-    "a key that is none": (lambda files, _: files.put("key.pem", "x\n"), "private key in PEM"),
+GARBAGE: dict[str, tuple[Callable[[Rotating], None], str]] = {
+    "a certificate that is none": (lambda files: files.put("cert.pem", "x\n"), "cert.pem"),
+    "an empty certificate": (lambda files: files.put("cert.pem", ""), "cert.pem"),
+    "a key that is none": (lambda files: files.put("key.pem", "x\n"), "private key in PEM"),
     "the key of another certificate": (
-        lambda files, authorities: files.put(
-            "key.pem", Path(authorities.ours.server()).read_text().partition("-----BEGIN CERT")[0]
-        ),
+        lambda files: files.put("key.pem", split_pair(files.ours.server())["key.pem"]),
         "key.pem: key values mismatch",
     ),
     "an encrypted key": (
-        lambda files, _: files.put(
+        lambda files: files.put(
             "key.pem",
             ec.generate_private_key(ec.SECP256R1())
             .private_bytes(
@@ -19042,17 +18879,17 @@ GARBAGE: dict[str, tuple[Callable[[Rotating, Authorities], None], str]] = {
     ),
     "a certificate that is gone": (remove("cert.pem"), "no such file or directory"),
     "a key that is gone": (remove("key.pem"), "no such file or directory"),
-    "authorities that are none": (lambda files, _: files.put("ca.pem", "x"), "certificate in PEM"),
+    "authorities that are none": (lambda files: files.put("ca.pem", "x"), "certificate in PEM"),
     "authorities that are gone": (remove("ca.pem"), "no such file or directory"),
-    "a web configuration that is none": (lambda files, _: files.put("web.yml", "{"), "web.yml"),
-    "an empty web configuration": (lambda files, _: files.put("web.yml", ""), "web.yml"),
+    "a web configuration that is none": (lambda files: files.put("web.yml", "{"), "web.yml"),
+    "an empty web configuration": (lambda files: files.put("web.yml", ""), "web.yml"),
     "a web configuration that is gone": (remove("web.yml"), "no such file or directory"),
     "a web configuration without TLS": (
-        lambda files, _: files.put("web.yml", json.dumps({"basic_auth_users": {"a": HASH}})),
+        lambda files: files.put("web.yml", json.dumps({"basic_auth_users": {"a": HASH}})),
         "TLS cannot be given up without a restart",
     ),
     "a web configuration with an unknown key": (
-        lambda files, _: files.put_web(min_versoin="TLS13"),
+        lambda files: files.put_web(min_versoin="TLS13"),
         "min_versoin: unknown key",
     ),
 }
@@ -19060,10 +18897,10 @@ GARBAGE: dict[str, tuple[Callable[[Rotating, Authorities], None], str]] = {
 
 @pytest.mark.parametrize(("spoil", "words"), GARBAGE.values(), ids=GARBAGE)
 def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
-    spoil: Callable[[Rotating, Authorities], None],
+    spoil: Callable[[Rotating], None],
     words: str,
     rotating: Rotate,
-    authorities: Authorities,
+    authority: Authority,
     log: list[str],
 ) -> None:
     with rotating() as files:
@@ -19071,51 +18908,49 @@ def test_the_former_stays_in_use_without_a_failed_scrape_in_place_of(
         assert files.secure.metric(working) == 1
         log.clear()
         with scraping(files.secure) as counts:
-            spoil(files, authorities)
+            spoil(files)
             wait_until(lambda: files.secure.metric(working) == 0)
             before = list(counts)
             wait_until(lambda: all(n > m for n, m in zip(counts, before)))
-        assert not admits(files.secure.port, authorities.context())
+        assert not admits(files.secure.port, authority.context())
         assert files.serial() == former
         assert len(log) == len(set(log)), log
         assert all(e.startswith(KEEPING) for e in log)
         assert words in "\n".join(log)
-        files.put("ca.pem", Path(authorities.ours.file).read_text())
-        files.put_pair(authorities.ours.server())
+        files.put("ca.pem", authority.pem)
+        files.put_pair(authority.server())
         files.put_web()
         wait_until(lambda: files.secure.metric(working) == 1)
         assert files.serial() != former
 
 
 def test_clients_of_an_authority_that_is_removed_are_shut_out_and_no_others(
-    rotating: Rotate, authorities: Authorities, good_client: str
+    rotating: Rotate, authority: Authority, stranger: Authority, good_client: str
 ) -> None:
-    both = "".join(Path(each.file).read_text() for each in (authorities.ours, authorities.other))
-    removed = authorities.context(authorities.other.client())
+    removed = authority.context(stranger.client())
     with rotating() as files:
         assert not admits(files.secure.port, removed)
-        files.put("ca.pem", both)
+        files.put("ca.pem", authority.pem + stranger.pem)
         assert admits(files.secure.port, removed)
-        files.put("ca.pem", Path(authorities.ours.file).read_text())
+        files.put("ca.pem", authority.pem)
         assert not admits(files.secure.port, removed)
-        assert admits(files.secure.port, authorities.context(good_client))
+        assert admits(files.secure.port, authority.context(good_client))
         assert files.secure.faults() == {"certificate": 2}
 
 
 def test_a_user_that_is_removed_is_shut_out_and_no_other(rotating: Rotate) -> None:
     with rotating("a", "b") as files:
-        connection = files.secure.connection()
-        with contextlib.closing(connection):
-            assert [ask_on(connection, "/", signed_in(user, "right")).status for user in "ab"] == [
+        with files.secure.connection() as connection:
+            assert [ask_on(connection, "/", login(f"{user}:right")).status for user in "ab"] == [
                 200,
                 200,
             ]
             files.put_web("b")
-            assert [ask_on(connection, "/", signed_in(user, "right")).status for user in "ab"] == [
+            assert [ask_on(connection, "/", login(f"{user}:right")).status for user in "ab"] == [
                 401,
                 200,
             ]
-        assert [files.secure.get("/", signed_in(user, "right")).status for user in "ab"] == [
+        assert [files.secure.get("/", login(f"{user}:right")).status for user in "ab"] == [
             401,
             200,
         ]
@@ -19143,15 +18978,15 @@ def said_to_its_end(
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
 def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None:
-    with secure(modules={"m": exec_module("echo a 1")}) as served:
-        connection = served.connection()
-        with contextlib.closing(connection):
-            get = ask_on(connection, path)
-            connection.request("HEAD", path)
-            head = connection.getresponse()
-            assert (head.status, head.read()) == (get.status, b"")
-            assert connection.sock is not None
-            assert ask_on(connection, "/-/healthy").body == HEALTHY
+    with (
+        secure(modules={"m": exec_module("echo a 1")}) as served,
+        served.connection() as connection,
+    ):
+        get = ask_on(connection, path)
+        head = ask_on(connection, path, method="HEAD")
+        assert (head.status, head.body) == (get.status, b"")
+        assert connection.sock is not None
+        assert ask_on(connection, "/-/healthy").body == HEALTHY
 
 
 ENDS = {
@@ -19261,19 +19096,19 @@ def test_tls_is_served_over_ipv6(secure: Start) -> None:
 def test_a_kept_connection_ends_after_its_next_answer_when_there_was_a_reload(
     tmp_path: Path,
 ) -> None:
-    with reloadable(tmp_path, {"m": exec_module("echo a 1")}) as (served, reload):
-        client = http.client.HTTPConnection("127.0.0.1", served.port, timeout=5)
+    with (
+        reloadable(tmp_path, {"m": exec_module("echo a 1")}) as (served, reload),
+        served.connection() as client,
+    ):
 
         def scrape() -> tuple[str | None, bytes]:
-            client.request("GET", "/proxy?module=m")
-            response = client.getresponse()
-            return response.headers["Connection"], response.read()
+            answer = ask_on(client, "/proxy?module=m")
+            return answer.headers["Connection"], answer.body
 
-        with contextlib.closing(client):
-            assert scrape() == ("keep-alive", b"a 1\n")
-            assert reload({"m": exec_module("echo b 1")}).status == 200
-            assert scrape() == ("close", b"b 1\n")
-            assert scrape() == ("keep-alive", b"b 1\n")  # on a connection of its own
+        assert scrape() == ("keep-alive", b"a 1\n")
+        assert reload({"m": exec_module("echo b 1")}).status == 200
+        assert scrape() == ("close", b"b 1\n")
+        assert scrape() == ("keep-alive", b"b 1\n")  # on a connection of its own
 
 
 def test_a_reload_by_a_client_leaves_what_it_sends_behind_it_alone(tmp_path: Path) -> None:
@@ -19712,6 +19547,7 @@ def test_the_documents_show_what_verify_says(here: Path, capfd: pytest.CaptureFi
 
 # expexp as users start it: signals, the shutdown, odd surroundings.
 
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_a_scrape_finish_then_ends_with_0(
     number: signal.Signals, tmp_path: Path
@@ -19837,8 +19673,7 @@ def test_what_commands_leave_behind_is_reaped_by(kind: str, tmp_path: Path) -> N
             }
         wait_until(
             lambda: (
-                [*descendants(own.pid).values()].count("Z")
-                == len(descendants(own.pid)) - parents
+                [*descendants(own.pid).values()].count("Z") == len(descendants(own.pid)) - parents
             )
         )
         assert ask("alone") == (200, "a 1\n")
@@ -19911,7 +19746,7 @@ STREAMS = pytest.mark.parametrize(
 
 def ask_often(port: int, count: int) -> None:
     """Make so many requests, each of which is a line of 2,000 bytes in the log at info."""
-    with contextlib.closing(Client(port).connection()) as client:
+    with Client(port).connection() as client:
         for _ in range(count):
             assert ask_on(client, "/-/healthy?" + "x" * 1900).body == HEALTHY
 
@@ -19968,7 +19803,7 @@ def test_a_closed_stderr_changes_nothing(tmp_path: Path) -> None:
 def test_lines_go_to_a_file_whole_and_in_their_order(tmp_path: Path) -> None:
     path = tmp_path / "log"
     with path.open("wb") as file, started(tmp_path, ECHO, stderr=file.fileno()) as own:
-        with contextlib.closing(own.connection()) as client:
+        with own.connection() as client:
             for number in range(200):
                 assert ask_on(client, f"/-/healthy?{number}").body == HEALTHY
         own.stop()
@@ -20204,7 +20039,7 @@ def test_scrapes_recover_when_the_limit_of_descriptors_is_lowered_and_idle_clien
             client = stack.enter_context(connect(own.port))
             client.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(65536)  # its thread has begun: it will be idle before the scraper is
-        scraper = stack.enter_context(contextlib.closing(own.connection()))
+        scraper = stack.enter_context(own.connection())
         # Accepted before the limit, it stays open.
         assert ask_on(scraper, "/-/healthy").body == HEALTHY
         resource.prlimit(own.pid, resource.RLIMIT_NOFILE, (40, 40))
@@ -20311,24 +20146,24 @@ TLS_LISTENER = ["-web.tls.listen-address", LOCAL, "-config", ""]
     ],
 )
 def test_plain_http_is_served_beside_tls_with_a_warning_beyond_the_loopback(
-    plain: str, warned: bool, authorities: Authorities, tmp_path: Path
+    plain: str, warned: bool, authority: Authority, tmp_path: Path
 ) -> None:
-    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+    files = ["-web.tls.cert", authority.pair, "-web.tls.key", authority.pair]
     flags = ["-web.listen-address", plain, *TLS_LISTENER, *files]
     with started(tmp_path, None, *flags) as own:
         http_url, https_url = own.urls()
         assert [http_url[:7], https_url[:8]] == ["http://", "https://"]
         assert own.get("/-/healthy").body == HEALTHY
         port = int(https_url.rpartition(":")[2])
-        assert said_to_its_end(port, authorities.context(), HEALTH_REQUEST).endswith(HEALTHY)
+        assert said_to_its_end(port, authority.context(), HEALTH_REQUEST).endswith(HEALTHY)
         own.stop()
     warning = f'level=warning msg="plain HTTP is still served beside TLS: {http_url}"'
     assert any(warning in line for line in own.lines) is warned
     assert any("plain HTTP" in line for line in own.lines) is warned
 
 
-def test_tls_alone_is_served_without_that_warning(authorities: Authorities, tmp_path: Path) -> None:
-    files = ["-web.tls.cert", authorities.server, "-web.tls.key", authorities.server]
+def test_tls_alone_is_served_without_that_warning(authority: Authority, tmp_path: Path) -> None:
+    files = ["-web.tls.cert", authority.pair, "-web.tls.key", authority.pair]
     with started(tmp_path, None, "-web.listen-address", "", *TLS_LISTENER, *files) as own:
         (url,) = own.urls()
         own.stop()
@@ -20337,7 +20172,7 @@ def test_tls_alone_is_served_without_that_warning(authorities: Authorities, tmp_
 
 
 def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients(
-    authorities: Authorities, good_client: str, tmp_path: Path
+    authority: Authority, good_client: str, tmp_path: Path
 ) -> None:
     go_on, asked = threading.Event(), threading.Event()
 
@@ -20346,9 +20181,9 @@ def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients
         go_on.wait(5)
         connection.sendall(ok(EXPOSITION))
 
-    web = web_config(tmp_path, authorities, client_auth_type=REQUIRED)
+    web = web_config(tmp_path, authority, client_auth_type=REQUIRED)
     flags = ["-web.config.file", web]
-    context = authorities.context(good_client)
+    context = authority.context(good_client)
     with contextlib.ExitStack() as stack:
         slow = stack.enter_context(target(answer))
         modules = {"m": http_module(slow)}
@@ -20700,20 +20535,20 @@ class Scraper:
         self.answers, self.faults, self.version = 0, list[str](), 0
 
     def run(self, over: threading.Event) -> None:
-        with contextlib.closing(self.own.connection()) as client:
+        with self.own.connection() as client:
             while not over.wait(0.08):
-                try:
-                    self.ask(client)
-                except (OSError, http.client.HTTPException, AssertionError) as error:
-                    self.faults.append(repr(error))
-                    client.close()
+                self.ask(client)
 
     def ask(self, client: http.client.HTTPConnection) -> None:
-        found = versions_in(self.path, ask_on(client, self.path, self.headers))
-        assert len(found) == 1, f"mixed: {sorted(found)}"
-        assert self.version <= min(found), f"{found} after {self.version}"
-        self.version = min(found)
-        self.answers += 1
+        try:
+            found = versions_in(self.path, ask_on(client, self.path, self.headers))
+            assert len(found) == 1, f"mixed: {sorted(found)}"
+            assert self.version <= min(found), f"{found} after {self.version}"
+            self.version = min(found)
+            self.answers += 1
+        except (OSError, http.client.HTTPException, AssertionError) as error:
+            self.faults.append(repr(error))
+            client.close()
 
 
 def reload_under_load(
@@ -20862,11 +20697,11 @@ def test_a_token_from_a_pipe_does_not_hold_up_a_reload_nor_the_end(
 
 @pytest.mark.parametrize("which", ["cert", "key", "ca"])
 def test_a_file_of_tls_that_becomes_a_pipe_holds_up_no_client_no_reload_and_not_the_end(
-    which: str, authorities: Authorities, good_client: str, tmp_path: Path
+    which: str, authority: Authority, good_client: str, tmp_path: Path
 ) -> None:
-    flags, context = ["-web.tls.verify"], authorities.context(good_client)
+    flags, context = ["-web.tls.verify"], authority.context(good_client)
     for name in ("cert", "key", "ca"):
-        source = authorities.ours.file if name == "ca" else authorities.server
+        source = authority.file if name == "ca" else authority.pair
         flags.append(f"-web.tls.{name}={shutil.copy(source, tmp_path / name)}")
     with started(tmp_path, None, "-web.listen-address=", *TLS_LISTENER, *flags) as own:
         (tmp_path / which).unlink()
@@ -21275,15 +21110,16 @@ sys.exit(expexp.main())
 
 @contextlib.contextmanager
 def watched(
-    folder: Path, authorities: Authorities, *environment: str
+    folder: Path, authority: Authority, *environment: str
 ) -> Iterator[tuple[socket.socket, Started]]:
     """What systemd is told by an expexp with two listeners, once it is ready, and its process."""
     address = address_of("path", folder)
-    flags = [f"-web.tls.cert={authorities.server}", f"-web.tls.key={authorities.server}"]
+    flags = [f"-web.tls.cert={authority.pair}", f"-web.tls.key={authority.pair}"]
     around, source = ["env", f"NOTIFY_SOCKET={address}", *environment], watched_program(folder)
-    with service_manager(address) as channel, started(
-        folder, None, *TLS_LISTENER, *flags, around=around, source=source
-    ) as own:
+    with (
+        service_manager(address) as channel,
+        started(folder, None, *TLS_LISTENER, *flags, around=around, source=source) as own,
+    ):
         assert channel.recv(4096) == b"READY=1"
         yield channel, own
 
@@ -21295,9 +21131,9 @@ WATCHDOG: Final = f"WATCHDOG_USEC={4e6 * QUARTER:.0f}"
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_systemd_hears_nothing_once_one_of_two_listeners_has_stopped(
-    scheme: str, authorities: Authorities, tmp_path: Path
+    scheme: str, authority: Authority, tmp_path: Path
 ) -> None:
-    with watched(tmp_path, authorities, WATCHDOG) as (channel, _):
+    with watched(tmp_path, authority, WATCHDOG) as (channel, _):
         times = []
         for _ in range(6):
             assert channel.recv(4096) == b"WATCHDOG=1"
@@ -21322,9 +21158,9 @@ def test_systemd_hears_nothing_once_one_of_two_listeners_has_stopped(
     ],
 )
 def test_systemd_hears_nothing_that_it_does_not_want_to_hear_where_there_is(
-    environment: list[str], authorities: Authorities, tmp_path: Path
+    environment: list[str], authority: Authority, tmp_path: Path
 ) -> None:
-    with watched(tmp_path, authorities, *environment) as (channel, own):
+    with watched(tmp_path, authority, *environment) as (channel, own):
         channel.settimeout(5 * QUARTER)
         with pytest.raises(socket.timeout):
             channel.recv(4096)
@@ -21333,9 +21169,9 @@ def test_systemd_hears_nothing_that_it_does_not_want_to_hear_where_there_is(
 
 
 def test_systemd_hears_of_a_process_without_descriptors(
-    authorities: Authorities, tmp_path: Path
+    authority: Authority, tmp_path: Path
 ) -> None:
-    with watched(tmp_path, authorities, WATCHDOG) as (channel, own):
+    with watched(tmp_path, authority, WATCHDOG) as (channel, own):
         assert channel.recv(4096) == b"WATCHDOG=1"
         take_descriptors(own.pid)
         assert [channel.recv(4096) for _ in range(3)] == [b"WATCHDOG=1"] * 3
@@ -21385,13 +21221,6 @@ def shows_secret(text: str) -> bool:
     return any(sentinel in text for sentinel in SENTINELS)
 
 
-def put_secret(path: Path, content: str | bytes = SECRET) -> Path:
-    """A file that only its owner can read."""
-    path.touch(0o600)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
 def secret_modules(port: int, garbage: int) -> dict[str, object]:
     """Modules with a secret wherever there may be one; most of them fail."""
     secrets: dict[str, object] = {
@@ -21432,22 +21261,22 @@ class Journal(NamedTuple):
 
 def secret_web_flags(folder: Path) -> list[str]:
     """The flag for TLS with users, a secret in each file that belongs to it, and a token's file."""
-    key = put_secret(folder / "key.pem", Path(Issuer(folder, "ca").server()).read_text())
-    put_secret(key, f"{SECRET}\n{key.read_text()}")
+    key = secret_file(folder / "key.pem", Path(Authority(folder).pair).read_text())
+    secret_file(key, f"{SECRET}\n{key.read_text()}")
     tls = {"cert_file": "key.pem", "key_file": "key.pem"}
     web = {"tls_server_config": tls, "basic_auth_users": {"user": SECRET_HASH}}
-    put_secret(folder / "web.yml", json.dumps(web))
-    put_secret(folder / "web-token")
+    secret_file(folder / "web.yml", json.dumps(web))
+    secret_file(folder / "web-token", SECRET)
     return ["-web.config.file=web.yml"]
 
 
 def spoil_secrets(folder: Path, ask: Callable[[str], Answer]) -> None:
     """Make the files of all credentials useless, and ask until that is noticed."""
-    put_secret(folder / "web-token", f"{SECRET}\xff".encode("latin-1"))
-    put_secret(folder / "key.pem", f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n")
-    put_secret(folder / "web.yml", f"basic_auth_users: {{user: $2b$04${SECRET}}}\n{SECRET}")
+    secret_file(folder / "web-token", f"{SECRET}\xff".encode("latin-1"))
+    secret_file(folder / "key.pem", f"-----BEGIN PRIVATE KEY-----\n{SECRET}\n")
+    secret_file(folder / "web.yml", f"basic_auth_users: {{user: $2b$04${SECRET}}}\n{SECRET}")
     for name in ("password", "bearer"):
-        put_secret(folder / name, f"{SECRET}\xff".encode("latin-1"))
+        secret_file(folder / name, f"{SECRET}\xff".encode("latin-1"))
     looked_at = time.monotonic() + expexp.Limits.rotation_seconds + 0.05
     wait_until(lambda: time.monotonic() > looked_at)
     for module in ("password%20file", "token%20file"):
@@ -21461,7 +21290,7 @@ def keep_journal(folder: Path, *flags: str) -> Journal:
     statuses: dict[str, int] = {}
     authorized = {"Authorization": f"Bearer {SECRET}"}
     for name in ("password", "bearer"):
-        put_secret(folder / name)
+        secret_file(folder / name, SECRET)
     with target(ok(b"up 1\n")) as port, target(b"\x1b[31m nonsense\r\n\r\n") as garbage:
         modules = secret_modules(port, garbage)
         (folder / "c.json").write_text(json.dumps({"modules": modules}))
@@ -21486,7 +21315,7 @@ def keep_journal(folder: Path, *flags: str) -> Journal:
                 f"Bearer x{SECRET}",
                 SECRET,
                 f"Basic {SECRET}",
-                *(signed_in(*pair)["Authorization"] for pair in TRIED),
+                *(basic(":".join(pair)) for pair in TRIED),
             ):
                 ask_once("/-/healthy", {"Authorization": given} if given else {})
             plain = f"GET /?a HTTP/1.0\r\nA: {SECRET}\r\n\r\n".encode()
@@ -21581,7 +21410,7 @@ def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Jo
 
 def test_no_repr_shows_a_secret(here: Path) -> None:
     for name in ("password", "bearer"):
-        put_secret(here / name)
+        secret_file(here / name, SECRET)
     config = load(json.dumps({"modules": secret_modules(1, 2)}), "c.json")
     options = expexp.parse_flags([f"-web.bearer.token={SECRET}"])
     for module in config.modules.values():
@@ -21680,13 +21509,13 @@ def test_no_problem_of_credentials_shows_a_secret(
 ) -> None:
     flags = [*secret_web_flags(here), "-web.bearer.token-file=web-token"]
     for file in ("password", "bearer"):
-        put_secret(here / file)
+        secret_file(here / file, SECRET)
     modules = {
         "a": http_module(1, basic_auth_username="user", basic_auth_password_file="password"),
         "b": http_module(1, bearer_token_file="bearer"),
     }
     (here / "c.json").write_text(json.dumps({"modules": modules}))
-    put_secret(here / name, content.encode("latin-1"))
+    secret_file(here / name, content.encode("latin-1"))
     for form in ("true", "false"):
         served = [f"-web.listen-address={LOCAL}", "-log.level=trace", f"-log.json={form}"]
         code, text = main_in_process("-config=c.json", *flags, *served)
@@ -22174,10 +22003,7 @@ async def behave(kind: str, address: str, writer: asyncio.StreamWriter) -> None:
 
 async def ask_a_fleet(folder: Path, kinds: Mapping[str, str]) -> tuple[list[str], float]:
     """The lines and the peak memory in MB of fleet_sd.py, that asks hosts of these kinds."""
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(*list(kinds)[1::2]).configure_cert(context)
+    context = Authority(folder).serving(*list(kinds)[1::2])
     servers, urls, writers = [], [], []
 
     async def serve(address: str, kind: str, tls: ssl.SSLContext | None) -> None:
@@ -23676,9 +23502,10 @@ def start_original(stack: ExitStack, folder: Path) -> tuple[Started, str]:
 
 def start_further(stack: ExitStack, folder: Path) -> tuple[Started, str]:
     """An expexp with a module of each further kind; with the jobs that scrape it."""
-    answers = {"http": ok(COUNTED_BODY), "broken": ok(BROKEN_BODY), "slow": silent_after()}
-    ports = {name: stack.enter_context(target(answer)) for name, answer in answers.items()}
-    ports["own"] = free_port()
+    ports: dict[str, int] = {"own": free_port()}
+    for name, body in (("http", COUNTED_BODY), ("broken", BROKEN_BODY)):
+        ports[name] = stack.enter_context(target(ok(body)))
+    ports["slow"] = stack.enter_context(target(silent_after()))
     body_path = folder / "body.prom"
     body_path.write_bytes(COUNTED_BODY)
     named = {f"{name}_port": port for name, port in ports.items()}
@@ -23923,7 +23750,7 @@ class Guarded(NamedTuple):
 
 
 @pytest.fixture
-def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Iterator[Guarded]:
+def guarded(authority: Authority, good_client: str, tmp_path: Path) -> Iterator[Guarded]:
     folder = tmp_path / "guarded"
     folder.mkdir()
     (folder / "body.prom").write_bytes(COUNTED_BODY)
@@ -23933,12 +23760,9 @@ def guarded(authorities: Authorities, good_client: str, tmp_path: Path) -> Itera
             "m": file_module(folder / "body.prom"),
             "broken": {**http_module(port), "verify": False},
         }
-        files = Rotating(folder, cast(Running, None))
-        files.put("ca.pem", Path(authorities.ours.file).read_text())
-        files.put_pair(authorities.server)
-        files.put_web("scraper")
+        put_files(folder, authority, "scraper")
         with started(folder, modules, "-web.config.file=web.yml") as own:
-            yield Guarded(folder, own.port, authorities.ours.file, good_client)
+            yield Guarded(folder, own.port, authority.file, good_client)
 
 
 def curl(guarded: Guarded, *options: str, url: str = "") -> subprocess.CompletedProcess[str]:
@@ -24015,11 +23839,10 @@ def guarded_jobs(guarded: Guarded) -> str:
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
-    guarded: Guarded, authorities: Authorities
+    guarded: Guarded, authority: Authority
 ) -> None:
     (guarded.folder / "prometheus.yaml").write_text(guarded_jobs(guarded))
-    files = Rotating(guarded.folder, cast(Running, None))
-    secure = authorities.context(guarded.client)
+    secure = authority.context(guarded.client)
     with prometheus(guarded.folder / "prometheus.yaml") as server:
         world = ScrapedWorld(server, server, server)
 
@@ -24028,7 +23851,7 @@ def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
 
         def expiry() -> str:
             request = b"GET /metrics HTTP/1.0\r\nAuthorization: %b\r\n\r\n"
-            user = signed_in("scraper", "right")["Authorization"].encode()
+            user = basic("scraper:right").encode()
             page = said(guarded.port, secure, request % user).decode()
             assert "expexp_credentials_last_reload_successful 1\n" in page
             found = re.search(r"(?m)^expexp_tls_certificate_expiry_.* (\S+)$", page)
@@ -24044,7 +23867,7 @@ def test_prometheus_scrapes_with_certificate_and_user_while_certificates_change(
 
         for days in (2, 3, 4):
             former, before = expiry(), scrapes()
-            files.put_pair(authorities.ours.server("localhost", "127.0.0.1", days=days))
+            put_pair(guarded.folder, authority.server(days=days))
             eventually(functools.partial(has_changed, former), "the certificate to be new", 5)
             eventually(functools.partial(has_more, before), "more scrapes", 15)
         query = "min_over_time(up[5m])"
@@ -24460,9 +24283,7 @@ def test_a_container_of_podman_without_a_network(podman: Podman, contained: Star
 
 @pytest.mark.peer
 @pytest.mark.timeout(120)
-def test_a_container_of_podman_is_stopped_and_started(
-    podman: Podman, contained: Started
-) -> None:
+def test_a_container_of_podman_is_stopped_and_started(podman: Podman, contained: Started) -> None:
     podman.start("stopped", f"--publish=127.0.0.1:{free_port()}:9100")
     scrape_until(contained, "stopped", 200, "stopped 1")
     podman("stop", "--time=0", "stopped")
@@ -25374,14 +25195,14 @@ class BehindNginx(NamedTuple):
 
 @pytest.fixture(scope="module")
 def behind_nginx(
-    authorities: Authorities, tmp_path_factory: pytest.TempPathFactory
+    authority: Authority, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BehindNginx]:
     folder = tmp_path_factory.mktemp("nginx")
     port, own_port = free_port(), free_port()
     changes = {
         "listen 443": f"listen 127.0.0.1:{port}",
-        "/etc/nginx/server.pem": authorities.server,
-        "/etc/nginx/server.key": authorities.server,
+        "/etc/nginx/server.pem": authority.pair,
+        "/etc/nginx/server.key": authority.pair,
         "192.0.2.0/24": "127.0.0.0/30",
         "127.0.0.1:9999": f"127.0.0.1:{own_port}",
     }
@@ -25396,17 +25217,17 @@ def behind_nginx(
         flags = [f"-web.listen-address=127.0.0.1:{own_port}", *flags]
         site = site.replace(location, location + second)
         with started(folder, modules, *flags) as expexp, nginx_serving(site, folder):
-            yield BehindNginx(expexp, port, authorities.context(), web)
+            yield BehindNginx(expexp, port, authority.context(), web)
 
 
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_the_recipe_of_nginx_lets_prometheus_discover_modules_under_a_prefix(
-    behind_nginx: BehindNginx, authorities: Authorities, tmp_path: Path
+    behind_nginx: BehindNginx, authority: Authority, tmp_path: Path
 ) -> None:
     own = f"localhost:{behind_nginx.port}"
     jobs = NGINX_RECIPE.adapted(PROMETHEUS_CONFIG, {"host.example.org": own})
-    trust = ["env", f"SSL_CERT_FILE={authorities.ours.file}"]
+    trust = ["env", f"SSL_CERT_FILE={authority.file}"]
     with discovering(jobs, tmp_path, *trust) as world:
         wanted = {(own, name): "1" for name in ("echo", "script")}
         eventually(lambda: world.up("expexp") == wanted or None, "both modules to be up")
@@ -25531,7 +25352,9 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
     }
     with ExitStack() as stack:
         ports = stack.enter_context(probing(hosts["switch.example.org"], tmp_path))
-        hosts["http://www.example.org/"] = f"http://127.0.0.1:{stack.enter_context(target(ok(b'<html>')))}/metrics"
+        hosts["http://www.example.org/"] = (
+            f"http://127.0.0.1:{stack.enter_context(target(ok(b'<html>')))}/metrics"
+        )
         config = tmp_path / "expexp.yaml"
         changes = {"9115": ports["blackbox"], "9116": ports["snmp"]}
         config.write_text(PROBES_RECIPE.adapted(INSTALLED_CONFIG, changes))
