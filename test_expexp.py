@@ -2022,6 +2022,26 @@ def ask_on(
     return Answer(response.status, response.headers, body, time.monotonic() - started)
 
 
+def exchange(port: int, *sent: bytes) -> bytes:
+    """All that the server at this port says to these bytes, until it closes."""
+    with connect(port) as client:
+        for part in sent:
+            client.sendall(part)
+        return read_all(client)
+
+
+def connect(port: int, host: str = "127.0.0.1") -> socket.socket:
+    """A client's socket that sends at once, as those of all HTTP clients do."""
+    client = socket.create_connection((host, port), timeout=5)
+    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return client
+
+
+def read_all(client: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    return b"".join(iter(lambda: client.recv(65536), b""))
+
+
 def samples(text: str) -> dict[str, float]:
     """Series and values of one of our own pages."""
     rows = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
@@ -2196,6 +2216,9 @@ def exec_module(script: str, **settings: object) -> dict[str, object]:
     return {"method": "exec", "exec": {"command": "sh", "args": ["-c", script, "sh"], **settings}}
 
 
+ECHO: Final = {"m": exec_module("echo a 1")}
+
+
 def file_module(path: object) -> dict[str, object]:
     return {"method": "file", "file": {"path": str(path)}}
 
@@ -2281,6 +2304,15 @@ class Started(Client):
             self._output.close()
 
 
+CHANGED: Final = """
+import os, sys, threading
+sys.path.insert(0, {0!r})
+import expexp
+{1}
+sys.exit(expexp.main())
+"""
+
+
 @contextlib.contextmanager
 def started(
     folder: Path,
@@ -2288,14 +2320,17 @@ def started(
     *flags: str,
     around: Sequence[str] = (),
     source: Path = SOURCE,
+    change: str = "",
     stderr: int = subprocess.PIPE,
 ) -> Iterator[Started]:
-    """expexp as users start it in a folder; `around` is a command that becomes it."""
+    """expexp as users start it in a folder; `around` is a command that becomes it, and `change` is
+    code that first changes its module."""
     if modules is not None:
         write_modules(folder / "expexp.yaml", modules)
     port = 0 if stderr == subprocess.PIPE else free_port()
     usual = ["-web.listen-address", f"127.0.0.1:{port}", "-log.level", "info"]
-    command = [*around, sys.executable, str(source), *usual, *flags]
+    program = ["-c", CHANGED.format(str(FOLDER), change)] if change else [str(source)]
+    command = [*around, sys.executable, *program, *usual, *flags]
     own = Started(subprocess.Popen(command, stderr=stderr, text=True, cwd=folder))
     try:
         if port:
@@ -9640,24 +9675,6 @@ class Echo(NamedTuple):
         return {name.lower(): value for name, value in pairs}
 
 
-def exchange(port: int, *sent: bytes) -> bytes:
-    """All that the server at this port says to these bytes, until it closes."""
-    with connect(port) as client:
-        for part in sent:
-            client.sendall(part)
-        return read_all(client)
-
-
-def connect(port: int) -> socket.socket:
-    """A client's socket."""
-    return socket.create_connection(("127.0.0.1", port), timeout=5)
-
-
-def read_all(client: socket.socket) -> bytes:
-    """All that comes until the other side closes."""
-    return b"".join(iter(lambda: client.recv(65536), b""))
-
-
 @pytest.fixture(scope="module")
 def echo() -> Iterator[Echo]:
     """An expexp with modules that all have the same target."""
@@ -12638,30 +12655,26 @@ def test_requests_with_other_arguments_do_not_wait(counted: Counted) -> None:
     assert counted.arguments == ["slow", "quick"]
 
 
-def test_no_more_answers_are_kept_than_may_be(counted: Counted) -> None:
-    limits = dataclasses.replace(FAST, cache_entries=2)
-    with running({"m": counted.module()}, limits=limits) as served:
-        for argument in "abcbcacb":
-            served.scrape(f"m&args={argument}")
-    # c takes the place of a, the oldest; then a that of b, which then takes that of c.
-    assert counted.arguments == ["a", "b", "c", "a", "b"]
+LARGE_FOR_X = '[ "$1" = x ] && echo "# aaaaaaaaaaaaaa"; echo a 1'
+
+#: What may be kept, the script, and the arguments of scrapes: those that run it are in capitals.
+KEPT: dict[str, tuple[dict[str, int], str, str]] = {
+    # C takes the place of a, the oldest; then A that of b, which then takes that of c.
+    "so many answers": ({"cache_entries": 2}, "echo a $$", "ABCbcAcB"),
+    "so many bytes": ({"cache_bytes": 10}, "echo a 1", "ABCbcABC"),  # 4 bytes each
+    "no answer that is too large": ({"cache_bytes": 10}, LARGE_FOR_X, "SXsX"),
+}
 
 
-def test_no_more_bytes_are_kept_than_may_be(counted: Counted) -> None:
-    limits = dataclasses.replace(FAST, cache_bytes=10)
-    with running({"m": counted.module("echo a 1")}, limits=limits) as served:
-        for argument in "abcbcabc":  # 4 bytes each
-            served.scrape(f"m&args={argument}")
-    assert counted.arguments == ["a", "b", "c", "a", "b", "c"]
-
-
-def test_an_answer_too_large_to_be_kept_does_not_throw_out_the_others(counted: Counted) -> None:
-    limits = dataclasses.replace(FAST, cache_bytes=10)
-    script = '[ "$1" = large ] && echo "# aaaaaaaaaaaaaa"; echo a 1'
+@pytest.mark.parametrize(("bounds", "script", "arguments"), KEPT.values(), ids=KEPT)
+def test_as_much_is_kept_as_may_be(
+    bounds: dict[str, int], script: str, arguments: str, counted: Counted
+) -> None:
+    limits = fast_limits(**bounds)
     with running({"m": counted.module(script)}, limits=limits) as served:
-        for argument in ("small", "large", "small", "large"):
+        for argument in arguments.lower():
             assert served.scrape(f"m&args={argument}").status == 200
-    assert counted.arguments == ["small", "large", "large"]
+    assert counted.arguments == [argument.lower() for argument in arguments if argument.isupper()]
 
 
 # --- how many run at once: max_concurrent
@@ -17035,7 +17048,7 @@ def fast_limits(**changed: float) -> expexp.Limits:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     """An expexp with usual limits."""
-    with running({"m": exec_module("echo a 1")}) as served:
+    with running(ECHO) as served:
         yield served
 
 
@@ -17832,21 +17845,22 @@ def secure(
 Start = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
-def connect_at_once(port: int, host: str = "127.0.0.1") -> socket.socket:
-    """A client's socket that sends at once, as those of all HTTP clients do."""
-    client = socket.create_connection((host, port), timeout=5)
-    client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return client
+@contextlib.contextmanager
+def over_tls(
+    port: int, context: ssl.SSLContext, host: str = "127.0.0.1", **how: Any
+) -> Iterator[ssl.SSLSocket]:
+    """A client's connection."""
+    with (
+        connect(port, host) as plain,
+        context.wrap_socket(plain, server_hostname="localhost", **how) as client,
+    ):
+        yield client
 
 
 def said(port: int, context: ssl.SSLContext, request: bytes = HEALTH_REQUEST) -> bytes:
     """All that the server says over TLS to this client; nothing if it does not let it in."""
     answer = b""
-    with (
-        contextlib.suppress(ssl.SSLError, ConnectionError),
-        connect_at_once(port) as plain,
-        context.wrap_socket(plain, server_hostname="localhost") as client,
-    ):
+    with contextlib.suppress(ssl.SSLError, ConnectionError), over_tls(port, context) as client:
         client.sendall(request)
         for piece in iter(lambda: client.recv(65536), b""):
             answer += piece
@@ -18170,13 +18184,14 @@ def test_a_tls_client_that_pauses_gets_all_of_a_large_body(
     (tmp_path / "large").write_bytes(body)
     module = file_module(tmp_path / "large") | {"verify": verify}
     request = b"GET /proxy?module=m HTTP/1.0\r\n\r\n"
-    with secure(modules={"m": module}) as served, connect_at_once(served.port) as plain:
-        context = of_version(served.context, version)
-        with context.wrap_socket(plain, server_hostname="localhost") as client:
-            client.sendall(request)
-            first = client.recv(100)
-            wait_until(lambda: select.POLLOUT in polled)
-            rest = b"".join(iter(lambda: client.recv(65536), b""))
+    with (
+        secure(modules={"m": module}) as served,
+        over_tls(served.port, of_version(served.context, version)) as client,
+    ):
+        client.sendall(request)
+        first = client.recv(100)
+        wait_until(lambda: select.POLLOUT in polled)
+        rest = read_all(client)
     head, _, told = (first + rest).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 OK\r\n")
     assert told.startswith(body)
@@ -18201,7 +18216,7 @@ CLIENT_HELLO_START = b"\x16\x03\x01\x02\x00"  # the head of a record of 512 byte
 
 def test_silent_clients_delay_nobody_and_are_gone_after_the_timeout(secure: Start) -> None:
     limits = fast_limits(handshake_seconds=1.5, unread_seconds=0.1)
-    modules = {"m": exec_module("echo a 1")}
+    modules = ECHO
     with secure(modules=modules, limits=limits) as served, contextlib.ExitStack() as stack:
         silent = [stack.enter_context(connect(served.port)) for _ in range(100)]
         wait_until(lambda: served.metric("expexp_open_connections") == 101)
@@ -18234,7 +18249,7 @@ def test_a_scrape_gets_in_although_all_slots_wait_for_the_rest_after(
 ) -> None:
     with secure(limits=fast_limits(connections=3)) as served, contextlib.ExitStack() as stack:
         for _ in range(3):
-            client = stack.enter_context(connect_at_once(served.port))
+            client = stack.enter_context(connect(served.port))
             if encrypted:
                 client = served.context.wrap_socket(client, server_hostname="localhost")
                 stack.enter_context(client)
@@ -18314,8 +18329,8 @@ def send_only(port: int, sent: bytes) -> None:
 def refuse_certificate(served: Running, version: str) -> None:
     """Shake hands as a client that does not trust us."""
     context = of_version(ssl.create_default_context(), version)
-    with connect(served.port) as plain, pytest.raises(ssl.SSLCertVerificationError):
-        context.wrap_socket(plain, server_hostname="localhost")
+    with pytest.raises(ssl.SSLCertVerificationError), over_tls(served.port, context):
+        pass
 
 
 def come_with(served: Running, ours: Authority, file: str = "") -> None:
@@ -18488,20 +18503,21 @@ def certified(
         yield request.param, served
 
 
-AEAD = ["AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305"]
+#: For `openssl s_client`; KIND is that of the key of our certificate.
+SUITES = [
+    *(("1.2", f"ECDHE-KIND-{suite}") for suite in ("AES128-GCM-SHA256", "AES256-GCM-SHA384")),
+    ("1.2", "ECDHE-KIND-CHACHA20-POLY1305"),
+    ("1.3", "TLS_AES_128_GCM_SHA256"),
+    ("1.3", "TLS_AES_256_GCM_SHA384"),
+]
 
 
-@pytest.mark.parametrize("suite", AEAD)
-def test_tls_1_2_is_spoken_with_ecdhe_and(suite: str, certified: tuple[str, Running]) -> None:
+@pytest.mark.parametrize(("version", "suite"), SUITES)
+def test_tls_is_spoken_with(version: str, suite: str, certified: tuple[str, Running]) -> None:
     kind, served = certified
-    probe = openssl(served.port, "-tls1_2", "-cipher", f"ECDHE-{kind}-{suite}")
-    assert (probe.version, probe.suite) == ("TLSv1.2", f"ECDHE-{kind}-{suite}")
-
-
-@pytest.mark.parametrize("suite", ["AES_128_GCM_SHA256", "AES_256_GCM_SHA384"])
-def test_tls_1_3_is_spoken_with(suite: str, certified: tuple[str, Running]) -> None:
-    probe = openssl(certified[1].port, "-tls1_3", "-ciphersuites", f"TLS_{suite}")
-    assert (probe.version, probe.suite) == ("TLSv1.3", f"TLS_{suite}")
+    suite, flag = suite.replace("KIND", kind), "-cipher" if version == "1.2" else "-ciphersuites"
+    probe = openssl(served.port, f"-tls{version}".replace(".", "_"), flag, suite)
+    assert (probe.version, probe.suite) == (f"TLSv{version}", suite)
 
 
 def test_the_newest_version_is_chosen(certified: tuple[str, Running]) -> None:
@@ -18566,8 +18582,7 @@ def resumable(port: int, context: ssl.SSLContext, session: Any = None) -> tuple[
     """What the server says to a client that tries to go on with a session, and the session."""
     with (
         contextlib.suppress(ssl.SSLError, ConnectionError),
-        connect_at_once(port) as plain,
-        context.wrap_socket(plain, server_hostname="localhost", session=session) as client,
+        over_tls(port, context, session=session) as client,
     ):
         client.sendall(HEALTH_REQUEST)
         return read_all(client), client.session
@@ -18715,11 +18730,16 @@ def rotating(
 Rotate = Callable[..., contextlib.AbstractContextManager[Rotating]]
 
 
+def require_certificates(files: Rotating) -> None:
+    files.put_web(client_auth_type=REQUIRED)
+
+
 #: Changes after which a client that was let in by its certificate might not be.
 CHANGES_OF_TRUST: dict[str, Callable[[Rotating], None]] = {
     "another authority": lambda files: files.put("ca.pem", files.other.pem),
     "one authority more": lambda files: files.put("ca.pem", files.ours.pem + files.other.pem),
     "other client_allowed_sans": lambda files: files.put_web(client_allowed_sans=["good.example"]),
+    "a certificate being required": require_certificates,
 }
 
 
@@ -18727,22 +18747,10 @@ CHANGES_OF_TRUST: dict[str, Callable[[Rotating], None]] = {
 def test_a_kept_connection_ends_without_an_answer_after(
     change: Callable[[Rotating], None], rotating: Rotate
 ) -> None:
-    with rotating() as files, files.secure.connection() as connection:
+    kind = "VerifyClientCertIfGiven" if change == require_certificates else REQUIRED
+    with rotating(client_auth_type=kind) as files, files.secure.connection() as connection:
         assert ask_on(connection, "/-/healthy").body == HEALTHY
         change(files)
-        with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
-            ask_on(connection, "/-/healthy")
-
-
-def test_a_kept_connection_ends_without_an_answer_when_certificates_are_required_from_now_on(
-    rotating: Rotate,
-) -> None:
-    with (
-        rotating(client_auth_type="VerifyClientCertIfGiven") as files,
-        files.secure.connection() as connection,
-    ):
-        assert ask_on(connection, "/-/healthy").body == HEALTHY
-        files.put_web(client_auth_type=REQUIRED)
         with pytest.raises((http.client.RemoteDisconnected, ConnectionError, ssl.SSLError)):
             ask_on(connection, "/-/healthy")
 
@@ -18966,20 +18974,15 @@ def said_to_its_end(
 ) -> bytes:
     """All that the server says; raises unless it says goodbye in the way of TLS."""
     context.options &= ~expexp.IGNORE_UNEXPECTED_EOF
-    with (
-        connect_at_once(port, host) as plain,
-        context.wrap_socket(
-            plain, server_hostname="localhost", suppress_ragged_eofs=False
-        ) as client,
-    ):
+    with over_tls(port, context, host, suppress_ragged_eofs=False) as client:
         client.sendall(request)
-        return b"".join(iter(lambda: client.recv(65536), b""))
+        return read_all(client)
 
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
 def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None:
     with (
-        secure(modules={"m": exec_module("echo a 1")}) as served,
+        secure(modules=ECHO) as served,
         served.connection() as connection,
     ):
         get = ask_on(connection, path)
@@ -19012,8 +19015,7 @@ def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted
 ) -> None:
     with (
         secure() as served,
-        connect_at_once(served.port) as plain,
-        served.context.wrap_socket(plain, server_hostname="localhost") as client,
+        over_tls(served.port, served.context) as client,
     ):
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
         with contextlib.suppress(OSError):  # we may have closed before all of it was sent
@@ -19097,7 +19099,7 @@ def test_a_kept_connection_ends_after_its_next_answer_when_there_was_a_reload(
     tmp_path: Path,
 ) -> None:
     with (
-        reloadable(tmp_path, {"m": exec_module("echo a 1")}) as (served, reload),
+        reloadable(tmp_path, ECHO) as (served, reload),
         served.connection() as client,
     ):
 
@@ -19112,7 +19114,7 @@ def test_a_kept_connection_ends_after_its_next_answer_when_there_was_a_reload(
 
 
 def test_a_reload_by_a_client_leaves_what_it_sends_behind_it_alone(tmp_path: Path) -> None:
-    with reloadable(tmp_path, {"m": exec_module("echo a 1")}) as (served, _):
+    with reloadable(tmp_path, ECHO) as (served, _):
         post = b"POST /-/reload HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n"
         answer = exchange(served.port, post + b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         assert statuses(answer) == [200, 200]
@@ -19753,7 +19755,6 @@ def ask_often(port: int, count: int) -> None:
 
 #: Without stdin the next descriptors are 0 and 2: one that is used here would be written to.
 NO_STDERR: Final = shell("exec 0<&- 2>&-")
-ECHO: Final = {"m": exec_module("echo a 1")}
 LINES_DROPPED: Final = "expexp_log_lines_dropped_total"
 
 
@@ -19946,25 +19947,15 @@ def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
             assert len(line.encode("utf-8", "replace")) > 4095 * 3 // 4
 
 
-def faulty_threads(folder: Path) -> Path:
-    """An expexp in which an error ends the thread of each connection."""
-    source = folder / "faulty_threads.py"
-    source.write_text(
-        f"""\
-import sys
-sys.path.insert(0, {str(FOLDER)!r})
-import expexp
-expexp.Server.handle_error = lambda *_: {{}}["connection"]
-expexp.ClientConnection.setup = lambda *_: {{}}["setup"]
-sys.exit(expexp.main())
+#: An error ends the thread of each connection.
+FAULTY_THREADS: Final = """
+expexp.Server.handle_error = lambda *_: {}["connection"]
+expexp.ClientConnection.setup = lambda *_: {}["setup"]
 """
-    )
-    return source
 
 
 def test_an_error_that_ends_a_thread_is_a_line_of_the_log(tmp_path: Path) -> None:
-    source = faulty_threads(tmp_path)
-    with started(tmp_path, {}, source=source) as own, connect(own.port) as client:
+    with started(tmp_path, {}, change=FAULTY_THREADS) as own, connect(own.port) as client:
         assert client.recv(1) == b""
         wait_until(lambda: own.count("Traceback"))
         own.stop()
@@ -20086,7 +20077,7 @@ def test_connections_fit_the_descriptors_that_there_may_be(
 
 def test_without_memory_for_threads_idle_connections_make_room(tmp_path: Path) -> None:
     around = shell("ulimit -v 400000")
-    with started(tmp_path, {"m": exec_module("echo a 1")}, around=around) as own:
+    with started(tmp_path, ECHO, around=around) as own:
         with contextlib.ExitStack() as stack:
             for _ in range(300):
                 stack.enter_context(connect(own.port))
@@ -20188,8 +20179,8 @@ def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients
         slow = stack.enter_context(target(answer))
         modules = {"m": http_module(slow)}
         own = stack.enter_context(started(tmp_path, modules, *flags))
-        silent, plain = (stack.enter_context(connect(own.port)) for _ in range(2))
-        idle = stack.enter_context(context.wrap_socket(plain, server_hostname="localhost"))
+        silent = stack.enter_context(connect(own.port))
+        idle = stack.enter_context(over_tls(own.port, context))
         idle.sendall(b"GET /-/healthy HTTP/1.1\r\nHost: x\r\n\r\n")
         assert read_until(cast(socket.socket, idle), HEALTHY)
         pool = stack.enter_context(ThreadPoolExecutor())
@@ -20212,7 +20203,7 @@ def test_a_signal_lets_a_scrape_over_tls_finish_and_ends_idle_and_silent_clients
 
 
 def test_sighup_reloads_and_nothing_else_does_without_the_flag(tmp_path: Path) -> None:
-    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+    with started(tmp_path, ECHO) as own:
         write_modules(tmp_path / "expexp.yaml", {"m": exec_module("echo b 1")})
         end = time.monotonic() + 0.3
         while time.monotonic() < end:
@@ -20267,7 +20258,7 @@ def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None
         while not over.is_set():
             client.get("/-/ready")
 
-    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+    with started(tmp_path, ECHO) as own:
         said = "configuration reloaded: 1 modules, 0 added, 0 changed, 0 removed"
         with ThreadPoolExecutor(2) as pool:
             clients = [pool.submit(come_and_go, own) for _ in range(2)]
@@ -20283,7 +20274,7 @@ def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None
 
 
 def test_sighup_with_a_bad_configuration_is_logged_and_changes_nothing(tmp_path: Path) -> None:
-    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+    with started(tmp_path, ECHO) as own:
         begun = own.metric(SUCCEEDED)
         (tmp_path / "expexp.yaml").write_text(BAD)
         own.process.send_signal(signal.SIGHUP)
@@ -20604,36 +20595,24 @@ def test_fifty_reloads_in_ten_seconds_disturb_nobody_and_leave_nothing_behind(
     assert grown < 6 * expexp.MEBIBYTE, grown
 
 
-def faulty_program(folder: Path, *more: str) -> Path:
-    """An expexp that has a fault in loading its configuration while there is a file `fault`."""
-    source = folder / "faulty.py"
-    source.write_text(
-        f"""\
-import os, sys
-sys.path.insert(0, {str(FOLDER)!r})
-import expexp
+#: Loading a configuration fails while there is a file `fault`.
+FAULTY_LOADER: Final = """
 load = expexp.LoadedConfig.load
 def fail(*arguments):
     config = load(*arguments)
-    return {{}}["fault"] if os.path.exists("fault") else config
+    return {}["fault"] if os.path.exists("fault") else config
 expexp.LoadedConfig.load = fail
-sys.exit(expexp.main([*sys.argv[1:], *{more!r}]))
 """
-    )
-    return source
 
 
 def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is_over(
     tmp_path: Path,
 ) -> None:
-    address, source = (
-        address_of("path", tmp_path),
-        faulty_program(tmp_path, "-web.enable-lifecycle"),
-    )
-    around, fault = ["env", f"NOTIFY_SOCKET={address}"], tmp_path / "fault"
+    address, fault = address_of("path", tmp_path), tmp_path / "fault"
+    changes: Any = {"around": ["env", f"NOTIFY_SOCKET={address}"], "change": FAULTY_LOADER}
     with (
         service_manager(address) as channel,
-        started(tmp_path, {"m": echoing("a")}, around=around, source=source) as own,
+        started(tmp_path, {"m": echoing("a")}, "-web.enable-lifecycle", **changes) as own,
     ):
         assert channel.recv(4096) == b"READY=1"
         fault.touch()
@@ -20660,8 +20639,8 @@ def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is
 
 
 def test_a_fault_of_ours_is_met_once_by_who_reloads_by_itself(tmp_path: Path) -> None:
-    source = faulty_program(tmp_path, "-config.auto-reload-interval=20ms")
-    with started(tmp_path, {"m": echoing("a")}, source=source) as own:
+    flag = "-config.auto-reload-interval=20ms"
+    with started(tmp_path, {"m": echoing("a")}, flag, change=FAULTY_LOADER) as own:
         (tmp_path / "fault").touch()
         write_modules(tmp_path / "expexp.yaml", {"m": echoing("b")})
         wait_until(lambda: own.metric(SUCCESSFUL) == 0)
@@ -20716,14 +20695,8 @@ def test_a_file_of_tls_that_becomes_a_pipe_holds_up_no_client_no_reload_and_not_
 # --- reloads that do not end, and many at once
 
 
-def hanging_program(folder: Path) -> Path:
-    """An expexp for which no look at a file returns while there is a file `hang`."""
-    source = folder / "hanging.py"
-    source.write_text(
-        f"""\
-import os, sys, threading
-sys.path.insert(0, {str(FOLDER)!r})
-import expexp
+#: No look at a file returns while there is a file `hang`.
+HANGING_FILES: Final = """
 look = expexp.fingerprint
 def hang(filename):
     if os.path.exists("hang"):
@@ -20731,25 +20704,20 @@ def hang(filename):
         threading.Event().wait()
     return look(filename)
 expexp.fingerprint = hang
-sys.exit(expexp.main(sys.argv[1:] + open("flags").read().split()))
 """
-    )
-    return source
 
 
 @pytest.mark.parametrize(
     ("flags", "hangs_at"),
     [
-        pytest.param("", signal.SIGHUP, id="a signal asked for"),
-        pytest.param("-config.auto-reload-interval=20ms", None, id="looks for changes"),
+        pytest.param([], signal.SIGHUP, id="a signal asked for"),
+        pytest.param(["-config.auto-reload-interval=20ms"], None, id="looks for changes"),
     ],
 )
 def test_expexp_ends_in_time_although_a_file_system_hangs_where(
-    flags: str, hangs_at: signal.Signals | None, tmp_path: Path
+    flags: list[str], hangs_at: signal.Signals | None, tmp_path: Path
 ) -> None:
-    (tmp_path / "flags").write_text(flags)
-    source = hanging_program(tmp_path)
-    with started(tmp_path, {"m": exec_module("echo a 1")}, source=source) as own:
+    with started(tmp_path, ECHO, *flags, change=HANGING_FILES) as own:
         (tmp_path / "hang").touch()
         if hangs_at:
             own.process.send_signal(hangs_at)
@@ -20814,7 +20782,7 @@ def slow_loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 def test_fifty_requests_for_a_reload_cost_two(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        running({"m": exec_module("echo a 1")}, "-web.enable-lifecycle") as served,
+        running(ECHO, "-web.enable-lifecycle") as served,
         ThreadPoolExecutor(50) as pool,
     ):
         with slow_loading(monkeypatch) as began:
@@ -20831,7 +20799,7 @@ def test_a_request_for_a_reload_gets_the_problems_of_one_that_began_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "c.yaml"
-    write_modules(path, {"m": exec_module("echo a 1")})
+    write_modules(path, ECHO)
     flags = [f"-config={path}", "-web.enable-lifecycle"]
     with running({}, *flags) as served, ThreadPoolExecutor(2) as pool:
         with slow_loading(monkeypatch) as began:
@@ -20963,7 +20931,7 @@ def test_a_check_refuses_flags_that_do_not_go_together() -> None:
 
 
 def test_a_check_binds_no_port_and_so_works_beside_a_running_expexp(tmp_path: Path) -> None:
-    with started(tmp_path, {"m": exec_module("echo a 1")}) as own:
+    with started(tmp_path, ECHO) as own:
         flags = ["-config.check", f"-web.listen-address=127.0.0.1:{own.port}"]
         ended = run(*flags, folder=tmp_path)
         assert (ended.returncode, ended.stderr) == (0, "0 problems, 0 warnings, modules: 1\n")
@@ -21088,24 +21056,15 @@ def test_a_service_manager_that_reads_nothing_holds_up_nothing(tmp_path: Path) -
 # --- systemd's watchdog: sd_watchdog_enabled(3)
 
 
-def watched_program(folder: Path) -> Path:
-    """An expexp in which the loop of the listener that a file `stop` names stops."""
-    source = folder / "watched.py"
-    source.write_text(
-        f"""\
-import os, sys, threading
-sys.path.insert(0, {str(FOLDER)!r})
-import expexp
+#: The loop of the listener that a file `stop` names stops.
+STOPPING_LOOPS: Final = """
 actions = expexp.Server.service_actions
 def stop(self):
     if os.path.exists("stop") and open("stop").read() == getattr(self, "scheme", ""):
         threading.Event().wait()
     actions(self)
 expexp.Server.service_actions = stop
-sys.exit(expexp.main())
 """
-    )
-    return source
 
 
 @contextlib.contextmanager
@@ -21115,10 +21074,10 @@ def watched(
     """What systemd is told by an expexp with two listeners, once it is ready, and its process."""
     address = address_of("path", folder)
     flags = [f"-web.tls.cert={authority.pair}", f"-web.tls.key={authority.pair}"]
-    around, source = ["env", f"NOTIFY_SOCKET={address}", *environment], watched_program(folder)
+    around = ["env", f"NOTIFY_SOCKET={address}", *environment]
     with (
         service_manager(address) as channel,
-        started(folder, None, *TLS_LISTENER, *flags, around=around, source=source) as own,
+        started(folder, None, *TLS_LISTENER, *flags, around=around, change=STOPPING_LOOPS) as own,
     ):
         assert channel.recv(4096) == b"READY=1"
         yield channel, own
@@ -22686,18 +22645,19 @@ def test_the_linter_reads_on_after_lines_that_prometheus_refuses() -> None:
     ]
 
 
-def test_an_exemplar_whose_name_is_not_utf8_is_found() -> None:
-    body = b'# TYPE a counter\na_total 1 # {b="c","\xff"="e"} 1\n# EOF\n'
+@pytest.mark.parametrize(
+    ("sample", "column", "message"),
+    [
+        (b'a_total 1 # {b="c","\xff"="e"} 1', 20, r'''expected a name in UTF-8, found "\xff"'''),
+        (b'a_total{"b"="c"} 1 # {d="e,}",} 1', 31, 'expected a label name, found "}"'),
+    ],
+    ids=["a name that is not UTF-8", "a comma too many"],
+)
+def test_in_an_exemplar_is_found(sample: bytes, column: int, message: str) -> None:
+    body = b"# TYPE a counter\n%b\n# EOF\n" % sample
     assert is_valid(body, OPENMETRICS)
     assert expolint.findings(body, OPENMETRICS) == [
-        expolint.Finding(2, 20, r'''expected a name in UTF-8, found "\xff"''', strict=True)
-    ]
-
-
-def test_a_comma_too_many_in_an_exemplar_is_found() -> None:
-    body = b'# TYPE a counter\na_total{"b"="c"} 1 # {d="e,}",} 1\n# EOF\n'
-    assert expolint.findings(body, OPENMETRICS) == [
-        expolint.Finding(2, 31, 'expected a label name, found "}"', strict=True)
+        expolint.Finding(2, column, message, strict=True)
     ]
 
 
