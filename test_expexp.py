@@ -5276,7 +5276,7 @@ PROTOBUF_INVALID = [
         'metric_family.metric.label: expected UTF-8 and a unique name, found ""=""',
     ),
     (
-        "a name that is not UTF-8",
+        "a label name that is not UTF-8",
         family(part(1, part(1, b"\xff") + part(2, b"b")) + GAUGE),
         12,
         'metric_family.metric.label: expected UTF-8 and a unique name, found "\\xff"="b"',
@@ -9803,7 +9803,9 @@ def test_the_header_host_has_no_default_port(
     connect = expexp.connect_host
     with contextlib.ExitStack() as stack:
         real = stack.enter_context(target())
-        monkeypatch.setattr(expexp, "connect_host", lambda job, *_: connect(job, "127.0.0.1", real))
+        monkeypatch.setattr(
+            expexp, "connect_host", lambda job, *_: connect(job, "127.0.0.1", int(real))
+        )
         monkeypatch.setattr(expexp.Wire, "start_tls", lambda *_, **__: None)
         module = http_module(port, scheme=scheme, address=address)
         served = stack.enter_context(running({"m": module}))
@@ -23349,7 +23351,7 @@ def test_a_recorded_node_exporter_body_passes_byte_for_byte(
         connection.sendall(ok(body, *fields, content_type=recorded.headers["Content-Type"]))
 
     with target(answer) as port, started(tmp_path, {"m": http_module(port)}) as own:
-        direct, through = Client(port).get("/", headers), own.scrape("m", headers)
+        direct, through = Client(int(port)).get("/", headers), own.scrape("m", headers)
     assert through.status == 200, through.body
     assert through.body == direct.body
     assert len({one.headers["Content-Type"] for one in (through, direct, recorded)}) == 1
