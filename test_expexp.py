@@ -717,9 +717,7 @@ BOUNDS: Final = [
     Bound("depth of the deepest block", deepest_block, MAX_NESTING, "the depth of blocks"),
     Bound("parameters of a function", most_parameters, MAX_PARAMETERS, "the number of parameters"),
     Bound(
-        "nodes a statement",
-        lambda source: source.size().nodes_a_statement,
-        LATER_NODES_A_STATEMENT,
+        "nodes a statement", lambda source: source.size().nodes_a_statement, LATER_NODES_A_STATEMENT
     ),
     Bound(
         "conditional expressions a thousand lines of code",
@@ -1138,9 +1136,7 @@ FENCE = re.compile(r"(?m)^```([^\n]*)\n(.*?)^```$", re.DOTALL)
 INDENTED = re.compile(r"(?m)^(?<=\n\n) {4}\S.*\n(?: {4}.*\n)*")
 
 #: Code blocks that no test takes, by their first lines, and why.
-NOT_RUN: Final = {
-    "host, one open port": "a drawing",
-}
+NOT_RUN: Final = {"host, one open port": "a drawing"}
 
 #: A configuration with one problem for each line that is shown under "Configuration".
 SHOWN_PROBLEMS = """\
@@ -1475,10 +1471,7 @@ def code_of_ci() -> list[str]:
 @pytest.mark.parametrize(
     ("said", "line"),
     [
-        (
-            ["== 3 passed in 130.25s (0:02:10) =="],
-            "== 3 passed in 130.25s (0:02:10) ==",
-        ),
+        (["== 3 passed in 130.25s (0:02:10) =="], "== 3 passed in 130.25s (0:02:10) =="),
         (
             [
                 "== 2 failed, 10 passed, 1 warning in 8.50s ==",
@@ -2949,8 +2942,7 @@ FILLERS = "_0a\\"
 SEEN = {
     "LABELS": 8_192,
     **dict.fromkeys(
-        ("QUOTED_NAME", "TEXT.label_value", "OPENMETRICS.label_value"),
-        expexp.MAX_TOKEN_BYTES + 2,
+        ("QUOTED_NAME", "TEXT.label_value", "OPENMETRICS.label_value"), expexp.MAX_TOKEN_BYTES + 2
     ),
     "CHUNK_SIZE": expexp.CHUNK_LINE_BYTES,
     # 43 ns a byte where a header does not end; of a target's head of 256 KiB, 11 ms
@@ -3219,10 +3211,7 @@ TEXT_VALID = {
     "HELP with a dash for a blank": (b"# HELP up-time text\n", 0),
     "HELP with a quoted name": (b'# HELP "my.metric" text\n', 0),
     "HELP with an empty quoted name": (b'# HELP "" text\n', 0),
-    "every type": (
-        b"".join(b"# TYPE a %b\n" % name.encode() for name in TEXT_TYPES),
-        0,
-    ),
+    "every type": (b"".join(b"# TYPE a %b\n" % name.encode() for name in TEXT_TYPES), 0),
     "TYPE with a dash for a blank": (b"# TYPE up-gauge\n", 0),
     "TYPE twice and late": (b"# TYPE up gauge\nup 1\n# TYPE up counter\n", 1),
     "families interleaved": (b"a 1\nb 1\na 2\n", 3),
@@ -3284,10 +3273,7 @@ TEXT_INVALID = {
         b'{"u\0p"} 1\n',
         '1:2: expected a second quote to close this one, found "\\x00p"}"',
     ),
-    "a NUL in a value": (
-        b"up 1\0\n",
-        f'1:5: {MILLISECONDS} "\\x00"',
-    ),
+    "a NUL in a value": (b"up 1\0\n", f'1:5: {MILLISECONDS} "\\x00"'),
     "a NUL after a help's name": (b"# HELP up\0 text\n", '1:10: expected a blank, found "\\x00"'),
     "a line of one word": (b"up\n", "1:3: expected a value, found the end of the line"),
     "a body of one word": (b"up", "1:3: expected a value, found the end of the body"),
@@ -3307,35 +3293,17 @@ TEXT_INVALID = {
     "an exponent without digits": (b"up 1e\n", '1:4: expected a value, found "1e"'),
     "a NaN with a sign": (b"up +NaN\n", '1:4: expected a value, found "+NaN"'),
     "a value in Arabic digits": ("up \u0661\n".encode(), '1:4: expected a value, found "\u0661"'),
-    "a value that overflows": (
-        b"up 1e309\n",
-        f'1:4: {RANGE} "1e309"',
-    ),
-    "a long value that overflows": (
-        b"up -" + b"9" * 400 + b"\n",
-        f'1:4: {RANGE} "-{"9" * 79}..."',
-    ),
+    "a value that overflows": (b"up 1e309\n", f'1:4: {RANGE} "1e309"'),
+    "a long value that overflows": (b"up -" + b"9" * 400 + b"\n", f'1:4: {RANGE} "-{"9" * 79}..."'),
     "a value in quotes": (b'up "1"\n', '1:4: expected a value, found ""1""'),
     "a comma after the value": (b"up 1,\n", '1:4: expected a value, found "1,"'),
-    "a brace after the value": (
-        b"up 1{}\n",
-        f'1:5: {MILLISECONDS} "{{}}"',
-    ),
+    "a brace after the value": (b"up 1{}\n", f'1:5: {MILLISECONDS} "{{}}"'),
     "a carriage return after the value": (b"up 1\r\n", '1:4: expected a value, found "1\\r"'),
     "a carriage return after a type": (b"# TYPE a gauge\r\n", f"1:10: {TYPES}" + ' "gauge\\r"'),
     "a carriage return alone": (b"\r\nup 1\n", '1:1: expected a metric name, found "\\r"'),
-    "a carriage return after a timestamp": (
-        b"up 1 2\r\n",
-        f'1:6: {MILLISECONDS} "2\\r"',
-    ),
-    "a negative timestamp": (
-        b"up 1 -1\n",
-        f'1:6: {MILLISECONDS} "-1"',
-    ),
-    "a timestamp with a fraction": (
-        b"up 1 1.5\n",
-        f'1:6: {MILLISECONDS} "1.5"',
-    ),
+    "a carriage return after a timestamp": (b"up 1 2\r\n", f'1:6: {MILLISECONDS} "2\\r"'),
+    "a negative timestamp": (b"up 1 -1\n", f'1:6: {MILLISECONDS} "-1"'),
+    "a timestamp with a fraction": (b"up 1 1.5\n", f'1:6: {MILLISECONDS} "1.5"'),
     "a timestamp beyond int64": (
         b"up 1 9223372036854775808\n",
         f'1:6: {INT64} "9223372036854775808"',
@@ -3369,10 +3337,7 @@ TEXT_INVALID = {
         b"##" + "é".encode() * 600_000 + b"\0\n",
         "1:1200003: a NUL byte here ends the body for Prometheus",
     ),
-    "a comment after the value": (
-        b"up 1 # no\n",
-        f'1:6: {MILLISECONDS} "#"',
-    ),
+    "a comment after the value": (b"up 1 # no\n", f'1:6: {MILLISECONDS} "#"'),
     "a name that starts with a digit": (b"1up 1\n", '1:1: expected a metric name, found "1up"'),
     "a name with a dash": (b"my-a{} 1\n", '1:3: expected a value, found "-a{}"' + QUOTES),
     "a name with a point": (b"a 1\nmy.a 1\n", '2:3: expected a value, found ".a"' + QUOTES),
@@ -3693,30 +3658,15 @@ OPENMETRICS_INVALID = {
     "something after the end": (b"# EOF\nup 1\n", '1:6: expected nothing after "# EOF"'),
     "a second newline after the end": (b"# EOF\n\n", '1:6: expected nothing after "# EOF"'),
     "the end in the middle of a line": (b"up 1\n# EOF up\n", '2:6: expected nothing after "# EOF"'),
-    "a comment": (
-        b"# hello\n# EOF\n",
-        f'1:1: {KEYWORDS} "# hello"',
-    ),
-    "a comment without a blank": (
-        b"#\n# EOF\n",
-        f'1:1: {KEYWORDS} "#"',
-    ),
-    "two blanks before the keyword": (
-        b"#  HELP up x\n# EOF\n",
-        f'1:1: {KEYWORDS} "#  HELP up x"',
-    ),
+    "a comment": (b"# hello\n# EOF\n", f'1:1: {KEYWORDS} "# hello"'),
+    "a comment without a blank": (b"#\n# EOF\n", f'1:1: {KEYWORDS} "#"'),
+    "two blanks before the keyword": (b"#  HELP up x\n# EOF\n", f'1:1: {KEYWORDS} "#  HELP up x"'),
     "two blanks after the keyword": (
         b"# HELP  up x\n# EOF\n",
         "1:8: expected a metric name after HELP, found a blank",
     ),
-    "an unknown keyword": (
-        b"# FOO up x\n# EOF\n",
-        f'1:1: {KEYWORDS} "# FOO up x"',
-    ),
-    "a keyword in lower case": (
-        b"# help up x\n# EOF\n",
-        f'1:1: {KEYWORDS} "# help up x"',
-    ),
+    "an unknown keyword": (b"# FOO up x\n# EOF\n", f'1:1: {KEYWORDS} "# FOO up x"'),
+    "a keyword in lower case": (b"# help up x\n# EOF\n", f'1:1: {KEYWORDS} "# help up x"'),
     "HELP without a text": (
         b"# HELP up\n# EOF\n",
         "1:10: expected a blank, found the end of the line",
@@ -3730,14 +3680,8 @@ OPENMETRICS_INVALID = {
         b"# HELP up x",
         "1:12: expected a newline, found the end of the body",
     ),
-    "a type of the text format": (
-        b"# TYPE up untyped\n# EOF\n",
-        f'1:11: {ANY_TYPE} "untyped"',
-    ),
-    "a type with a blank after it": (
-        b"# TYPE up gauge \n# EOF\n",
-        f'1:11: {ANY_TYPE} "gauge "',
-    ),
+    "a type of the text format": (b"# TYPE up untyped\n# EOF\n", f'1:11: {ANY_TYPE} "untyped"'),
+    "a type with a blank after it": (b"# TYPE up gauge \n# EOF\n", f'1:11: {ANY_TYPE} "gauge "'),
     "a unit that is no suffix": (
         b"# UNIT up seconds\n# EOF\n",
         '1:11: expected a unit that the metric\'s name ends in, found "seconds"',
@@ -3788,10 +3732,7 @@ OPENMETRICS_INVALID = {
         '1:4: expected a value, found "1\\r"',
     ),
     "a label twice": (b'up{a="b",a="c"} 1\n# EOF\n', '1:10: found the label "a" twice'),
-    "a NUL before the end": (
-        b"up 1\n# \0EOF\n",
-        f'2:1: {KEYWORDS} "# \\x00EOF"',
-    ),
+    "a NUL before the end": (b"up 1\n# \0EOF\n", f'2:1: {KEYWORDS} "# \\x00EOF"'),
     "a NUL before a keyword": (
         b"# \0TYPE a gauge\n# EOF\n",
         f'1:1: {KEYWORDS} "# \\x00TYPE a gauge"',
@@ -3801,10 +3742,7 @@ OPENMETRICS_INVALID = {
         '1:4: found the label "__name__" twice',
     ),
     "a value with an underscore": (b"up 1_0\n# EOF\n", '1:4: expected a value, found "1_0"'),
-    "a value that overflows": (
-        b"up 1e999\n# EOF\n",
-        f'1:4: {RANGE} "1e999"',
-    ),
+    "a value that overflows": (b"up 1e999\n# EOF\n", f'1:4: {RANGE} "1e999"'),
     "a timestamp that is no number": (
         b"up 1 now\n# EOF\n",
         '1:6: expected a timestamp in seconds, or a newline, found "now"',
@@ -3817,10 +3755,7 @@ OPENMETRICS_INVALID = {
         b"up 1 +Inf\n# EOF\n",
         '1:6: expected a timestamp in seconds, or a newline, found "+Inf"',
     ),
-    "a timestamp that overflows": (
-        b"up 1 1e999\n# EOF\n",
-        f'1:6: {RANGE} "1e999"',
-    ),
+    "a timestamp that overflows": (b"up 1 1e999\n# EOF\n", f'1:6: {RANGE} "1e999"'),
     "an exemplar without a blank before it": (
         b"up 1# {} 1\n# EOF\n",
         '1:4: expected a value, found "1#"',
@@ -3863,10 +3798,7 @@ OPENMETRICS_INVALID = {
         b"up 1 2 # 1\n# EOF\n",
         "1:7: expected a newline, found a blank" + FEW_BLANKS,
     ),
-    "an end that is a comment's": (
-        b"up 1\n#EOF\n",
-        f'2:1: {KEYWORDS} "#EOF"',
-    ),
+    "an end that is a comment's": (b"up 1\n#EOF\n", f'2:1: {KEYWORDS} "#EOF"'),
 }
 
 
@@ -6079,7 +6011,7 @@ PROBLEMS = {
             (
                 "c.yaml:6:28: modules.a.http.basic_auth_username: expected the name of a user, "
                 "without a colon"
-            ),
+            )
         ],
     ),
     "a token in the configuration itself": (
@@ -6137,7 +6069,7 @@ PROBLEMS = {
             (
                 "c.yaml:5:20: modules.a.http.unix_socket: expected a name or path, "
                 r'without a password, found "/run/\x00"'
-            ),
+            )
         ],
     ),
     "a socket that is a list": (
@@ -6146,7 +6078,7 @@ PROBLEMS = {
             (
                 "c.yaml:5:20: modules.a.http.unix_socket: expected a name or path, "
                 "without a password, found the list"
-            ),
+            )
         ],
     ),
     "a port of 0 beside a socket": (
@@ -6339,10 +6271,7 @@ PROBLEMS = {
         [f"{A_TLS_VERSION}the number 1.2"],
     ),
     # YAML itself
-    "a tab": (
-        "modules:\n\ta: 1\n",
-        ["c.yaml:2:1: not YAML: a tab: indent with blanks"],
-    ),
+    "a tab": ("modules:\n\ta: 1\n", ["c.yaml:2:1: not YAML: a tab: indent with blanks"]),
     "a NUL": (
         "modules:\n  a\0b: 1\n",
         ["c.yaml:2:4: not YAML: special characters are not allowed"],
@@ -7483,14 +7412,8 @@ WEB_PROBLEMS = {
         "tls_server_config: {",
         [("w.yaml:1:21: not YAML: expected the node content, but found '<stream end>'")],
     ),
-    "bytes that are not UTF-8": (
-        b"a: \xff\n",
-        ["w.yaml:1:4: not UTF-8"],
-    ),
-    "an unknown key at the top": (
-        serving_tls() + "xyz: 1\n",
-        ["w.yaml:4:1: xyz: unknown key"],
-    ),
+    "bytes that are not UTF-8": (b"a: \xff\n", ["w.yaml:1:4: not UTF-8"]),
+    "an unknown key at the top": (serving_tls() + "xyz: 1\n", ["w.yaml:4:1: xyz: unknown key"]),
     "a key at the top that is almost right": (
         serving_tls() + "basic_auth_user: {}\n",
         ['w.yaml:4:1: basic_auth_user: unknown key; did you mean "basic_auth_users"?'],
@@ -7507,10 +7430,7 @@ WEB_PROBLEMS = {
         serving_tls() + "rate_limit: {interval: 1s, burst: 9}\n",
         [f"w.yaml:4:1: rate_limit: {OF_TOOLKIT}"],
     ),
-    "TLS given twice": (
-        serving_tls() + serving_tls(),
-        [f"w.yaml:4:1: {TLS_AT}: given twice"],
-    ),
+    "TLS given twice": (serving_tls() + serving_tls(), [f"w.yaml:4:1: {TLS_AT}: given twice"]),
     # keys of TLS
     "no TLS settings": (
         "tls_server_config: {}\n",
@@ -8538,12 +8458,7 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         "truncated",
         "the target closed after 4 bytes of its body",
     ),
-    "cuts its body short between chunks": (
-        CHUNKED + b"4\r\na 1\n\r\n",
-        502,
-        "truncated",
-        NO_END,
-    ),
+    "cuts its body short between chunks": (CHUNKED + b"4\r\na 1\n\r\n", 502, "truncated", NO_END),
     "loses its length to a line that is no header": (
         HEAD + b"this is no header\r\nContent-Length: 100\r\n\r\na 1\n",
         502,
@@ -8744,26 +8659,11 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, int, str, str]] = {
         "protocol",
         "not HTTP: an answer with status 101",
     ),
-    "does not speak HTTP": (
-        b"SSH-2.0-OpenSSH\r\n",
-        502,
-        "protocol",
-        "not HTTP: SSH-2.0-OpenSSH",
-    ),
+    "does not speak HTTP": (b"SSH-2.0-OpenSSH\r\n", 502, "protocol", "not HTTP: SSH-2.0-OpenSSH"),
     "never ends its body": (endless(ENDLESS, b"a 1\n"), 502, "too_large", TOO_MUCH),
     "never ends its chunks": (endless(CHUNKED, b"4\r\na 1\n\r\n"), 502, "too_large", TOO_MUCH),
-    "sends a gzip bomb": (
-        ok(gzip.compress(EXPOSITION * 10_000), GZIP),
-        502,
-        "too_large",
-        TOO_MUCH,
-    ),
-    "sends half a gzip": (
-        ok(GZIPPED[:-9], GZIP),
-        500,
-        "malformed",
-        "broken gzip: cut short",
-    ),
+    "sends a gzip bomb": (ok(gzip.compress(EXPOSITION * 10_000), GZIP), 502, "too_large", TOO_MUCH),
+    "sends half a gzip": (ok(GZIPPED[:-9], GZIP), 500, "malformed", "broken gzip: cut short"),
     "sends a gzip and something else": (
         ok(GZIPPED + b"x" * 20, GZIP),
         500,
@@ -9318,10 +9218,7 @@ def test_basic_auth_replaces_the_credentials_of_the_client(echo: Echo) -> None:
 
 
 def test_our_own_bearer_token_is_not_forwarded() -> None:
-    with (
-        target() as port,
-        running({"m": http_module(port)}, "-web.bearer.token", "tok") as served,
-    ):
+    with target() as port, running({"m": http_module(port)}, "-web.bearer.token", "tok") as served:
         answer = served.scrape("m", {"Authorization": "Bearer tok"})
         assert (answer.status, answer.body) == (200, EXPOSITION)
     assert b"tok" not in port.heads[0]
@@ -9372,10 +9269,7 @@ def test_proxies_of_the_environment_are_ignored(
 
 
 def test_a_target_has_an_ipv6_address() -> None:
-    with (
-        target(at=("::1", 0)) as port,
-        running({"m": http_module(port, address="::1")}) as served,
-    ):
+    with target(at=("::1", 0)) as port, running({"m": http_module(port, address="::1")}) as served:
         assert served.scrape("m").body == EXPOSITION
     assert b"Host: [::1]:%d\r\n" % port in port.heads[0]
 
@@ -9442,17 +9336,12 @@ def test_a_certificate_is_refused_that_is(
         assert served.failures("m") == {"unreachable": 1}
 
 
-def test_server_name_is_asked_for_and_verified_instead_of_the_address(
-    authority: Authority,
-) -> None:
+def test_server_name_is_asked_for_and_verified_instead_of_the_address(authority: Authority) -> None:
     asked: list[str | None] = []
     context = authority.serving("db.example")
     context.sni_callback = lambda _socket, name, _context: asked.append(name)
     settings = {"tls_ca_cert_file": authority.file, "server_name": "db.example"}
-    with (
-        target(context=context) as port,
-        running({"m": https_module(port, **settings)}) as served,
-    ):
+    with target(context=context) as port, running({"m": https_module(port, **settings)}) as served:
         assert served.scrape("m").body == EXPOSITION
     assert asked == ["db.example"]
 
@@ -9615,10 +9504,7 @@ def test_a_certificate_that_vouches_for_itself_is_no_chain(authority: Authority)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     names, usage = [x509.DNSName("localhost")], ExtendedKeyUsageOID.SERVER_AUTH
     context.load_cert_chain(authority.client("localhost", names, usage=usage, own=True))
-    with (
-        target(context=context) as port,
-        running({"m": https_module(port, **trust)}) as served,
-    ):
+    with target(context=context) as port, running({"m": https_module(port, **trust)}) as served:
         answer = served.scrape("m")
     where = f"module m: https://localhost:{port}/metrics"
     expected = rf"{where}: TLS: chain: self.signed certificate\n"
@@ -9633,10 +9519,7 @@ def test_a_version_that_is_too_old_is_a_fault_of_the_protocol(authority: Authori
         context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
     context.set_ciphers("ALL:@SECLEVEL=0")
     trust = {"tls_ca_cert_file": authority.file}
-    with (
-        target(context=context) as port,
-        running({"m": https_module(port, **trust)}) as served,
-    ):
+    with target(context=context) as port, running({"m": https_module(port, **trust)}) as served:
         answer = served.scrape("m")
     begin = f"module m: https://localhost:{port}/metrics: TLS: protocol:"
     assert (answer.status, answer.text[: len(begin)]) == (502, begin)
@@ -10251,11 +10134,7 @@ ENGINE_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
         "unreachable",
         "the container is not running\n",
     ),
-    "knows no address": (
-        in_json(container()),
-        "unreachable",
-        NOT_PUBLISHED + "\n",
-    ),
+    "knows no address": (in_json(container()), "unreachable", NOT_PUBLISHED + "\n"),
     "knows no address of one without networks": (
         in_json(container(mode="none")),
         "unreachable",
@@ -10526,10 +10405,7 @@ FOLLOWED: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("to", FOLLOWED)
 def test_a_redirect_is_followed_to(to: str, verify: bool) -> None:
     location, asked = FOLLOWED[to]
-    with (
-        target() as port,
-        running({"m": http_module(port, verify=verify)}) as served,
-    ):
+    with target() as port, running({"m": http_module(port, verify=verify)}) as served:
         port.answers["/metrics"] = redirect(location.replace(b"PORT", b"%d" % port))
         answer = served.scrape("m")
         assert (answer.status, answer.body) == (200, EXPOSITION)
@@ -10586,10 +10462,7 @@ ELSEWHERE_LOCATIONS: dict[str, tuple[bytes, str]] = {
 @pytest.mark.parametrize("to", ELSEWHERE_LOCATIONS)
 def test_a_redirect_is_a_failure_to(to: str, verify: bool, log: list[str]) -> None:
     location, shown = ELSEWHERE_LOCATIONS[to]
-    with (
-        target() as port,
-        running({"m": http_module(port, verify=verify)}) as served,
-    ):
+    with target() as port, running({"m": http_module(port, verify=verify)}) as served:
         log.clear()
         port.answers["/metrics"] = redirect(location.replace(b"PORT", b"%d" % port), 307)
         answer = served.scrape("m")
@@ -11508,10 +11381,7 @@ def test_the_deadline_cuts_the_verification_of_a_hostile_body() -> None:
     """30 MB of lines that are legal, and that the fast path does not take."""
     small = gzip.compress(b'\ta { b = "c" , } 1 \t\n' * 10_000) * 150
     module: dict[str, object] = {"timeout": "200ms"}
-    with (
-        target(ok(small, GZIP)) as port,
-        running({"x": http_module(port) | module}) as served,
-    ):
+    with target(ok(small, GZIP)) as port, running({"x": http_module(port) | module}) as served:
         with taking(0.2, 1):
             answer = served.scrape("x")
         text = f"module x: http://localhost:{port}/metrics: timed out after 0.2 s\n"
@@ -11789,10 +11659,7 @@ def test_nothing_else_of_a_request_makes_a_script_run_again(counted: Counted) ->
 def test_answers_over_http_are_kept_by_what_changes_them(
     path: str, headers: dict[str, str], asked_again: bool
 ) -> None:
-    with (
-        target(UP) as port,
-        running({"m": http_module(port) | {"cache": "1m"}}) as served,
-    ):
+    with target(UP) as port, running({"m": http_module(port) | {"cache": "1m"}}) as served:
         for _ in range(2):
             served.scrape("m")
             assert served.scrape(path, headers).status == 200
@@ -12068,10 +11935,7 @@ def test_no_more_answers_are_made_at_once_than_scrapes_of_the_module(counted: Co
 
 
 def test_a_target_over_http_is_told_the_time_that_who_asks_has() -> None:
-    with (
-        target(UP) as port,
-        running({"m": http_module(port) | {"cache": "1m"}}) as served,
-    ):
+    with target(UP) as port, running({"m": http_module(port) | {"cache": "1m"}}) as served:
         served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "4"})
     found = re.search(rb"(?i)scrape-timeout-seconds: ([0-9.]+)", port.heads[0])
     assert found
@@ -12104,10 +11968,7 @@ def test_a_fault_of_ours_in_a_run_is_an_error_for_all_who_wait_and_holds_up_nobo
     counted: Counted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running({"m": counted.waiting()}) as served:
-        with (
-            monkeypatch.context() as patch,
-            several(served, counted, "m", "m") as scrapes,
-        ):
+        with monkeypatch.context() as patch, several(served, counted, "m", "m") as scrapes:
             patch.setattr(expexp, "verify_scrape", lambda *_: 1 / 0)
             counted.release()
             assert {scrape.result().status for scrape in scrapes} == {500}
@@ -12199,10 +12060,7 @@ def held_up(served: Running, counted: Counted, count: int) -> Iterator[None]:
 def test_a_command_runs_no_more_often_at_once_than(
     settings: dict[str, object], most: int, counted: Counted
 ) -> None:
-    modules = {
-        "m": counted.waiting(cache="0") | settings,
-        "other": exec_module("echo a 1"),
-    }
+    modules = {"m": counted.waiting(cache="0") | settings, "other": exec_module("echo a 1")}
     with running(modules) as served:
         with held_up(served, counted, most):
             answer = served.scrape("m")
@@ -12572,12 +12430,7 @@ def test_a_module_fails_since_its_first_failure_until_it_succeeds(
         ask(app, "/proxy?module=m")
         about = described(app)
         seen.append((about["last_scrape"]["time"], about["failing_since"]))
-    assert seen == [
-        ("first", "first"),
-        ("second", "first"),
-        ("third", None),
-        ("fourth", "fourth"),
-    ]
+    assert seen == [("first", "first"), ("second", "first"), ("third", None), ("fourth", "fourth")]
 
 
 def test_the_index_does_not_count_what_is_no_scrape_or_no_failure_of_the_module() -> None:
@@ -12600,10 +12453,7 @@ def test_the_index_says_what_streamed_through(
     status: int, body: bytes, expected: dict[str, object]
 ) -> None:
     head = b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(body))
-    with (
-        target(head + body) as port,
-        running({"m": http_module(port, verify=False)}) as served,
-    ):
+    with target(head + body) as port, running({"m": http_module(port, verify=False)}) as served:
         assert served.scrape("m").status == status
 
         def last() -> dict[str, object]:
@@ -13916,10 +13766,7 @@ BROKEN_TOKENS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN_TOKENS.values(), ids=BROKEN_TOKENS)
 def test_the_former_token_stays_when_its_file_becomes(
-    spoil: Callable[[Path], object],
-    message: str,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    spoil: Callable[[Path], object], message: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = secret_file(tmp_path / "token", "one")
     app = application({}, f"-web.bearer.token-file={path}", limits=WATCHFUL)
@@ -14111,10 +13958,7 @@ BROKEN_WEB = {
         "3:6: basic_auth_users.b: expected a bcrypt hash of cost 4-14",
     ),
     "an unknown key": (with_users(f"a: {HASHED}") + "b: 1\n", "3:1: b: unknown key"),
-    "no users": (
-        "basic_auth_users:\n",
-        " neither tls_server_config nor basic_auth_users is set",
-    ),
+    "no users": ("basic_auth_users:\n", " neither tls_server_config nor basic_auth_users is set"),
     "no users, but TLS": (serving_tls(), " authentication cannot be given up without a restart"),
     "TLS beside the users": (
         serving_tls() + with_users(f"a: {HASHED}"),
@@ -14425,10 +14269,7 @@ DEADLINES = {
 
 @pytest.mark.parametrize(("settings", "header", "is_news"), DEADLINES.values(), ids=DEADLINES)
 def test_a_timeout_is_a_failure_of_the_module_only_at_a_deadline_of_its_own(
-    settings: dict[str, object],
-    header: str | None,
-    is_news: bool,
-    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, object], header: str | None, is_news: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = application({"m": {**exec_module("sleep 5"), **settings}})
     headers = {expexp.SCRAPE_TIMEOUT_HEADER: header} if header else {}
@@ -14893,10 +14734,7 @@ Reload = Callable[..., Answer]
 
 @contextlib.contextmanager
 def reloadable(
-    folder: Path,
-    config: Mapping[str, object] | str,
-    *flags: str,
-    limits: expexp.Limits = FAST,
+    folder: Path, config: Mapping[str, object] | str, *flags: str, limits: expexp.Limits = FAST
 ) -> Iterator[tuple[Running, Reload]]:
     """An expexp, and a function that writes another configuration and has it reloaded."""
     path = folder / "c.yaml"
@@ -15077,10 +14915,7 @@ def test_an_emptied_file_does_not_take_all_modules_away(text: str, tmp_path: Pat
     with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
         (tmp_path / "c.yaml").write_text(text)
         answer = reload()
-        assert (answer.status, answer.text) == (
-            500,
-            "no modules are left: that needs a restart\n",
-        )
+        assert (answer.status, answer.text) == (500, "no modules are left: that needs a restart\n")
         assert served.scrape("m").text == "a 1\n"
         assert served.metric(SUCCESSFUL) == 0
 
@@ -15635,10 +15470,7 @@ def test_a_stream_of_a_client_that_hangs_up_ends_at_its_target() -> None:
         assert connection.recv(1) == b""
         ended.set()
 
-    with (
-        target(answer) as port,
-        running({"m": http_module(port) | {"verify": False}}) as served,
-    ):
+    with target(answer) as port, running({"m": http_module(port) | {"verify": False}}) as served:
         with connect(served.port) as client:
             begin_scrape(client)
             assert read_until(client, b"a 1\n")
@@ -15650,10 +15482,7 @@ def test_a_stream_of_a_client_that_hangs_up_ends_at_its_target() -> None:
 def test_a_client_that_hangs_up_over_tls_is_noticed(
     secure: Callable[..., contextlib.AbstractContextManager[Running]],
 ) -> None:
-    with (
-        target(silent_after()) as silent,
-        secure(modules={"m": http_module(silent)}) as served,
-    ):
+    with target(silent_after()) as silent, secure(modules={"m": http_module(silent)}) as served:
         with served.connection() as connection:
             connection.request("GET", "/proxy?module=m")
             wait_until(lambda: served.metric("expexp_http_requests_in_flight") == 2)
@@ -15724,10 +15553,7 @@ def test_the_run_of_a_module_that_has_changed_since_ends_with_its_last_client(
 ) -> None:
     with target(silent_after()) as port:
         module = http_module(port) | {"cache": "1m"}
-        with (
-            reloadable(tmp_path, {"m": module}) as (served, reload),
-            connect(served.port) as later,
-        ):
+        with reloadable(tmp_path, {"m": module}) as (served, reload), connect(served.port) as later:
             used = served.program.application._tools.used
             with connect(served.port) as client:
                 begin_scrape(client)
@@ -15768,9 +15594,7 @@ def test_what_needs_no_wait_is_answered_after_a_client_has_shut_down_sending(
         assert read_all(client).startswith(b"HTTP/1.1 404" if "none" in path else b"HTTP/1.1 200")
 
 
-def test_a_cached_command_runs_on_without_a_client_and_answers_the_next(
-    counted: Counted,
-) -> None:
+def test_a_cached_command_runs_on_without_a_client_and_answers_the_next(counted: Counted) -> None:
     with running({"m": counted.waiting("echo a 1")}) as served:
         with connect(served.port) as client:
             begin_scrape(client)
@@ -16112,9 +15936,7 @@ NO_HOST = "expected a header Host with a host and perhaps a port, or -web.extern
 
 
 @pytest.mark.parametrize(
-    "host",
-    [*NO_HOSTS.values(), "folded\n host"],
-    ids=[*NO_HOSTS, "a line that goes on"],
+    "host", [*NO_HOSTS.values(), "folded\n host"], ids=[*NO_HOSTS, "a line that goes on"]
 )
 def test_a_header_host_that_is_no_host_is_told_escaped_and_bounded(
     host: str, server: Running
@@ -16654,11 +16476,7 @@ REFUSED = {
         431,
         "the headers are too large",
     ),
-    "a header without end": (
-        b"GET / HTTP/1.1\r\nA: " + BIG,
-        431,
-        "the headers are too large",
-    ),
+    "a header without end": (b"GET / HTTP/1.1\r\nA: " + BIG, 431, "the headers are too large"),
     "a header without colon": (
         b"GET / HTTP/1.1\r\nA: b\r\nno colon\r\n\r\n",
         400,
@@ -17252,10 +17070,7 @@ def test_the_addresses_served_are(listen: str, url: str, hosts: list[str]) -> No
 
 
 def test_a_client_over_ipv6_is_named_without_its_mapping() -> None:
-    with (
-        target() as port,
-        running({"m": http_module(port)}, "-web.listen-address", ":0") as served,
-    ):
+    with target() as port, running({"m": http_module(port)}, "-web.listen-address", ":0") as served:
         assert served.scrape("m").status == 200
     assert b"\r\nX-Forwarded-For: 127.0.0.1\r\n" in port.heads[0]
 
@@ -17472,11 +17287,7 @@ ALLOWED_NAMES = {
 
 @pytest.mark.parametrize(("name", "allowed", "expected"), ALLOWED_NAMES.values(), ids=ALLOWED_NAMES)
 def test_client_allowed_sans_is_compared_exactly_with(
-    name: x509.GeneralName,
-    allowed: str,
-    expected: bool,
-    secure: Start,
-    authority: Authority,
+    name: x509.GeneralName, allowed: str, expected: bool, secure: Start, authority: Authority
 ) -> None:
     file = authority.client("common", [x509.DNSName("first.example"), name])
     sans = ["not.this.one", allowed, "good.example"]
@@ -17537,12 +17348,7 @@ MATCHES = {
 
 @pytest.mark.parametrize(("common", "names", "pattern", "expected"), MATCHES.values(), ids=MATCHES)
 def test_certmatch_is_searched_in(
-    common: str,
-    names: Names,
-    pattern: str,
-    expected: bool,
-    secure: Start,
-    authority: Authority,
+    common: str, names: Names, pattern: str, expected: bool, secure: Start, authority: Authority
 ) -> None:
     context = authority.context(authority.client(common, names))
     flags = [f"-web.tls.certmatch={pattern}|^good$"]
@@ -17877,11 +17683,7 @@ HANDSHAKES: dict[str, tuple[Callable[[Running, Authority], object], str, str]] =
         "certificate",
         ".*alert unknown ca",
     ),
-    "has no certificate": (
-        come_with,
-        "certificate",
-        "peer did not return a certificate",
-    ),
+    "has no certificate": (come_with, "certificate", "peer did not return a certificate"),
     "has an expired certificate": (
         lambda s, ours: come_with(s, ours, ours.client(ends_in=-60)),
         "certificate",
@@ -17992,9 +17794,7 @@ def openssl(port: int, *options: str) -> Probe:
 
 @pytest.fixture(scope="module", params=["RSA", "ECDSA"])
 def certified(
-    request: pytest.FixtureRequest,
-    authority: Authority,
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, authority: Authority, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Running]]:
     """An expexp with a certificate of this kind: weak suites need RSA, others either."""
     pair = authority.server("localhost", rsa=request.param == "RSA")
@@ -18143,12 +17943,7 @@ def test_no_session_outlives_its_authority(
     with secure(client_auth_type=REQUIRED, limits=fast_limits(rotation_seconds=0)) as served:
         answer, session = resumable(served.port, context)
         assert answer.endswith(HEALTHY)
-        web_config(
-            tmp_path,
-            authority,
-            client_auth_type=REQUIRED,
-            client_ca_file=stranger.file,
-        )
+        web_config(tmp_path, authority, client_auth_type=REQUIRED, client_ca_file=stranger.file)
         assert resumable(served.port, context, session)[0] == b""
         served.context = authority.context(stranger.client())
         assert served.faults() == {"certificate": 1}
@@ -18260,24 +18055,15 @@ def test_a_kept_connection_ends_without_an_answer_after(
 #: Changes after which the client's certificate is as good as it was, and the next answer's status.
 OTHER_CHANGES: dict[str, tuple[Callable[[Rotating], None], int]] = {
     "another token": (lambda files: files.put("token", "other"), 401),
-    "another certificate of ours": (
-        lambda files: files.put_pair(files.ours.server()),
-        200,
-    ),
-    "the authority written anew": (
-        lambda files: files.put("ca.pem", files.ours.pem),
-        200,
-    ),
+    "another certificate of ours": (lambda files: files.put_pair(files.ours.server()), 200),
+    "the authority written anew": (lambda files: files.put("ca.pem", files.ours.pem), 200),
     "a user more": (lambda files: files.put_web("a", "b"), 200),
 }
 
 
 @pytest.mark.parametrize(("change", "status"), OTHER_CHANGES.values(), ids=OTHER_CHANGES)
 def test_a_kept_connection_is_answered_then_closed_after(
-    change: Callable[[Rotating], None],
-    status: int,
-    rotating: Rotate,
-    tmp_path: Path,
+    change: Callable[[Rotating], None], status: int, rotating: Rotate, tmp_path: Path
 ) -> None:
     by_renaming(tmp_path / "token", "right")
     flags = ["-web.bearer.token-file", str(tmp_path / "token")]
@@ -18460,10 +18246,7 @@ def test_a_user_that_is_removed_is_shut_out_and_no_other(rotating: Rotate) -> No
                 401,
                 200,
             ]
-        assert [files.secure.get("/", login(f"{user}:right")).status for user in "ab"] == [
-            401,
-            200,
-        ]
+        assert [files.secure.get("/", login(f"{user}:right")).status for user in "ab"] == [401, 200]
 
 
 # --- TLS towards clients: answers
@@ -18483,10 +18266,7 @@ def said_to_its_end(
 
 @pytest.mark.parametrize("path", ["/", "/metrics", "/proxy?module=m", "/-/healthy", "/nowhere"])
 def test_head_is_get_without_the_body_over_tls(path: str, secure: Start) -> None:
-    with (
-        secure(modules=ECHO) as served,
-        served.connection() as connection,
-    ):
+    with secure(modules=ECHO) as served, served.connection() as connection:
         get = ask_on(connection, path)
         head = ask_on(connection, path, method="HEAD")
         assert (head.status, head.body) == (get.status, b"")
@@ -18515,10 +18295,7 @@ def test_tls_ends_with_a_goodbye_after(request_: bytes, version: str, secure: St
 def test_a_client_over_tls_gets_the_whole_answer_although_its_body_is_not_wanted(
     secure: Start,
 ) -> None:
-    with (
-        secure() as served,
-        over_tls(served.port, served.context) as client,
-    ):
+    with secure() as served, over_tls(served.port, served.context) as client:
         client.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
         with contextlib.suppress(OSError):  # we may have closed before all of it was sent
             client.sendall(bytes(1_000_000))
@@ -18600,10 +18377,7 @@ def test_tls_is_served_over_ipv6(secure: Start) -> None:
 def test_a_kept_connection_ends_after_its_next_answer_when_there_was_a_reload(
     tmp_path: Path,
 ) -> None:
-    with (
-        reloadable(tmp_path, ECHO) as (served, reload),
-        served.connection() as client,
-    ):
+    with reloadable(tmp_path, ECHO) as (served, reload), served.connection() as client:
 
         def scrape() -> tuple[str | None, bytes]:
             answer = ask_on(client, "/proxy?module=m")
@@ -18766,18 +18540,9 @@ REFUSED_STARTS = {
         'bad.yaml:1:1: module: unknown key; did you mean "modules"?',
     ),
     "equal paths": (["-web.proxy-path=/x", "-web.telemetry-path=x/"], TAKEN),
-    "the root for modules (bug 10)": (
-        ["-web.proxy-path=/"],
-        TAKEN,
-    ),
-    "an empty path (bug 10)": (
-        ["-web.telemetry-path="],
-        TAKEN,
-    ),
-    "a path that is taken": (
-        ["-web.proxy-path=/-/ready"],
-        TAKEN,
-    ),
+    "the root for modules (bug 10)": (["-web.proxy-path=/"], TAKEN),
+    "an empty path (bug 10)": (["-web.telemetry-path="], TAKEN),
+    "a path that is taken": (["-web.proxy-path=/-/ready"], TAKEN),
     "a token and a file with one (bug 22)": (
         ["-web.bearer.token=s3ntinel", "-web.bearer.token-file=empty"],
         "-web.bearer.token and -web.bearer.token-file are mutually exclusive",
@@ -19570,10 +19335,7 @@ def test_connections_fit_the_descriptors_that_there_may_be(
     given: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: given.append(limits))
-    assert expexp.fit_descriptors(expexp.Limits()) == (
-        expexp.Limits(connections=connections),
-        soft,
-    )
+    assert expexp.fit_descriptors(expexp.Limits()) == (expexp.Limits(connections=connections), soft)
     assert given == [(allowed, hard)]
 
 
@@ -19976,9 +19738,7 @@ def test_by_itself_it_reads_a_bad_file_once_and_says_once_what_is_wrong(tmp_path
         wait_until(lambda: own.metric(SUCCESSFUL) == 0)
         time.sleep(0.2)  # ten times the interval
         said = [line for line in own.stop() if "keeping the previous" in line]
-    assert said == [
-        f'{KEEPING}expexp.yaml:1:1: moduls: unknown key; did you mean "modules"?',
-    ]
+    assert said == [f'{KEEPING}expexp.yaml:1:1: moduls: unknown key; did you mean "modules"?']
 
 
 class Footprint(NamedTuple):
@@ -20245,10 +20005,7 @@ def test_two_thousand_scrapes_of_a_hung_file_leave_as_many_threads_as_its_module
     around = ["env", f"LD_PRELOAD={library}", f"HANG_CALL={call}"]
     around += [f"HANG_PREFIX={hung}", f"HANG_WHILE={hangs}"]
     modules = {"m": file_module(hung) | {"timeout": "500ms"}, "good": file_module(good)}
-    with (
-        started(tmp_path, modules, around=around) as own,
-        ThreadPoolExecutor(60) as pool,
-    ):
+    with started(tmp_path, modules, around=around) as own, ThreadPoolExecutor(60) as pool:
         assert own.scrape("m").status == 200
         threads_before = footprint(own.pid).threads
         hangs.touch()
@@ -20283,10 +20040,7 @@ def slow_loading(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def test_fifty_requests_for_a_reload_cost_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    with (
-        running(ECHO, "-web.enable-lifecycle") as served,
-        ThreadPoolExecutor(50) as pool,
-    ):
+    with running(ECHO, "-web.enable-lifecycle") as served, ThreadPoolExecutor(50) as pool:
         with slow_loading(monkeypatch) as began:
             reloads = [pool.submit(served.get, "/-/reload", None, "POST")]
             wait_until(lambda: began)
@@ -21274,13 +21028,7 @@ def fleet_sd(*flags: str, folder: Path, hosts: str) -> subprocess.CompletedProce
     """fleet_sd.py run to its end, the hosts on its stdin."""
     command = [sys.executable, str(FLEET_SD), *flags]
     return subprocess.run(
-        command,
-        input=hosts,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=50,
-        cwd=folder,
+        command, input=hosts, capture_output=True, text=True, check=False, timeout=50, cwd=folder
     )
 
 
@@ -22129,10 +21877,7 @@ def test_of_samples_without_suffix_no_more_are_kept_than_are_listed() -> None:
         ("# TYPE x gauge\ny 1\nx 1\n", [(3, "x", 2)]),
         ("x 1\ny 1\n# TYPE x gauge\n", [(3, "x", 2)]),
         (H + 'h_bucket{le="+Inf"} 1\ny 1\nh_count 1\n', [(4, "h", 3)]),
-        (
-            'x{a="\\n"} 1\nx{a="b\\\\"} 1\ny 1\nx{a="c"} 1\nz 1\nx 1\n',
-            [(4, "x", 3), (6, "x", 3)],
-        ),
+        ('x{a="\\n"} 1\nx{a="b\\\\"} 1\ny 1\nx{a="c"} 1\nz 1\nx 1\n', [(4, "x", 3), (6, "x", 3)]),
     ],
 )
 def test_a_family_in_two_places_is_told_where_it_was_interrupted(
