@@ -3246,16 +3246,20 @@ TYPES = "expected one of untyped, counter, gauge, histogram, summary, found"
 UNESCAPED = "expected a closing quote without a backslash, found"
 
 INT64 = "expected a timestamp within the range of int64, found"
+VALUE = "expected a value, found"
+NAME = "expected a metric name, found"
+BLANK = "expected a blank, found"
+NEWLINE = "expected a newline, found"
+CLOSING = "expected a second quote to close this one, found"
+LABEL = 'expected a label name or "}", found'
+LABEL_VALUE = "expected a label value in double quotes, found"
 MILLISECONDS = "expected a timestamp in milliseconds, or a newline, found"
 RANGE = "expected a number within the range of float64, found"
 
 #: What is wrong: the body, and "line:column: whole message".
 TEXT_INVALID = {
-    "a NUL at the start of a line": (
-        b"up 1\n\0up 2\n",
-        '2:1: expected a metric name, found "\\x00up"',
-    ),
-    "a NUL after blanks": (b"up 1\n  \0\n", '2:3: expected a metric name, found "\\x00"'),
+    "a NUL at the start of a line": (b"up 1\n\0up 2\n", f'2:1: {NAME} "\\x00up"'),
+    "a NUL after blanks": (b"up 1\n  \0\n", f'2:3: {NAME} "\\x00"'),
     "a NUL in a comment without a blank": (
         b"#a\0\nup 1\n",
         "1:3: a NUL byte here ends the body for Prometheus",
@@ -3268,39 +3272,30 @@ TEXT_INVALID = {
         b"# \0\nup 1\n",
         "1:3: a NUL byte here ends the body for Prometheus",
     ),
-    "a NUL in a name": (b"u\0p 1\n", '1:2: expected a value, found "\\x00p"'),
-    "a NUL in a quoted name": (
-        b'{"u\0p"} 1\n',
-        '1:2: expected a second quote to close this one, found "\\x00p"}"',
-    ),
+    "a NUL in a name": (b"u\0p 1\n", f'1:2: {VALUE} "\\x00p"'),
+    "a NUL in a quoted name": (b'{"u\0p"} 1\n', f'1:2: {CLOSING} "\\x00p"}}"'),
     "a NUL in a value": (b"up 1\0\n", f'1:5: {MILLISECONDS} "\\x00"'),
-    "a NUL after a help's name": (b"# HELP up\0 text\n", '1:10: expected a blank, found "\\x00"'),
-    "a line of one word": (b"up\n", "1:3: expected a value, found the end of the line"),
-    "a body of one word": (b"up", "1:3: expected a value, found the end of the body"),
-    "a value missing after braces": (
-        b'up{a="b"}\n',
-        "1:10: expected a value, found the end of the line",
-    ),
-    "a word for a value": (b"up one\n", '1:4: expected a value, found "one"'),
-    "a value in hexadecimal": (b"up 0x1p-2\n", '1:4: expected a value, found "0x1p-2"'),
-    "a value in hexadecimal without exponent": (
-        b"up 0x10\n",
-        '1:4: expected a value, found "0x10"',
-    ),
-    "a value with an underscore": (b"up 1_000\n", '1:4: expected a value, found "1_000"'),
-    "a value with two points": (b"up 1.2.3\n", '1:4: expected a value, found "1.2.3"'),
-    "a value without digits": (b"up .\n", '1:4: expected a value, found "."'),
-    "an exponent without digits": (b"up 1e\n", '1:4: expected a value, found "1e"'),
-    "a NaN with a sign": (b"up +NaN\n", '1:4: expected a value, found "+NaN"'),
-    "a value in Arabic digits": ("up \u0661\n".encode(), '1:4: expected a value, found "\u0661"'),
+    "a NUL after a help's name": (b"# HELP up\0 text\n", f'1:10: {BLANK} "\\x00"'),
+    "a line of one word": (b"up\n", f"1:3: {VALUE} the end of the line"),
+    "a body of one word": (b"up", f"1:3: {VALUE} the end of the body"),
+    "a value missing after braces": (b'up{a="b"}\n', f"1:10: {VALUE} the end of the line"),
+    "a word for a value": (b"up one\n", f'1:4: {VALUE} "one"'),
+    "a value in hexadecimal": (b"up 0x1p-2\n", f'1:4: {VALUE} "0x1p-2"'),
+    "a value in hexadecimal without exponent": (b"up 0x10\n", f'1:4: {VALUE} "0x10"'),
+    "a value with an underscore": (b"up 1_000\n", f'1:4: {VALUE} "1_000"'),
+    "a value with two points": (b"up 1.2.3\n", f'1:4: {VALUE} "1.2.3"'),
+    "a value without digits": (b"up .\n", f'1:4: {VALUE} "."'),
+    "an exponent without digits": (b"up 1e\n", f'1:4: {VALUE} "1e"'),
+    "a NaN with a sign": (b"up +NaN\n", f'1:4: {VALUE} "+NaN"'),
+    "a value in Arabic digits": ("up \u0661\n".encode(), f'1:4: {VALUE} "\u0661"'),
     "a value that overflows": (b"up 1e309\n", f'1:4: {RANGE} "1e309"'),
     "a long value that overflows": (b"up -" + b"9" * 400 + b"\n", f'1:4: {RANGE} "-{"9" * 79}..."'),
-    "a value in quotes": (b'up "1"\n', '1:4: expected a value, found ""1""'),
-    "a comma after the value": (b"up 1,\n", '1:4: expected a value, found "1,"'),
+    "a value in quotes": (b'up "1"\n', f'1:4: {VALUE} ""1""'),
+    "a comma after the value": (b"up 1,\n", f'1:4: {VALUE} "1,"'),
     "a brace after the value": (b"up 1{}\n", f'1:5: {MILLISECONDS} "{{}}"'),
-    "a carriage return after the value": (b"up 1\r\n", '1:4: expected a value, found "1\\r"'),
+    "a carriage return after the value": (b"up 1\r\n", f'1:4: {VALUE} "1\\r"'),
     "a carriage return after a type": (b"# TYPE a gauge\r\n", f"1:10: {TYPES}" + ' "gauge\\r"'),
-    "a carriage return alone": (b"\r\nup 1\n", '1:1: expected a metric name, found "\\r"'),
+    "a carriage return alone": (b"\r\nup 1\n", f'1:1: {NAME} "\\r"'),
     "a carriage return after a timestamp": (b"up 1 2\r\n", f'1:6: {MILLISECONDS} "2\\r"'),
     "a negative timestamp": (b"up 1 -1\n", f'1:6: {MILLISECONDS} "-1"'),
     "a timestamp with a fraction": (b"up 1 1.5\n", f'1:6: {MILLISECONDS} "1.5"'),
@@ -3312,11 +3307,8 @@ TEXT_INVALID = {
         b"up 1 " + b"9" * 100 + b"\n",
         f'1:6: {INT64} "{"9" * 80}..."',
     ),
-    "something after the timestamp": (b"up 1 2 3\n", '1:8: expected a newline, found "3"'),
-    "an exemplar after the timestamp": (
-        b'up 1 2 # {a="b"} 1\n',
-        '1:8: expected a newline, found "#"',
-    ),
+    "something after the timestamp": (b"up 1 2 3\n", f'1:8: {NEWLINE} "3"'),
+    "an exemplar after the timestamp": (b'up 1 2 # {a="b"} 1\n', f'1:8: {NEWLINE} "#"'),
     "a timestamp beyond int64 after many zeros": (
         b"up 1 " + b"0" * 20 + b"9223372036854775808\n",
         f'1:6: {INT64} "{"0" * 20}9223372036854775808"',
@@ -3331,38 +3323,23 @@ TEXT_INVALID = {
     ),
     "the column in a line of more than a window, in characters": (
         "# é\n".encode() + long_series(5, 60_000)[:-1] + 'é="é"} x\n'.encode(),
-        '2:300033: expected a label name or "}", found "é="é"}"',
+        f'2:300033: {LABEL} "é="é"}}"',
     ),
     "the column in a line of more than 1 MiB, in bytes": (
         b"##" + "é".encode() * 600_000 + b"\0\n",
         "1:1200003: a NUL byte here ends the body for Prometheus",
     ),
     "a comment after the value": (b"up 1 # no\n", f'1:6: {MILLISECONDS} "#"'),
-    "a name that starts with a digit": (b"1up 1\n", '1:1: expected a metric name, found "1up"'),
-    "a name with a dash": (b"my-a{} 1\n", '1:3: expected a value, found "-a{}"' + QUOTES),
-    "a name with a point": (b"a 1\nmy.a 1\n", '2:3: expected a value, found ".a"' + QUOTES),
-    "a name with a slash": (b"my/a 1\n", '1:3: expected a value, found "/a"' + QUOTES),
-    "a name in UTF-8 without quotes": (
-        "mé 1\n".encode(),
-        '1:2: expected a value, found "é"' + QUOTES,
-    ),
-    "a name with a point, of TYPE": (
-        b"# TYPE m.a gauge\n",
-        '1:9: expected a blank, found ".a"' + QUOTES,
-    ),
-    "a name with a dash, of TYPE": (
-        b"# TYPE m-a gauge\n",
-        '1:9: expected a blank, found "-a"' + QUOTES,
-    ),
-    "a name with a slash, of TYPE": (
-        b"# TYPE m/a gauge\n",
-        '1:9: expected a blank, found "/a"' + QUOTES,
-    ),
-    "a name in UTF-8, of TYPE": (
-        "# TYPE mé gauge\n".encode(),
-        '1:9: expected a blank, found "é"' + QUOTES,
-    ),
-    "a word for a value after a dash": (b"up -\n", '1:4: expected a value, found "-"'),
+    "a name that starts with a digit": (b"1up 1\n", f'1:1: {NAME} "1up"'),
+    "a name with a dash": (b"my-a{} 1\n", f'1:3: {VALUE} "-a{{}}"' + QUOTES),
+    "a name with a point": (b"a 1\nmy.a 1\n", f'2:3: {VALUE} ".a"' + QUOTES),
+    "a name with a slash": (b"my/a 1\n", f'1:3: {VALUE} "/a"' + QUOTES),
+    "a name in UTF-8 without quotes": ("mé 1\n".encode(), f'1:2: {VALUE} "é"' + QUOTES),
+    "a name with a point, of TYPE": (b"# TYPE m.a gauge\n", f'1:9: {BLANK} ".a"' + QUOTES),
+    "a name with a dash, of TYPE": (b"# TYPE m-a gauge\n", f'1:9: {BLANK} "-a"' + QUOTES),
+    "a name with a slash, of TYPE": (b"# TYPE m/a gauge\n", f'1:9: {BLANK} "/a"' + QUOTES),
+    "a name in UTF-8, of TYPE": ("# TYPE mé gauge\n".encode(), f'1:9: {BLANK} "é"' + QUOTES),
+    "a word for a value after a dash": (b"up -\n", f'1:4: {VALUE} "-"'),
     "a quoted name outside the braces": (
         b'"up" 1\n',
         '1:1: expected a metric name, before the braces or quoted in them, found ""up""',
@@ -3384,24 +3361,15 @@ TEXT_INVALID = {
         '1:5: expected "=", found ":b="c"}"' + QUOTES,
     ),
     "a label name with a dash": (b'up{a-b="c"} 1\n', '1:5: expected "=", found "-b="c"}"' + QUOTES),
-    "a label name that starts with a digit": (
-        b'up{1a="c"} 1\n',
-        '1:4: expected a label name or "}", found "1a="c"}"',
-    ),
+    "a label name that starts with a digit": (b'up{1a="c"} 1\n', f'1:4: {LABEL} "1a="c"}}"'),
     "an empty label name": (b'up{""="c"} 1\n', '1:4: expected a name in UTF-8, found ""'),
     "a label name that is not UTF-8": (
         b'up{"\xff"="c"} 1\n',
         '1:4: expected a name in UTF-8, found "\\xff"',
     ),
     "a label without a value": (b"up{a} 1\n", '1:5: expected "=", found "}"'),
-    "a label value without quotes": (
-        b"up{a=b} 1\n",
-        '1:6: expected a label value in double quotes, found "b}"',
-    ),
-    "a label value in single quotes": (
-        b"up{a='b'} 1\n",
-        "1:6: expected a label value in double quotes, found \"'b'}\"",
-    ),
+    "a label value without quotes": (b"up{a=b} 1\n", f'1:6: {LABEL_VALUE} "b}}"'),
+    "a label value in single quotes": (b"up{a='b'} 1\n", f"1:6: {LABEL_VALUE} \"'b'}}\""),
     "a label value that is not UTF-8": (
         b'up{a="\xff"} 1\n',
         '1:6: expected a label value in UTF-8, found "\\xff"',
@@ -3410,25 +3378,16 @@ TEXT_INVALID = {
         b'up{a="\xed\xa0\x80"} 1\n',
         '1:6: expected a label value in UTF-8, found "\\xed\\xa0\\x80"',
     ),
-    "a label value that never ends": (
-        b'x 1\nup{a="b} 1\n',
-        "2:6: expected a second quote to close this one, found the end of the body",
-    ),
+    "a label value that never ends": (b'x 1\nup{a="b} 1\n', f"2:6: {CLOSING} the end of the body"),
     "a backslash before a newline": (
         b'up{a="b\\\nc"} 1\n',
         '1:8: expected one of the escapes \\\\, \\" and \\n, found "\\"',
     ),
-    "a leading comma": (b'up{,a="b"} 1\n', '1:4: expected a label name or "}", found ",a="b"}"'),
-    "a doubled comma": (
-        b'up{a="b",,c="d"} 1\n',
-        '1:10: expected a label name or "}", found ",c="d"}"',
-    ),
-    "a lone comma": (b"up{,} 1\n", '1:4: expected a label name or "}", found ",}"'),
-    "a semicolon between pairs": (
-        b'up{a="b";c="d"} 1\n',
-        '1:9: expected a label name or "}", found ";c="d"}"',
-    ),
-    "braces that never close": (b'up{a="b" 1\n', '1:10: expected a label name or "}", found "1"'),
+    "a leading comma": (b'up{,a="b"} 1\n', f'1:4: {LABEL} ",a="b"}}"'),
+    "a doubled comma": (b'up{a="b",,c="d"} 1\n', f'1:10: {LABEL} ",c="d"}}"'),
+    "a lone comma": (b"up{,} 1\n", f'1:4: {LABEL} ",}}"'),
+    "a semicolon between pairs": (b'up{a="b";c="d"} 1\n', f'1:9: {LABEL} ";c="d"}}"'),
+    "braces that never close": (b'up{a="b" 1\n', f'1:10: {LABEL} "1"'),
     "a label twice": (b'up{a="b",a="c"} 1\n', '1:10: found the label "a" twice'),
     "a label twice, once in quotes": (b'up{a="b","a"="c"} 1\n', '1:10: found the label "a" twice'),
     "a label twice, among many": (
@@ -3496,30 +3455,27 @@ TEXT_INVALID = {
     ),
     "an answer in HTML": (
         b"<html><body>404</body></html>\n",
-        '1:1: expected a metric name, found "<html><body>404</body></html>"',
+        f'1:1: {NAME} "<html><body>404</body></html>"',
     ),
     "an answer in JSON": (b'{"status": "error"}\n', '1:10: expected "=", found ":"'),
     "a compressed body": (
         b"\x1f\x8b\x08\x00\x00\x00",
-        '1:1: expected a metric name, found "\\x1f\\x8b\\x08\\x00\\x00\\x00"' + UNZIP,
+        f'1:1: {NAME} "\\x1f\\x8b\\x08\\x00\\x00\\x00"' + UNZIP,
     ),
-    "half a mark of gzip": (b"\x1f\x8b", '1:1: expected a metric name, found "\\x1f\\x8b"' + UNZIP),
-    "a byte order mark": (
-        b"\xef\xbb\xbfup 1\n",
-        '1:1: expected a metric name, found "\\ufeffup"' + NO_MARK,
-    ),
+    "half a mark of gzip": (b"\x1f\x8b", f'1:1: {NAME} "\\x1f\\x8b"' + UNZIP),
+    "a byte order mark": (b"\xef\xbb\xbfup 1\n", f'1:1: {NAME} "\\ufeffup"' + NO_MARK),
     "a byte order mark before a comment": (
         b"\xef\xbb\xbf# a\n",
-        '1:1: expected a metric name, found "\\ufeff#"' + NO_MARK,
+        f'1:1: {NAME} "\\ufeff#"' + NO_MARK,
     ),
     "a byte order mark in the second of two joined files": (
         b"up 1\n\xef\xbb\xbfup 1\n",
-        '2:1: expected a metric name, found "\\ufeffup"' + NO_MARK,
+        f'2:1: {NAME} "\\ufeffup"' + NO_MARK,
     ),
     **{
         f"a byte order mark of {coding}": (
             mark + "up".encode(coding),
-            f'1:1: expected a metric name, found "{shown}"{NO_MARK}',
+            f'1:1: {NAME} "{shown}"{NO_MARK}',
         )
         for coding, mark, shown in (
             ("utf-16-le", b"\xff\xfe", r"\xff\xfeu\x00p\x00"),
@@ -3544,28 +3500,19 @@ TEXT_INVALID = {
     ),
     "a value that runs to the end": (
         b'a 1\nb{c="d\\"} 1\na 2\n',
-        "2:5: expected a second quote to close this one, found the end of the body",
+        f"2:5: {CLOSING} the end of the body",
     ),
-    "the column after UTF-8, in characters": (
-        'up{a="日本"} x\n'.encode(),
-        '1:12: expected a value, found "x"',
-    ),
-    "the column after Latin-1, in bytes": (
-        b'up{a="b"} \xe9x\n',
-        '1:11: expected a value, found "\\xe9x"',
-    ),
+    "the column after UTF-8, in characters": ('up{a="日本"} x\n'.encode(), f'1:12: {VALUE} "x"'),
+    "the column after Latin-1, in bytes": (b'up{a="b"} \xe9x\n', f'1:11: {VALUE} "\\xe9x"'),
     "the column after half a character, in bytes": (
         b'up{"\xa9"="b",c=d} 1\n',
-        '1:14: expected a label value in double quotes, found "d}"',
+        f'1:14: {LABEL_VALUE} "d}}"',
     ),
     "the line after ten thousand good ones": (
         b"up 1\n" * 10_000 + b"up x\n",
-        '10001:4: expected a value, found "x"',
+        f'10001:4: {VALUE} "x"',
     ),
-    "the line after a label value of three lines": (
-        b'up{a="\n\n"} 1\nup x\n',
-        '4:4: expected a value, found "x"',
-    ),
+    "the line after a label value of three lines": (b'up{a="\n\n"} 1\nup x\n', f'4:4: {VALUE} "x"'),
 }
 
 #: What is legal: the body and its samples.
@@ -3622,35 +3569,17 @@ EMPTY = "expected a metric name, found the end of the line"
 #: What is wrong: the body, and "line:column: whole message".
 OPENMETRICS_INVALID = {
     "no end": (b"up 1\n", '2:1: expected "# EOF", found the end of the body'),
-    "no end and no newline": (b"up 1", "1:5: expected a newline, found the end of the body"),
-    "a line of blanks": (
-        b"up 1\n  \n# EOF\n",
-        "2:1: expected a metric name, found a blank" + NO_BLANK,
-    ),
+    "no end and no newline": (b"up 1", f"1:5: {NEWLINE} the end of the body"),
+    "a line of blanks": (b"up 1\n  \n# EOF\n", f"2:1: {NAME} a blank" + NO_BLANK),
     "a blank line": (b"up 1\n\n# EOF\n", f"2:1: {EMPTY}{NO_EMPTY}"),
     "a blank line before the first one": (b"\nup 1\n# EOF\n", f"1:1: {EMPTY}{NO_EMPTY}"),
     "a blank line after metadata": (b"# TYPE a gauge\n\na 1\n# EOF\n", f"2:1: {EMPTY}{NO_EMPTY}"),
     "a blank line for the end": (b"up 1\n\n", f"2:1: {EMPTY}{NO_EMPTY}"),
-    "a tab before the name": (
-        b"up 1\n\tup 1\n# EOF\n",
-        "2:1: expected a metric name, found a tab" + NO_BLANK,
-    ),
-    "a byte order mark": (
-        b"\xef\xbb\xbf# EOF\n",
-        '1:1: expected a metric name, found "\\ufeff#"' + NO_MARK,
-    ),
-    "a name with a point, of TYPE": (
-        b"# TYPE m.a gauge\n# EOF\n",
-        '1:9: expected a blank, found ".a"' + QUOTES,
-    ),
-    "a name with a dash, of HELP": (
-        b"# HELP m-a text\n# EOF\n",
-        '1:9: expected a blank, found "-a"' + QUOTES,
-    ),
-    "a name with a slash, of UNIT": (
-        b"# UNIT m/a a\n# EOF\n",
-        '1:9: expected a blank, found "/a"' + QUOTES,
-    ),
+    "a tab before the name": (b"up 1\n\tup 1\n# EOF\n", f"2:1: {NAME} a tab" + NO_BLANK),
+    "a byte order mark": (b"\xef\xbb\xbf# EOF\n", f'1:1: {NAME} "\\ufeff#"' + NO_MARK),
+    "a name with a point, of TYPE": (b"# TYPE m.a gauge\n# EOF\n", f'1:9: {BLANK} ".a"' + QUOTES),
+    "a name with a dash, of HELP": (b"# HELP m-a text\n# EOF\n", f'1:9: {BLANK} "-a"' + QUOTES),
+    "a name with a slash, of UNIT": (b"# UNIT m/a a\n# EOF\n", f'1:9: {BLANK} "/a"' + QUOTES),
     "a value that runs into the next label": (
         b'b{c="d\\",e="f"} 1\n# EOF\n',
         f"1:5: {UNESCAPED}" + r' "d\",e="',
@@ -3667,19 +3596,13 @@ OPENMETRICS_INVALID = {
     ),
     "an unknown keyword": (b"# FOO up x\n# EOF\n", f'1:1: {KEYWORDS} "# FOO up x"'),
     "a keyword in lower case": (b"# help up x\n# EOF\n", f'1:1: {KEYWORDS} "# help up x"'),
-    "HELP without a text": (
-        b"# HELP up\n# EOF\n",
-        "1:10: expected a blank, found the end of the line",
-    ),
-    "HELP after a tab": (b"# HELP up\ttext\n# EOF\n", "1:10: expected a blank, found a tab"),
+    "HELP without a text": (b"# HELP up\n# EOF\n", f"1:10: {BLANK} the end of the line"),
+    "HELP after a tab": (b"# HELP up\ttext\n# EOF\n", f"1:10: {BLANK} a tab"),
     "HELP that is not UTF-8": (
         b"# HELP up \xff\n# EOF\n",
         '1:11: expected a text in UTF-8, found "\\xff"',
     ),
-    "HELP without a newline": (
-        b"# HELP up x",
-        "1:12: expected a newline, found the end of the body",
-    ),
+    "HELP without a newline": (b"# HELP up x", f"1:12: {NEWLINE} the end of the body"),
     "a type of the text format": (b"# TYPE up untyped\n# EOF\n", f'1:11: {ANY_TYPE} "untyped"'),
     "a type with a blank after it": (b"# TYPE up gauge \n# EOF\n", f'1:11: {ANY_TYPE} "gauge "'),
     "a unit that is no suffix": (
@@ -3694,43 +3617,25 @@ OPENMETRICS_INVALID = {
         b"# UNIT upseconds seconds\n# EOF\n",
         '1:18: expected a unit that the metric\'s name ends in, found "seconds"',
     ),
-    "a blank before the name": (
-        b" up 1\n# EOF\n",
-        "1:1: expected a metric name, found a blank" + NO_BLANK,
-    ),
-    "a blank before the brace": (
-        b'up {a="b"} 1\n# EOF\n',
-        '1:4: expected a value, found "{a="b"}"',
-    ),
-    "a blank in the braces": (
-        b'up{ a="b"} 1\n# EOF\n',
-        '1:4: expected a label name or "}", found a blank',
-    ),
-    "a blank after a comma": (
-        b'up{a="b", c="d"} 1\n# EOF\n',
-        '1:10: expected a label name or "}", found a blank',
-    ),
+    "a blank before the name": (b" up 1\n# EOF\n", f"1:1: {NAME} a blank" + NO_BLANK),
+    "a blank before the brace": (b'up {a="b"} 1\n# EOF\n', f'1:4: {VALUE} "{{a="b"}}"'),
+    "a blank in the braces": (b'up{ a="b"} 1\n# EOF\n', f"1:4: {LABEL} a blank"),
+    "a blank after a comma": (b'up{a="b", c="d"} 1\n# EOF\n', f"1:10: {LABEL} a blank"),
     "no comma between pairs": (
         b'up{a="b"c="d"} 1\n# EOF\n',
         '1:9: expected "," or "}", found "c="d"}"',
     ),
-    "no blank after the braces": (b'up{a="b"}1\n# EOF\n', '1:10: expected a blank, found "1"'),
-    "no blank before a signed value": (b"up-1\n# EOF\n", '1:3: expected a blank, found "-1"'),
-    "two blanks before the value": (b"up  1\n# EOF\n", "1:4: expected a value, found a blank"),
-    "a tab before the value": (b"up\t1\n# EOF\n", "1:3: expected a blank, found a tab"),
-    "a blank after the value": (
-        b"up 1 \n# EOF\n",
-        "1:5: expected a newline, found a blank" + FEW_BLANKS,
-    ),
-    "a NUL after the value": (b"up 1\0\n# EOF\n", '1:5: expected a newline, found "\\x00"'),
+    "no blank after the braces": (b'up{a="b"}1\n# EOF\n', f'1:10: {BLANK} "1"'),
+    "no blank before a signed value": (b"up-1\n# EOF\n", f'1:3: {BLANK} "-1"'),
+    "two blanks before the value": (b"up  1\n# EOF\n", f"1:4: {VALUE} a blank"),
+    "a tab before the value": (b"up\t1\n# EOF\n", f"1:3: {BLANK} a tab"),
+    "a blank after the value": (b"up 1 \n# EOF\n", f"1:5: {NEWLINE} a blank" + FEW_BLANKS),
+    "a NUL after the value": (b"up 1\0\n# EOF\n", f'1:5: {NEWLINE} "\\x00"'),
     "a raw newline in a label value": (
         b'up{a="b\nc"} 1\n# EOF\n',
-        "1:6: expected a second quote to close this one, found the end of the line",
+        f"1:6: {CLOSING} the end of the line",
     ),
-    "a carriage return after the value": (
-        b"up 1\r\n# EOF\r\n",
-        '1:4: expected a value, found "1\\r"',
-    ),
+    "a carriage return after the value": (b"up 1\r\n# EOF\r\n", f'1:4: {VALUE} "1\\r"'),
     "a label twice": (b'up{a="b",a="c"} 1\n# EOF\n', '1:10: found the label "a" twice'),
     "a NUL before the end": (b"up 1\n# \0EOF\n", f'2:1: {KEYWORDS} "# \\x00EOF"'),
     "a NUL before a keyword": (
@@ -3741,37 +3646,19 @@ OPENMETRICS_INVALID = {
         b'up{__name__="x"} 1\n# EOF\n',
         '1:4: found the label "__name__" twice',
     ),
-    "a value with an underscore": (b"up 1_0\n# EOF\n", '1:4: expected a value, found "1_0"'),
+    "a value with an underscore": (b"up 1_0\n# EOF\n", f'1:4: {VALUE} "1_0"'),
     "a value that overflows": (b"up 1e999\n# EOF\n", f'1:4: {RANGE} "1e999"'),
-    "a timestamp that is no number": (
-        b"up 1 now\n# EOF\n",
-        '1:6: expected a timestamp in seconds, or a newline, found "now"',
-    ),
-    "a timestamp of NaN": (
-        b"up 1 NaN\n# EOF\n",
-        '1:6: expected a timestamp in seconds, or a newline, found "NaN"',
-    ),
-    "a timestamp of infinity": (
-        b"up 1 +Inf\n# EOF\n",
-        '1:6: expected a timestamp in seconds, or a newline, found "+Inf"',
-    ),
+    "a timestamp that is no number": (b"up 1 now\n# EOF\n", f'1:6: {SECONDS} "now"'),
+    "a timestamp of NaN": (b"up 1 NaN\n# EOF\n", f'1:6: {SECONDS} "NaN"'),
+    "a timestamp of infinity": (b"up 1 +Inf\n# EOF\n", f'1:6: {SECONDS} "+Inf"'),
     "a timestamp that overflows": (b"up 1 1e999\n# EOF\n", f'1:6: {RANGE} "1e999"'),
-    "an exemplar without a blank before it": (
-        b"up 1# {} 1\n# EOF\n",
-        '1:4: expected a value, found "1#"',
-    ),
+    "an exemplar without a blank before it": (b"up 1# {} 1\n# EOF\n", f'1:4: {VALUE} "1#"'),
     "an exemplar without a blank in it": (
         b"up 1 #{} 1\n# EOF\n",
-        '1:6: expected a timestamp in seconds, or a newline, found "#{}"' + BRACE,
+        f'1:6: {SECONDS} "#{{}}"' + BRACE,
     ),
-    "an exemplar without a value": (
-        b"up 1 # {}\n# EOF\n",
-        "1:10: expected a blank, found the end of the line",
-    ),
-    "an exemplar without braces": (
-        b"up 1 # 1\n# EOF\n",
-        '1:6: expected a timestamp in seconds, or a newline, found "#"' + BRACE,
-    ),
+    "an exemplar without a value": (b"up 1 # {}\n# EOF\n", f"1:10: {BLANK} the end of the line"),
+    "an exemplar without braces": (b"up 1 # 1\n# EOF\n", f'1:6: {SECONDS} "#"' + BRACE),
     "an exemplar with a lone name": (b'up 1 # {"a"} 1\n# EOF\n', '1:12: expected "=", found "}"'),
     "an exemplar with a NUL": (
         b'up 1 # {a="\0"} 1\n# EOF\n',
@@ -3779,16 +3666,10 @@ OPENMETRICS_INVALID = {
     ),
     "an exemplar with a blank after it": (
         b"up 1 # {} 1 \n# EOF\n",
-        "1:12: expected a newline, found a blank" + FEW_BLANKS,
+        f"1:12: {NEWLINE} a blank" + FEW_BLANKS,
     ),
-    "an exemplar's timestamp of NaN": (
-        b"up 1 # {} 1 NaN\n# EOF\n",
-        '1:13: expected a timestamp in seconds, or a newline, found "NaN"',
-    ),
-    "two exemplars": (
-        b"up 1 # {} 1 # {} 1\n# EOF\n",
-        "1:12: expected a newline, found a blank" + FEW_BLANKS,
-    ),
+    "an exemplar's timestamp of NaN": (b"up 1 # {} 1 NaN\n# EOF\n", f'1:13: {SECONDS} "NaN"'),
+    "two exemplars": (b"up 1 # {} 1 # {} 1\n# EOF\n", f"1:12: {NEWLINE} a blank" + FEW_BLANKS),
     "an exemplar of a number alone": (b"up 1 # 1.0\n# EOF\n", f"1:6: {SECONDS}" + ' "#"' + BRACE),
     "an exemplar of a pair alone": (
         b'up 1 # trace_id="x" 1\n# EOF\n',
@@ -3796,7 +3677,7 @@ OPENMETRICS_INVALID = {
     ),
     "an exemplar after a timestamp without braces": (
         b"up 1 2 # 1\n# EOF\n",
-        "1:7: expected a newline, found a blank" + FEW_BLANKS,
+        f"1:7: {NEWLINE} a blank" + FEW_BLANKS,
     ),
     "an end that is a comment's": (b"up 1\n#EOF\n", f'2:1: {KEYWORDS} "#EOF"'),
 }
