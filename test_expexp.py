@@ -1911,6 +1911,10 @@ class Answer(NamedTuple):
     def text(self) -> str:
         return self.body.decode()
 
+    @property
+    def said(self) -> tuple[int, str]:
+        return self.status, self.text
+
 
 class Client:
     """A client of an HTTP server, over TLS with a context; `host` is the loopback by default."""
@@ -8572,7 +8576,7 @@ def test_a_target_that_is_not_there_is_unreachable() -> None:
     with running({"m": http_module(port)}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
         message = f"module m: http://localhost:{port}/metrics: connection refused\n"
-        assert (answer.status, answer.text) == (502, message)
+        assert answer.said == (502, message)
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -8592,7 +8596,7 @@ def test_a_host_without_ipv6_says_what_is_wrong_with_the_address_that_it_has(
         answer = served.scrape("m")
         monkeypatch.undo()
     message = f"module m: http://localhost:{port}/metrics: connection refused\n"
-    assert (answer.status, answer.text) == (502, message)
+    assert answer.said == (502, message)
 
 
 def test_the_place_of_a_failure_is_shown_without_what_may_be_secret_and_in_one_line(
@@ -8651,7 +8655,7 @@ def test_a_name_that_does_not_resolve_is_unreachable(names: dict[str, Resolve]) 
     module = http_module(9100, address="gone.example")
     with running({"m": module}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (502, f"module m: {GONE}\n")
+        assert answer.said == (502, f"module m: {GONE}\n")
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -8724,7 +8728,7 @@ def test_the_deadline_is_that_of_the_client(flags: list[str], header: str, words
     ):
         answer = served.scrape("m", {"X-Prometheus-Scrape-Timeout-Seconds": header})
         where = f"module m: http://localhost:{port}/metrics"
-        assert (answer.status, answer.text) == (504, f"{where}: timed out after {words} s\n")
+        assert answer.said == (504, f"{where}: timed out after {words} s\n")
 
 
 # --- http: bodies
@@ -9172,7 +9176,7 @@ def test_a_certificate_is_refused_that_is(
     ):
         answer = served.scrape("m")
         expected = f"module m: {served.shown('m')}: TLS: {message}\n"
-        assert (answer.status, answer.text) == (502, expected)
+        assert answer.said == (502, expected)
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -9238,7 +9242,7 @@ def test_a_target_is_unreachable_that_ends_the_handshake(how: str) -> None:
     ):
         answered = served.scrape("m")
         message = f"module m: https://localhost:{port}/metrics: {words}\n"
-        assert (answered.status, answered.text) == (502, message)
+        assert answered.said == (502, message)
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -9276,7 +9280,7 @@ def test_tls_that_ends_without_goodbye_is_cut_short(verify: bool, authority: Aut
         if verify:
             answer = served.scrape("m")
             where = f"module m: https://localhost:{port}/metrics"
-            assert (answer.status, answer.text) == (502, f"{where}: {NO_END}\n")
+            assert answer.said == (502, f"{where}: {NO_END}\n")
         else:
             with pytest.raises((ConnectionError, http.client.IncompleteRead)):
                 served.scrape("m")
@@ -9332,7 +9336,7 @@ def test_a_target_that_does_not_speak_tls_is_unreachable() -> None:
         running({"m": https_module(port)}) as served,
     ):
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (
+        assert answer.said == (
             502,
             f"module m: https://localhost:{port}/metrics: TLS: protocol: wrong version number\n",
         )
@@ -9632,7 +9636,7 @@ def test_a_target_that_drips_its_tls(where: str, authority: Authority) -> None:
         with running({"m": module}) as served, taking(*AT_DEADLINE):
             answer = served.scrape("m")
             where = f"module m: https://localhost:{port}/metrics"
-            assert (answer.status, answer.text) == (504, f"{where}: {LATE}\n")
+            assert answer.said == (504, f"{where}: {LATE}\n")
             assert served.failures("m") == {"timeout": 1}
 
 
@@ -9835,7 +9839,7 @@ def found_containers() -> Iterator[Running]:
 def test_a_container_is_found(where: str, found_containers: Running) -> None:
     number = list(CONTAINERS).index(where)
     answer = found_containers.scrape(f"m{number}")
-    assert (answer.status, answer.text) == (200, f"a {number}\n")
+    assert answer.said == (200, f"a {number}\n")
 
 
 def test_the_list_of_modules_says_that_a_target_is_in_a_container(
@@ -10117,7 +10121,7 @@ def test_an_engine_that_does_not_let_expexp_ask(engine: Engine) -> None:
         with without_the_rights_of_root():
             answer = served.scrape("m")
         message = f"{WEB}: {NO_ENGINE}{engine.address}: permission denied\n"
-        assert (answer.status, answer.text) == (502, message)
+        assert answer.said == (502, message)
         assert served.failures("m") == {"unreachable": 1}
     assert not engine.target.asked
 
@@ -10138,7 +10142,7 @@ def test_an_engine_that_is_gone(is_left: bool, why: str, folder_of_sockets: Path
     with running({"m": engine.module("web")}) as served, taking(*QUICK_SOCKET):
         answer = served.scrape("m")
         message = f"{WEB}: {NO_ENGINE}{engine.address}: {why}\n"
-        assert (answer.status, answer.text) == (502, message)
+        assert answer.said == (502, message)
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -10206,7 +10210,7 @@ def test_where_no_engine_can_be_asked_each_is_named_with_its_reason(engines: Eng
         with without_the_rights_of_root():
             answer = served.scrape("m")
     words = f"{docker.address}: no such file or directory; {podman.address}: permission denied"
-    assert (answer.status, answer.text) == (502, f"{WEB}: {NO_ENGINE}{words}\n")
+    assert answer.said == (502, f"{WEB}: {NO_ENGINE}{words}\n")
 
 
 # --- http: redirects
@@ -10309,7 +10313,7 @@ def test_a_redirect_is_a_failure_to(to: str, verify: bool, log: list[str]) -> No
         said = f"redirect 307 not followed: it leads to {shown.replace('PORT', str(port))}"
         said = said if len(said) <= 300 else said[:300] + "..."
         words = f"{served.shown('m')}: {said}; set path, port or scheme"
-        assert (answer.status, answer.text) == (502, f"module m: {words}\n")
+        assert answer.said == (502, f"module m: {words}\n")
         assert answer.headers["Location"] is None
         assert served.failures("m") == {"status": 1}
         assert counters(served, "m") == {ERRORS}
@@ -10488,7 +10492,7 @@ def test_a_command_that_cannot_start_fails(name: str, message: str) -> None:
         answer = served.scrape("m")
         shown = expexp.excerpt(name, 200)
         expected = f"module m: {shown}: cannot start the command: {message}\n"
-        assert (answer.status, answer.text) == (500, expected)
+        assert answer.said == (500, expected)
         assert served.failures("m") == {"command": 1}
         assert counters(served, "m") == {ERRORS, COMMAND_FAILS}
         assert served.metric('expexp_command_starts_total{module="m"}') == 1
@@ -10627,7 +10631,7 @@ def test_a_script_that_cannot_be_started_says_why(
     with running({"m": command(name, **settings)}) as served:
         answer = served.scrape("m")
     expected = f"module m: {name}: cannot start the command: {fault}\n" if fault else "a 1\n"
-    assert (answer.status, answer.text) == (500 if fault else 200, expected)
+    assert answer.said == (500 if fault else 200, expected)
 
 
 TAKES_GZIP = {"Accept-Encoding": "gzip"}
@@ -10833,7 +10837,7 @@ def test_a_file_that_is(
 ) -> None:
     with taking(*QUICK_SOCKET):
         answer = files.scrape(module)
-    assert (answer.status, answer.text) == (status, f"module {module}: {message.format(folder)}\n")
+    assert answer.said == (status, f"module {module}: {message.format(folder)}\n")
     assert files.failures(module) == {reason: 1}
     special = {"file": {FILE_FAILS}, "malformed": {MALFORMED}}
     assert counters(files, module) == {ERRORS} | special.get(reason, set())
@@ -10874,7 +10878,7 @@ def test_the_time_of_a_file_is_added(
         f'{name}{{module="{module}",path="{path}"}} 1700000000.5\n'
     )
     answer = files.scrape(module)
-    assert (answer.status, answer.text) == (200, served.replace("{added}", added))
+    assert answer.said == (200, served.replace("{added}", added))
     openmetrics = text.rstrip().endswith("# EOF")
     expected = expexp.OPENMETRICS_CONTENT_TYPE if openmetrics else expexp.TEXT_CONTENT_TYPE
     assert answer.headers["Content-Type"] == expected
@@ -11085,7 +11089,7 @@ def test_a_body_is_refused_with_its_place_and_the_line_is_for_the_log(
     with serving_body(content_type, body) as served:
         answer = served.scrape("x")
         assert served.failures("x") == {"malformed": 1}
-    assert (answer.status, answer.text) == (500, f"module x: {message}\n")
+    assert answer.said == (500, f"module x: {message}\n")
     shown = "" if line is None else f': the line is "{line}"'
     assert log == [f"module x: malformed: {message}{shown}"]
 
@@ -11226,7 +11230,7 @@ def test_the_deadline_cuts_the_verification_of_a_hostile_body() -> None:
         with taking(0.2, 1):
             answer = served.scrape("x")
         text = f"module x: http://localhost:{port}/metrics: timed out after 0.2 s\n"
-        assert (answer.status, answer.text) == (504, text)
+        assert answer.said == (504, text)
         assert served.failures("x") == {"timeout": 1}
 
 
@@ -11315,7 +11319,7 @@ def test_a_unix_socket_is_unreachable_that_is(kind: str, message: str, tmp_path:
     ):
         answer = served.scrape("m")
         where = f"module m: http://localhost/metrics at {path}"
-        assert (answer.status, answer.text) == (502, f"{where}: {message}\n")
+        assert answer.said == (502, f"{where}: {message}\n")
         assert served.failures("m") == {"unreachable": 1}
 
 
@@ -11351,7 +11355,7 @@ def test_a_unix_socket_that_expexp_may_not_use(tmp_path: Path) -> None:
         with started(tmp_path, {"m": socket_module(path)}, around=around) as own:
             answer = own.scrape("m")
             where = f"module m: http://localhost/metrics at {path}"
-            assert (answer.status, answer.text) == (502, f"{where}: permission denied\n")
+            assert answer.said == (502, f"{where}: permission denied\n")
             path.chmod(0o600)
             assert own.scrape("m").status == 200
         assert len(web.asked) == 1
@@ -11365,7 +11369,7 @@ def test_a_unix_socket_that_says_nothing_meets_the_deadline(tmp_path: Path) -> N
         with running({"m": module}) as served, taking(*AT_DEADLINE):
             answer = served.scrape("m")
             where = f"module m: http://localhost/metrics at {tmp_path}/x.sock"
-            assert (answer.status, answer.text) == (504, f"{where}: {LATE}\n")
+            assert answer.said == (504, f"{where}: {LATE}\n")
             assert served.failures("m") == {"timeout": 1}
 
 
@@ -11672,7 +11676,7 @@ def test_who_waits_for_anothers_run_does_so_within_its_own_deadline(counted: Cou
             wait_until(lambda: counted.count == 1)
             with taking(*AT_DEADLINE):
                 follower = served.scrape("m", SOON)
-            assert (follower.status, follower.text) == (504, f"module m: sh: {LATE}\n")
+            assert follower.said == (504, f"module m: sh: {LATE}\n")
             counted.release()
             assert leader.result().status == 200
         assert counted.count == 1
@@ -11766,10 +11770,7 @@ def test_no_more_answers_are_made_at_once_than_scrapes_of_the_module(counted: Co
         for name in "abc":  # whoever asks for these has given up, the runs go on
             assert served.scrape(f"m&args={name}", SOON).status == 504
         answer = served.scrape("m&args=d")
-        assert (answer.status, answer.text) == (
-            503,
-            "module m: already running 3 scrapes (max_concurrent)\n",
-        )
+        assert answer.said == (503, "module m: already running 3 scrapes (max_concurrent)\n")
         assert counted.count == 3
         counted.release()
         wait_until(lambda: served.scrape("m&args=d").status == 200)
@@ -11797,10 +11798,7 @@ def test_a_run_for_which_there_is_no_thread_is_busy(
         with monkeypatch.context() as patch:
             patch.setattr(_thread, "start_new_thread", refuse_start)
             answer = served.scrape("m")
-            assert (answer.status, answer.text) == (
-                503,
-                "module m: no thread can be started, try again later\n",
-            )
+            assert answer.said == (503, "module m: no thread can be started, try again later\n")
         assert served.scrape("m").status == 200
 
 
@@ -11905,7 +11903,7 @@ def test_a_command_runs_no_more_often_at_once_than(
     with running(modules) as served:
         with held_up(served, counted, most):
             answer = served.scrape("m")
-            assert (answer.status, answer.text) == (
+            assert answer.said == (
                 503,
                 f"module m: already running {most} scrapes (max_concurrent)\n",
             )
@@ -12030,7 +12028,7 @@ def test_commands_that_do_not_end_count_until_they_do(counted: Counted) -> None:
         assert [served.scrape("m").status for _ in range(2)] == [504, 504]
         answer = served.scrape("m")
         words = "2 commands of earlier scrapes have not ended yet"
-        assert (answer.status, answer.text) == (503, f"module m: {words}\n")
+        assert answer.said == (503, f"module m: {words}\n")
         assert counted.count == 2
         assert served.metric('expexp_command_starts_total{module="m"}') == 2
         wait_until(lambda: served.scrape("m").status == 504)
@@ -12047,7 +12045,7 @@ def test_commands_of_clients_that_hung_up_count_until_they_end(counted: Counted)
         wait_until(lambda: served.failures("m") == {"aborted": 2})
         answer = served.scrape("m", {expexp.SCRAPE_TIMEOUT_HEADER: "1"})
         words = "2 commands of earlier scrapes have not ended yet"
-        assert (answer.status, answer.text) == (503, f"module m: {words}\n")
+        assert answer.said == (503, f"module m: {words}\n")
 
 
 @pytest.mark.parametrize(
@@ -12724,7 +12722,7 @@ def test_a_scrape_timeout_of_ages_breaks_nothing(tmp_path: Path, name: str, seco
         threading.Timer(0.05, write).start()
         reply = ask(app, f"/proxy?module={name}", {"X-Prometheus-Scrape-Timeout-Seconds": seconds})
         wait_until(lambda: pipe.closed)
-    assert (reply.status, reply.text) == (200, "up 1\n")
+    assert reply.said == (200, "up 1\n")
 
 
 def test_a_failure_of_a_module_with_a_line_break_in_its_name_is_one_line() -> None:
@@ -12738,7 +12736,7 @@ def test_an_unexpected_error_is_a_500_and_one_record_never_an_exception(
     app = application(everything())
     monkeypatch.setattr(expexp.SelfMetrics, "render", lambda _: 1 // 0)
     reply = ask(app, "/metrics")
-    assert (reply.status, reply.text) == (500, "Internal Server Error: see the log\n")
+    assert reply.said == (500, "Internal Server Error: see the log\n")
     assert [
         record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR
     ] == ["unexpected error in answering /metrics"]
@@ -12764,7 +12762,7 @@ def test_the_default_module_answers_where_none_is_named_bug_1() -> None:
 def test_an_empty_module_does_not_scrape_the_default_one(query: str) -> None:
     app = application({"f": file_module("/no/file")}, default="f")
     reply = ask(app, f"/proxy?{query}")
-    assert (reply.status, reply.text) == (404, 'unknown module ""\n')
+    assert reply.said == (404, 'unknown module ""\n')
     assert metric(app, 'expexp_proxy_errors_total{module="f"}') == 0
 
 
@@ -12801,7 +12799,7 @@ def test_a_request_without_a_module_of_ours_gets_one_line(
     path: str, status: int, text: str
 ) -> None:
     reply = ask(application({"e": exec_module("echo up 1")}), path)
-    assert (reply.status, reply.text) == (status, text)
+    assert reply.said == (status, text)
     assert reply.headers["content-type"] == "text/plain; charset=utf-8"
     assert reply.headers["x-content-type-options"] == "nosniff"
 
@@ -12925,7 +12923,7 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize(("query", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_bad_arguments_are_refused_in_one_line(query: str, message: str) -> None:
     reply = ask(application({"m": exec_module("echo up 1")}), f"/proxy?module=m{query}")
-    assert (reply.status, reply.text) == (400, f"{message}\n")
+    assert reply.said == (400, f"{message}\n")
 
 
 def test_as_many_and_as_long_arguments_as_the_limits_say_are_accepted() -> None:
@@ -13442,7 +13440,7 @@ def test_if_too_many_passwords_wait_the_last_unknown_name_is_refused(
     assert logins.begin("x:5").result().text == BUSY  # itself the last
     known = [logins.begin("u:6"), logins.begin("v:7")]
     refused = logins.begin("v:8").result()  # only known names wait
-    assert (refused.status, refused.text) == (503, BUSY)
+    assert refused.said == (503, BUSY)
     slow.finish()
     assert [accepted.pop(at).result().text for at in (3, 1)] == [BUSY] * 2
     slow.finish(3)
@@ -13459,7 +13457,7 @@ def test_a_request_that_waits_too_long_for_its_turn_is_refused(
     monkeypatch.setattr(expexp.Limits, "bcrypt_seconds", 0.2)
     with taking(0.2, 4):
         reply = ask(logins._app, "/", login("u:right"))
-    assert (reply.status, reply.text) == (503, BUSY)
+    assert reply.said == (503, BUSY)
     slow.finish(2)
     assert first.result().status == 401
     assert ask(logins._app, "/", login("u:right")).status == 200
@@ -14624,7 +14622,7 @@ def test_a_reload_takes_the_new_configuration(method: str, tmp_path: Path) -> No
     with reloadable(tmp_path, {"m": echoing("a"), "gone": echoing("a")}) as (served, reload):
         assert served.scrape("m").text == "a 1\n"
         answer = reload({"m": echoing("b"), "new": echoing("c")}, method)
-        assert (answer.status, answer.text) == HAS_RELOADED
+        assert answer.said == HAS_RELOADED
         assert answer.headers["Content-Type"] == "text/plain; charset=utf-8"
         answers = [served.scrape(name) for name in ("m", "new", "gone")]
         assert [(a.status, a.text) for a in answers] == [
@@ -14651,7 +14649,7 @@ def test_without_the_flag_nobody_may_reload(tmp_path: Path) -> None:
     with reloadable(tmp_path, {"m": echoing("a")}, off) as (served, reload):
         for method in ("POST", "PUT"):
             answer = reload({"m": echoing("b")}, method)
-            assert (answer.status, answer.text) == (403, "-web.enable-lifecycle is not set\n")
+            assert answer.said == (403, "-web.enable-lifecycle is not set\n")
         assert served.scrape("m").text == "a 1\n"
 
 
@@ -14684,7 +14682,7 @@ def test_who_may_not_ask_may_not_reload(
 ) -> None:
     with reloadable(tmp_path, {"m": echoing("a")}, flag) as (_, reload):
         answer = reload("nonsense: true", method)
-        assert (answer.status, answer.text) == (status, text)
+        assert answer.said == (status, text)
     assert not any("nonsense" in line for line in log)
 
 
@@ -14749,7 +14747,7 @@ def test_an_emptied_file_does_not_take_all_modules_away(text: str, tmp_path: Pat
     with reloadable(tmp_path, {"m": echoing("a")}) as (served, reload):
         (tmp_path / "c.yaml").write_text(text)
         answer = reload()
-        assert (answer.status, answer.text) == (500, "no modules are left: that needs a restart\n")
+        assert answer.said == (500, "no modules are left: that needs a restart\n")
         assert served.scrape("m").text == "a 1\n"
         assert served.metric(SUCCESSFUL) == 0
 
@@ -15052,7 +15050,7 @@ def test_a_configuration_that_came_through_a_pipe_is_not_read_again(tmp_path: Pa
             assert writer.result(5)
             with taking(*QUICK_SOCKET):
                 answer = served.get("/-/reload", method="POST")
-            assert (answer.status, answer.text) == (500, f"{pipe}: cannot be read: {A_PIPE}\n")
+            assert answer.said == (500, f"{pipe}: cannot be read: {A_PIPE}\n")
             assert served.scrape("m").text == "a 1\n"
 
 
@@ -15082,7 +15080,7 @@ def test_without_usable_credentials_a_new_configuration_is_not_taken_either(
         secret_file(token, "")
         answer = reload({"m": echoing("b")}, **first)
         problem = f"{TOKEN_FILE}: cannot use {token}: {NO_SECRET}"
-        assert (answer.status, answer.text) == (500, f"{problem}\n")
+        assert answer.said == (500, f"{problem}\n")
         assert log == [f"{KEEPING}{problem}"]
         assert served.scrape("m", first).text == "a 1\n"
         found = served.metrics(first)
@@ -15521,10 +15519,7 @@ def test_a_module_whose_target_hangs_leaves_connections_for_the_others() -> None
             begin_scrape(clients.enter_context(connect(served.port)))
         wait_until(lambda: being_answered(served, 6))
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (
-            503,
-            "module m: too many requests to it are being answered\n",
-        )
+        assert answer.said == (503, "module m: too many requests to it are being answered\n")
         assert served.scrape("n").body == EXPOSITION
         assert served.failures("m") == {"busy": 1}
 
@@ -15541,7 +15536,7 @@ def test_all_modules_together_leave_connections_for_our_own_pages() -> None:
             begin_scrape(clients.enter_context(connect(served.port)), name)
         wait_until(lambda: being_answered(served, 7))
         answer = served.scrape("o")
-        assert (answer.status, answer.text) == (
+        assert answer.said == (
             503,
             "module o: too many requests to all modules are being answered\n",
         )
@@ -15612,10 +15607,7 @@ def test_a_head_with_very_many_headers_counts_as_held_in_memory() -> None:
         running({"m": http_module(port)}, limits=fast_limits(held_bytes=1_000_000)) as served,
     ):
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (
-            503,
-            "module m: too many bodies in memory, try again later\n",
-        )
+        assert answer.said == (503, "module m: too many bodies in memory, try again later\n")
         wait_until(lambda: not served.program.application._tools.used)
 
 
@@ -15655,7 +15647,7 @@ def test_a_hung_file_system_takes_only_the_scrapes_of_its_module(
             with taking(*AT_DEADLINE):
                 assert served.scrape("m").status == 504
         answer = served.scrape("m")
-        assert (answer.status, answer.text) == (
+        assert answer.said == (
             503,
             "module m: 2 reads of it have not returned: its file system may hang\n",
         )
@@ -16932,7 +16924,7 @@ def test_an_unexpected_error_is_an_answer_and_one_trace(
 ) -> None:
     monkeypatch.setattr(expexp, "verify_exposition", lambda *_, **__: 1 / 0)
     answer = server.scrape("m")
-    assert (answer.status, answer.text) == (500, "Internal Server Error: see the log\n")
+    assert answer.said == (500, "Internal Server Error: see the log\n")
     assert log == ["unexpected error in answering /proxy?module=m (ZeroDivisionError)"]
     monkeypatch.undo()
     assert server.scrape("m").status == 200
@@ -19718,7 +19710,7 @@ def test_a_fault_of_ours_in_a_reload_ends_nothing_and_systemd_is_told_that_it_is
         since = time.monotonic_ns() // 1000
         answer = own.get("/-/reload", method="POST")
         receive_reload(channel, since)
-        assert (answer.status, answer.text) == (500, "unexpected error: see the log\n")
+        assert answer.said == (500, "unexpected error: see the log\n")
         assert own.metric(SUCCESSFUL) == 0
         assert own.scrape("m").text == "a 1\n"
         fault.unlink()
@@ -19916,7 +19908,7 @@ def test_a_request_for_a_reload_does_not_wait_for_ever_for_one_that_hangs(
         for _ in range(2):  # the first one gives its place back
             with taking(0.2, 2):
                 answer = served.get("/-/reload", None, "POST")
-                assert (answer.status, answer.text) == (503, "a reload does not end\n")
+                assert answer.said == (503, "a reload does not end\n")
         assert served.get("/-/healthy").body == HEALTHY
 
 
@@ -19934,7 +19926,7 @@ def test_requests_for_a_reload_that_hangs_leave_connections_for_others(
             with taking(0, 2):
                 answer = served.get("/-/reload", None, "POST")
             words = "too many requests wait for a reload, try again later\n"
-            assert (answer.status, answer.text) == (503, words)
+            assert answer.said == (503, words)
         assert {reload.result().status for reload in reloads} == {200}
         assert served.get("/-/reload", None, "POST").status == 200
 
