@@ -2352,16 +2352,19 @@ def is_listening(port: int) -> bool:
     return False
 
 
-def run(*flags: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """expexp run to its end."""
-    return subprocess.run(
-        [sys.executable, str(SOURCE), *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=20,
-        cwd=folder,
+def run(
+    *flags: str,
+    folder: Path | None = None,
+    program: Sequence[str] = (str(SOURCE),),
+    given: bytes = b"",
+) -> subprocess.CompletedProcess[str]:
+    """expexp, or another program in Python, run to its end with this on stdin."""
+    command = [sys.executable, *program, *flags]
+    ended = subprocess.run(
+        command, input=given, capture_output=True, check=False, timeout=50, cwd=folder
     )
+    output, errors = ended.stdout.decode(), ended.stderr.decode()
+    return subprocess.CompletedProcess(command, ended.returncode, output, errors)
 
 
 def secret_file(path: Path, text: str | bytes) -> Path:
@@ -18529,23 +18532,21 @@ CHECKS: Final = {
 }
 
 
-def verify_in_process(folder: Path, body: bytes, *flags: str) -> subprocess.CompletedProcess[bytes]:
-    """`expexp.py -verify` run to its end, in a folder without a configuration."""
-    command = [sys.executable, "-S", str(SOURCE), "-verify", *flags]  # -S: PyYAML is not needed
-    return subprocess.run(
-        command, input=body, capture_output=True, check=False, timeout=20, cwd=folder
-    )
+#: PyYAML is not needed.
+VERIFY_PROGRAM: Final = ("-S", str(SOURCE), "-verify")
 
 
 @pytest.fixture(scope="module")
 def checked(
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Future[subprocess.CompletedProcess[bytes]]]]:
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """All of CHECKS, run beside each other."""
     folder = tmp_path_factory.mktemp("verify")
     with ThreadPoolExecutor(4) as pool:
         yield {
-            name: pool.submit(verify_in_process, folder, check.body, "-", *check.flags)
+            name: pool.submit(
+                run, "-", *check.flags, folder=folder, program=VERIFY_PROGRAM, given=check.body
+            )
             for name, check in CHECKS.items()
         }
 
@@ -18560,11 +18561,11 @@ def test_verify_ends_with_2_where_it_cannot_write(redirection: str) -> None:
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_verify_says_of(
-    name: str, checked: dict[str, Future[subprocess.CompletedProcess[bytes]]]
+    name: str, checked: dict[str, Future[subprocess.CompletedProcess[str]]]
 ) -> None:
     ended = checked[name].result()
-    assert ended.stdout.decode() == CHECKS[name].output
-    assert (ended.returncode, ended.stderr) == (CHECKS[name].code, b"")
+    assert ended.stdout == CHECKS[name].output
+    assert (ended.returncode, ended.stderr) == (CHECKS[name].code, "")
 
 
 @pytest.mark.parametrize(
@@ -20852,10 +20853,7 @@ AN_OLD_GROUP = {"targets": ["old:9999"], "labels": {}}
 
 def fleet_sd(*flags: str, folder: Path, hosts: str) -> subprocess.CompletedProcess[str]:
     """fleet_sd.py run to its end, the hosts on its stdin."""
-    command = [sys.executable, str(FLEET_SD), *flags]
-    return subprocess.run(
-        command, input=hosts, capture_output=True, text=True, check=False, timeout=50, cwd=folder
-    )
+    return run(*flags, folder=folder, program=[str(FLEET_SD)], given=hosts.encode())
 
 
 def keep_state(folder: Path, name: str, seconds_ago: float) -> None:
@@ -22025,19 +22023,12 @@ LINTED: Final = {
 }
 
 
-def lint_in_process(folder: Path, body: bytes, *flags: str) -> subprocess.CompletedProcess[bytes]:
-    """The linter run to its end on what it reads on stdin."""
-    command = [sys.executable, "-S", expolint.__file__, *flags, "-"]  # -S: PyYAML is not needed
-    return subprocess.run(
-        command, input=body, capture_output=True, check=False, timeout=20, cwd=folder
-    )
-
-
 @pytest.mark.parametrize("name", LINTED)
 def test_the_linter_says_of(name: str, tmp_path: Path) -> None:
-    ended = lint_in_process(tmp_path, LINTED[name].body, *LINTED[name].flags)
-    assert ended.stdout.decode() == LINTED[name].output
-    assert (ended.returncode, ended.stderr) == (LINTED[name].code, b"")
+    body, program = LINTED[name].body, ["-S", str(LINTER)]  # PyYAML is not needed
+    ended = run(*LINTED[name].flags, "-", folder=tmp_path, program=program, given=body)
+    assert ended.stdout == LINTED[name].output
+    assert (ended.returncode, ended.stderr) == (LINTED[name].code, "")
 
 
 def test_the_worst_file_decides_the_exit_code_of_the_linter(
