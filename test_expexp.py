@@ -1789,7 +1789,9 @@ VERIFY, VERIFY_SCRAPE, VERIFY_PROTOBUF = take_blocks("Checking an exposition in 
 (FLEET,) = take_blocks("The list of a fleet", "sh")
 (CHECK_AND_RELOAD,) = take_blocks("Reload", "sh")
 (CHECK_RULES,) = take_blocks("Alerts", "sh")
-(CHECK_OLD,) = take_blocks("Moving over from exporter_exporter", "sh")
+CHECK_OLD, TAKE_OLD, CHECK_AS_USER, CHANGE_OVER = take_blocks(
+    "Moving over from exporter_exporter", "sh"
+)
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="promtool is not installed"
 )
@@ -1804,7 +1806,7 @@ needs_promtool = pytest.mark.skipif(
         pytest.param(
             CHECK_AND_RELOAD, "0 problems, 0 warnings, modules: 3\nreload expexp\n", id="a reload"
         ),
-        pytest.param(CHECK_OLD, " warnings, modules: 4\n", id="an old file"),
+        pytest.param(CHECK_OLD, " warnings, modules: 5\n", id="an old file and its flags"),
         pytest.param(CHECK_RULES, "SUCCESS", id="alerts", marks=[pytest.mark.peer, needs_promtool]),
     ],
 )
@@ -1819,6 +1821,10 @@ def test_a_command_of_the_documents_works_on(command: str, said: str, tmp_path: 
     shutil.copy(SOURCE, tmp_path)
     shutil.copy(FOLDER / "expexp.yaml.example", tmp_path / "expexp.yaml")
     (tmp_path / "exporter-exporter.yml").write_text(original_readme("expexp.yaml"))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "fifth.yaml").write_text(json.dumps(exec_module("echo a 1")))
+    old_flags = f'ARGS="-config.dirs {tmp_path}/more"\n'
+    (tmp_path / "prometheus-exporter-exporter").write_text(old_flags)
     (tmp_path / "metrics.pb").write_bytes(b"\7\x0a\1a\x22\2\x12\0")
     (tmp_path / "bin").mkdir()
     for name, line in {"python3": f'exec {sys.executable} "$@"', "systemctl": "echo $*"}.items():
@@ -1829,7 +1835,7 @@ def test_a_command_of_the_documents_works_on(command: str, said: str, tmp_path: 
         (tmp_path / "hosts.txt").write_text(f"127.0.0.1:{port}\n")
         text = command.replace("localhost:9100", f"127.0.0.1:{port}")
         ended = subprocess.run(
-            ["bash", "-euc", text.replace("/etc/prometheus/", f"{tmp_path}/")],
+            ["bash", "-euc", re.sub("/etc/(prometheus|default)/", f"{tmp_path}/", text)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -23497,6 +23503,66 @@ def test_the_readme_installs_a_service_that_answers_at_once(installed: dict[str,
     assert re.fullmatch(r"# HELP demo_answer .*\n# TYPE .*\ndemo_answer\{.*\} 42\n", scraped)
 
 
+OLD_SERVICE: Final = "prometheus-exporter-exporter"
+OLD_UNIT: Final = """\
+[Service]
+ExecStart=/usr/bin/python3 -m http.server 9999
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def prepare_old_service(there: Inside) -> Path:
+    """Make what exporter_exporter leaves: a file and flags for one module each."""
+    folder = there.path("/etc/prometheus/more")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "secret.yaml").write_text(json.dumps(exec_module("echo secret 1")))
+    modules = json.dumps({"modules": {"old": exec_module("echo old 1")}})
+    (folder.parent / "exporter-exporter.yml").write_text(modules)
+    flags = 'ARGS="-config.dirs /etc/prometheus/more"\n'
+    there.path(f"/etc/default/{OLD_SERVICE}").write_text(flags)
+    return folder / "secret.yaml"
+
+
+def shown_old_modules(there: Inside) -> list[tuple[int, str]]:
+    """Return the answers for the two modules from before and for one of the example."""
+    return [there.get(f"/proxy?module={name}") for name in ("old", "secret", "demo_script")]
+
+
+OLD_MODULES: Final = [
+    (200, "old 1\n"),
+    (200, "secret 1\n"),
+    (404, "module demo_script: unknown module\n"),
+]
+
+
+@pytest.mark.peer
+def test_the_steps_of_moving_end_with_the_old_modules_and_flags(service: Systemd) -> None:
+    def done(block: str) -> subprocess.CompletedProcess[str]:
+        return service("sh", "-euc", block)
+
+    secret = prepare_old_service(service)
+    secret.chmod(0o600)
+    service.path(f"{UNITS}/{OLD_SERVICE}.service").write_text(OLD_UNIT)
+    enabled = done(f"systemctl daemon-reload; systemctl enable --now {OLD_SERVICE}")
+    assert enabled.returncode == 0, enabled.stderr
+    assert done(TAKE_OLD).returncode == 0
+    unreadable = done(CHECK_AS_USER)
+    assert unreadable.returncode == 1
+    assert (
+        "/etc/prometheus/more/secret.yaml: cannot be read: permission denied" in unreadable.stderr
+    )
+    done("chgrp expexp /etc/prometheus/more/secret.yaml")
+    secret.chmod(0o640)
+    readable = done(CHECK_AS_USER)
+    assert "0 problems, 0 warnings, modules: 2\n" in readable.stderr
+    changed = done(CHANGE_OVER)
+    assert changed.returncode == 0, changed.stderr + service.log()
+    assert shown_old_modules(service) == OLD_MODULES
+    assert service("systemctl", "is-enabled", OLD_SERVICE).stdout == "disabled\n"
+    service.path(f"{UNITS}/{OLD_SERVICE}.service").unlink()
+
+
 @pytest.mark.peer
 def test_systemd_waits_until_expexp_listens(service: Systemd) -> None:
     assert service.systemctl("start") == 0
@@ -24547,6 +24613,24 @@ def test_the_package_runs_under_systemd_until_it_is_removed(
         assert systemd.systemctl("cat") == 1
         done_there(systemd, "dpkg", "-P", "expexp-py")
         assert listed_there(systemd) == before
+
+
+(MOVE_WITH_PACKAGE,) = take_blocks("With the package for Debian", "sh")
+
+
+@pytest.mark.peer
+@IN_DEBIAN
+def test_the_package_starts_with_the_old_modules_and_flags_of_an_operator_who_moves(
+    debian: Path, released: Path, tmp_path: Path
+) -> None:
+    with started_inside(BOOT, tmp_path, debian, released, find_systemd) as systemd:
+        prepare_old_service(systemd)
+        moved = systemd("sh", "-euc", f"cd /srv\n{MOVE_WITH_PACKAGE}")
+        assert moved.returncode == 0, moved.stdout + moved.stderr + systemd.log()
+        assert shown_old_modules(systemd) == OLD_MODULES
+        assert done_there(systemd, "stat", "-c", "%U:%G %a", INSTALLED_CONFIG) == (
+            "root:expexp 640\n"
+        )
 
 
 FIRST_STEPS: Final = {
