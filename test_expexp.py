@@ -16969,7 +16969,8 @@ def web_config(folder: Path, authority: Authority, **settings: object) -> str:
     pair = {"cert_file": authority.pair, "key_file": authority.pair}
     path = folder / "web.yml"
     path.touch(0o600)
-    path.write_text(json.dumps({"tls_server_config": {**pair, **settings}}))
+    users = {"basic_auth_users": settings.pop("users")} if "users" in settings else {}
+    path.write_text(json.dumps({"tls_server_config": {**pair, **settings}, **users}))
     return str(path)
 
 
@@ -17079,6 +17080,38 @@ def test_a_client_without_certificate_is_told_why_it_does_not_get_in(
         served.context = authority.context()
         with pytest.raises(ssl.SSLError, match=told):
             served.get("/-/healthy")
+
+
+#: What each row of "Who gets in" sends: the authority and name of its certificate, its password.
+ADMISSIONS: Final = {
+    "nothing": ("", "", False),
+    "the password": ("", "", True),
+    "a certificate": ("ours", "good.example", False),
+    "a certificate and the password": ("ours", "good.example", True),
+    "a certificate of another authority and the password": ("other", "good.example", True),
+    "a certificate with another name and the password": ("ours", "a.example", True),
+}
+
+
+@pytest.mark.parametrize(("column", "kind"), [(1, REQUIRED), (2, "VerifyClientCertIfGiven")])
+def test_the_documents_say_who_gets_in_with_certificates_and_passwords(
+    column: int, kind: str, secure: Start, authorities: Authorities
+) -> None:
+    found = {}
+    settings = {"client_auth_type": kind, "client_allowed_sans": ["good.example"]}
+    with secure(users={"prometheus": HASHED}, **settings) as served:
+        for what, (authority, name, has_password) in ADMISSIONS.items():
+            issuer = authorities.other if authority == "other" else authorities.ours
+            file = issuer.client("a", [x509.DNSName(name)]) if authority else ""
+            headers = {"Authorization": basic("prometheus:U*U")} if has_password else {}
+            try:
+                connection = served.connection(authorities.context(file))
+                with contextlib.closing(connection):
+                    found[what] = str(ask_on(connection, "/-/healthy", headers).status)
+            except (ssl.SSLError, ConnectionError, http.client.RemoteDisconnected):
+                found[what] = "no answer"
+    table = document_table("Who gets in")
+    assert found == {row[0]: row[column] for row in table}
 
 
 def test_web_tls_verify_asks_for_certificates_as_the_original(
