@@ -20925,7 +20925,9 @@ def test_fleet_sd_lists_the_modules_of_a_real_expexp_that_wants_a_token(tmp_path
         (b"HTTP/1.1 500 No\r\n\r\n[]", "the answer has status 500"),
         (b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n", "the answer has status 302"),
         (b"SSH-2.0-OpenSSH_9.2\r\n", "the answer is not HTTP"),
-        (b"", "the answer is not HTTP"),
+        (b"", "the connection was closed without an answer"),
+        (b"HTTP/1.1 400 No\r\n\r\n", "the host may speak TLS: then write https://127.0.0.1:"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "the host may speak TLS: then write https://127.0.0.1:"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n[]", "was cut short: 2 of 9 bytes"),
         (b"HTTP/1.1 200 OK\r\n\r\n<html>", "the answer is not JSON"),
         (b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 90000, "the answer is not JSON"),
@@ -20958,7 +20960,7 @@ def test_the_last_targets_of_a_silent_host_are_dropped_after_keep(tmp_path: Path
         hosts = f"127.0.0.1:{silent}\nhttp://127.0.0.1:{port}/sd\n"
         flags = ("-output=out", "-keep=1h")
         ended = fleet_sd(*flags, folder=tmp_path, hosts=hosts)
-    assert "the answer is not HTTP; target groups kept: 0" in ended.stderr
+    assert "closed without an answer; target groups kept: 0" in ended.stderr
     assert json.loads((tmp_path / "out").read_text()) == [A_GROUP]
     assert list(json.loads((tmp_path / "out.state").read_text())) == [f"http://127.0.0.1:{port}/sd"]
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o644
@@ -21008,6 +21010,35 @@ def test_fleet_sd_says_what_is_wrong_with(
     assert "Traceback" not in ended.stderr
 
 
+#: The client certificate that fleet_sd.py presents, and its words if the host does not take it.
+REFUSED_CERTIFICATES: Final = {
+    "none": ("", r"TLS: \w+ alert certificate required"),
+    "of another authority": ("other", r"TLS: \w+ alert unknown ca"),
+}
+
+
+@pytest.mark.parametrize(
+    ("authority", "words"), REFUSED_CERTIFICATES.values(), ids=REFUSED_CERTIFICATES
+)
+def test_fleet_sd_says_why_a_host_does_not_take_its_certificate(
+    authority: str, words: str, secure: Start, authorities: Authorities, tmp_path: Path
+) -> None:
+    flags = ["-ca", authorities.ours.file]
+    if authority:
+        file = authorities.other.client()
+        flags += ["-cert", file, "-key", file]
+    with secure(client_auth_type=REQUIRED) as served:
+        host = f"https://localhost:{served.port}"
+        ended = fleet_sd(*flags, folder=tmp_path, hosts=host)
+    assert re.match(f"{host}: {words}; target groups kept: 0\n", ended.stderr), ended.stderr
+
+
+def test_fleet_sd_says_that_a_host_does_not_speak_tls(tmp_path: Path) -> None:
+    with target(b"HTTP/1.1 400 No\r\n\r\n") as port:
+        ended = fleet_sd(folder=tmp_path, hosts=f"https://127.0.0.1:{port}")
+    assert re.search(": TLS: (wrong version number|record layer failure);", ended.stderr)
+
+
 def test_fleet_sd_prints_its_flags_and_the_documents_list_them(tmp_path: Path) -> None:
     ended = fleet_sd("-help", folder=tmp_path, hosts="")
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -21037,10 +21068,10 @@ def test_fleet_sd_serves_the_list_of_its_last_good_round(tmp_path: Path) -> None
             found = re.fullmatch(r"listening on http://127\.0\.0\.1:(\d+)/\n", log)
             assert found
             served = Client(int(found[1]))
-            assert "is not HTTP; target groups kept: 0" in started.stderr.readline()
+            assert "an answer; target groups kept: 0" in started.stderr.readline()
             assert "no host has answered" in started.stderr.readline()
             assert served.get("/sd").status == 503
-            assert "is not HTTP; target groups kept: 1" in started.stderr.readline()
+            assert "an answer; target groups kept: 1" in started.stderr.readline()
             answered = served.get("/sd")
             assert (answered.status, json.loads(answered.body)) == (200, [A_GROUP])
             assert answered.headers["Content-Type"] == "application/json"
@@ -23565,7 +23596,7 @@ def shown_old_modules(there: Inside) -> list[tuple[int, str]]:
 OLD_MODULES: Final = [
     (200, "old 1\n"),
     (200, "secret 1\n"),
-    (404, "module demo_script: unknown module\n"),
+    (404, 'unknown module "demo_script"\n'),
 ]
 
 

@@ -47,6 +47,7 @@ DURATION: Final = re.compile(r"([0-9]{1,9})(s|m|h|d)")
 UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 PIECE_BYTES: Final = 65536
 OK: Final = 200
+TLS_ALERT: Final = b"\x15\x03"  # how a server of TLS answers plain HTTP
 
 
 class FleetError(Exception):
@@ -220,14 +221,19 @@ def check_groups(document: Any) -> list[Group]:
     return groups
 
 
-def parse_answer(answer: bytes) -> list[Group]:
+def parse_answer(host: Host, answer: bytes) -> list[Group]:
     """Return the target groups of an HTTP answer that ended. Raise FleetError."""
     head, empty_line, body = answer.partition(b"\r\n\r\n")
     status = STATUS_LINE.match(answer)
+    hint = ""
+    if not host.is_tls and (answer.startswith(TLS_ALERT) or (status and status[1] == b"400")):
+        hint = f", and the host may speak TLS: then write https://{host.netloc}{host.path}"
+    if not answer:
+        raise FleetError("the connection was closed without an answer")
     if not (status and empty_line):
-        raise FleetError("the answer is not HTTP")
+        raise FleetError(f"the answer is not HTTP{hint}")
     if int(status[1]) != OK:
-        raise FleetError(f"the answer has status {status[1].decode()}")
+        raise FleetError(f"the answer has status {status[1].decode()}{hint}")
     length = re.search(rb"(?i)\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*(?:\r\n|\Z)", head)
     if length and int(length[1]) != len(body):
         raise FleetError(f"the answer was cut short: {len(body)} of {int(length[1])} bytes")
@@ -260,9 +266,12 @@ async def fetch(host: Host, request_headers: str, context: ssl.SSLContext, most:
 
 def describe(error: BaseException) -> str:
     """Return the message of an error of a connection."""
-    reason = getattr(error, "verify_message", "")
+    if isinstance(error, ssl.SSLError):  # its errno is a number of OpenSSL's, not of the system
+        reason = getattr(error, "verify_message", "")
+        return f"TLS: {reason or (error.reason or str(error)).lower().replace('_', ' ')}"
+    reason = ""
     number = int(getattr(error, "errno", None) or 0)
-    if not reason and number in errno.errorcode:
+    if number in errno.errorcode:
         reason = os.strerror(number)  # asyncio has words of its own
     return reason or f"{type(error).__name__}: {error}"
 
@@ -341,7 +350,7 @@ class Fleet:
                 try:
                     answer = fetch(host, headers, context, self._options["max-bytes"])
                     body = await asyncio.wait_for(answer, self._options["timeout"])
-                    self._known[host.name] = Known(time.time(), parse_answer(body))
+                    self._known[host.name] = Known(time.time(), parse_answer(host, body))
                 except (asyncio.TimeoutError, TimeoutError):
                     faults[host.name] = f"no answer within {self._options['timeout']} s"
                 except (OSError, ValueError) as error:
