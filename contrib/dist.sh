@@ -72,9 +72,15 @@ put 0755 "$debian/rtupdate" "$root/usr/share/python3/runtime.d/expexp-py.rtupdat
 put 0640 expexp.yaml.example "$root/etc/expexp/expexp.yaml"
 put 0644 "$debian/default" "$root/etc/default/expexp"
 put 0644 "$debian/copyright" "$doc/copyright"
-for file in README.md CHANGELOG.md docs/*.md contrib/*.yml contrib/expexp.service.d/*.conf; do
+for file in README.md CHANGELOG.md docs/* bench/README.md expexp.yaml.example contrib/Dockerfile \
+    contrib/*.yml contrib/*.json contrib/expexp.service.d/*.conf; do
     put 0644 "$file" "$doc/$file"
 done
+# What the documents link to and the package has elsewhere.
+ln -s ../../expexp-py/expexp.py "$doc/expexp.py"
+ln -s ../../../expexp-py/fleet_sd.py "$doc/contrib/fleet_sd.py"
+ln -s ../../../../lib/systemd/system/expexp.service "$doc/contrib/expexp.service"
+ln -s ../../common-licenses/Apache-2.0 "$doc/LICENSE"
 printf '%s\n' "expexp-py ($version) unstable; urgency=medium" "" \
     "  * CHANGELOG.md has the changes." "" \
     " -- expexp <root@localhost>  $(date -R -d "@$SOURCE_DATE_EPOCH")" |
