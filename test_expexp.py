@@ -1316,6 +1316,10 @@ def test_a_document_begins_with_one_sentence_on_what_it_holds(document: str) -> 
     assert re.fullmatch(r"This document describes (?:(?!\.\s).)+\.", sentence, re.DOTALL)
 
 
+def test_the_readme_has_at_most_1800_words() -> None:
+    assert len(DOCUMENTS["README.md"].split()) <= 1800
+
+
 def test_the_readme_links_to_every_file_of_docs() -> None:
     linked = {path for path, _ in links_of("README.md")}
     files = {path.relative_to(FOLDER).as_posix() for path in (FOLDER / "docs").iterdir()}
@@ -1506,7 +1510,7 @@ def test_the_example_without_pyyaml_has_the_modules_of_the_example() -> None:
 
 COPIED_FILES: Final = (
     *("Makefile", "pyproject.toml", "expexp.py", "expexp.yaml.example", "test_expexp.py"),
-    *("README.md", "CHANGELOG.md", ".gitignore"),
+    *("README.md", "CHANGELOG.md", "LICENSE", ".gitignore"),
 )
 
 
@@ -1517,7 +1521,7 @@ def made(*words: str, **tools: str) -> Iterator[tuple[Path, Callable[[], subproc
         folder = Path(tmp)
         for file in COPIED_FILES:
             shutil.copy(FOLDER / file, folder)
-        for name in ("contrib", "docs"):
+        for name in ("bench", "contrib", "docs"):
             without = shutil.ignore_patterns("__pycache__")
             shutil.copytree(FOLDER / name, folder / name, ignore=without)
         (folder / "bin").mkdir()
@@ -20870,6 +20874,68 @@ def test_prometheus_takes_the_files_of_contrib(tmp_path: Path, arguments: list[s
     assert "SUCCESS" in run_peer(tmp_path, "promtool", *arguments)
 
 
+def labels_of_targets(folder: Path, text: str) -> list[dict[str, str]]:
+    """Return the labels that Prometheus gives the targets of the jobs in a text."""
+    (folder / "jobs.yml").write_text(text)
+    found = []
+    for job in re.findall(r"job_name: (\w+)", text):
+        listed = run_peer(
+            folder, "promtool", "check", "service-discovery", "--timeout=2s", "jobs.yml", job
+        )
+        found += [one["labels"] for one in json.loads(listed)]
+    return [{key: one[key] for key in one if key[:2] != "__"} for one in found]
+
+
+(JOBS_OF_OPEN_PORTS,) = take_blocks("Moving over from open ports", "yaml prometheus")
+(JOB_WITH_MODULE,) = take_blocks("Moving over from exporter_exporter", "yaml prometheus")
+
+
+@pytest.mark.peer
+def test_the_contrib_alerts_fire_for_the_jobs_that_move_from_open_ports(tmp_path: Path) -> None:
+    (labels,) = labels_of_targets(tmp_path, JOB_WITH_MODULE)
+    assert labels == {"job": "node", "instance": "host1:9999", "module": "node"}
+    series, down = [], []
+    for one in labels_of_targets(tmp_path, JOBS_OF_OPEN_PORTS):
+        text = ",".join(f'{name}="{value}"' for name, value in one.items())
+        series.append({"series": f"up{{{text}}}", "values": f"{int('module' not in one)}x30"})
+        down += [one] if "module" in one else []
+    assert [one["instance"] for one in down] == ["host1:9100", "host2:9100"]
+    query = "ALERTS{alertname='ExpexpModuleDown', alertstate='firing'}"
+    fixed = {"alertname": "ExpexpModuleDown", "alertstate": "firing", "severity": "warning"}
+    samples = []
+    for one in down:
+        text = ",".join(f'{name}="{value}"' for name, value in {**one, **fixed}.items())
+        samples.append({"labels": f"ALERTS{{{text}}}", "value": 1})
+    case = {"expr": query, "eval_time": "20m", "exp_samples": samples}
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": [case]}
+    (tmp_path / "test.yml").write_text(json.dumps({"rule_files": ["alerts.yml"], "tests": [test]}))
+    shutil.copy(CONTRIB / "alerts.yml", tmp_path)
+    assert "SUCCESS" in run_peer(tmp_path, "promtool", "test", "rules", "test.yml")
+
+
+FLEET_UNITS: Final = take_blocks("The jobs of a fleet", "ini")
+(FLEET_JOBS,) = take_blocks("The jobs of a fleet", "yaml prometheus")
+
+
+@pytest.mark.peer
+def test_systemd_takes_the_timer_of_a_fleet_and_fleet_sd_its_flags(tmp_path: Path) -> None:
+    for text in FLEET_UNITS:
+        (tmp_path / text.splitlines()[0].rpartition("/")[2]).write_text(text)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["expexp-fleet-sd.service", "expexp-fleet-sd.timer"]
+    for name in names:
+        verify = ("verify", "--man=no", "--recursive-errors=yes", str(tmp_path / name))
+        assert run_peer(tmp_path, "systemd-analyze", *verify) == ""
+    flags = re.findall(r" (-[a-z]+) ", FLEET_UNITS[0])
+    listed = [
+        name for names, *_ in document_table("The list of a fleet") for name in names_in(names)
+    ]
+    assert flags == ["-hosts", "-output"]
+    assert set(flags) <= set(listed)
+    (output,) = re.findall(r"-output (\S+)", FLEET_UNITS[0])
+    assert f"files: [{output}]" in FLEET_JOBS
+
+
 @pytest.mark.peer
 def test_the_contrib_alerts_are_tested_so_that_a_wrong_one_fails(tmp_path: Path) -> None:
     text = (CONTRIB / "alerts.yml").read_text(encoding="utf-8")
@@ -21031,12 +21097,6 @@ def test_fleet_sd_says_why_a_host_does_not_take_its_certificate(
         host = f"https://localhost:{served.port}"
         ended = fleet_sd(*flags, folder=tmp_path, hosts=host)
     assert re.match(f"{host}: {words}; target groups kept: 0\n", ended.stderr), ended.stderr
-
-
-def test_fleet_sd_says_that_a_host_does_not_speak_tls(tmp_path: Path) -> None:
-    with target(b"HTTP/1.1 400 No\r\n\r\n") as port:
-        ended = fleet_sd(folder=tmp_path, hosts=f"https://127.0.0.1:{port}")
-    assert re.search(": TLS: (wrong version number|record layer failure);", ended.stderr)
 
 
 def test_fleet_sd_prints_its_flags_and_the_documents_list_them(tmp_path: Path) -> None:
@@ -24507,6 +24567,30 @@ def test_make_dist_says_that_it_needs_a_clone() -> None:
         assert make.stdout
         assert "make dist needs a clone of the repository" in make.stdout.read()
         assert not (folder / "dist").exists()
+
+
+@pytest.mark.peer
+def test_the_links_in_the_documents_of_the_package_lead_to_files_of_the_package(
+    released: Path, tmp_path: Path
+) -> None:
+    run_peer(tmp_path, "dpkg-deb", "-x", str(package_of(released)), ".")
+    (tmp_path / "usr/share/common-licenses").mkdir()
+    (tmp_path / "usr/share/common-licenses/Apache-2.0").touch()  # every Debian has it
+    folder = tmp_path / "usr/share/doc/expexp-py"
+    shipped = {path.relative_to(folder).as_posix() for path in folder.rglob("*.md")}
+    assert set(DOCUMENTS) <= shipped
+    dead = set()
+    for document in shipped:
+        text = FENCE.sub("", (folder / document).read_text(encoding="utf-8"))
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            if (
+                not re.match("[a-z]+:", link)
+                and not (folder / document).parent.joinpath(link).exists()
+            ):
+                dead.add((document, link))
+    assert dead == set()
+    dashboard = json.loads((folder / "contrib/dashboard.json").read_text(encoding="utf-8"))
+    assert dashboard["panels"]
 
 
 @pytest.mark.peer
