@@ -20875,7 +20875,7 @@ def test_prometheus_takes_the_files_of_contrib(tmp_path: Path, arguments: list[s
 
 
 def labels_of_targets(folder: Path, text: str) -> list[dict[str, str]]:
-    """Return the labels that Prometheus gives the targets of the jobs in a text."""
+    """Return the labels of the targets of the jobs in a text, which must all be expexp's."""
     (folder / "jobs.yml").write_text(text)
     found = []
     for job in re.findall(r"job_name: (\w+)", text):
@@ -20883,6 +20883,7 @@ def labels_of_targets(folder: Path, text: str) -> list[dict[str, str]]:
             folder, "promtool", "check", "service-discovery", "--timeout=2s", "jobs.yml", job
         )
         found += [one["labels"] for one in json.loads(listed)]
+    assert {one["__address__"].partition(":")[2] for one in found} == {"9999"}
     return [{key: one[key] for key in one if key[:2] != "__"} for one in found]
 
 
