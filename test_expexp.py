@@ -17099,19 +17099,18 @@ ADMISSIONS: Final = {
 
 @pytest.mark.parametrize(("column", "kind"), [(1, REQUIRED), (2, "VerifyClientCertIfGiven")])
 def test_the_documents_say_who_gets_in_with_certificates_and_passwords(
-    column: int, kind: str, secure: Start, authorities: Authorities
+    column: int, kind: str, secure: Start, authority: Authority, stranger: Authority
 ) -> None:
     found = {}
     settings = {"client_auth_type": kind, "client_allowed_sans": ["good.example"]}
     with secure(users={"prometheus": HASHED}, **settings) as served:
-        for what, (authority, name, has_password) in ADMISSIONS.items():
-            issuer = authorities.other if authority == "other" else authorities.ours
-            file = issuer.client("a", [x509.DNSName(name)]) if authority else ""
+        for what, (issuer, name, has_password) in ADMISSIONS.items():
+            signs = stranger if issuer == "other" else authority
+            file = signs.client("a", [x509.DNSName(name)]) if issuer else ""
             headers = {"Authorization": basic("prometheus:U*U")} if has_password else {}
+            served.context = authority.context(file)
             try:
-                connection = served.connection(authorities.context(file))
-                with contextlib.closing(connection):
-                    found[what] = str(ask_on(connection, "/-/healthy", headers).status)
+                found[what] = str(served.get("/-/healthy", headers).status)
             except (ssl.SSLError, ConnectionError, http.client.RemoteDisconnected):
                 found[what] = "no answer"
     table = document_table("Who gets in")
@@ -21085,14 +21084,19 @@ REFUSED_CERTIFICATES: Final = {
 
 
 @pytest.mark.parametrize(
-    ("authority", "words"), REFUSED_CERTIFICATES.values(), ids=REFUSED_CERTIFICATES
+    ("issuer", "words"), REFUSED_CERTIFICATES.values(), ids=REFUSED_CERTIFICATES
 )
 def test_fleet_sd_says_why_a_host_does_not_take_its_certificate(
-    authority: str, words: str, secure: Start, authorities: Authorities, tmp_path: Path
+    issuer: str,
+    words: str,
+    secure: Start,
+    authority: Authority,
+    stranger: Authority,
+    tmp_path: Path,
 ) -> None:
-    flags = ["-ca", authorities.ours.file]
-    if authority:
-        file = authorities.other.client()
+    flags = ["-ca", authority.file]
+    if issuer:
+        file = stranger.client()
         flags += ["-cert", file, "-key", file]
     with secure(client_auth_type=REQUIRED) as served:
         host = f"https://localhost:{served.port}"
