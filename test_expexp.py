@@ -23776,12 +23776,21 @@ def test_systemctl_reload_brings_a_new_configuration_into_force(service: Systemd
 
 
 @pytest.mark.peer
-def test_systemctl_reload_leaves_all_as_it_is_if_the_configuration_is_bad(service: Systemd) -> None:
+def test_systemctl_reload_fails_and_leaves_all_as_it_is_if_the_configuration_is_bad(
+    service: Systemd,
+) -> None:
     assert service.systemctl("start") == 0
-    service.path(INSTALLED_CONFIG).write_text("nonsense")
-    assert service.systemctl("reload") == 0
-    wait_until(lambda: f"\n{LAST_RELOAD} 0\n" in service.get("/metrics")[1])
-    wait_until(lambda: service.show(*RUNNING) == RUNNING)
+    place = service.path(INSTALLED_CONFIG)
+    place.write_text("modules: {m: {method: ftp}}")
+    assert service.systemctl("reload") == 1
+    assert 'modules.m.method: expected http, exec or file, found "ftp"' in service.log()
+    service.configure({"n": exec_module("echo n 1")})
+    service("chown", "root:root", INSTALLED_CONFIG)
+    assert service.systemctl("reload") == 1
+    assert f"\n{INSTALLED_CONFIG}: cannot be read: permission denied\n" in service.log()
+    service("chown", "root:expexp", INSTALLED_CONFIG)
+    assert f"\n{LAST_RELOAD} 1\n" in service.get("/metrics")[1]
+    assert service.show(*RUNNING, "NRestarts") == {**RUNNING, "NRestarts": "0"}
     assert service.get("/proxy?module=m") == (200, "m 1\n")
 
 
