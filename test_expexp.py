@@ -24945,6 +24945,34 @@ def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
         FOR_PEERS.close()
 
 
+def with_lines(error: BaseException) -> BaseException:
+    """Return an error each of whose frames, also those of its causes, has a line.
+
+    A signal, such as that of a test's time limit, may find a function where its code has no line.
+    pytest would end the whole run when it shows that frame.
+    """
+    entries = []
+    traceback = error.__traceback__
+    while traceback:
+        entries.append(traceback)
+        traceback = traceback.tb_next
+    for entry in reversed(entries):
+        frame = entry.tb_frame
+        line = entry.tb_lineno or frame.f_code.co_firstlineno
+        instruction = entry.tb_lasti if entry.tb_lineno else -1
+        traceback = types.TracebackType(traceback, frame, instruction, line)
+    cause = error.__cause__ or error.__context__
+    if cause:
+        with_lines(cause)
+    return error.with_traceback(traceback)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(call: pytest.CallInfo[None]) -> None:
+    if call.excinfo:
+        call.excinfo = pytest.ExceptionInfo.from_exception(with_lines(call.excinfo.value))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     config.option.loadscopereorder = False
@@ -24972,6 +25000,30 @@ def test_the_matrix_finds_the_tests_of_the_pure_section(title: str) -> None:
 def test_one_process_runs_the_tests_of(test: str, group: str) -> None:
     node_id = f"test_expexp.py::{test}"
     assert group_of(node_id) == (group or node_id)
+
+
+def fail_without_a_line() -> None:
+    raise ValueError("a first error")
+
+
+if sys.version_info >= (3, 10):  # Python 3.9 has a line for everything
+    fail_without_a_line.__code__ = fail_without_a_line.__code__.replace(co_linetable=b"")
+
+
+def fail_after_an_error() -> None:
+    try:
+        fail_without_a_line()
+    except ValueError:
+        fail_without_a_line()
+
+
+def test_a_failure_where_the_code_has_no_line_is_reported_like_any_other() -> None:
+    call = pytest.CallInfo.from_call(fail_after_an_error, "call")
+    pytest_runtest_makereport(call)
+    assert call.excinfo
+    shown = str(call.excinfo.getrepr())
+    assert shown.count("ValueError: a first error") >= 2
+    assert f"{Path(__file__).name}:{fail_without_a_line.__code__.co_firstlineno}:" in shown
 
 
 if __name__ == "__main__":
