@@ -181,9 +181,17 @@ clean: ## remove virtual environments and caches
 
 # The tools that pyproject.toml pins as its "dev" extra, one on each line.
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	@echo "Installing the test tools into $(VENV)"
+	@printf 'Installing the test tools into $(VENV):'
 	sed -n '/^dev = \[/,/^\]/s/^ *"\(.*\)",$$/\1/p' pyproject.toml > $(VENV)/dev-requirements.txt
-	if ! $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -r $(VENV)/dev-requirements.txt; then
+	rm -f $(VENV)/pip-failed
+	{
+		$(VENV)/bin/python -m pip install --disable-pip-version-check -r $(VENV)/dev-requirements.txt ||
+			touch $(VENV)/pip-failed
+	} | while read -r word name rest; do
+		if [ "$$word" = Collecting ]; then printf ' %s' "$${name%%[=<>!~;]*}"; fi
+	done
+	echo
+	if [ -e $(VENV)/pip-failed ]; then
 		echo "The test tools could not be installed: pip needs a package registry within reach" >&2
 		echo "(PIP_INDEX_URL names another one). To run expexp, none is needed: make run" >&2
 		exit 1

@@ -1616,8 +1616,15 @@ def test_make_says_or_runs_what_installs_venv(user: int, tools: dict[str, str], 
         assert (folder / ".venv/bin/python").exists() == is_made
 
 
-def test_make_says_that_pip_needs_a_registry() -> None:
-    pip = 'case "$*" in *pip*) exit 1;; esac'
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(0, "into .venv: a b\n"), (1, "pip needs a package registry within reach")],
+)
+def test_make_names_what_pip_installs_and_says_what_pip_needs(status: int, said: str) -> None:
+    pip = f"""case "$*" in *pip*)
+        printf 'Collecting a==1.0 (from -r x)\\n  Using a.whl\\nCollecting b>=2\\n'
+        exit {status};;
+    esac"""
     with made(".venv/.dev") as (folder, start):
         (folder / ".venv/bin").mkdir(parents=True)
         python = folder / ".venv/bin/python"
@@ -1625,9 +1632,8 @@ def test_make_says_that_pip_needs_a_registry() -> None:
         python.chmod(0o755)
         with start() as make:
             assert make.stdout
-            said = make.stdout.read()
-        assert "pip needs a package registry within reach" in said
-        assert not (folder / ".venv/.dev").exists()
+            assert said in make.stdout.read()
+        assert (folder / ".venv/.dev").exists() == (status == 0)
 
 
 @pytest.mark.parametrize(
