@@ -23872,6 +23872,10 @@ def test_the_documents_check_a_changed_configuration_as_expexp_before_the_reload
 ) -> None:
     assert service.systemctl("start") == 0
     service.configure({"n": exec_module("echo n 1")})
+    service("chown", "root:root", INSTALLED_CONFIG)
+    done = service("sh", "-euc", CHECK_AND_RELOAD)
+    assert "permission denied" in done.stdout + done.stderr
+    service("chown", "root:expexp", INSTALLED_CONFIG)
     done = service("sh", "-euc", CHECK_AND_RELOAD)
     assert "0 problems" in done.stdout + done.stderr
     wait_until(lambda: service.get("/proxy?module=n") == (200, "n 1\n"))
