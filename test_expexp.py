@@ -21301,35 +21301,18 @@ def test_a_real_prometheus_scrapes_the_list_of_fleet_sd(
 @pytest.mark.peer
 @pytest.mark.timeout(120)
 def test_the_jobs_of_the_readme_let_the_alert_about_a_module_fire(tmp_path: Path) -> None:
-    program = peer_program("prometheus")
     shutil.copy(CONTRIB / "alerts.yml", tmp_path)
-    script = tmp_path / "script"
-    script.write_text("#!/bin/sh\necho a 1\n")
-    script.chmod(0o755)
-    module = {"method": "exec", "exec": {"command": str(script)}}
-    (tmp_path / "expexp.json").write_text(json.dumps({"modules": {"backup": module}}))
-    with running_expexp(tmp_path, "-config", "expexp.json") as ours:
-        own, address = urllib.parse.urlsplit(ours.url).netloc, f"127.0.0.1:{free_port()}"
-        often = "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\n"
-        jobs = JOBS_OF_README.replace("host1.example.org:9999", own)
-        (tmp_path / "prometheus.yml").write_text(often + jobs)
-        command = [program, "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-        command += [f"--web.listen-address={address}"]
-        with peer_running(command, f"http://{address}", "/-/ready", tmp_path) as prometheus:
-
-            def has_alert(value: str) -> bool | None:
-                query = f'ALERTS{{alertname="ExpexpModuleDown",alertstate="{value}"}}'
-                return bool(queried(query)) or None
-
-            def queried(query: str) -> list[Any]:
-                text = urllib.parse.urlencode({"query": query})
-                answer = get(f"{prometheus.url}/api/v1/query?{text}")
-                return cast("list[Any]", json.loads(answer.body)["data"]["result"])
-
-            eventually(lambda: queried('up{module="backup"} == 1') or None, "a scrape")
-            assert not has_alert("pending")
-            script.unlink()
-            eventually(lambda: has_alert("pending"), "the alert about the module")
+    target, config = tmp_path / "target.prom", tmp_path / "prometheus.yml"
+    target.write_text("a 1\n")
+    often = "global: {scrape_interval: 1s, scrape_timeout: 1s, evaluation_interval: 1s}\n"
+    with started(tmp_path, {"backup": file_module(target)}) as ours:
+        config.write_text(often + JOBS_OF_README.replace("host1.example.org:9999", ours.address))
+        with prometheus(config) as server:
+            alert = 'ALERTS{alertname="ExpexpModuleDown",module="backup",alertstate="pending"}'
+            wait_until(lambda: query_of(server, 'up{module="backup"} == 1'), 30)
+            assert not query_of(server, alert)
+            target.unlink()
+            wait_until(lambda: query_of(server, alert), 30)
 
 
 # ==================================================================================================
