@@ -269,11 +269,10 @@ def describe(error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):  # its errno is a number of OpenSSL's, not of the system
         reason = getattr(error, "verify_message", "")
         return f"TLS: {reason or (error.reason or str(error)).lower().replace('_', ' ')}"
-    reason = ""
     number = int(getattr(error, "errno", None) or 0)
     if number in errno.errorcode:
-        reason = os.strerror(number)  # asyncio has words of its own
-    return reason or f"{type(error).__name__}: {error}"
+        return os.strerror(number)  # asyncio has words of its own
+    return f"{type(error).__name__}: {error}"
 
 
 # --- all hosts
