@@ -2871,7 +2871,7 @@ class Wire:
         return bool(piece)
 
     def _receive(self, most: int) -> bytes:
-        """Return up to `most` bytes that nobody has received, b"" if the peer has closed."""
+        """Return up to `most` bytes from the connection, b"" if the peer has closed."""
         self.deadline.remaining()  # if the peer never pauses, no wait checks it
         return cast(bytes, self.attempt(self.connection.recv, POLLIN, most))
 
