@@ -96,7 +96,7 @@ import time
 import urllib.request
 import warnings
 import zlib
-from collections import Counter, OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -128,15 +128,14 @@ TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 PLAIN_CONTENT_TYPE: Final = "text/plain; charset=utf-8"
 SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
-TIMEOUT_FIELD: Final = "x-prometheus-scrape-timeout-seconds"  # names are compared in lower case
 MEBIBYTE: Final = 1 << 20
 PIECE_BYTES: Final = 65536
 LAST_PORT: Final = 65535
 OK: Final = 200
 UNKNOWN_MODULE: Final = "unknown"  # one label value: clients cannot create series
 HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp frames itself
-    "connection|keep-alive|proxy-authenticate|proxy-authorization|proxy-connection|te|trailer|"
-    "transfer-encoding|upgrade|content-length|expect"
+    "Connection|Keep-Alive|Proxy-Authenticate|Proxy-Authorization|Proxy-Connection|Te|Trailer|"
+    "Transfer-Encoding|Upgrade|Content-Length|Expect"
 )
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
@@ -144,7 +143,7 @@ MODULE_SHARE: Final = 3 / 4  # of the connections: for one module, with waiters 
 PROXY_SHARE: Final = 7 / 8  # for all modules: `/metrics` and `/-/healthy` keep the rest
 RELOAD_SHARE: Final = 1 / 10  # for requests that wait for a reload: a file system can block it
 HEADER_NAME: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
-Header = tuple[str, str]  # name and value of a header
+Header = tuple[str, str]  # name and value of a header. Received names become Title-Case
 
 
 @dataclass(frozen=True)
@@ -389,6 +388,7 @@ def render_address(address: Address) -> str:
     return f"{host}:{port}"
 
 
+@lru_cache(maxsize=1024)
 def parse_client_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """Return a client's address without its zone. Return IPv4 if it was mapped to IPv6."""
     address = ipaddress.ip_address(text.partition("%")[0])
@@ -440,9 +440,8 @@ def compile_production(pattern: bytes) -> Pattern:
     return re.compile(pattern)
 
 
-# Prometheus has no such limits. A token is a name, a label value, a number, a text of metadata or a
-# run of blanks: one match takes it in less than 1 ms, and a copy of it is small. Longer tokens and
-# more labels would cost many times the body's memory, or block all other threads.
+# Prometheus has no such limits. One match takes a token (a name, value, number, text or run of
+# blanks) in 1 ms. Longer tokens and more labels would take much memory, or block all other threads.
 MAX_TOKEN_BYTES: Final = 65_536
 MAX_LABELS: Final = 10_000
 MAX_LABELS_BYTES: Final = 1_048_576
@@ -458,7 +457,6 @@ NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % D
 # escapes have a meaning. Prometheus's lexer skips NUL in a label value, even after a backslash, and
 # after a label value. It stops at NUL in a quoted name.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
-NOTHING: Final = re.compile(rb"(?!)")
 BLANKS: Final = re.compile(rb"[ \t]+")
 WORD: Final = re.compile(rb"[A-Z][A-Z\0]*")
 NULS: Final = re.compile(rb"\0+")
@@ -879,7 +877,7 @@ def read_comment(source: Source) -> Metadata | None:
     source.pos += 1
     blank = source.skip_separator()
     rest = REST if blank and source.peek() != b"\0" else UP_TO_NUL
-    keyword = source.take(WORD if blank else NOTHING, "a word").replace(b"\0", b"")
+    keyword = blank and source.take(WORD, "a word").replace(b"\0", b"")
     end = source.pos
     if source.skip_separator() and keyword in source.dialect.keywords:
         return read_metadata(source, start, keyword)
@@ -2769,17 +2767,17 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
         raise RequestError(400, f'malformed header "{excerpt(name)}"')
     pairs = zip(parts[1::3], parts[2::3])
     # Go keeps a name with a blank under a key that no code looks up.
-    return [(name, value.strip(" \t")) for name, value in pairs if " " not in name]
+    return [(name.title(), value.strip(" \t")) for name, value in pairs if " " not in name]
 
 
 def values_of(headers: Headers, name: str) -> list[str]:
-    """Return the values of the headers with a name. Pass the name in lower case."""
-    return [value for given, value in headers if given.lower() == name]
+    """Return the values of the headers with a name. Pass the name in Title-Case."""
+    return [value for given, value in headers if given == name]
 
 
 def connection_options(headers: Headers) -> list[str]:
-    """Return the options in the header Connection, in lower case: RFC 9110, 7.6.1."""
-    listed = ",".join(values_of(headers, "connection")).lower()
+    """Return the options in the header Connection, in Title-Case: RFC 9110, 7.6.1."""
+    listed = ",".join(values_of(headers, "Connection")).title()
     return [option.strip(" \t") for option in listed.split(",")]
 
 
@@ -2962,14 +2960,14 @@ class TargetExchange:
 
     def _find_end(self, version: bytes) -> None:
         """Find how the body ends: RFC 9112, 6.3. Raise ScrapeError on a contradiction."""
-        lengths = set(values_of(self.headers, "content-length"))
+        lengths = set(values_of(self.headers, "Content-Length"))
         length = ", ".join(sorted(lengths))
         if lengths and not re.fullmatch("[0-9]{1,19}", length):  # enough for 64 bits
             words = f'not HTTP: an invalid Content-Length "{excerpt(length)}"'
             raise ScrapeError("protocol", words)
         codings = []
         if version >= b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
-            codings = values_of(self.headers, "transfer-encoding")
+            codings = values_of(self.headers, "Transfer-Encoding")
         coding = ", ".join(codings)
         if codings and coding.lower() != "chunked":
             words = f'not HTTP: an unknown Transfer-Encoding "{excerpt(coding)}"'
@@ -3023,8 +3021,7 @@ REAPING_SECONDS: Final = 0.02  # between two attempts to reap a command
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
 REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
-#: Punctuation that is not escaped in a Location. urllib would refuse brackets.
-URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"
+URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"  # not escaped in a Location; brackets must be
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
 MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
 MTIME_LINES: Final = """\
@@ -3047,7 +3044,7 @@ class Scrape(NamedTuple):
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
     """Return the headers with all of this name replaced by this one."""
-    return [*(pair for pair in headers if pair[0].lower() != name.lower()), (name, value)]
+    return [*(pair for pair in headers if pair[0] != name), (name, value)]
 
 
 class Reservation:
@@ -3055,12 +3052,12 @@ class Reservation:
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
-        self._counts = Counter[str]()
+        self._counts: dict[str, int] = defaultdict(int)
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> int:
         """Reserve `count` more. Return how much all hold. Raise ScrapeError("busy") if > most."""
         with self._tools.lock:
-            used = self._tools.used[what] + count
+            used = self._tools.used.get(what, 0) + count
             if used > most:
                 raise ScrapeError("busy", words)
             self._tools.used[what] = used
@@ -3075,8 +3072,11 @@ class Reservation:
     def release(self) -> None:
         """Release everything."""
         with self._tools.lock:
-            self._tools.used -= self._counts  # drops zeros: names of modules come and go
-            self._counts.clear()
+            while self._counts:
+                what, count = self._counts.popitem()
+                self._tools.used[what] -= count
+                if not self._tools.used[what]:
+                    del self._tools.used[what]  # names of modules come and go
 
 
 def body_size(scrape: Scrape) -> int:
@@ -3242,6 +3242,7 @@ def wait_for(task: Task, deadline: Deadline) -> Any:
         return task.outcome[0]
 
 
+@lru_cache(maxsize=1024)
 def numeric_addresses(host: str, port: int) -> Any:
     """Return the entries of getaddrinfo for localhost or a numeric address, [] for a name."""
     # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
@@ -3394,7 +3395,7 @@ class Tools:
         self.metrics = metrics
         self.cache = Cache()
         #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
-        self.used = Counter[str]()
+        self.used: dict[str, int] = {}
         self.lock = Lock()  # of `used`
         self.resolver_slots = Semaphore(limits.resolver_threads)
         self.verifications = Semaphore(limits.large_verifications)
@@ -3507,10 +3508,9 @@ def request_headers(job: Job) -> dict[str, str]:
     target = job.module.target
     headers: dict[str, str] = {}
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
-        title = name.title()
-        separator = "; " if title == "Cookie" else ", "
-        known = headers.get(title)
-        headers[title] = f"{known}{separator}{value}" if known else value
+        separator = "; " if name == "Cookie" else ", "
+        known = headers.get(name)
+        headers[name] = f"{known}{separator}{value}" if known else value
     headers["Host"] = target.netloc.removesuffix(DEFAULT_PORTS[target.scheme])
     headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
@@ -3527,14 +3527,15 @@ def request_headers(job: Job) -> dict[str, str]:
 def end_to_end(headers: Headers) -> list[Header]:
     """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
     dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
-    return [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [(name, value) for name, value in headers if name not in dropped]
 
 
 def ask(job: Job, connect: Callable[[Job], Wire], url: str, headers: dict[str, str]) -> Any:
     """Send a GET on a new connection. Return its TargetExchange. Raise ScrapeError."""
     handler: Any = urllib.request.AbstractHTTPHandler()  # knows no proxies, `file:` or `ftp:`
     most = job.tools.limits.target_head_bytes
-    request = urllib.request.Request(url, None, headers, "localhost")  # noqa: S310 - http(s)
+    request = urllib.request.Request(url, origin_req_host="localhost")  # noqa: S310 - http(s)
+    request.headers = headers  # not one by one: measured
     request.timeout = None  # urllib's timeout applies to each read; the wire has a deadline
     try:
         exchange = handler.do_open(TargetExchange, request, wire=connect(job), most=most)
@@ -3564,9 +3565,9 @@ def fetch(job: Job) -> Any:
         headers = request_headers(job)
         job.note("GET %s with %s", job.module.target.url, ", ".join(headers))  # no values: secret
         response = ask(job, connect_target, url, headers)
-        media = ", ".join(values_of(response.headers, "content-type"))
+        media = ", ".join(values_of(response.headers, "Content-Type"))
         job.note("answered with status %d, Content-Type", response.status, details=media.encode())
-        location = "".join(values_of(response.headers, "location")[:1])
+        location = "".join(values_of(response.headers, "Location")[:1])
         if response.status not in REDIRECTS or not location:
             return response
         response.close()  # its body is not read
@@ -3585,7 +3586,7 @@ def scrape_http(job: Job) -> Scrape:
     response = fetch(job)
     headers = end_to_end(response.headers)
     if response.status in range(300, 400):  # clients would look for it on our address
-        headers = [pair for pair in headers if pair[0].lower() != "location"]
+        headers = [pair for pair in headers if pair[0] != "Location"]
     body: Any = response_pieces(job, response)
     if job.module.verify or job.steps is not None:
         body = join_pieces(job, body)
@@ -3754,8 +3755,7 @@ def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
 # --- file
 def scrape_file(job: Job) -> Scrape:
     """Return the scrape of a file or FIFO. Raise ScrapeError."""
-    # A `stat`, `open` or `read` that hangs cannot be interrupted: its thread is left behind. A
-    # module leaves behind at most as many threads as it may run scrapes.
+    # A hung `stat`, `open` or `read` leaves its thread behind, at most one for each scrape allowed.
     most = scrape_bound(job)
     held = Reservation(job.tools)
     words = f"{most} reads of it have not returned: its file system may hang"
@@ -3807,8 +3807,7 @@ class Fifo:
     def __init__(self, path: str) -> None:
         self.path = path  # as configured
         self.lock = Lock()
-        #: Open while an answer is read, and after a scrape that read only a part of it: its end of
-        #: file separates the rest from the next answer.
+        #: Open until an answer is read to its end: the next scrape discards the rest first.
         self.unfinished: io.FileIO | None = None
 
     def close(self) -> None:
@@ -3874,8 +3873,8 @@ def with_mtime(body: bytes, module: Module, modified: float) -> bytes:
 # --- verification of what was scraped
 def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> tuple[str, int]:
     """Return the content type to send and the number of samples. Raise ScrapeError."""
-    encoding = (*values_of(headers, "content-encoding"), "")[0]
-    given = configured or (*values_of(headers, "content-type"), "")[0]
+    encoding = (*values_of(headers, "Content-Encoding"), "")[0]
+    given = configured or (*values_of(headers, "Content-Type"), "")[0]
     content_type = given if CONTENT_TYPE.fullmatch(given) else TEXT_CONTENT_TYPE
     decoded = Reservation(job.tools)
     try:
@@ -3922,7 +3921,7 @@ ARGUMENT_KINDS: Final = {"exec": (b"args", b"params"), "http": (b"params",), "fi
 SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
 GZIP_BYTES: Final = 1024  # smaller bodies fit into a packet
 #: Headers that do not change the answer. Any other may.
-NEUTRAL_HEADERS: Final = ("host", "user-agent", "x-forwarded-for", TIMEOUT_FIELD)
+NEUTRAL_HEADERS: Final = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)
 
 
 def scrape_target(job: Job) -> Scrape:
@@ -3963,7 +3962,7 @@ def scrape_target(job: Job) -> Scrape:
 
 def takes_gzip(job: Job) -> bool:
     """Return whether the client accepts gzip."""
-    return accepts(",".join(values_of(job.headers, "accept-encoding")), "gzip")
+    return accepts(",".join(values_of(job.headers, "Accept-Encoding")), "gzip")
 
 
 def gzip_pieces(body: bytes, level: int) -> Pieces:
@@ -3986,7 +3985,7 @@ def answer_job(job: Job) -> Scrape:
         pairs = job.pairs
         headers: Headers = ()
         if module.method == "http":
-            sent = [(name.lower(), value) for name, value in end_to_end(job.headers)]
+            sent = end_to_end(job.headers)
             headers = sorted(pair for pair in sent if pair[0] not in NEUTRAL_HEADERS)
         else:
             pairs = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
@@ -4037,14 +4036,14 @@ class Request(NamedTuple):
         return self.target.partition("?")[0]
 
     def header(self, name: str) -> str:
-        """Return the values of a header, joined; "" without any. The name is in lower case."""
+        """Return the values of a header, joined; "" without any. The name is in Title-Case."""
         return ", ".join(values_of(self.headers, name))
 
     @property
     def keeps_connection(self) -> bool:
         """Return whether the client keeps the connection open: RFC 9112, 9.3."""
         options = connection_options(self.headers)
-        return "close" not in options and (self.version != "1.0" or "keep-alive" in options)
+        return "Close" not in options and (self.version != "1.0" or "Keep-Alive" in options)
 
 
 @dataclass
@@ -4119,7 +4118,7 @@ def admit(request: Request, networks: Sequence[Network], credentials: Credential
     names = " ".join(dict(request.headers))
     is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx uses 1.0
     has_certificate = request.scheme == "https" and "client certificates" in credentials.demands
-    is_local = address.is_loopback and LOOPBACK.fullmatch(request.header("host"))
+    is_local = address.is_loopback and LOOPBACK.fullmatch(request.header("Host"))
     is_trusted = has_certificate or bool(is_local and not is_proxied)
     schemes = {}
     if credentials.token:
@@ -4128,13 +4127,13 @@ def admit(request: Request, networks: Sequence[Network], credentials: Credential
         schemes["Basic"] = (credentials.users.prove, "Invalid user or password")
     if not schemes:  # no credentials are needed
         return request._replace(is_trusted=is_trusted)
-    name, _, given = request.header("authorization").partition(" ")
+    name, _, given = request.header("Authorization").partition(" ")
     scheme = name.title()
     wrong = "Authorization header is missing"
     if scheme in schemes:
         is_valid, wrong = schemes[scheme]
         if is_valid(given.strip()):
-            others = [pair for pair in request.headers if pair[0].lower() != "authorization"]
+            others = [pair for pair in request.headers if pair[0] != "Authorization"]
             return request._replace(headers=others, is_trusted=True)
     elif scheme:
         wrong = f"Authorization header not of {' or '.join(schemes)} type"
@@ -4352,7 +4351,7 @@ def render_telemetry(application: Application, request: Request) -> Response:
     application.metrics.forget_modules(lambda: application.modules)
     body = application.metrics.render().encode()
     headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
-    if accepts(request.header("accept-encoding"), "gzip"):
+    if accepts(request.header("Accept-Encoding"), "gzip"):
         body = b"".join(gzip_pieces(body, 6))
         headers.append(("Content-Encoding", "gzip"))
     return Response(OK, headers, body)
@@ -4365,8 +4364,8 @@ def answer_probe(_application: Application, request: Request) -> Response:
 
 def explain(application: Application, request: Request) -> Response:
     """Return an account of a scrape made now. No cache, metric, page or log keeps it."""
-    sent = [(k, v) for k, v in request.headers if k.lower() != "accept" or "version=" in v]
-    missing = {k: v for k, v in PROMETHEUS_HEADERS.items() if not values_of(sent, k.lower())}
+    sent = [(k, v) for k, v in request.headers if k != "Accept" or "version=" in v]
+    missing = {k: v for k, v in PROMETHEUS_HEADERS.items() if not values_of(sent, k)}
     started = monotonic()
     steps: Any = []
     response = application.proxy(request._replace(headers=[*sent, *missing.items()]), steps)
@@ -4496,7 +4495,7 @@ class Application:
                 self.metrics.fail(UNKNOWN_MODULE, "", error.reason)
             return own_response(error.reason.status, error.message)
         limits = self.limits
-        wanted = request.header(TIMEOUT_FIELD)
+        wanted = request.header(SCRAPE_TIMEOUT_HEADER)
         seconds = scrape_timeout(module.timeout, wanted, self.options["timeout-offset"], limits)
         is_early = seconds < (module.timeout or limits.scrape_seconds)
         patience = limits.failure_reminder_seconds if is_early else 0
@@ -4538,14 +4537,14 @@ class Application:
                 "last_scrape": history.last_scrape,
                 "failing_since": history.failing_since,
             }
-        if accepts(request.header("accept"), "application/json"):
+        if accepts(request.header("Accept"), "application/json"):
             return own_response(200, json.dumps(outlines), media_type="application/json")
         page = render_page(request.target, outlines, self.options, self.loader.snapshot)
         return own_response(200, page, POLICY, media_type="text/html; charset=utf-8")
 
     def _list_targets(self, request: Request) -> Response:
         """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
-        address = self.options["web.external-address"] or request.header("host")
+        address = self.options["web.external-address"] or request.header("Host")
         if not is_host(address):
             expected = "a header Host with a host and perhaps a port, or -web.external-address"
             raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
@@ -4696,7 +4695,7 @@ def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Reques
     if version not in ("1.0", "1.1"):
         raise RequestError(505, "expected HTTP/1.0 or HTTP/1.1")
     headers = read_header_block(wire, limits.header_block_bytes, STRICT_HEADER)
-    hosts = len(values_of(headers, "host"))
+    hosts = len(values_of(headers, "Host"))
     if hosts != 1 and version == "1.1":  # RFC 9112, 3.2
         raise RequestError(400, f"expected one header Host, found {hosts}: send exactly one")
     descriptor = wire.connection.fileno()
@@ -4797,8 +4796,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
             return  # evicted: a slow request keeps no slot
         if self.server.speaks_tls and self._wire.connection is self._socket:
             refusal = RequestError(400, "Client sent an HTTP request to an HTTPS server.")
-        length = request.header("content-length").strip(" 0")
-        is_unread = bool(refusal or length or request.header("transfer-encoding"))
+        length = request.header("Content-Length").strip(" 0")
+        is_unread = bool(refusal or length or request.header("Transfer-Encoding"))
         is_stale = snapshot[:2] != self._snapshot[:2]  # other configuration or credentials
         self._is_closing = is_unread or is_stale or not request.keeps_connection
         response = self._application.handle(request, refusal)
@@ -4833,21 +4832,21 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def _pieces(self, response: Response, request: Request) -> Iterator[bytes | memoryview]:
         """Yield head and body, as one piece if they are small."""
         headers = list(response.headers)
-        given = [name.lower() for name, _ in headers]
+        given = [name for name, _ in headers]
         body = response.body
         if response.status in BODILESS:
             body = b""
         elif isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
-        elif "content-length" not in given and request.version == "1.0":
+        elif "Content-Length" not in given and request.version == "1.0":
             self._is_closing = True  # only closing ends the body
-        elif "content-length" not in given:
+        elif "Content-Length" not in given:
             headers.append(("Transfer-Encoding", "chunked"))
             pieces = itertools.chain(body, [b""])  # RFC 9112, 7.1: the last chunk is empty
             body = (b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
         if request.method == "HEAD":
             body = b""
-        if "date" not in given:
+        if "Date" not in given:
             # RFC 9110, 5.6.7. email.utils.formatdate takes three times as long.
             headers.append(("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())))
         self._is_closing |= self.server.connections.draining
@@ -5265,6 +5264,7 @@ def perform(options: Options, limits: Limits) -> int:
         with suppress(OSError, AttributeError):  # musl has neither
             library = ctypes.CDLL(None)
             library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
+            library.mallopt(-8, 2)  # M_ARENA_MAX. By default each of 16 threads gets an arena.
             library.malloc_trim(0)  # of loading the configuration
         # Without a stderr, descriptor 2 may become a client's.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
