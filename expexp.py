@@ -3,29 +3,29 @@
 
     python3 expexp.py -config expexp.yaml
 
-`up` means what it would mean without expexp. Flags, configuration and metrics are those of
-exporter_exporter ("the original"). expexp listens on the ports you name, connects to the configured
-targets and container engines, runs the configured commands, reads the configured files, and reloads
-its own files when they change. It writes no file, starts no shell, loads no plugin, follows no
-redirect to another address and ignores proxies in the environment. Besides the commands it runs
-only Python, for -web.tls.certmatch. Every wait has a deadline. Every outside quantity has a limit.
+`up` means what it would mean without expexp. Flags, configuration and metrics follow those of
+exporter_exporter ("the original"). expexp listens on :9999 or the ports you name, connects to the
+configured targets and container engines, runs the configured commands, reads the configured files,
+and reloads changed certificates and secrets. It writes no file, starts no shell, loads no plugin,
+follows no redirect to another address and ignores proxies in the environment. Besides the commands
+it runs only Python, for -web.tls.certmatch. Waits for peers have deadlines. Input has limits.
 
 Endpoints: /proxy, /metrics, /, /sd (discovery), /-/healthy, /-/ready, /-/reload, /-/explain.
 Exit codes: 0 stopped by a signal or no address to listen on, 1 bad configuration or a port in use,
-2 bad flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable.
+2 bad flags. -verify: 0 well-formed, 1 ill-formed, 2 not readable. -explain: 1 without a 200.
 Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON. License: Apache 2.0.
 Specifications: text format 0.0.4, OpenMetrics 1.0, client_model's metrics.proto, RFC 9110 and 9112.
 
 The path of one scrape. No section uses names of later ones. "IO." marks what reads or writes:
- 15  `Server` accepts a connection. `ClientConnection.handle` makes its TLS handshake in a thread.
+ 15  `Server` accepts a connection. `ClientConnection.handle` does its TLS handshake in a thread.
      `_answer` waits for a request. `read_request` reads its line and headers.
- 14  `Application.handle` counts and logs the request. `_route` calls `admit` to check the client.
+ 14  `Application.handle` calls `_route`, which calls `admit` to check the client.
      `proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
  13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls
      `scrape_http`, `scrape_exec` or `scrape_file`. `verify_scrape` unpacks gzip.
-  7  `verify_exposition` reads text by section 5, protobuf by section 6.
-  2  REASONS has the status of each `ScrapeError`. `SelfMetrics.fail` (section 8) counts it.
- 15  `_write` sends the `Response` of `proxy`. Then the request is counted as answered.
+  7  `verify_exposition` reads text with section 5, protobuf with section 6.
+  2  REASONS has the status of each `ScrapeError`. `SelfMetrics.fail` (section 8) counts the error.
+ 15  `_write` sends the `Response` of `proxy`. Then `_finish` counts and logs the request.
 
 Contents:
   1  Constants and limits
@@ -122,7 +122,7 @@ __all__ = ["ExpositionError", "main", "verify_exposition"]
 # ==================================================================================================
 # 1  Constants and limits
 # ==================================================================================================
-# `Limits` has every bound with its reason. A test compares docs/operation.md with these values.
+# `Limits` has the bounds on resources. A test compares docs/operation.md with these values.
 
 TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -139,7 +139,7 @@ HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp f
 )
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
-MODULE_SHARE: Final = 3 / 4  # of the connections: for one module, with waiters for its cache
+MODULE_SHARE: Final = 3 / 4  # of the connections: for one module, cache waiters included
 PROXY_SHARE: Final = 7 / 8  # for all modules: `/metrics` and `/-/healthy` keep the rest
 RELOAD_SHARE: Final = 1 / 10  # for requests that wait for a reload: a file system can block it
 HEADER_NAME: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
@@ -148,10 +148,10 @@ Header = tuple[str, str]  # name and value of a header. Received names become Ti
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on everything that comes from outside. Names end in units."""
+    """Bounds on everything that comes from outside. Most names end in their unit."""
 
-    connections: int = 512  # one thread each; if all are taken, an idle one is evicted
-    file_descriptors: int = 8192  # the soft limit is raised to this or the hard limit
+    connections: int = 512  # one thread each; if all are taken, one without a scrape is evicted
+    file_descriptors: int = 8192  # the soft limit is set to this, or to a lower hard limit
     connection_descriptors: int = 5  # for one client, its TLS and a command
     accept_pause_seconds: float = 0.05  # accept must not spin when no descriptor is free
     request_line_bytes: int = 65536  # a federation query has many match[] parameters
@@ -159,15 +159,15 @@ class Limits:
     handshake_seconds: float = 10  # for a client's TLS handshake: slow-loris
     header_seconds: float = 10  # for a request's line and headers: slow-loris
     write_stall_seconds: float = 30  # without progress: a client must read to keep a slot
-    write_bytes_per_second: int = 65536  # the slowest rate at which a client may read
+    write_bytes_per_second: int = 65536  # a piece may take its size at this rate, plus the stall
     idle_seconds: float = 180  # an idle connection: longer than the usual scrape interval
     target_head_bytes: int = 262144  # status line and headers of a target's answer
-    unread_bytes: int = 262144  # of a refused request's body, read so that the answer arrives
+    unread_bytes: int = 262144  # of a body, discarded so that the answer arrives
     unread_seconds: float = 2  # to read that body
     body_bytes: int = 268435456  # 256 MiB: a body, sent or decoded; a command's output; a file
-    held_bytes: int = 536870912  # 512 MiB: the bodies of all requests together; above it: busy
-    large_verifications: int = 2  # concurrent ones above 1 MiB: 40 delayed small ones by 0.4 s
-    config_bytes: int = 16777216  # 16 MiB: a configuration file
+    held_bytes: int = 536870912  # 512 MiB: bodies and heads of all requests; above it: busy
+    large_verifications: int = 2  # concurrent, above 1 MiB: 40 of them delay small ones by 0.4 s
+    config_bytes: int = 16777216  # 16 MiB: a file of configuration, certificates or a key
     rotation_seconds: float = 1  # between checks of certificate and secret files
     retry_seconds: float = 300  # before unusable files are read again although unchanged
     bcrypt_cost: int = 14  # the highest of a user's hash: about a second of processor time
@@ -191,10 +191,10 @@ class Limits:
     evicted_connections: int = 32  # whose threads still run; above it new ones wait, up to 1 s
     unspread_scrapes: int = 32  # of a module at once; further ones start after a random delay
     scrape_spread_seconds: float = 0.001  # times the running scrapes: the longest such delay
-    hang_up_spread_seconds: float = 0.3  # longest delay after a hang-up: 520 may wake at once
+    hang_up_spread_seconds: float = 0.3  # longest delay after a hang-up: all threads could wake
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
-    client_scrape_seconds: float = 600  # a scrape with only the client's: a day would hold a slot
+    client_scrape_seconds: float = 600  # with only a client's timeout: a longer one holds a slot
     longest_scrape_seconds: float = 86400  # a scrape with any timeout
     term_to_kill_seconds: float = 0.5  # for a command's process group to end
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
@@ -202,7 +202,7 @@ class Limits:
     failure_pause_seconds: float = 10  # between any two warnings about a module
 
     def share(self, part: float) -> int:
-        """Return the number of connections in a part of all, at least one."""
+        """Return this fraction of the connections, at least one."""
         return max(1, int(self.connections * part))
 
 
@@ -232,11 +232,11 @@ REASONS: Final = {
         Reason("file", 500, ("file",), "expexp_file_fails_total"),
         Reason("unreachable", 502, ("http",)),  # not resolved, refused, reset, TLS
         Reason("truncated", 502, ("http",)),  # less than announced, invalid chunks
-        Reason("protocol", 502, ("http",)),  # not HTTP, endless headers, a 1xx
+        Reason("protocol", 502, ("http",)),  # not HTTP, endless headers or 1xx answers, 101
         Reason("too_large", 502),  # body, decoded body, output or file over its limit
         Reason("busy", 503),  # max_concurrent, bodies in memory
         Reason("timeout", 504, counter="expexp_proxy_timeout_errors_total"),
-        Reason("status", 0, ("http",)),  # not 200: passed on; a redirect becomes 502
+        Reason("status", 0, ("http",)),  # not 200: passed on; an unfollowed redirect: 502
         Reason("aborted", 502),  # the client hung up, or the body failed after the status was sent
     )
 }
@@ -253,14 +253,14 @@ def excerpt(text: str | bytes | memoryview, limit: int = 80) -> str:
 
 
 class ExpexpError(Exception):
-    """Base class of all errors that expexp raises on purpose."""
+    """Base class of expexp's own errors, except CertificateError."""
 
 
 class Problem(NamedTuple):
-    """One fault of the configuration: `expexp.yaml:12:5: modules.node.http.prot: unknown key`."""
+    """One fault of the configuration: `expexp.yaml:12:5: modules.node.http.foo: unknown key`."""
 
     file: str
-    line: int  # 0 in JSON
+    line: int  # 0: unknown
     column: int
     path: str
     message: str
@@ -290,7 +290,7 @@ class RequestError(ExpexpError):
 
 
 class ScrapeError(ExpexpError):
-    """A scrape failed. `reason` is a key of REASONS. Only the log shows `detail`."""
+    """A scrape failed for one of REASONS. Only the log and explanations show `detail`."""
 
     def __init__(self, reason: str, message: str, detail: str = "") -> None:
         super().__init__(message)
@@ -339,12 +339,12 @@ class Secret:
 
 @dataclass
 class Deadline:
-    """The moment at which a scrape must end. No single wait exceeds `longest_wait` seconds."""
+    """The moment at which work must end. No single wait exceeds `longest_wait` seconds."""
 
     seconds: float
     clock: Callable[[], float] = monotonic
     longest_wait: float = inf
-    client_fd: int = -1  # of the connection that the client may close
+    client_fd: int = -1  # the client's connection, polled for a hang-up
 
     def __post_init__(self) -> None:
         self._end = self.clock() + self.seconds
@@ -423,14 +423,15 @@ def scrape_timeout(configured: float, header: str, offset: float, limits: Limits
 # 4  Exposition: grammar
 # ==================================================================================================
 # The two line formats as data: tokens for the reader of section 5, productions for its fast path,
-# and a `Dialect` for each format. Runs of one byte class are possessive (`++`, `*+`, `}+`). Before
-# Python 3.11 plain runs match the same, because nothing is ambiguous. Of the groups only the
-# outermost is possessive, from 3.11.5 on: 3.11.2 takes half a group for a whole one (gh-106052).
+# and a `Dialect` for each format. Long runs of one byte class are possessive (`++`, `*+`, `}+`).
+# Before Python 3.11 plain runs match the same, because nothing is ambiguous. An outermost group is
+# possessive from 3.11.5 on: 3.11.2 takes half a group for a whole one (gh-106052).
 # `(?:x|)` is faster than `(?:x)?`, and a class is faster without `^`. Authority: Prometheus's
 # lexers, model/textparse/{promlex,openmetricslex}.l.
 
 Pattern = re.Pattern[bytes]
 POSSESSIVE: Final = sys.version_info >= (3, 11)
+OUTERMOST: Final = b"+" if sys.version_info >= (3, 11, 5) else b""  # behind an outermost group
 
 
 def compile_production(pattern: bytes) -> Pattern:
@@ -491,10 +492,10 @@ LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, W
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
-    """Return a pattern of labels from number `depth` on. After 20, names may repeat: `more`."""
+    """Return a pattern of labels from number `depth` on. In group `more` names may repeat."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    # Python 3.11 and 3.13 raise SystemError if a group that matched in an earlier line starts a
-    # match, fails, and the line goes on. So no group starts at the brace after a trailing comma.
+    # Python 3.11 and 3.13 raise SystemError if a group that an earlier line has set starts to match
+    # and fails, and the match goes on. So no group starts at the brace after a trailing comma.
     pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
         return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b){0,200}" % (comma, name, value)
@@ -541,9 +542,8 @@ TEXT_TIMESTAMP: Final = rb"(?: [0-9]{1,18}+|)"
 
 def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
     """Return a pattern of up to RUN_SAMPLES samples. Each match holds the interpreter lock."""
-    possessive = b"+" if sys.version_info >= (3, 11, 5) else b""
     block = rb"(?:%b){0,6}%b %b%b\n" % (metadata, series, number, after)
-    return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, possessive))
+    return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, OUTERMOST))
 
 
 class Dialect(NamedTuple):
@@ -590,15 +590,15 @@ OPENMETRICS: Final = Dialect(
 # ==================================================================================================
 # The reader defines what is accepted and makes every message. Each `read_*` reads at the position
 # of its source and advances it. It raises only ExpositionError and what the caller's `tick` raises.
-# `tick` is called for every line, label and window of a long comment, so that a deadline ends the
+# `tick` is called for each run, line, label and window of a long comment, so a deadline ends the
 # reading of any body. Time is linear in the size of the body. The fast path reads a run of lines in
 # one match. It accepts only what the reader accepts: verdicts and counts are the same without it.
 
 FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
-# The most bytes in one match (2 ms for labels that begin alike) and in one check for UTF-8.
+# The most bytes in one match (2 ms for labels that begin alike) and in the reader's UTF-8 checks.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns count bytes
-#: What to add to a message that matches. Each pattern first sees the byte before the place.
+#: What to add to a message. A pattern searches the byte before it as `b'x'`, then the message.
 ADVICE: Final = {
     r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
     r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
@@ -645,11 +645,11 @@ class Source:
                 message += f"; {advice}"
         line = 1
         start = 0
-        for window in range(0, pos, WINDOW_BYTES):
+        for begin in range(0, pos, WINDOW_BYTES):
             self.tick()
-            end = min(window + WINDOW_BYTES, pos)
-            line += self.body.count(b"\n", window, end)
-            start = max(start, self.body.rfind(b"\n", window, end) + 1)
+            end = min(begin + WINDOW_BYTES, pos)
+            line += self.body.count(b"\n", begin, end)
+            start = max(start, self.body.rfind(b"\n", begin, end) + 1)
         text = self.body[start : start + LINE_BYTES].partition(b"\n")[0]
         before = pos - start
         if len(text) < LINE_BYTES and is_utf8(text):
@@ -706,7 +706,7 @@ class Label(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One line with a value. The name is unescaped, the rest is as it was written."""
+    """One line with a value. Names are unescaped, the rest is as it was written."""
 
     pos: int
     name: bytes
@@ -748,7 +748,7 @@ def read_quoted(source: Source, form: Pattern, what: str) -> bytes:
 
 
 def read_name(source: Source, form: Pattern, what: str) -> bytes:
-    """Return a name, bare or quoted. A quoted one may hold anything, UTF-8 or not."""
+    """Return a name, bare or quoted. A quoted one may hold any byte except NUL."""
     if source.peek() == b'"':
         return unescape(read_quoted(source, QUOTED_NAME, "a name"))
     name = source.take(form, "a name")
@@ -800,7 +800,7 @@ def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Label
 
 
 def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *needed: bytes) -> Label | None:
-    """Return the first label that is not UTF-8, or whose name is empty or `taken`."""
+    """Return the first label not in UTF-8, or whose name is empty or `taken`. Extend `taken`."""
     # Prometheus first drops all labels of a name if one has an empty value, unless it is `needed`.
     dropped = {name for _, name, value in labels if not value}.difference(needed)
     for label in labels:
@@ -972,17 +972,17 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
     """Return the number of samples. A window that is not UTF-8 is read line by line."""
     source = Source(body, dialect, tick)
     forms: tuple[Pattern, ...] = ()
-    window = 0
+    stop = 0
     samples = 0
     while source.pos <= len(body):
         start = source.pos
-        if start >= window:
-            window = body.rfind(b"\n", start, start + WINDOW_BYTES) + 1 or start + WINDOW_BYTES
-            forms = (dialect.fast, dialect.wide) if is_utf8(body[start:window]) else ()
+        if start >= stop:
+            stop = body.rfind(b"\n", start, start + WINDOW_BYTES) + 1 or start + WINDOW_BYTES
+            forms = (dialect.fast, dialect.wide) if is_utf8(body[start:stop]) else ()
         tick()
         for form in forms:
-            samples += read_runs(source, window, form)
-        if source.pos < window:  # measured: to read one more line in each window took 5 % longer
+            samples += read_runs(source, stop, form)
+        if source.pos < stop:  # measured: to read one more line in each stop took 5 % longer
             samples += isinstance(read_line(source), Sample)
     return samples
 
@@ -992,11 +992,11 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 # ==================================================================================================
 # A body is a run of `io.prometheus.client.MetricFamily` messages, each after its length. PROTOBUF
 # has the known fields. Others are skipped. As in Prometheus's decoder, wire types and lengths must
-# fit, names and texts must be UTF-8, and label names must be unique. Only the labels of one metric
-# are kept in memory. One match checks a plain message. It accepts only what `read_fields` accepts.
+# fit, names, help and label values must be UTF-8, and label names must differ. Only the labels of
+# one metric are in memory. One match checks a plain message. `read_fields` would accept it, too.
 # Authority: client_model's metrics.proto, protobuf's encoding page.
 
-#: The fields of each message by their numbers: 1, 2, 3. "" is left to `check_metric`.
+#: The fields of each message in the order of their numbers. Kind "" is left to `check_metric`.
 PROTOBUF: Final = {
     "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
     "Metric": {
@@ -1043,7 +1043,7 @@ LENGTH_DELIMITED: Final = 2
 #: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All other contents have 2: length and bytes.
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 LAST_TYPE: Final = 5  # of a family
-MAX_LENGTH_BYTES: Final = 5  # of a message, as in Prometheus
+MAX_PREFIX_BYTES: Final = 5  # of the length before a message, as in Prometheus
 #: Fields that make a histogram native. Prometheus adds the label `le` to other histograms.
 NATIVE: Final = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
 VARINT: Final = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
@@ -1056,10 +1056,10 @@ PLAIN: Final = {
     "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }
 LABEL: Final = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
-LABELS: Final = re.compile(LABEL)
+LABEL_FIELD: Final = re.compile(LABEL)
 #: A metric of one number, with its labels.
 PLAIN_METRIC: Final = compile_production(
-    rb"(?s)(?:%b){0,30}+[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, VARINT.pattern)
+    rb"(?s)(?:%b){0,30}%b[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, OUTERMOST, VARINT.pattern)
 )
 Field = tuple[str, int, int]  # path, start and end of the content
 
@@ -1130,7 +1130,7 @@ def is_plain_metric(body: bytes, pos: int, end: int) -> bool:
     """Return whether a metric is one number with short labels in ASCII, whose names differ."""
     if not PLAIN_METRIC.fullmatch(body, pos, end):
         return False
-    labels = LABELS.findall(body, pos, end)
+    labels = LABEL_FIELD.findall(body, pos, end)
     names = {name for _, name, _ in labels}
     fits = all(ord(size) - 2 == len(name + text) for size, name, text in labels)
     return fits and len(names) == len(labels)
@@ -1194,7 +1194,7 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
     while pos < len(body):
         tick()
         start, end = read_content(body, pos, len(body), "metric_family", LENGTH_DELIMITED)
-        if start - pos > MAX_LENGTH_BYTES:
+        if start - pos > MAX_PREFIX_BYTES:
             raise garbled("metric_family", pos, "expected a length of at most 5 bytes")
         metrics += read_family(source, start, end)
         pos = end
@@ -1260,7 +1260,7 @@ SELF_METRICS: Final = {
     ("counter", "path", "code"): {"expexp_http_requests_total": "Requests answered, by route."},
     ("counter", "reason"): {"expexp_tls_handshake_failures_total": "Failed TLS handshakes."},
     ("counter",): {
-        "expexp_rejected_connections_total": "Connections closed without an answer.",
+        "expexp_rejected_connections_total": "Connections closed for lack of a slot or thread.",
         "expexp_log_lines_dropped_total": "Log lines that were not written.",
         "process_cpu_seconds_total": "User and system time in seconds.",
     },
@@ -1270,7 +1270,7 @@ SELF_METRICS: Final = {
         "expexp_tls_certificate_expiry_timestamp_seconds": "Earliest expiry in expexp's chain.",
         "expexp_config_last_reload_successful": "Whether the last reload was successful.",
         "expexp_config_last_reload_success_timestamp_seconds": "Time of the last good reload.",
-        "expexp_credentials_last_reload_successful": "Whether changed secrets are in use.",
+        "expexp_credentials_last_reload_successful": "Whether all credentials are up to date.",
         "process_open_fds": "Open file descriptors.",
         "process_max_fds": "Soft limit of file descriptors.",
         "process_virtual_memory_bytes": "Virtual memory in bytes.",
@@ -1325,7 +1325,7 @@ class SelfMetrics:
 
     def forget_modules(self, known: Callable[[], Iterable[str]]) -> None:
         """Drop the series of all modules except the known ones."""
-        with self._lock:  # around `known`: no module gets its first series meanwhile
+        with self._lock:  # also during `known`: no module may gain a series then
             kept = {UNKNOWN_MODULE, *known()}
             for name in (*MODULE_SAMPLES, "expexp_proxy_failures_total"):
                 samples = self._samples[name]
@@ -1398,7 +1398,7 @@ def parse_level(text: str) -> int:
 
 
 def parse_address(text: str) -> Address | None:
-    """Return host ("" for all) and port of `:9999` or `[::1]:9999`. Raise ValueError."""
+    """Return host ("" for all) and port of `[::1]:9999`, None for no text. Raise ValueError."""
     if not text:
         return None
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+(?:%\w+)?\]|[^:\[\]\s/]*):([0-9]{1,5})", text)
@@ -1441,9 +1441,9 @@ def parse_pattern(text: str) -> str:
         try:
             re.compile(text, re.ASCII)
         except (re.error, Warning, OverflowError, RecursionError) as error:
-            raise ValueError(f"not a regular expression of Python: {error}") from None
+            raise ValueError(f"not a Python regular expression: {error}") from None
     if re.search(r"\[:\^?\w+:]", text):  # Python does not always warn
-        raise ValueError("not a regular expression of Python: POSIX classes are not supported")
+        raise ValueError("not a Python regular expression: POSIX classes are not supported")
     return text
 
 
@@ -1457,7 +1457,7 @@ class Flag(NamedTuple):
 
 FLAGS: Final = {
     "allow.net": Flag("Allow only clients of this network. Repeatable.", parse_network, None),
-    "config.auto-reload-interval": Flag("Reload changed files this often.", parse_seconds, "0"),
+    "config.auto-reload-interval": Flag("Look for changed files this often.", parse_seconds, "0"),
     "config.check": Flag("Check configuration and credentials, and exit.", parse_boolean, "false"),
     "config.dirs": Flag("Read one module from each file of this folder. Repeatable.", default=None),
     "config.file": Flag("Read the modules in this file. Also -config.", default="expexp.yaml"),
@@ -1480,7 +1480,7 @@ FLAGS: Final = {
     "web.telemetry-path": Flag("Serve the metrics of expexp at this path.", parse_path, "/metrics"),
     "web.tls.ca": Flag("Verify client certificates with the CAs in this file.", default="ca.pem"),
     "web.tls.cert": Flag("Serve TLS with the certificate in this file.", default="cert.pem"),
-    "web.tls.certmatch": Flag("Require a matching name in client certificates.", parse_pattern),
+    "web.tls.certmatch": Flag("Require client names that match this pattern.", parse_pattern),
     "web.tls.key": Flag("Serve TLS with the key in this file.", default="key.pem"),
     "web.tls.listen-address": Flag('Serve TLS on this address. "" disables it.', parse_address),
     "web.tls.verify": Flag("Require and verify client certificates.", parse_boolean, "false"),
@@ -1544,12 +1544,12 @@ def render_usage() -> str:
 # the keys. Scalars keep their source text: YAML 1.1 changes `1.10`, `no` and `010`. Pure.
 
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
-Place = tuple[int, int]  # line and column; JSON has none: 0
+Place = tuple[int, int]  # line and column; 0: unknown, as in JSON
 Values = dict[str, Any]
 
 
 class NodeError(ExpexpError):
-    """A node has an unexpected kind or text. Its arguments are a message and a place, if known."""
+    """A node or document cannot be used. Its arguments are a message and a place, if known."""
 
 
 class Node(NamedTuple):
@@ -1568,7 +1568,7 @@ def place_after(before: str) -> Place:
 
 
 def build_yaml(loader: Any, raw: Any) -> Node:
-    """Return our node for one of PyYAML. It builds each alias once, so that none can explode."""
+    """Return the Node of a PyYAML node. The loader builds an anchor once: no alias can explode."""
     place = raw.start_mark.line + 1, raw.start_mark.column + 1
     build = loader.construct_object
     if raw.id == "scalar":
@@ -1701,7 +1701,7 @@ PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
 HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 #: Refuses a password before a host: pages and the log show the target.
 NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
-A_PATH: Final = "the path of a URL (its host has the key address), two hexadecimal digits after %"
+A_PATH: Final = "the path of a URL (put the host into address), two hexadecimal digits after %"
 URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
 LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
 SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME.pattern}"
@@ -1710,12 +1710,12 @@ read_text: Final = scalar("text without a NUL")
 read_secret: Final = scalar("text without a NUL", convert=Secret)
 read_module_name: Final = scalar("a name", "[^\0\ud800-\udfff]+")
 BOOLEAN: Final = "(?i:true|false|yes|no|on|off)"
-A_CHOICE: Final = "true or false (contrib/expolint.py has the former strict level)"
+VERIFY_CHOICE: Final = "true or false (contrib/expolint.py has the former strict level)"
 read_boolean: Final = scalar("true or false", BOOLEAN, to_boolean, "boolean")
 read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
-read_address: Final = scalar("a host or IP address (use port, scheme and path)", HOST, to_address)
-read_place: Final = scalar("a name or path, without a password", NO_PASSWORD + NO_NUL)
+read_address: Final = scalar("a host or IP address (no port, scheme or path)", HOST, to_address)
+read_name_or_path: Final = scalar("a name or path, without a password", NO_PASSWORD + NO_NUL)
 read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{NO_NUL}")
 read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
 read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret)
@@ -1750,9 +1750,9 @@ def key(read: Any, default: Any = "", *needs: str, required: str = "") -> Any:
 
 @dataclass(frozen=True, repr=False)  # it may hold secrets
 class HttpTarget:
-    """Section `http` of a module. With a `unix_socket` the port may be 0."""
+    """Section `http` of a module. With a `unix_socket` the port may be missing."""
 
-    unix_socket: str = key(read_place)
+    unix_socket: str = key(read_name_or_path)
     port: int = key(read_port, 0, required="port of the exporter")
     scheme: str = key(scalar("http or https", "https?"), "http")
     address: str = key(read_address, "localhost")
@@ -1771,11 +1771,11 @@ class HttpTarget:
     tls_ca_cert_file: str = key(read_text)  # instead of the system's authorities
     tls_root_ca_file: str = key(read_text)  # beside the system's authorities
     content_type: str = key(scalar("one line of Latin-1 text", LINE))
-    server_name: str = key(read_place)
+    server_name: str = key(read_name_or_path)
 
     @cached_property
     def netloc(self) -> str:
-        """Return the value of the header Host."""
+        """Return host and port, as in the header Host if the port is not the default."""
         host = self.container or self.address
         return render_address((host, self.port)) if self.port else host
 
@@ -1820,7 +1820,7 @@ class Module:
 
     method: str = key(scalar("http, exec or file", "http|exec|file"), required="http, exec or file")
     timeout: float = key(read_duration, 0.0)
-    verify: bool = key(scalar(A_CHOICE, BOOLEAN, to_boolean, "boolean"), True)
+    verify: bool = key(scalar(VERIFY_CHOICE, BOOLEAN, to_boolean, "boolean"), True)
     cache: float = key(read_duration, 0.0)
     max_concurrent: int = key(scalar("0 to 999999", "0|[1-9][0-9]{0,5}", int, "number"), 0)
     scrape_interval: float = key(read_duration, 0.0)
@@ -1915,7 +1915,7 @@ class DocumentReader:
         self.filename = filename
         self.problems = problems
         self.places: dict[str, Place] = {"": (0, 0)}
-        self._has_refused_keys = False  # one may be a required key with a wrong name or place
+        self._has_refused_keys = False  # then a required key may be misspelled, not missing
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default at the place of the path or the nearest section around it."""
@@ -1958,21 +1958,21 @@ class DocumentReader:
         self._has_refused_keys |= len(self.problems) > before
         return found
 
-    def read(self, read: Any, node: Node, path: str) -> Any:
+    def read(self, reader: Any, node: Node, path: str) -> Any:
         """Return the value of a key's node, or None after a problem."""
-        if isinstance(read, type):  # the dataclass of a section
+        if isinstance(reader, type):  # the dataclass of a section
             before = len(self.problems)
-            declared = declared_keys(read)
+            declared = declared_keys(reader)
             values = self.values(declared, self.entries(node, path, declared), path)
-            return None if len(self.problems) > before else read(**values)
-        if isinstance(read, tuple):  # readers of names and of secrets
-            found = self.entries(node, path, read_name=read[0])
-            return {name: self.read(read[1], found[name], f"{path}.{name}") for name in found}
+            return None if len(self.problems) > before else reader(**values)
+        if isinstance(reader, tuple):  # readers of names and of secrets
+            found = self.entries(node, path, read_name=reader[0])
+            return {name: self.read(reader[1], found[name], f"{path}.{name}") for name in found}
         with self.noting(path):
-            return read(node)
+            return reader(node)
 
     def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
-        """Return the values of the declared keys, None after a problem. Note contradictions."""
+        """Return the values of the keys present, None after a problem. Note contradictions."""
         values: Values = {}
         for name, metadata in declared.items():
             node = nodes.get(name, Node())
@@ -2067,8 +2067,8 @@ PRIVATE_KEY: Final = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----
 PEM_MISTAKES: Final = (
     (rb"\A\s*\Z", "nothing", "write it again"),
     (rb"BEGIN ENCRYPTED|4,ENCRYPTED", "an encrypted key", "decrypt it with openssl pkey"),
-    (rb"BEGIN OPENSSH", "a key of OpenSSH", "make a new one with openssl genpkey"),
-    (rb"BEGIN.* REQUEST", "a certificate request", "name the certificate that its authority made"),
+    (rb"BEGIN OPENSSH", "an OpenSSH key", "make a new one with openssl genpkey"),
+    (rb"BEGIN.* REQUEST", "a certificate request", "use the certificate that the CA issued"),
     (rb"BEGIN PKCS7", "PKCS#7", "convert it with openssl pkcs7 -print_certs"),
     (rb"BEGIN CERTIFICATE-(?!.*END)", "a part of a certificate", "write it again"),
     (rb"BEGIN CERTIFICATE", "a certificate", "name the file of its key here"),
@@ -2089,7 +2089,7 @@ SEARCH_NAMES: Final = (
     "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
 )
 MATCHING: Final = BoundedSemaphore(Limits.certmatch_processes)
-# RFC 5280, 4.1.2.5: a sequence of two times, in UTC and with seconds. The second is the end.
+# RFC 5280, 4.1.2.5: a sequence of two dates, in UTC and with seconds. The latter is the expiry.
 VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([0-9]{12,14})Z")
 
 
@@ -2123,11 +2123,11 @@ class NamedFile(NamedTuple):
 class LoadedValue(DocumentReader):
     """A value loaded from files, with its problems and the fingerprints of the files."""
 
-    def __init__(self, source: DocumentReader, at_start: bool, *arguments: Any) -> None:
-        """Load the value. After problems, keep that of `source`, which has the places of keys."""
-        super().__init__(source.filename, [])
-        self.places = source.places
-        self.value: Any = getattr(source, "value", None)
+    def __init__(self, former: DocumentReader, at_start: bool, *arguments: Any) -> None:
+        """Load the value, or keep that of `former` after problems. Use the places of `former`."""
+        super().__init__(former.filename, [])
+        self.places = former.places
+        self.value: Any = getattr(former, "value", None)
         self.at_start = at_start
         self.files: dict[str, list[int]] = {}
         self.warnings: list[str] = []
@@ -2158,7 +2158,7 @@ class LoadedValue(DocumentReader):
         """Note an error of the block as a problem with a file."""
         return self.noting(named.setting, f"cannot use {excerpt(named.name, 200)}")
 
-    def watch(self, filename: str) -> int:
+    def record(self, filename: str) -> int:
         """Note a file's fingerprint. Return its mode. Raise ValueError for a reread pipe. IO."""
         was_read = filename in self.files
         self.files[filename] = fingerprint(filename)
@@ -2169,7 +2169,7 @@ class LoadedValue(DocumentReader):
 
     def content(self, filename: str, most_bytes: int = Limits.config_bytes) -> bytes:
         """Return the content of a file. Raise OSError, or ValueError if it is too large. IO."""
-        self.watch(filename)
+        self.record(filename)
         with open(filename, "rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
@@ -2216,7 +2216,7 @@ class LoadedValue(DocumentReader):
         found = self.pem(CERTIFICATE, "a certificate", filename)
         is_short = SHORT_RSA.search(ssl.PEM_cert_to_DER_cert(found[0]))  # the others do no harm
         if is_short and context.minimum_version >= ssl.TLSVersion.TLSv1_2:
-            raise ValueError("expected an RSA key from 2048 bits, found fewer: make a new one")
+            raise ValueError("expected an RSA key of 2048+ bits, found fewer: make a new one")
         return found
 
     def trust(self, context: SSLContext, named: NamedFile) -> str:
@@ -2229,13 +2229,13 @@ class LoadedValue(DocumentReader):
         return ""
 
     def present(self, context: SSLContext, chain: NamedFile, chain_key: NamedFile) -> float:
-        """Let a context present a certificate. Return its chain's first expiry, Unix time. IO."""
+        """Let a context present a chain. Return its earliest expiry, Unix time. IO."""
         expires = 0.0
         with self.using(chain):
             expires = min(map(certificate_end, self.certificates(context, chain.name)))
-            self.watch(chain.name)  # OpenSSL reads it again, which a pipe does not allow
+            self.record(chain.name)  # OpenSSL reads it again, which a pipe does not allow
             with self.using(chain_key):
-                mode = self.watch(chain_key.name)
+                mode = self.record(chain_key.name)
                 self.warn_if_public(chain_key.name)
                 if not stat.S_ISFIFO(mode):  # OpenSSL reads a pipe itself
                     self.pem(PRIVATE_KEY, "a private key", chain_key.name)
@@ -2267,7 +2267,7 @@ def hash_password(crypt_rn: Any, password: bytes, stored: str) -> Any:
 
 
 class PasswordChecks:
-    """Proofs, and a queue for hashing: known users first, then by arrival. Reloads keep both."""
+    """Proofs of right passwords, and a queue for hashing: known users first. Reloads keep both."""
 
     def __init__(self) -> None:
         self.key = os.urandom(32)
@@ -2302,7 +2302,7 @@ class Users(NamedTuple):
     checks: PasswordChecks
 
     def prove(self, given: str) -> bool:
-        """Return whether base64 of `user:password` is right. Hash it once. Raise RequestError."""
+        """Return whether base64 `user:password` is right, hashed once if so. Raise RequestError."""
         try:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
@@ -2318,7 +2318,7 @@ class Users(NamedTuple):
         with self.checks.turn(stored != ""):
             if proofs.get(name) == proof:  # another request has hashed it meanwhile
                 return True
-            # An unknown name costs as much as the costliest user: time must not tell them apart.
+            # An unknown name costs as much as the costliest user, so equal costs hide which exist.
             hashes = [secret.reveal() for secret in self.hashes.values()]
             like = stored or max(hashes, key=lambda text: text[4:6])
             hashed = hash_password(self.crypt_rn, password, like) or b""
@@ -2388,7 +2388,7 @@ class PreparedTls(NamedTuple):
 
 
 class Credentials(NamedTuple):
-    """What clients need to get in, and the certificate for them. Replaced as a whole."""
+    """What clients need to get in, and the TLS to serve them. Replaced as a whole."""
 
     token: Secret
     users: Users | None
@@ -2399,16 +2399,16 @@ class Credentials(NamedTuple):
         return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
 
     @property
-    def demands(self) -> set[str]:
-        """Return what clients must do to get in."""
-        demands = {"authentication"} if self.token or self.users else set()
+    def protections(self) -> set[str]:
+        """Return the protections in force, which a reload cannot drop."""
+        protections = {"authentication"} if self.token or self.users else set()
         if self.tls:
-            demands.add("TLS")
+            protections.add("TLS")
             if self.tls.settings.client_auth_type == AUTH_TYPES[-1]:
-                demands.add("client certificates")
+                protections.add("client certificates")
             if self.tls.settings.client_allowed_sans:
-                demands.add("client_allowed_sans")
-        return demands
+                protections.add("client_allowed_sans")
+        return protections
 
 
 class LoadedCredentials(LoadedValue):
@@ -2437,11 +2437,11 @@ class LoadedCredentials(LoadedValue):
             words = "flag -%s has no effect without -web.tls.listen-address"
             self.warnings += [words % name for name in idle]
         credentials = Credentials(token or self.secret(file), users, tls)
-        if options["web.tls.certmatch"] and "client certificates" not in credentials.demands:
+        if options["web.tls.certmatch"] and "client certificates" not in credentials.protections:
             self.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
         if self.value and not self.problems:
             # A file that is half written, or deleted by mistake, must not let everybody in.
-            for what in self.value.demands - credentials.demands:
+            for what in self.value.protections - credentials.protections:
                 self.problem("", f"{what} cannot be given up without a restart")
             if tls and not self.value.tls:  # its listener is plain
                 self.problem("", "TLS cannot be turned on without a restart")
@@ -2483,7 +2483,7 @@ class LoadedCredentials(LoadedValue):
         context.minimum_version = TLS_VERSIONS[settings.min_version]
         context.maximum_version = TLS_VERSIONS[settings.max_version]
         # No session tickets: a client that resumes by one does not show its certificate.
-        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # allowed by OpenSSL 1.1.1
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # 1.1.1 would renegotiate
         context.num_tickets = 0
         context.verify_flags |= 0x80000  # PARTIAL_CHAIN: trust what the operator names, as Go does
         # AUTH_TYPES has the order of these modes: none, optional, required.
@@ -2499,7 +2499,7 @@ def client_context(version: str, trusts_system: bool, is_verified: bool) -> SSLC
     context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options &= ~IGNORE_UNEXPECTED_EOF
     level = 0 if version < "TLS12" else 2  # before 1.2, SHA-1 signs: OpenSSL allows it at level 0
-    # For TLS up to 1.2, those of Go's client since 1.22: no RSA key exchange. Python's differ.
+    # The ciphers of Go's client since 1.22, up to TLS 1.2: no RSA key exchange. Python's differ.
     context.set_ciphers(f"ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES+SHA1:@SECLEVEL={level}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of these versions
@@ -2596,7 +2596,7 @@ class LoadedConfig(LoadedValue):
 
     def _load_folder(self, folder: str, skip_missing: bool) -> None:
         """Add a module for each document in a folder, in sorted order. Raise OSError."""
-        if not self.watch(folder) and skip_missing:
+        if not self.record(folder) and skip_missing:
             self.warnings.append(f"skipping non existent config.dirs entry '{folder}'")
             return
         for name in sorted(os.listdir(folder)):
@@ -2642,10 +2642,10 @@ class LoadedConfig(LoadedValue):
 
 
 class Snapshot(NamedTuple):
-    """All that was loaded from files. A request keeps the snapshot with which it began."""
+    """All that was loaded from files. A scrape keeps its module even if a reload replaces it."""
 
     config: LoadedValue  # the value is a Config
-    credentials: LoadedValue  # ours: the value is a Credentials
+    credentials: LoadedValue  # of clients: the value is a Credentials
     targets: dict[str, LoadedValue]  # by module: the values are TargetCredentials
     loaded: float  # when the configuration was loaded, Unix time
 
@@ -2657,7 +2657,7 @@ class Snapshot(NamedTuple):
 
 
 class Loader:
-    """Holds the snapshot in use. Replaces it on a reload. Raise ConfigError at the start."""
+    """Holds the snapshot, which reloads and changed credentials replace. Raise ConfigError."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
         self._arguments = options, PasswordChecks()
@@ -2672,12 +2672,12 @@ class Loader:
         self.snapshot = Snapshot(config, config.credentials, config.targets, time.time())
 
     def current(self) -> Snapshot:
-        """Return the snapshot. Load our credentials again first if their files have changed. IO."""
+        """Return the snapshot. Load clients' credentials again first if their files changed. IO."""
         self.refresh("", self.snapshot.credentials)
         return self.snapshot
 
     def refresh(self, name: str, former: LoadedValue) -> LoadedValue:
-        """Return a module's credentials or ours, loaded again if their files have changed. IO."""
+        """Return a module's credentials, clients' for "", loaded again if files changed. IO."""
         with self._swapping:
             if monotonic() - former.checked_at < self._limits.rotation_seconds:
                 return former
@@ -2699,11 +2699,11 @@ class Loader:
         return fresh
 
     def reload(self) -> Sequence[Problem]:
-        """Read all files, once for all waiting callers. Return problems. Raise RequestError."""
+        """Read all files. Waiting callers share a run. Return problems. Raise RequestError."""
         reloads = self._reloads
         if not self._reloading.acquire(timeout=self._limits.reload_seconds):
-            LOGGER.error("a reload does not end")
-            raise RequestError(503, "a reload does not end")
+            LOGGER.error("a reload has not ended in time: a file system may hang")
+            raise RequestError(503, "a reload has not ended in time: a file system may hang")
         try:
             if self._reloads != reloads:  # another thread has read all files since
                 return self.snapshot.config.problems
@@ -2743,8 +2743,8 @@ Pieces = Iterator[bytes]
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
-#: In an error's text if the peer has closed. The error's class depends on Python and OpenSSL.
-TLS_END: Final = re.compile(r"EOF[ _)]")
+#: The error's text has this if the peer has closed. The class depends on Python and OpenSSL.
+TLS_EOF: Final = re.compile(r"EOF[ _)]")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # Both are linear, as no two parts match the same text: 30 ms for 256 KiB that fail at the end.
 STRICT_HEADER: Final = re.compile(rf"(?m)^({HEADER_NAME.pattern}):({LINE})\r?\n")
@@ -2789,7 +2789,7 @@ def render_head(first_line: str, headers: Iterable[Header]) -> bytes:
 
 
 def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) -> set[int]:
-    """Return the ready descriptors, none after `longest` seconds. Raise ScrapeError."""
+    """Return the ready descriptors, none once `longest` or the deadline ends. Raise ScrapeError."""
     poll = select.poll()
     for source, event in events.items():
         poll.register(source, event)
@@ -2798,15 +2798,15 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) ->
         poll.register(deadline.client_fd, select.POLLRDHUP)
     ready = {descriptor for descriptor, _ in poll.poll(1000 * min(deadline.remaining(), longest))}
     if deadline.client_fd in ready:
-        # Measured for 520 hang-ups at once: others have a p99 of 65 to 196 ms, not 252 to 274 ms.
-        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # no FIFO is held too long
+        # Measured for 520 hang-ups: the p99 of other scrapes is 65-196 ms, without this 252-274 ms.
+        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # it may hold a FIFO's lock
         sleep(random.random() * most)  # noqa: S311 - no secret
         raise ScrapeError("aborted", "the client closed its side before the answer")
     return ready
 
 
 class Wire:
-    """A non-blocking connection, plain or over TLS. All its waits end at one deadline."""
+    """A non-blocking connection, plain or over TLS. No wait outlasts the current deadline."""
 
     def __init__(self, connection: socket.socket, deadline: Deadline) -> None:
         self.connection = connection
@@ -2814,7 +2814,7 @@ class Wire:
         self._received = bytearray()  # and not yet returned
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
-        """Return an operation's result, after a wait for `event`. Raise OSError or ScrapeError."""
+        """Return an operation's result. If it would block, wait. Raise OSError or ScrapeError."""
         # Measured: `settimeout` before each read costs a third more system calls than `poll`.
         while True:  # A retry sends the same slice: with another, OpenSSL fails (BAD_LENGTH).
             try:
@@ -2835,7 +2835,7 @@ class Wire:
         try:
             self.attempt(tls.do_handshake, POLLIN)
         except ssl.SSLError as error:
-            if TLS_END.search(str(error)):
+            if TLS_EOF.search(str(error)):
                 raise ConnectionResetError("closed during the TLS handshake") from None
             raise
         return tls
@@ -2892,7 +2892,7 @@ class Wire:
 
 
 def read_header_block(wire: Wire, most: int, grammar: re.Pattern[str]) -> Headers:
-    """Return the headers up to an empty line. Raise RequestError, EOFError if the peer closes."""
+    """Return headers up to an empty line. Raise RequestError, OSError, EOFError or ScrapeError."""
     block = wire.read_through(EMPTY_LINE, most)
     if len(block) > most:
         raise RequestError(431, "the headers are too large")
@@ -2959,7 +2959,7 @@ class TargetExchange:
         return found[1]
 
     def _find_end(self, version: bytes) -> None:
-        """Find how the body ends: RFC 9112, 6.3. Raise ScrapeError on a contradiction."""
+        """Find how the body ends: RFC 9112, 6.3. Raise ScrapeError if a header is invalid."""
         lengths = set(values_of(self.headers, "Content-Length"))
         length = ", ".join(sorted(lengths))
         if lengths and not re.fullmatch("[0-9]{1,19}", length):  # enough for 64 bits
@@ -3012,7 +3012,7 @@ class TargetExchange:
 # 13  Scraping targets
 # ==================================================================================================
 # A function of SCRAPERS takes a Job and returns a Scrape or raises ScrapeError, by the deadline of
-# the job. All requests share one budget for bodies. `cleanup` runs after the response is sent. IO.
+# the job. All requests share one budget for bodies. `Job.cleanup` runs when the job ends. IO.
 
 AnyLock = Union[Lock, Semaphore]
 Process = subprocess.Popen[bytes]
@@ -3032,7 +3032,7 @@ MTIME_LINES: Final = """\
 
 
 class Scrape(NamedTuple):
-    """A target's answer. The body of an unverified http target is an iterator."""
+    """A target's answer. The body is an iterator only if it is streamed to the client."""
 
     status: int
     headers: Headers
@@ -3043,19 +3043,19 @@ class Scrape(NamedTuple):
 
 
 def with_header(headers: Headers, name: str, value: str) -> Headers:
-    """Return the headers with all of this name replaced by this one."""
+    """Return the headers with one named `name`, in place of any others."""
     return [*(pair for pair in headers if pair[0] != name), (name, value)]
 
 
 class Reservation:
-    """What one request, or a part of it, has reserved of what all requests share."""
+    """The part of the shared resources that a request, or a step of it, has reserved."""
 
     def __init__(self, tools: Tools) -> None:
         self._tools = tools
         self._counts: dict[str, int] = defaultdict(int)
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> int:
-        """Reserve `count` more. Return how much all hold. Raise ScrapeError("busy") if > most."""
+        """Reserve `count` more. Return the new total. Raise ScrapeError("busy") above `most`."""
         with self._tools.lock:
             used = self._tools.used.get(what, 0) + count
             if used > most:
@@ -3079,7 +3079,7 @@ class Reservation:
                     del self._tools.used[what]  # names of modules come and go
 
 
-def body_size(scrape: Scrape) -> int:
+def total_size(scrape: Scrape) -> int:
     """Return the bytes of a body plus those of its gzip form."""
     return len(cast(bytes, scrape.body)) + len(scrape.packed)
 
@@ -3090,8 +3090,8 @@ class Run:
 
     module: Module  # a reload may have changed it since
     task: Any = None
-    completed_at: float = inf  # monotonic; inf while running
-    size: float = inf  # of a good answer's body, in bytes
+    completed_at: float = inf  # monotonic; inf while running, or if not cached
+    size: float = inf  # bytes of a good answer and its gzip form
     waiting: int = 0  # requests that wait for the outcome
     #: The scrape polls the other end of this socket as its client: closing it ends the scrape. A
     #: command has none. A command that is too slow for one request answers the next.
@@ -3124,7 +3124,7 @@ class Cache:
                 break
             if outcome[0] != "timeout":  # after the timeout of an older run, start another
                 raise ScrapeError(*outcome)
-        job.held.reserve_bytes(body_size(outcome))  # it may be evicted while it is sent
+        job.held.reserve_bytes(total_size(outcome))  # it may be evicted while it is sent
         if asked < run.completed_at:
             return outcome
         aged = with_header(outcome.headers, "Age", str(int(asked - run.completed_at)))
@@ -3144,7 +3144,7 @@ class Cache:
             try:
                 polled, run.client = socket.socketpair()
             except OSError as error:
-                raise ScrapeError("busy", f"no socket can be made: {words_of(error)}") from None
+                raise ScrapeError("busy", f"cannot create a socket: {words_of(error)}") from None
             cleanup.enter_context(polled)
             cleanup.enter_context(run.client)
             deadline = Deadline(seconds, client_fd=polled.fileno())
@@ -3158,7 +3158,7 @@ class Cache:
             run.waiting -= 1
             if run.client and not run.waiting and run.completed_at == inf:
                 run.client.close()
-                if self._runs.get(key) is run:  # or else a reload has changed the module
+                if self._runs.get(key) is run:  # not if it failed or the module changed
                     del self._runs[key]  # the next request begins another one
 
     def _make(self, job: Job, key: Any, run: Run) -> Any:
@@ -3180,7 +3180,7 @@ class Cache:
                 return
             del self._runs[key]
             if isinstance(outcome, Scrape) and outcome.status == OK:
-                run.size = body_size(outcome)
+                run.size = total_size(outcome)
             if run.size <= most:  # a larger one would evict all others in vain
                 run.completed_at = monotonic()
                 self._runs[key] = run
@@ -3281,7 +3281,7 @@ class Commands:
         threading.Thread(target=self._reap, daemon=True).start()
 
     def start(self, job: Job) -> Any:
-        """Start the job's command and return its process. Raise ScrapeError("command")."""
+        """Start the job's command and return its process. Raise ScrapeError."""
         target = job.module.target
         prefixes = {b"args": b"", b"params": b"--"}
         null = subprocess.DEVNULL
@@ -3394,7 +3394,7 @@ class Tools:
         self.commands = commands
         self.metrics = metrics
         self.cache = Cache()
-        #: How much all requests hold: bytes of bodies, requests, scrapes and reads of a module.
+        #: In use by all requests: bytes of bodies, requests, each module's scrapes and reads.
         self.used: dict[str, int] = {}
         self.lock = Lock()  # of `used`
         self.resolver_slots = Semaphore(limits.resolver_threads)
@@ -3496,7 +3496,7 @@ def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
     deadline.remaining()
     words = excerpt(words_of(error), 200)
     if isinstance(error, ssl.SSLError):
-        if TLS_END.search(str(error)):
+        if TLS_EOF.search(str(error)):
             return ScrapeError("truncated", NO_END)
         fault = TLS_FAULTS.get(getattr(error, "verify_code", 0), "chain")
         words = f"TLS: {fault}: {words}"
@@ -3575,7 +3575,7 @@ def fetch(job: Job) -> Any:
         url = urljoin(url, percent_encode(location, URL_CHARACTERS, "latin-1"))
         if origin_of(url) != former:
             break
-    # Prometheus would follow it on our address, and take other metrics for the target's.
+    # Prometheus would follow it from its own host, and take other metrics for the target's.
     path = urlsplit(url).path.rpartition("@")[2]  # user, password, query may be secret
     words = f"redirect {response.status} not followed: it leads to {origin_of(url)}{path}"
     raise ScrapeError("status", f"{excerpt(words, 300)}; set path, port or scheme")
@@ -3585,7 +3585,7 @@ def scrape_http(job: Job) -> Scrape:
     """Return the answer of an http target. Raise ScrapeError."""
     response = fetch(job)
     headers = end_to_end(response.headers)
-    if response.status in range(300, 400):  # clients would look for it on our address
+    if response.status in range(300, 400):  # clients would resolve Location on our address
         headers = [pair for pair in headers if pair[0] != "Location"]
     body: Any = response_pieces(job, response)
     if job.module.verify or job.steps is not None:
@@ -3738,7 +3738,7 @@ def scrape_exec(job: Job) -> Scrape:
             return text_scrape(join_pieces(job, command_pieces(job, process, opened, stderr)))
     except ScrapeError as error:
         error.detail = excerpt(bytes(stderr).strip(), job.tools.limits.stderr_bytes)
-        if error.reason.name != "command":  # it has not exited yet
+        if error.reason.name != "command":  # it may still run
             commands.running[process] = name
         raise
     finally:
@@ -3770,7 +3770,7 @@ def scrape_file(job: Job) -> Scrape:
         if task.running.acquire(timeout=1 if error.reason.name == "aborted" else 0.03):
             task.running.release()
         raise
-    job.held.reserve_bytes(body_size(found))
+    job.held.reserve_bytes(total_size(found))
     return found
 
 
@@ -3791,7 +3791,7 @@ def read_module_path(job: Job) -> Scrape:
 
 @contextmanager
 def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
-    """Open a module's file or FIFO. Raise OSError, or ScrapeError if it is of another kind."""
+    """Open a module's file or FIFO. Raise OSError, or ScrapeError for another kind or size."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO may have no writer
     with io.FileIO(os.open(job.module.target.path, flags)) as file:
         found = os.fstat(file.fileno())
@@ -3881,7 +3881,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
         if encoding == "gzip":  # Prometheus decodes nothing else, either
             body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
             job.note("unpacked %d bytes", len(body), details=body)
-        # Measured with 40 clients that ask for 50 MB: others have a p99 of 90 to 156 ms, not 375.
+        # Measured for 40 bodies of 50 MB: the p99 of others is 90-156 ms, without this 375 ms.
         is_large = len(body) > MEBIBYTE
         with hold(job.tools.verifications, job.deadline) if is_large else nullcontext():
             samples = verify_exposition(body, content_type, job.deadline.tick)
@@ -3934,7 +3934,7 @@ def scrape_target(job: Job) -> Scrape:
     running = slot.reserve(f"scrapes of {module.name}", most, words)
     limits = job.tools.limits
     if running > limits.unspread_scrapes:
-        # Measured for 520 requests at once: another scrape has a p99 of 138 to 184 ms, not 382.
+        # Measured for 520 requests: the p99 of other scrapes is 138-184 ms, without this 382 ms.
         longest = running * limits.scrape_spread_seconds
         wait(job.deadline, {}, random.random() * longest)  # noqa: S311 - no secret
     result = SCRAPERS[module.method](job)
@@ -4101,7 +4101,7 @@ def check_arguments(module: Module, pairs: Query, limits: Limits) -> None:
 
 
 def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
-    """Return whether a module accepts an argument, or a parameter of that name."""
+    """Return whether a module accepts a value of `args`, or the name in one of `params`."""
     accepted = module.accept_args if kind == b"args" else module.accept_params
     if isinstance(accepted, bool):
         return accepted
@@ -4111,13 +4111,13 @@ def is_accepted(module: Module, kind: bytes, value: bytes) -> bool:
 
 
 def admit(request: Request, networks: Sequence[Network], credentials: Credentials) -> Request:
-    """Return the request without credentials for expexp. Raise RequestError with 403 or 401."""
+    """Return the request with `is_trusted`, without expexp's credentials. Raise RequestError."""
     address = parse_client_address(request.client)
     if networks and not any(address in network for network in networks):
         raise RequestError(403, "Forbidden")
     names = " ".join(dict(request.headers))
     is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx uses 1.0
-    has_certificate = request.scheme == "https" and "client certificates" in credentials.demands
+    has_certificate = request.scheme == "https" and "client certificates" in credentials.protections
     is_local = address.is_loopback and LOOPBACK.fullmatch(request.header("Host"))
     is_trusted = has_certificate or bool(is_local and not is_proxied)
     schemes = {}
@@ -4179,7 +4179,7 @@ class History:
         """Log a failure: a warning if it is news and no scrape succeeded for `patience` seconds."""
         with self._lock:
             is_due = monotonic() - self._logged_at >= self._limits.failure_reminder_seconds
-            is_news = is_due or reason not in ("busy", self._logged_reason)  # which never is busy
+            is_news = is_due or reason not in ("busy", self._logged_reason)  # busy: only if due
             is_news = is_news and monotonic() - self._succeeded_at >= patience
             if is_news and self._warn(reason, text):
                 return
@@ -4237,7 +4237,7 @@ class Attempt(NamedTuple):
         module = self.module
         kind = error.reason.name
         words = error.message
-        # Faults of the request, the body's text and our own limits do not need the target's URL.
+        # Faults of the request and of the body's text, and "busy", do not need the target's URL.
         if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
         if self.steps is not None:
@@ -4301,7 +4301,7 @@ def fill(template: str, **values: Any) -> str:
     return template.format_map(defaultdict(str, escaped))
 
 
-def render_page(target: str, outlines: dict[str, Any], options: Options, snapshot: Snapshot) -> str:
+def render_page(uri: str, outlines: dict[str, Any], options: Options, snapshot: Snapshot) -> str:
     """Return the page at /."""
     rows = []
     for name, about in outlines.items():
@@ -4312,7 +4312,7 @@ def render_page(target: str, outlines: dict[str, Any], options: Options, snapsho
         rows.append(fill(ROW, path=options["web.proxy-path"], query=query, **known))
     rows.sort()  # by the state, with which a row begins: failing, never, ok
     page = PAGE_START
-    found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", target)
+    found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", uri)
     if found:
         page += f'<meta http-equiv="refresh" content="{found[1]}">'
     told = "\n".join(map(str, snapshot.config.problems[:20]))
@@ -4358,7 +4358,7 @@ def render_telemetry(application: Application, request: Request) -> Response:
 
 
 def answer_probe(_application: Application, request: Request) -> Response:
-    """Return that expexp is healthy, or ready."""
+    """Answer that expexp is healthy, or ready."""
     return own_response(200, f"expexp is {request.path.removeprefix('/-/')}.")
 
 
@@ -4398,7 +4398,7 @@ class Application:
         self._tools = tools
         new_history = partial(History, tools.limits)
         self._histories: dict[str, History] = defaultdict(new_history)  # by module
-        self._reloads = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
+        self._reload_slots = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
         self._routes: dict[str, Callable[[Application, Request], Response]] = {
             "/": Application._index,
             "/-/explain": explain,
@@ -4466,11 +4466,11 @@ class Application:
             self.metrics.increment("expexp_proxy_duration_seconds_count", response.module)
         method = excerpt(request.method)
         target = excerpt(request.target, 2000)
-        ended = http.client.responses.get(status, "")
+        phrase = http.client.responses.get(status, "")
         if response.aborted:
-            ended += ", aborted"
+            phrase += ", aborted"
         words = '%s - %s "%s" %d %s (took %.2fms)'
-        LOGGER.info(words, request.client, method, target, status, ended, seconds * 1000)
+        LOGGER.info(words, request.client, method, target, status, phrase, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """Return the route's response. Raise RequestError."""
@@ -4572,12 +4572,12 @@ class Application:
         """Reload, if clients may ask for that. Return the problems. Raise RequestError."""
         if not self.options["web.enable-lifecycle"]:
             raise RequestError(403, "-web.enable-lifecycle is not set")
-        if not self._reloads.acquire(blocking=False):
+        if not self._reload_slots.acquire(blocking=False):
             raise RequestError(503, "too many requests wait for a reload, try again later")
         try:
             problems = self.reload()
         finally:
-            self._reloads.release()
+            self._reload_slots.release()
         text = "\n".join(map(str, problems))
         return own_response(500 if problems else 200, text or "expexp has reloaded.")
 
@@ -4585,8 +4585,8 @@ class Application:
 # ==================================================================================================
 # 15  HTTP server
 # ==================================================================================================
-# Each connection has a slot, and a thread that also shakes hands. Reads have deadlines, and writes
-# must make progress. A new connection can evict another, except one that awaits or reads a scrape.
+# Each connection has a slot and a thread. Reads have deadlines, and writes must make progress. A
+# new connection can evict another, except one that awaits an answer or reads a scrape. IO.
 
 POLL_SECONDS: Final = 0.05  # between checks for a signal, a shutdown and a due watchdog
 # The start of an absolute form. The lookahead fixes the host's end: no match backtracks.
@@ -4675,14 +4675,14 @@ def handshake_fault(error: Exception) -> str:
     if isinstance(error, (TimeoutError, ScrapeError)):
         return "timeout"
     is_refused = isinstance(error, (CertificateError, UnicodeError))  # UnicodeError: a bad name
-    if is_refused or re.search("CERTIFICATE|UNKNOWN_CA", reason):  # or ours, by the client
+    if is_refused or re.search("CERTIFICATE|UNKNOWN_CA", reason):  # or the client refused ours
         return "certificate"
     # "Closed before" are Python's words for a reset.
     return "closed" if re.search("EOF|Closed before", reason) else "protocol"
 
 
 def read_request(wire: Wire, limits: Limits, client: str, scheme: str) -> Request:
-    """Return a request. Raise RequestError if bad, OSError, EOFError or ScrapeError if none."""
+    """Return a request. Raise RequestError if malformed, else OSError, EOFError or ScrapeError."""
     line = wire.read_through(LINE_END, limits.request_line_bytes)
     if line in (b"\r\n", b"\n"):  # RFC 9112, 2.2: one empty line before a request is ignored
         line = wire.read_through(LINE_END, limits.request_line_bytes)
@@ -4740,11 +4740,11 @@ class ClientConnection(socketserver.BaseRequestHandler):
             LOGGER.debug("%s: %s", self._client, error)
 
     def _shake_hands(self) -> None:
-        """Shake hands and check the client's certificate. Raise OSError or ScrapeError."""
+        """Shake hands, check the certificate. Raise OSError, UnicodeError or ScrapeError."""
         self.server.connections.expose(self._socket)
         first = self._wire.attempt(self._socket.recv, POLLIN, 1, socket.MSG_PEEK)
         tls: Any = self._snapshot.credentials.value.tls
-        if first not in (b"\x16", b""):  # of a handshake: RFC 8446, 5.1; empty if closed
+        if first not in (b"\x16", b""):  # 0x16 begins a handshake: RFC 8446, 5.1; empty: closed
             self._application.metrics.increment("expexp_tls_handshake_failures_total", "plain_http")
             return
         # Wrap a duplicate: wrapping detaches a socket, but the server evicts by the original one.
@@ -4817,7 +4817,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             response.aborted = True
             try:
                 for piece in self._pieces(response, request):
-                    # All pieces together have a deadline, too: that of their scrape.
+                    # A streamed body as a whole also ends at the deadline of its scrape.
                     seconds = stall + len(piece) / self._limits.write_bytes_per_second
                     self._wire.deadline = Deadline(seconds, longest_wait=stall)
                     self._wire.send(piece)
@@ -4870,7 +4870,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self, address: Address, speaks_tls: bool, application: Application, connections: Connections
     ) -> None:
-        """Bind and listen: to IPv4 and IPv6 for `::` or no host. Raise OSError."""
+        """Bind and listen: to IPv4 and IPv6 for `::` or no host. Raise OSError, UnicodeError."""
         self.application = application
         self.connections = connections
         self.limits = application.limits
@@ -4951,11 +4951,11 @@ class Server(http.server.ThreadingHTTPServer):
 # ==================================================================================================
 # 16  Command line
 # ==================================================================================================
-# Builds the parts, waits for a signal, and stops them. Importing this file runs nothing.
+# Builds the parts, waits for a signal, and stops them. Importing this file runs nothing. IO.
 
 
 class LogFormatter(logging.Formatter):
-    """Formats a record as one line, `key=value` or JSON, of at most `most_bytes`."""
+    """Formats a record as `key=value`, JSON or, if FATAL, plain text, of at most `most_bytes`."""
 
     def __init__(self, as_json: bool, most_bytes: int) -> None:
         super().__init__()
@@ -5094,13 +5094,13 @@ class Program:
 
     def _log_exposure(self) -> None:
         """Warn of plain HTTP beside TLS, and if anyone can add arguments to commands."""
-        demands = self.loader.snapshot.credentials.value.demands
+        protections = self.loader.snapshot.credentials.value.protections
         exposed = [server for server in self.servers if not server.is_loopback]
         plain = [server.url for server in exposed if not server.speaks_tls]
-        if plain and "TLS" in demands:
+        if plain and "TLS" in protections:
             LOGGER.warning("plain HTTP is still served beside TLS: %s", ", ".join(plain))
-        is_open = plain or (exposed and "client certificates" not in demands)
-        is_guarded = self.application.options["allow.net"] or "authentication" in demands
+        is_open = plain or (exposed and "client certificates" not in protections)
+        is_guarded = self.application.options["allow.net"] or "authentication" in protections
         modules = [each for each in self.application.modules.values() if each.method == "exec"]
         names = [each.name for each in modules if each.accept_args or each.accept_params]
         if names and is_open and not is_guarded:
@@ -5118,8 +5118,8 @@ class Program:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             LOGGER.info("listening on %s", server.url)
-        demands = self.loader.snapshot.credentials.value.demands
-        clients = ", ".join([*map(str, self.application.options["allow.net"]), *sorted(demands)])
+        rules = self.loader.snapshot.credentials.value.protections
+        clients = ", ".join([*map(str, self.application.options["allow.net"]), *sorted(rules)])
         urls = ", ".join([server.url for server in self.servers])
         started = (__version__, len(self.application.modules), urls, clients or "all")
         LOGGER.log(NOTICE, "expexp %s started: %d modules, %s, clients: %s", *started)
@@ -5128,7 +5128,7 @@ class Program:
         threading.Thread(target=self._keep_reloading, daemon=True).start()
         is_ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
         microseconds = os.environ.get("WATCHDOG_USEC") if is_ours else None
-        seconds = float(microseconds or inf) / 4e6  # a quarter: sd_watchdog_enabled(3)
+        seconds = float(microseconds or inf) / 4e6  # a quarter; systemd recommends a half
         notified = monotonic()
         while not self._is_ending:
             try:
@@ -5265,7 +5265,7 @@ def perform(options: Options, limits: Limits) -> int:
             library = ctypes.CDLL(None)
             library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
             library.mallopt(-8, 2)  # M_ARENA_MAX. By default each of 16 threads gets an arena.
-            library.malloc_trim(0)  # of loading the configuration
+            library.malloc_trim(0)  # after loading the configuration
         # Without a stderr, descriptor 2 may become a client's.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
         set_up_logging(writer, options, limits)

@@ -5400,7 +5400,7 @@ def test_a_pattern_for_certificates_is_refused_with(pattern: str) -> None:
         expexp.parse_flags([f"-web.tls.certmatch={pattern}"])
     beginning = f'invalid value "{expexp.excerpt(pattern)}" for -web.tls.certmatch: '
     message = str(caught.value)
-    assert re.fullmatch(re.escape(beginning) + "not a regular expression of Python: .+", message)
+    assert re.fullmatch(re.escape(beginning) + "not a Python regular expression: .+", message)
 
 
 @pytest.mark.parametrize(
@@ -5755,8 +5755,8 @@ PROBLEMS = {
         of_http("port: 1", "path: /a%zz"),
         [
             (
-                "c.yaml:6:13: modules.a.http.path: expected the path of a URL (its host has the "
-                "key address), two hexadecimal digits after %"
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL (put the host "
+                "into address), two hexadecimal digits after %"
             )
         ],
     ),
@@ -5764,8 +5764,8 @@ PROBLEMS = {
         of_http("port: 1", "path: http://h/x"),
         [
             (
-                "c.yaml:6:13: modules.a.http.path: expected the path of a URL (its host has the "
-                "key address), two hexadecimal digits after %"
+                "c.yaml:6:13: modules.a.http.path: expected the path of a URL (put the host "
+                "into address), two hexadecimal digits after %"
             )
         ],
     ),
@@ -6103,8 +6103,8 @@ PROBLEMS = {
             of_http("port: 1", f"path: {written}"),
             [
                 (
-                    "c.yaml:6:13: modules.a.http.path: expected the path of a URL (its host has "
-                    "the key address), two hexadecimal digits after %"
+                    "c.yaml:6:13: modules.a.http.path: expected the path of a URL (put the "
+                    "host into address), two hexadecimal digits after %"
                 )
             ],
         )
@@ -6298,7 +6298,7 @@ def test_what_was_found_for_an_address_is_shown_without_user_and_password(
 ) -> None:
     (problem,) = problems_of(of_http("port: 1", f"address: {json.dumps(text)}"))
     assert problem == (
-        "c.yaml:6:16: modules.a.http.address: expected a host or IP address (use port, scheme and "
+        "c.yaml:6:16: modules.a.http.address: expected a host or IP address (no port, scheme or "
         f"path), found {shown}"
     )
 
@@ -7593,7 +7593,7 @@ A_CERTIFICATE, A_KEY = (
     "expected a certificate in PEM, found ",
     "expected a private key in PEM, found ",
 )
-SHORT_KEY = "expected an RSA key from 2048 bits, found fewer: make a new one"
+SHORT_KEY = "expected an RSA key of 2048+ bits, found fewer: make a new one"
 #: What is said of a certificate, then of a key.
 PEM_MISTAKES = {
     "cert.der": ("DER: convert it with openssl x509 -inform der", "DER: convert"),
@@ -7601,14 +7601,14 @@ PEM_MISTAKES = {
     "ec.der": ("a key in DER: convert it with openssl pkey -inform der", "a key in DER: convert"),
     "both.p12": ("PKCS#12: convert it with openssl pkcs12 -nodes", "PKCS#12: convert it with "),
     "request.pem": (
-        "a certificate request: name the certificate that its authority made",
+        "a certificate request: use the certificate that the CA issued",
         "a certificate request: name the ",
     ),
     "key.pem": ("a private key: name the file of its certificate here", None),
     "cert.pem": (None, "a certificate: name the file of its key here"),
     "encrypted.pem": ("an encrypted key: ", "an encrypted key: decrypt it with openssl pkey"),
     "old.pem": ("an encrypted key: ", "an encrypted key: decrypt it with openssl pkey"),
-    "ssh.pem": ("a key of OpenSSH: ", "a key of OpenSSH: make a new one with openssl genpkey"),
+    "ssh.pem": ("an OpenSSH key: ", "an OpenSSH key: make a new one with openssl genpkey"),
     "chain.p7b": ("PKCS#7: convert it with openssl pkcs7 -print_certs", "PKCS#7: convert it "),
     "empty.pem": ("nothing: write it again", "nothing: write it again"),
     "text.pem": ("something else: PEM begins with -----BEGIN", "something else: PEM begins"),
@@ -16159,7 +16159,7 @@ TRUSTED: dict[str, tuple[dict[str, Any], set[str], bool]] = {
 def test_what_a_target_says_is_for_clients_that_have_authenticated_or_are(where: str) -> None:
     about, demands, expected = TRUSTED[where]
     asked = {"headers": (), "client": "127.0.0.1"} | about
-    held: Any = types.SimpleNamespace(token=expexp.Secret(""), users=None, demands=demands)
+    held: Any = types.SimpleNamespace(token=expexp.Secret(""), users=None, protections=demands)
     admitted = expexp.admit(expexp.Request("GET", "/", **asked), [], held)
     assert admitted.is_trusted is expected
 
@@ -19990,7 +19990,7 @@ def test_a_request_for_a_reload_does_not_wait_for_ever_for_one_that_hangs(
         for _ in range(2):  # the first one gives its place back
             with taking(0.2, 2):
                 answer = served.get("/-/reload", None, "POST")
-                assert answer.said == (503, "a reload does not end\n")
+                assert answer.said == (503, "a reload has not ended in time: a file system may hang\n")
         assert served.get("/-/healthy").body == HEALTHY
 
 
