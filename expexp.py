@@ -126,9 +126,8 @@ __all__ = ["ExpositionError", "main", "verify_exposition"]
 
 TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-PLAIN_CONTENT_TYPE: Final = "text/plain; charset=utf-8"
 SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
-MEBIBYTE: Final = 1 << 20
+MEBIBYTE: Final = 1048576
 PIECE_BYTES: Final = 65536
 LAST_PORT: Final = 65535
 OK: Final = 200
@@ -139,9 +138,9 @@ HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp f
 )
 HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
-MODULE_SHARE: Final = 3 / 4  # of the connections: for one module, cache waiters included
-PROXY_SHARE: Final = 7 / 8  # for all modules: `/metrics` and `/-/healthy` keep the rest
-RELOAD_SHARE: Final = 1 / 10  # for requests that wait for a reload: a file system can block it
+MODULE_SHARE: Final = 0.75  # of the connections: for one module, cache waiters included
+PROXY_SHARE: Final = 0.875  # for all modules: `/metrics` and `/-/healthy` keep the rest
+RELOAD_SHARE: Final = 0.1  # for requests that wait for a reload: a file system can block it
 HEADER_NAME: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
 Header = tuple[str, str]  # name and value of a header. Received names become Title-Case
 
@@ -1414,11 +1413,12 @@ def parse_network(text: str) -> Network:
     return ipaddress.ip_network(text, strict=False)
 
 
-def parse_host(text: str) -> str:
-    """Return a host with an optional port, or "". Raise ValueError."""
-    if text and not is_host(text):
-        raise ValueError("expected a host, or a host and its port")
-    return text
+def parse_external(text: str) -> tuple[str, ...]:
+    """Return scheme, host with an optional port, and path, "" where missing. Raise ValueError."""
+    found = re.fullmatch(r"(?:(https?)://)?([^/]*)((?:/[\w.~%-]+)*)/?", text, re.ASCII)
+    if not found or (text and not is_host(found[2])):
+        raise ValueError('expected a host or a URL, such as "db1:9999" or "https://db1/expexp"')
+    return found.groups("")
 
 
 def parse_seconds(text: str) -> float:
@@ -1464,6 +1464,7 @@ FLAGS: Final = {
     "config.skip-dirs": Flag("Skip a -config.dirs that does not exist.", parse_boolean, "false"),
     "explain": Flag("Scrape this module, explain what happens, and exit."),
     "help": Flag("Show all flags, and exit. Also -h.", parse_boolean, "false"),
+    "log.access": Flag("Log each request, whatever -log.level is.", parse_boolean, "false"),
     "log.json": Flag("Write the log as JSON.", parse_boolean, "false"),
     "log.level": Flag("Log lines of this level and above.", parse_level, "warning"),
     "timeout-offset": Flag("Subtract this from Prometheus's timeout.", parse_seconds, "0.5"),
@@ -1474,7 +1475,7 @@ FLAGS: Final = {
     "web.bearer.token-file": Flag("Require clients to send the token in this file."),
     "web.config.file": Flag("Read TLS settings and users from this exporter-toolkit file."),
     "web.enable-lifecycle": Flag("Let clients reload with POST /-/reload.", parse_boolean, "false"),
-    "web.external-address": Flag("Host for /sd. By default the header Host decides.", parse_host),
+    "web.external-address": Flag("Host or URL for /sd. By default Host decides.", parse_external),
     "web.listen-address": Flag('Listen on this address. "" disables it.', parse_address, ":9999"),
     "web.proxy-path": Flag("Serve the modules at this path.", parse_path, "/proxy"),
     "web.telemetry-path": Flag("Serve the metrics of expexp at this path.", parse_path, "/metrics"),
@@ -2035,7 +2036,8 @@ class DocumentReader:
 # problem with a file is a ConfigError at start, and a line in the log later. IO.
 
 LOGGER: Final = logging.getLogger("expexp")
-NOTICE: Final = logging.CRITICAL + 10  # a start, a reload, an end: written at every -log.level
+ACCESS: Final = logging.getLogger("expexp.access")  # requests, whose lines LOGGER's handler writes
+NOTICE: Final = 60  # a start, a reload, an end: above CRITICAL, so written at every -log.level
 
 
 @lru_cache
@@ -2930,7 +2932,7 @@ class TargetExchange:
     def getresponse(self) -> TargetExchange:
         """Send the request, and read the answer's head. Raise OSError or ScrapeError."""
         self._wire.send(self._request)
-        for _ in range(1 + 5):  # Go's client reads five interim answers before it gives up
+        for _ in range(6):  # Go's client reads five interim answers before it gives up
             version = self._read_head()
             if self.status >= OK:
                 self._find_end(version)
@@ -3020,8 +3022,6 @@ REAPING_SECONDS: Final = 0.02  # between two attempts to reap a command
 #: The fault for a verify_code of OpenSSL. 0: no certificate failed. All other codes: "chain".
 TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
 DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
-REDIRECTS: Final = (301, 302, 303, 307, 308)  # the statuses that Go's client follows
-URL_CHARACTERS: Final = "!#$%&'()*+,/:;=?@~"  # not escaped in a Location; brackets must be
 MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
 MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
 MTIME_LINES: Final = """\
@@ -3568,11 +3568,11 @@ def fetch(job: Job) -> Any:
         media = ", ".join(values_of(response.headers, "Content-Type"))
         job.note("answered with status %d, Content-Type", response.status, details=media.encode())
         location = "".join(values_of(response.headers, "Location")[:1])
-        if response.status not in REDIRECTS or not location:
+        if response.status not in (301, 302, 303, 307, 308) or not location:  # as in Go's client
             return response
         response.close()  # its body is not read
         former = origin_of(url)
-        url = urljoin(url, percent_encode(location, URL_CHARACTERS, "latin-1"))
+        url = urljoin(url, percent_encode(location, "!#$%&'()*+,/:;=?@~", "latin-1"))  # not []
         if origin_of(url) != former:
             break
     # Prometheus would follow it from its own host, and take other metrics for the target's.
@@ -3584,9 +3584,8 @@ def fetch(job: Job) -> Any:
 def scrape_http(job: Job) -> Scrape:
     """Return the answer of an http target. Raise ScrapeError."""
     response = fetch(job)
-    headers = end_to_end(response.headers)
-    if response.status in range(300, 400):  # clients would resolve Location on our address
-        headers = [pair for pair in headers if pair[0] != "Location"]
+    # Without Location, which clients would resolve on our address.
+    headers = [pair for pair in end_to_end(response.headers) if pair[0] != "Location"]
     body: Any = response_pieces(job, response)
     if job.module.verify or job.steps is not None:
         body = join_pieces(job, body)
@@ -4004,7 +4003,7 @@ def answer_job(job: Job) -> Scrape:
 # A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
 # here. `handle` never raises: it catches Exception. Only loading does that, too.
 
-STARTED: Final = monotonic()
+STARTED: Final = time.time()
 OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
 PROMETHEUS_HEADERS: Final = {  # sent by version 3. curl and browsers accept any version
     "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
@@ -4059,7 +4058,7 @@ class Response:
 
 
 def own_response(
-    status: int, text: str, *more: Header, media_type: str = PLAIN_CONTENT_TYPE
+    status: int, text: str, *more: Header, media_type: str = "text/plain; charset=utf-8"
 ) -> Response:
     """Return a response with a text of expexp itself."""
     headers = [("Content-Type", media_type), *OWN_HEADERS, *more]
@@ -4259,7 +4258,6 @@ class Attempt(NamedTuple):
 
 
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
-STARTED_AT: Final = utc_time(int(time.time()))
 STYLE: Final = """
 :root { color-scheme: light dark; background: canvas; font: 1rem/1.4 system-ui, sans-serif }
 table { border-collapse: collapse; width: 100% }
@@ -4281,7 +4279,7 @@ PAGE_START: Final = f"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 """
 PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
-<p>Started {STARTED_AT}, modules: {{modules}}.
+<p>Started {utc_time(int(STARTED))}, modules: {{modules}}.
 <a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
 <pre>{{problems}}</pre><table><thead><tr><th>Module<th>Target<th>Last scrape, failing since\
@@ -4332,7 +4330,7 @@ def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
     put("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
     if own.value.tls:
         put("expexp_tls_certificate_expiry_timestamp_seconds", to=own.value.tls.expires)
-    put("process_start_time_seconds", to=round(time.time() - monotonic() + STARTED, 2))
+    put("process_start_time_seconds", to=round(STARTED, 2))
     put("process_cpu_seconds_total", to=time.process_time())
     put("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with suppress(OSError), open("/proc/self/stat", "rb") as file:
@@ -4470,7 +4468,7 @@ class Application:
         if response.aborted:
             phrase += ", aborted"
         words = '%s - %s "%s" %d %s (took %.2fms)'
-        LOGGER.info(words, request.client, method, target, status, phrase, seconds * 1000)
+        ACCESS.info(words, request.client, method, target, status, phrase, seconds * 1000)
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """Return the route's response. Raise RequestError."""
@@ -4544,7 +4542,8 @@ class Application:
 
     def _list_targets(self, request: Request) -> Response:
         """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
-        address = self.options["web.external-address"] or request.header("Host")
+        scheme, host, prefix = self.options["web.external-address"]
+        address = host or request.header("Host")
         if not is_host(address):
             expected = "a header Host with a host and perhaps a port, or -web.external-address"
             raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
@@ -4553,8 +4552,8 @@ class Application:
             if not module.discovery:
                 continue
             labels = {
-                "__metrics_path__": self.options["web.proxy-path"],
-                "__scheme__": request.scheme,
+                "__metrics_path__": prefix + self.options["web.proxy-path"],
+                "__scheme__": scheme or request.scheme,
                 "__param_module": module.name,
                 "__meta_expexp_method": module.method,
                 "module": module.name,  # else the go_* series of two modules would be the same
@@ -5028,6 +5027,7 @@ def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -
     handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_bytes - 1))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options["log.level"])
+    ACCESS.setLevel(logging.INFO if options["log.access"] else 0)  # 0: as LOGGER
     logging.addLevelName(logging.CRITICAL, "FATAL")
     logging.addLevelName(NOTICE, "NOTICE")
     logging.logThreads = False  # or `threading` keeps an object for each thread, to name it

@@ -5187,10 +5187,21 @@ FLAG_FORMS = {
         86400.0,
     ),
     "no lifecycle": ([], "web.enable-lifecycle", False),
-    "no address of this host": ([], "web.external-address", ""),
-    "an address of this host": (["-web.external-address=h"], "web.external-address", "h"),
-    "one with a port": (["-web.external-address=h:80"], "web.external-address", "h:80"),
-    "one of IPv6": (["-web.external-address=[::1]:80"], "web.external-address", "[::1]:80"),
+    "no address of this host": ([], "web.external-address", ("", "", "")),
+    "an empty address": (["-web.external-address="], "web.external-address", ("", "", "")),
+    **{
+        f"{text} as our address": ([f"-web.external-address={text}"], "web.external-address", parts)
+        for text, parts in {
+            "h": ("", "h", ""),
+            "h:80": ("", "h:80", ""),
+            "[::1]:80": ("", "[::1]:80", ""),
+            "h/a": ("", "h", "/a"),
+            "http://h": ("http", "h", ""),
+            "https://h:1/": ("https", "h:1", ""),
+            "https://[::1]:80/a": ("https", "[::1]:80", "/a"),
+            "https://h/a-b/c.d/%7E_/": ("https", "h", "/a-b/c.d/%7E_"),
+        }.items()
+    },
     "help": (["-h"], "help", True),
     "help in full": (["--help"], "help", True),
     "no TLS": ([], "web.tls.listen-address", None),
@@ -5435,12 +5446,31 @@ NO_HOSTS = {
 }
 
 
-@pytest.mark.parametrize("text", NO_HOSTS.values(), ids=NO_HOSTS)
-def test_an_external_address_is_a_host_and_perhaps_a_port(text: str) -> None:
+#: What is neither a host nor a URL of expexp.
+NO_URLS = {name: text for name, text in NO_HOSTS.items() if "9999" not in text} | {
+    "a port alone": ":9999",
+    "another scheme": "ftp://host",
+    "a scheme in capitals": "HTTPS://host",
+    "a scheme alone": "https://",
+    "a path alone": "/prefix",
+    "a query": "https://host/a?b",
+    "a fragment": "https://host/a#b",
+    "a user in a URL": "https://user@host",
+    "two slashes at the end": "https://host//",
+    "two slashes within": "https://host/a//b",
+    "a blank in the path": "https://host/a b",
+    "braces in the path": "https://host/{a}",
+    "letters beyond ASCII in the path": "https://host/\u00f6",
+}
+
+
+@pytest.mark.parametrize("text", NO_URLS.values(), ids=NO_URLS)
+def test_an_external_address_is_a_host_or_a_url(text: str) -> None:
     with pytest.raises(expexp.FlagError) as caught:
         expexp.parse_flags([f"-web.external-address={text}"])
     assert str(caught.value).endswith(
-        " for -web.external-address: expected a host, or a host and its port."
+        ' for -web.external-address: expected a host or a URL, such as "db1:9999" or '
+        '"https://db1/expexp".'
     )
 
 
@@ -15859,6 +15889,24 @@ def test_an_external_address_comes_before_the_clients_word(headers: list[str]) -
         assert [group["targets"] for group in json.loads(body)] == [["db1.example:443"]]
 
 
+#: An external address and further flags, and what discovery says of the module: address, path.
+EXTERNAL = {
+    "a host": (["h:1"], "http://h:1/proxy"),
+    "a URL with a path": (["https://h/a/b/"], "https://h/a/b/proxy"),
+    "a URL without one": (["https://h:1"], "https://h:1/proxy"),
+    "a URL and another path of ours": (["http://h/a", "-web.proxy-path=/x"], "http://h/a/x"),
+}
+
+
+@pytest.mark.parametrize(("flags", "url"), EXTERNAL.values(), ids=EXTERNAL)
+def test_discovery_says_what_the_outside_sees(flags: list[str], url: str) -> None:
+    app = application({"m": echoing("a")}, "-web.external-address", *flags)
+    (group,) = json.loads(ask(app, "/sd", {"Host": "inner:2"}).body)
+    labels = group["labels"]
+    (address,) = group["targets"]
+    assert f"{labels['__scheme__']}://{address}{labels['__metrics_path__']}" == url
+
+
 def test_over_tls_the_scheme_is_https(here: Path, authority: Authority) -> None:
     put_pair(here, authority.pair)
     with running({"m": echoing("a")}, *TLS_ALONE) as served:
@@ -16022,7 +16070,7 @@ def test_the_account_alone_says_why_a_module(
     with contextlib.ExitStack() as stack:
         module = build(stack, authority, engine)
         reply = ask(application({"m": module}), "/-/explain?module=m")
-    assert (reply.status, reply.headers["content-type"]) == (200, expexp.PLAIN_CONTENT_TYPE)
+    assert (reply.status, reply.headers["content-type"]) == (200, "text/plain; charset=utf-8")
     lines = reply.text.splitlines()
     assert lines[0] == f"{status}: the status that /proxy would answer with now"
     assert re.match(rf" +[0-9.]+ s  module m: {module['method']} ", lines[2])
@@ -19422,6 +19470,31 @@ def test_a_start_a_good_reload_and_the_end_are_a_line_each_at_every_level(
     assert len(lines) == len(said)
 
 
+#: Flags for the log, and the levels of the lines about a start, a failure, an answer and the end.
+LOGGED = {
+    "the default": ([], ["notice", "warning", "notice"]),
+    "requests as well": (["-log.access"], ["notice", "warning", "info", "notice"]),
+    "requests alone": (["-log.access", "-log.level=fatal"], ["notice", "info", "notice"]),
+    "all": (["-log.level=info"], ["info", "notice", "warning", "info", "notice"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "levels"), LOGGED.values(), ids=LOGGED)
+def test_requests_are_logged_with_a_flag_of_their_own(
+    flags: list[str], levels: list[str], tmp_path: Path
+) -> None:
+    broken = {"m": file_module(tmp_path / "none")}
+    with started(tmp_path, broken, "-log.level=warning", *flags) as own:
+        assert own.scrape("m").status == 500
+        own.stop()
+    found = [line for line in own.lines if "no file" not in line]  # of the check at the start
+    assert re.findall("level=([a-z]+)", "".join(found)) == levels
+    request = [line for line in found if "level=info" in line and "GET" in line]
+    assert [line.count('"127.0.0.1 - GET \\"/proxy?module=m\\" 500') for line in request] == [1] * (
+        "info" in levels
+    )
+
+
 def test_no_signal_is_lost_while_connections_come_and_go(tmp_path: Path) -> None:
     # A thread that begins or ends just then may be the one that the kernel interrupts.
     over = threading.Event()
@@ -19990,7 +20063,10 @@ def test_a_request_for_a_reload_does_not_wait_for_ever_for_one_that_hangs(
         for _ in range(2):  # the first one gives its place back
             with taking(0.2, 2):
                 answer = served.get("/-/reload", None, "POST")
-                assert answer.said == (503, "a reload has not ended in time: a file system may hang\n")
+                assert answer.said == (
+                    503,
+                    "a reload has not ended in time: a file system may hang\n",
+                )
         assert served.get("/-/healthy").body == HEALTHY
 
 
@@ -24418,7 +24494,10 @@ def behind_nginx(
     (said,) = re.findall(r"`(proxy_set_header Authorization .*;)`", NGINX_RECIPE.text)
     (location,) = re.findall(r"(?s)    location .*?\n    }\n", site)
     second = location.replace("/expexp/", "/second/").replace("deny all;", f"deny all; {said}")
-    flags = [flag.replace("9999", str(own_port)) for flag in NGINX_RECIPE.flags()]
+    flags = [
+        flag.replace("9999", str(own_port)).replace("host.example.org", f"localhost:{port}")
+        for flag in NGINX_RECIPE.flags()
+    ]
     with target() as web:
         modules = {"echo": http_module(web), "script": exec_module("echo a 1")}
         flags = [f"-web.listen-address=127.0.0.1:{own_port}", *flags]
