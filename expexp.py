@@ -136,7 +136,6 @@ HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp f
     "Connection|Keep-Alive|Proxy-Authenticate|Proxy-Authorization|Proxy-Connection|Te|Trailer|"
     "Transfer-Encoding|Upgrade|Content-Length|Expect"
 )
-HOP_BY_HOP_NAMES: Final = frozenset(HOP_BY_HOP.split("|"))
 NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 MODULE_SHARE: Final = 0.75  # of the connections: for one module, cache waiters included
 PROXY_SHARE: Final = 0.875  # for all modules: `/metrics` and `/-/healthy` keep the rest
@@ -169,7 +168,7 @@ class Limits:
     config_bytes: int = 16777216  # 16 MiB: a file of configuration, certificates or a key
     rotation_seconds: float = 1  # between checks of certificate and secret files
     retry_seconds: float = 300  # before unusable files are read again although unchanged
-    bcrypt_cost: int = 14  # the highest of a user's hash: about a second of processor time
+    bcrypt_cost: int = 14  # highest cost of a hash: about a second of processor time
     bcrypt_waiting: int = 48  # requests that wait to hash a password: others need slots, too
     bcrypt_seconds: float = 120  # for that wait: twice what the costliest hashes take
     certmatch_processes: int = 2  # concurrent; more would take all cores
@@ -190,7 +189,7 @@ class Limits:
     evicted_connections: int = 32  # whose threads still run; above it new ones wait, up to 1 s
     unspread_scrapes: int = 32  # of a module at once; further ones start after a random delay
     scrape_spread_seconds: float = 0.001  # times the running scrapes: the longest such delay
-    hang_up_spread_seconds: float = 0.3  # longest delay after a hang-up: all threads could wake
+    hang_up_spread_seconds: float = 0.3  # longest delay after hang-ups: all could wake at once
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
     client_scrape_seconds: float = 600  # with only a client's timeout: a longer one holds a slot
@@ -341,17 +340,16 @@ class Deadline:
     """The moment at which work must end. No single wait exceeds `longest_wait` seconds."""
 
     seconds: float
-    clock: Callable[[], float] = monotonic
     longest_wait: float = inf
     client_fd: int = -1  # the client's connection, polled for a hang-up
 
     def __post_init__(self) -> None:
-        self._end = self.clock() + self.seconds
+        self._end = monotonic() + self.seconds
         self._yield_below = inf  # remaining seconds at the next yield
 
     def remaining(self) -> float:
         """Return the seconds that the next wait may take. Raise ScrapeError after the deadline."""
-        left = self._end - self.clock()
+        left = self._end - monotonic()
         if left <= 0:  # poll would wait for ever with a negative timeout
             raise ScrapeError("timeout", f"timed out after {self.seconds:.3g} s")
         return min(left, self.longest_wait)
@@ -597,7 +595,7 @@ FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # The most bytes in one match (2 ms for labels that begin alike) and in the reader's UTF-8 checks.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns count bytes
-#: What to add to a message. A pattern searches the byte before it as `b'x'`, then the message.
+#: Additions to messages. A pattern searches the byte before `pos` as `b'x'`, then the message.
 ADVICE: Final = {
     r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
     r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
@@ -899,14 +897,14 @@ def read_metadata(source: Source, start: int, keyword: bytes) -> Metadata:
     """Return the HELP, TYPE or UNIT line from `start` on. The caller has read its keyword."""
     dialect = source.dialect
     name = read_name(source, METRIC_TOKEN, f"a metric name after {keyword.decode()}")
-    blank = dialect.after_name.match(source.body, source.pos)
-    if not blank:
+    after = dialect.after_name.match(source.body, source.pos)
+    if not after:
         raise source.expected(source.pos, "a blank")
-    source.pos = blank.end()
+    source.pos = after.end()
     text_start = source.pos
     text = source.take(REST, "a text")
     if keyword == b"TYPE" and text not in dialect.types:
-        source.require(blank[0] in b" \t", blank.start(), "a blank")  # where the name ended
+        source.require(after[0] in b" \t", after.start(), "a blank")  # where the name ended
         types = b", ".join(dialect.types).decode()
         raise source.expected(text_start, f"one of {types}", quote(text))
     fits = keyword != b"UNIT" or not text or name.endswith(b"_" + text)
@@ -937,7 +935,7 @@ def find_repetition(body: bytes, pos: int, end: int) -> int:
     for line in body[pos:end].split(b"\n"):
         if line.count(b'="') > MAX_FAST_LABELS:
             pairs = b"," + line.partition(b"{")[2]
-            names = pairs.split(b'"')[:-1:2]  # `,name=`: in most lines no name has another form
+            names = pairs.split(b'"')[:-1:2]  # each is `,name=` in most lines
             if b"\\" in pairs or b'"=' in pairs or b", " in pairs:
                 names = LABEL_PAIR.findall(pairs)
             if len(set(names)) < len(names):
@@ -981,7 +979,7 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
         tick()
         for form in forms:
             samples += read_runs(source, stop, form)
-        if source.pos < stop:  # measured: to read one more line in each stop took 5 % longer
+        if source.pos < stop:  # measured: to read a line past each window took 5 % longer
             samples += isinstance(read_line(source), Sample)
     return samples
 
@@ -1039,7 +1037,7 @@ PROTOBUF: Final = {
 FIELDS: Final = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.items()}
 CONTINUED: Final = 0x80  # set in each byte of a number except the last
 LENGTH_DELIMITED: Final = 2
-#: Wire types: 0 is an int, 1 has 8 bytes, 5 has 4. All other contents have 2: length and bytes.
+#: Wire types: 0 is an int, 1 is 8 bytes, 5 is 4, 2 (all other kinds) a length and bytes.
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 LAST_TYPE: Final = 5  # of a family
 MAX_PREFIX_BYTES: Final = 5  # of the length before a message, as in Prometheus
@@ -1492,7 +1490,7 @@ GONE: Final = {
     "winsvc": "-winsvc is not supported: there is no Windows service.",
 }
 GUARDS: Final = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
-WARNINGS: Final = "warnings"  #: the key in Options of warnings about the flags
+WARNINGS: Final = "warnings"  #: the Options key of warnings about the flags
 Options = Mapping[str, Any]
 
 
@@ -1587,7 +1585,7 @@ def build_yaml(loader: Any, raw: Any) -> Node:
             entries.append((build(name), build(value)))
     for mapping in merged:
         if mapping.kind != "mapping":  # its text may be secret
-            raise NodeError(f"expected a mapping to merge, found the {mapping.kind}", mapping.place)
+            raise NodeError(f"expected a mapping to merge, found: {mapping.kind}", mapping.place)
         names = {name.text for name, _ in entries}  # own entries win
         entries += [entry for entry in mapping.entries if entry[0].text not in names]
     return Node("mapping", "", place, entries=entries)
@@ -1776,7 +1774,7 @@ class HttpTarget:
 
     @cached_property
     def netloc(self) -> str:
-        """Return host and port, as in the header Host if the port is not the default."""
+        """Return host and port as in a URL, or the host alone if there is no port."""
         host = self.container or self.address
         return render_address((host, self.port)) if self.port else host
 
@@ -1910,13 +1908,13 @@ def words_of(error: BaseException) -> str:
 
 
 class DocumentReader:
-    """Reads the tree of a document. Adds problems to a list that all documents share."""
+    """Reads the tree of a document. Adds problems to a list that documents can share."""
 
     def __init__(self, filename: str, problems: list[Problem]) -> None:
         self.filename = filename
         self.problems = problems
         self.places: dict[str, Place] = {"": (0, 0)}
-        self._has_refused_keys = False  # then a required key may be misspelled, not missing
+        self._has_refused_keys = False  # True: a required key may just be misspelled
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default at the place of the path or the nearest section around it."""
@@ -1973,7 +1971,7 @@ class DocumentReader:
             return reader(node)
 
     def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
-        """Return the values of the keys present, None after a problem. Note contradictions."""
+        """Return the values of the keys present, None for a bad one. Note contradictions."""
         values: Values = {}
         for name, metadata in declared.items():
             node = nodes.get(name, Node())
@@ -2085,7 +2083,7 @@ TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 SHORT_RSA: Final = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
 #: By their names in configurations. RFC 8446, 4.1.2: TLS 1.0 is 0x0301.
 TLS_VERSIONS: Final = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
-IGNORE_UNEXPECTED_EOF: Final = 0x80  # a truncated body would look complete; in ssl from 3.12
+IGNORE_UNEXPECTED_EOF: Final = 0x80  # a truncated body would look complete; in ssl from 3.10
 SEARCH_NAMES: Final = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
@@ -2161,7 +2159,7 @@ class LoadedValue(DocumentReader):
         return self.noting(named.setting, f"cannot use {excerpt(named.name, 200)}")
 
     def record(self, filename: str) -> int:
-        """Note a file's fingerprint. Return its mode. Raise ValueError for a reread pipe. IO."""
+        """Note a file's fingerprint. Return its mode. Accept a pipe once, only at start. IO."""
         was_read = filename in self.files
         self.files[filename] = fingerprint(filename)
         mode = self.files[filename][0]
@@ -2304,7 +2302,7 @@ class Users(NamedTuple):
     checks: PasswordChecks
 
     def prove(self, given: str) -> bool:
-        """Return whether base64 `user:password` is right, hashed once if so. Raise RequestError."""
+        """Return whether base64 `user:password` is right. Cache successes. Raise RequestError."""
         try:
             pair = base64.b64decode(given, validate=True)
         except ValueError:
@@ -2320,7 +2318,7 @@ class Users(NamedTuple):
         with self.checks.turn(stored != ""):
             if proofs.get(name) == proof:  # another request has hashed it meanwhile
                 return True
-            # An unknown name costs as much as the costliest user, so equal costs hide which exist.
+            # Unknown names cost as much as the costliest user. Equal costs hide which names exist.
             hashes = [secret.reveal() for secret in self.hashes.values()]
             like = stored or max(hashes, key=lambda text: text[4:6])
             hashed = hash_password(self.crypt_rn, password, like) or b""
@@ -2565,9 +2563,9 @@ class LoadedTarget(LoadedValue):
 class LoadedConfig(LoadedValue):
     """The modules, loaded from a file and from folders."""
 
-    def load(self, web: DocumentReader, options: Options, checks: PasswordChecks) -> Config:
+    def load(self, former: DocumentReader, options: Options, checks: PasswordChecks) -> Config:
         """Return the configuration, without the modules that have problems. IO."""
-        self.credentials = LoadedCredentials(web, self.at_start, options, checks)
+        self.credentials = LoadedCredentials(former, self.at_start, options, checks)
         client_context.cache_clear()  # the system's authorities may have changed, too
         self.modules: dict[str, Module] = {}
         self.origins: dict[str, str] = {}
@@ -2679,7 +2677,7 @@ class Loader:
         return self.snapshot
 
     def refresh(self, name: str, former: LoadedValue) -> LoadedValue:
-        """Return a module's credentials, clients' for "", loaded again if files changed. IO."""
+        """Return credentials of a module ("": of clients), loaded again if files changed. IO."""
         with self._swapping:
             if monotonic() - former.checked_at < self._limits.rotation_seconds:
                 return former
@@ -2768,8 +2766,9 @@ def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
         name = re.split("[:\r\n]", rest)[0]  # the value may be secret
         raise RequestError(400, f'malformed header "{excerpt(name)}"')
     pairs = zip(parts[1::3], parts[2::3])
+    headers = [(name.title(), value.strip(" \t")) for name, value in pairs]
     # Go keeps a name with a blank under a key that no code looks up.
-    return [(name.title(), value.strip(" \t")) for name, value in pairs if " " not in name]
+    return [pair for pair in headers if " " not in pair[0]]
 
 
 def values_of(headers: Headers, name: str) -> list[str]:
@@ -2801,7 +2800,7 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) ->
     ready = {descriptor for descriptor, _ in poll.poll(1000 * min(deadline.remaining(), longest))}
     if deadline.client_fd in ready:
         # Measured for 520 hang-ups: the p99 of other scrapes is 65-196 ms, without this 252-274 ms.
-        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # it may hold a FIFO's lock
+        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # a FIFO's lock may be held
         sleep(random.random() * most)  # noqa: S311 - no secret
         raise ScrapeError("aborted", "the client closed its side before the answer")
     return ready
@@ -3050,9 +3049,11 @@ def with_header(headers: Headers, name: str, value: str) -> Headers:
 class Reservation:
     """The part of the shared resources that a request, or a step of it, has reserved."""
 
-    def __init__(self, tools: Tools) -> None:
+    def __init__(self, tools: Tools, cleanup: ExitStack | None = None) -> None:
         self._tools = tools
         self._counts: dict[str, int] = defaultdict(int)
+        if cleanup:
+            cleanup.callback(self.release)
 
     def reserve(self, what: str, most: float, words: str, count: int = 1) -> int:
         """Reserve `count` more. Return the new total. Raise ScrapeError("busy") above `most`."""
@@ -3134,8 +3135,7 @@ class Cache:
         """Start a run for a request in a thread of its own. Raise ScrapeError."""
         run = Run(job.module)
         cleanup = ExitStack()
-        held = Reservation(job.tools)
-        cleanup.callback(held.release)
+        held = Reservation(job.tools, cleanup)
         seconds = job.deadline.remaining()
         if job.module.method == "exec":
             longest = scrape_timeout(job.module.timeout, "", 0, job.tools.limits)
@@ -3275,7 +3275,7 @@ class Commands:
         # A service manager sets these variables for expexp alone.
         own = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
         self._environment = {k: v for k, v in os.environb.items() if not own.fullmatch(k)}
-        #: Not reaped yet, with the module's name if its scrape ended first. Each use is atomic.
+        #: Not reaped. Value: the module's name if the scrape ended first. Each use is atomic.
         self.running: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
@@ -3302,7 +3302,7 @@ class Commands:
             raise ScrapeError("command", f"cannot start the command: {words}") from None
         self.running[process] = ""
         if self._soft_limit:
-            # Not in the child before exec: Python code there can deadlock in a program of threads.
+            # Not in the child before exec: Python code there can deadlock in a threaded program.
             limits = self._soft_limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
             # AttributeError: not on Linux. ValueError: prlimit(1) has lowered the hard limit.
             with suppress(OSError, AttributeError, ValueError):
@@ -3526,7 +3526,7 @@ def request_headers(job: Job) -> dict[str, str]:
 
 def end_to_end(headers: Headers) -> list[Header]:
     """Return the headers that are not hop-by-hop: RFC 9110, 7.6.1."""
-    dropped = HOP_BY_HOP_NAMES.union(connection_options(headers))
+    dropped = {*HOP_BY_HOP.split("|"), *connection_options(headers)}
     return [(name, value) for name, value in headers if name not in dropped]
 
 
@@ -3765,7 +3765,7 @@ def scrape_file(job: Job) -> Scrape:
     except (OSError, UnicodeError) as error:
         raise ScrapeError("file", f"cannot be read: {words_of(error)}") from None
     except ScrapeError as error:
-        # Let its thread close a FIFO before the answer, so that the next scrape gets the rest.
+        # Let the thread close a FIFO before the answer, or text written meanwhile may be lost.
         if task.running.acquire(timeout=1 if error.reason.name == "aborted" else 0.03):
             task.running.release()
         raise
@@ -3810,7 +3810,7 @@ class Fifo:
         self.unfinished: io.FileIO | None = None
 
     def close(self) -> None:
-        """Close the FIFO of an answer that has been read, or that nobody will read."""
+        """Close `unfinished`: its answer has been read, or no scrape will read it."""
         if self.unfinished:
             self.unfinished.close()
             self.unfinished = None
@@ -3927,8 +3927,7 @@ def scrape_target(job: Job) -> Scrape:
     """Return the module's scrape, verified if the module wants that. Raise ScrapeError."""
     module = job.module
     most = scrape_bound(job)
-    slot = Reservation(job.tools)
-    job.cleanup.callback(slot.release)
+    slot = Reservation(job.tools, job.cleanup)
     words = f"already running {most} scrapes (max_concurrent)"
     running = slot.reserve(f"scrapes of {module.name}", most, words)
     limits = job.tools.limits
@@ -3955,7 +3954,7 @@ def scrape_target(job: Job) -> Scrape:
     if module.method != "http" and len(body) >= GZIP_BYTES:
         headers = with_header(headers, "Vary", "Accept-Encoding")
         if module.cache or takes_gzip(job):
-            packed = join_pieces(job, gzip_pieces(body, 1))
+            packed = join_pieces(job, gzip_pieces(body))
     return result._replace(headers=headers, body=body, packed=packed, samples=samples)
 
 
@@ -3964,11 +3963,11 @@ def takes_gzip(job: Job) -> bool:
     return accepts(",".join(values_of(job.headers, "Accept-Encoding")), "gzip")
 
 
-def gzip_pieces(body: bytes, level: int) -> Pieces:
+def gzip_pieces(body: bytes) -> Pieces:
     """Yield a body in gzip."""
-    packer = zlib.compressobj(level, wbits=16 + zlib.MAX_WBITS)
-    for start in range(0, len(body), 4 * PIECE_BYTES):
-        yield packer.compress(body[start : start + 4 * PIECE_BYTES])
+    packer = zlib.compressobj(1, wbits=16 + zlib.MAX_WBITS)
+    for start in range(0, len(body), PIECE_BYTES):
+        yield packer.compress(body[start : start + PIECE_BYTES])
     yield packer.flush()
 
 
@@ -4140,7 +4139,7 @@ def admit(request: Request, networks: Sequence[Network], credentials: Credential
     raise RequestError(401, wrong, ("WWW-Authenticate", challenges))
 
 
-def utc_time(seconds: int) -> str:
+def utc_time(seconds: float) -> str:
     """Return a Unix time as text, such as `2026-11-30T15:12:20Z`."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
@@ -4161,7 +4160,7 @@ class History:
 
     def note(self, started: float, **outcome: Any) -> None:
         """Keep the outcome of a scrape for the page at /. It began at `started` (monotonic)."""
-        now = utc_time(int(time.time()))
+        now = utc_time(time.time())
         seconds = round(monotonic() - started, 4)
         self.failing_since = (self.failing_since or now) if "error" in outcome else None
         state = "failing" if self.failing_since else "ok"
@@ -4202,6 +4201,7 @@ class Attempt(NamedTuple):
     """A request for a module's exposition. Counts and logs how it ends."""
 
     module: Module
+    pairs: Query  # without the module
     history: History
     metrics: SelfMetrics
     started: float  # monotonic
@@ -4239,6 +4239,8 @@ class Attempt(NamedTuple):
         # Faults of the request and of the body's text, and "busy", do not need the target's URL.
         if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
+        if self.pairs and kind != "bad_arguments":  # they may name one target of many
+            words += f" (query {excerpt(urlencode(self.pairs), 200)})"
         if self.steps is not None:
             self.steps.append((monotonic(), f"{reason.name}: {words}", error.detail.encode()))
             return words
@@ -4279,7 +4281,7 @@ PAGE_START: Final = f"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 """
 PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
-<p>Started {utc_time(int(STARTED))}, modules: {{modules}}.
+<p>Started {utc_time(STARTED)}, modules: {{modules}}.
 <a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
 <pre>{{problems}}</pre><table><thead><tr><th>Module<th>Target<th>Last scrape, failing since\
@@ -4330,7 +4332,7 @@ def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
     put("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
     if own.value.tls:
         put("expexp_tls_certificate_expiry_timestamp_seconds", to=own.value.tls.expires)
-    put("process_start_time_seconds", to=round(STARTED, 2))
+    put("process_start_time_seconds", to=STARTED)
     put("process_cpu_seconds_total", to=time.process_time())
     put("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with suppress(OSError), open("/proc/self/stat", "rb") as file:
@@ -4350,7 +4352,7 @@ def render_telemetry(application: Application, request: Request) -> Response:
     body = application.metrics.render().encode()
     headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
     if accepts(request.header("Accept-Encoding"), "gzip"):
-        body = b"".join(gzip_pieces(body, 6))
+        body = b"".join(gzip_pieces(body))
         headers.append(("Content-Encoding", "gzip"))
     return Response(OK, headers, body)
 
@@ -4394,8 +4396,7 @@ class Application:
         self.metrics = tools.metrics
         self.limits = tools.limits
         self._tools = tools
-        new_history = partial(History, tools.limits)
-        self._histories: dict[str, History] = defaultdict(new_history)  # by module
+        self._histories: dict[str, History] = defaultdict(partial(History, tools.limits))
         self._reload_slots = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
         self._routes: dict[str, Callable[[Application, Request], Response]] = {
             "/": Application._index,
@@ -4431,6 +4432,8 @@ class Application:
             self.metrics.create_module(name, module.method)
         for gone in set(self._histories).difference(modules):
             self._histories.pop(gone, None)  # another reload may have done it
+        with suppress(OSError, AttributeError):  # musl has no malloc_trim
+            ctypes.CDLL(None).malloc_trim(0)  # loading leaves holes in the memory
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again and return the problems. Raise RequestError."""
@@ -4496,15 +4499,14 @@ class Application:
         wanted = request.header(SCRAPE_TIMEOUT_HEADER)
         seconds = scrape_timeout(module.timeout, wanted, self.options["timeout-offset"], limits)
         is_early = seconds < (module.timeout or limits.scrape_seconds)
-        patience = limits.failure_reminder_seconds if is_early else 0
+        patience = is_early * limits.failure_reminder_seconds
         history = self._histories[module.name]
-        attempt = Attempt(module, history, self.metrics, monotonic(), patience, steps)
+        attempt = Attempt(module, pairs, history, self.metrics, monotonic(), patience, steps)
         with ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, limits)
                 deadline = Deadline(seconds, client_fd=request.connection)
-                held = Reservation(self._tools)
-                cleanup.callback(held.release)
+                held = Reservation(self._tools, cleanup)
                 known = snapshot.targets.get(module.name)
                 credentials = known and self.loader.refresh(module.name, known)
                 parts = (module, pairs, request.headers, request.client, deadline, cleanup)
@@ -4831,7 +4833,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
     def _pieces(self, response: Response, request: Request) -> Iterator[bytes | memoryview]:
         """Yield head and body, as one piece if they are small."""
         headers = list(response.headers)
-        given = [name for name, _ in headers]
+        given = dict(headers)
         body = response.body
         if response.status in BODILESS:
             body = b""
@@ -4954,7 +4956,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class LogFormatter(logging.Formatter):
-    """Formats a record as `key=value`, JSON or, if FATAL, plain text, of at most `most_bytes`."""
+    """Formats a record as JSON or `key=value` (FATAL: plain text), of at most `most_bytes`."""
 
     def __init__(self, as_json: bool, most_bytes: int) -> None:
         super().__init__()
@@ -4964,7 +4966,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line. A long message loses its middle, because a trace ends in its cause."""
         message = super().format(record)
-        created = utc_time(int(record.created))
+        created = utc_time(record.created)
         level = record.levelname.lower()
         while True:
             if self._as_json:
@@ -5259,13 +5261,11 @@ def perform(options: Options, limits: Limits) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it must not end expexp while it starts
         program = Program(options, limits)
         program.listen()
-        # glibc keeps arenas: 1.5 GB stayed after 40 bodies of 50 MB. If it maps blocks from 1 MiB
-        # on, 50 MB stay. If it did so from 256 KiB on, `re` would be slow on Python 3.9.
-        with suppress(OSError, AttributeError):  # musl has neither
+        # 1.5 GB stayed after 40 bodies of 50 MB, now 50 MB. With 256 KiB, Python 3.9 would be slow.
+        with suppress(OSError, AttributeError):  # musl has no mallopt
             library = ctypes.CDLL(None)
             library.mallopt(-3, MEBIBYTE)  # M_MMAP_THRESHOLD
-            library.mallopt(-8, 2)  # M_ARENA_MAX. By default each of 16 threads gets an arena.
-            library.malloc_trim(0)  # after loading the configuration
+            library.mallopt(-8, 2)  # M_ARENA_MAX. The default is 8 for each processor.
         # Without a stderr, descriptor 2 may become a client's.
         writer = LogWriter(2 if sys.stderr else -1, limits, program.application.metrics)
         set_up_logging(writer, options, limits)
