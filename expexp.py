@@ -16,7 +16,7 @@ Exit codes: 0 stopped by a signal or no address to listen on, 1 bad configuratio
 Needs: Python 3.9 or later, and PyYAML unless the configuration is JSON. License: Apache 2.0.
 Specifications: text format 0.0.4, OpenMetrics 1.0, client_model's metrics.proto, RFC 9110 and 9112.
 
-The path of one scrape. No section uses names of later ones. "IO." marks what reads or writes:
+"IO." marks what reads or writes. No section uses names of later ones. The path of one scrape:
  15  `Server` accepts a connection. `ClientConnection.handle` does its TLS handshake in a thread.
      `_answer` waits for a request. `read_request` reads its line and headers.
  14  `Application.handle` calls `_route`, which calls `admit` to check the client.
@@ -157,7 +157,7 @@ class Limits:
     handshake_seconds: float = 10  # for a client's TLS handshake: slow-loris
     header_seconds: float = 10  # for a request's line and headers: slow-loris
     write_stall_seconds: float = 30  # without progress: a client must read to keep a slot
-    write_bytes_per_second: int = 65536  # a piece may take its size at this rate, plus the stall
+    write_bytes_per_second: int = 65536  # a piece's time: its size at this rate, plus the stall
     idle_seconds: float = 180  # an idle connection: longer than the usual scrape interval
     target_head_bytes: int = 262144  # status line and headers of a target's answer
     unread_bytes: int = 262144  # of a body, discarded so that the answer arrives
@@ -188,7 +188,7 @@ class Limits:
     hang_up_seconds: float = 0.2  # between checks whether a waiting client has hung up
     evicted_connections: int = 32  # whose threads still run; above it new ones wait, up to 1 s
     unspread_scrapes: int = 32  # of a module at once; further ones start after a random delay
-    scrape_spread_seconds: float = 0.001  # times the running scrapes: the longest such delay
+    scrape_spread_seconds: float = 0.001  # per running scrape: the longest such delay
     hang_up_spread_seconds: float = 0.3  # longest delay after hang-ups: all could wake at once
     reload_seconds: float = 60  # to wait for a reload to end, then 503
     scrape_seconds: float = 60  # a scrape without a timeout of the module or the client
@@ -452,8 +452,8 @@ DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)
 NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
 # Tokens for the reader. A backslash takes the next byte with it, except a newline. Only three
-# escapes have a meaning. Prometheus's lexer skips NUL in a label value, even after a backslash, and
-# after a label value. It stops at NUL in a quoted name.
+# escapes have a meaning. Prometheus's lexer skips NUL after a label value and inside one, even
+# after a backslash. It stops at NUL in a quoted name.
 ESCAPE: Final = re.compile(rb'\\([\\"n])')
 BLANKS: Final = re.compile(rb"[ \t]+")
 WORD: Final = re.compile(rb"[A-Z][A-Z\0]*")
@@ -491,8 +491,8 @@ LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, W
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
     """Return a pattern of labels from number `depth` on. In group `more` names may repeat."""
     taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    # Python 3.11 and 3.13 raise SystemError if a group that an earlier line has set starts to match
-    # and fails, and the match goes on. So no group starts at the brace after a trailing comma.
+    # Python 3.11 and 3.13 raise SystemError if a group set on an earlier line is tried again and
+    # fails while the match goes on. So no group starts at the brace after a trailing comma.
     pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
         return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b){0,200}" % (comma, name, value)
@@ -595,7 +595,7 @@ FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # The most bytes in one match (2 ms for labels that begin alike) and in the reader's UTF-8 checks.
 WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES: Final = 1_048_576  # in a longer line, columns count bytes
-#: Additions to messages. A pattern searches the byte before `pos` as `b'x'`, then the message.
+#: Additions to messages. A pattern is searched in `b'x'` (the byte before `pos`) plus message.
 ADVICE: Final = {
     r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
     r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
@@ -796,10 +796,10 @@ def read_labels(source: Source, name: bytes | None) -> tuple[bytes | None, Label
     return name, labels
 
 
-def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *needed: bytes) -> Label | None:
+def find_wrong_label(tick: Tick, labels: Labels, taken: set[bytes], *kept: bytes) -> Label | None:
     """Return the first label not in UTF-8, or whose name is empty or `taken`. Extend `taken`."""
-    # Prometheus first drops all labels of a name if one has an empty value, unless it is `needed`.
-    dropped = {name for _, name, value in labels if not value}.difference(needed)
+    # Prometheus first drops all labels of a name if one of them is empty, unless it is in `kept`.
+    dropped = {name for _, name, value in labels if not value}.difference(kept)
     for label in labels:
         tick()
         _, name, value = label
@@ -1037,7 +1037,7 @@ PROTOBUF: Final = {
 FIELDS: Final = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.items()}
 CONTINUED: Final = 0x80  # set in each byte of a number except the last
 LENGTH_DELIMITED: Final = 2
-#: Wire types: 0 is an int, 1 is 8 bytes, 5 is 4, 2 (all other kinds) a length and bytes.
+#: 0: a varint. 1: 8 bytes. 5: 4 bytes. 2: a length and bytes (kinds not listed here).
 WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
 LAST_TYPE: Final = 5  # of a family
 MAX_PREFIX_BYTES: Final = 5  # of the length before a message, as in Prometheus
@@ -1958,7 +1958,7 @@ class DocumentReader:
         return found
 
     def read(self, reader: Any, node: Node, path: str) -> Any:
-        """Return the value of a key's node, or None after a problem."""
+        """Return the value of a key's node. What has a problem is None or left out."""
         if isinstance(reader, type):  # the dataclass of a section
             before = len(self.problems)
             declared = declared_keys(reader)
@@ -2273,7 +2273,7 @@ class PasswordChecks:
         self.key = os.urandom(32)
         self.proofs: dict[str, bytes] = {}  # keyed hashes by user: no password is kept
         self._changed = threading.Condition()
-        self._queue: list[tuple[bool, float, int]] = []  # the first request hashes
+        self._queue: list[tuple[bool, float, int]] = []  # the first one hashes
 
     @contextmanager
     def turn(self, is_known: bool) -> Iterator[None]:
@@ -2483,7 +2483,7 @@ class LoadedCredentials(LoadedValue):
         context.minimum_version = TLS_VERSIONS[settings.min_version]
         context.maximum_version = TLS_VERSIONS[settings.max_version]
         # No session tickets: a client that resumes by one does not show its certificate.
-        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # 1.1.1 would renegotiate
+        context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_RENEGOTIATION  # needed by OpenSSL 1.1.1
         context.num_tickets = 0
         context.verify_flags |= 0x80000  # PARTIAL_CHAIN: trust what the operator names, as Go does
         # AUTH_TYPES has the order of these modes: none, optional, required.
@@ -2498,7 +2498,7 @@ def client_context(version: str, trusts_system: bool, is_verified: bool) -> SSLC
     """Return a TLS context for targets. To load the system's CAs takes 35 ms and 1 MB. IO."""
     context = SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options &= ~IGNORE_UNEXPECTED_EOF
-    level = 0 if version < "TLS12" else 2  # before 1.2, SHA-1 signs: OpenSSL allows it at level 0
+    level = 0 if version < "TLS12" else 2  # before 1.2, TLS signs with SHA-1: level 0 allows it
     # The ciphers of Go's client since 1.22, up to TLS 1.2: no RSA key exchange. Python's differ.
     context.set_ciphers(f"ECDHE+AESGCM:ECDHE+CHACHA20:ECDHE+AES+SHA1:@SECLEVEL={level}")
     with warnings.catch_warnings():
@@ -2549,7 +2549,7 @@ class LoadedTarget(LoadedValue):
         if version < "TLS12":
             self.warnings.append(f"{target.shown}: others can read and alter what {version} sends")
         is_verified = not target.tls_insecure_skip_verify
-        build = client_context.__wrapped__ if has_files else client_context  # shared if unchanged
+        build = client_context.__wrapped__ if has_files else client_context  # no files: shared
         context = None
         with self.noting(f"{path}.tls_min_version", f"OpenSSL here has no {version}"):
             context = build(version, is_verified and not ca.name, is_verified)
@@ -2657,7 +2657,7 @@ class Snapshot(NamedTuple):
 
 
 class Loader:
-    """Holds the snapshot, which reloads and changed credentials replace. Raise ConfigError."""
+    """Holds the snapshot. Reloads and changed credentials update it. Raise ConfigError."""
 
     def __init__(self, options: Options, limits: Limits) -> None:
         self._arguments = options, PasswordChecks()
@@ -2743,7 +2743,7 @@ Pieces = Iterator[bytes]
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
 EMPTY_LINE: Final = re.compile(rb"(?m)^\r?\n")
-#: The error's text has this if the peer has closed. The class depends on Python and OpenSSL.
+#: An SSLError's text has this if the peer closed. Its class depends on Python and OpenSSL.
 TLS_EOF: Final = re.compile(r"EOF[ _)]")
 FOLD: Final = re.compile(r"\r?\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # Both are linear, as no two parts match the same text: 30 ms for 256 KiB that fail at the end.
@@ -2800,7 +2800,7 @@ def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) ->
     ready = {descriptor for descriptor, _ in poll.poll(1000 * min(deadline.remaining(), longest))}
     if deadline.client_fd in ready:
         # Measured for 520 hang-ups: the p99 of other scrapes is 65-196 ms, without this 252-274 ms.
-        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # a FIFO's lock may be held
+        most = min(Limits.hang_up_spread_seconds, deadline.remaining())  # this may hold a FIFO lock
         sleep(random.random() * most)  # noqa: S311 - no secret
         raise ScrapeError("aborted", "the client closed its side before the answer")
     return ready
@@ -2816,7 +2816,7 @@ class Wire:
 
     def attempt(self, operation: Callable[..., Any], event: int, *arguments: Any) -> Any:
         """Return an operation's result. If it would block, wait. Raise OSError or ScrapeError."""
-        # Measured: `settimeout` before each read costs a third more system calls than `poll`.
+        # Measured for one request: `poll` needs 15 system calls, `settimeout` per read 23.
         while True:  # A retry sends the same slice: with another, OpenSSL fails (BAD_LENGTH).
             try:
                 return operation(*arguments)
@@ -3275,8 +3275,8 @@ class Commands:
         # A service manager sets these variables for expexp alone.
         own = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
         self._environment = {k: v for k, v in os.environb.items() if not own.fullmatch(k)}
-        #: Not reaped. Value: the module's name if the scrape ended first. Each use is atomic.
-        self.running: dict[Process, str] = {}
+        #: Value: the module's name if the scrape ended first. Each use of it is atomic.
+        self.unreaped: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
@@ -3300,7 +3300,7 @@ class Commands:
         except (OSError, ValueError) as error:
             words = start_fault(error, target.command, env.get(b"PATH", b""))
             raise ScrapeError("command", f"cannot start the command: {words}") from None
-        self.running[process] = ""
+        self.unreaped[process] = ""
         if self._soft_limit:
             # Not in the child before exec: Python code there can deadlock in a threaded program.
             limits = self._soft_limit, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -3326,7 +3326,7 @@ class Commands:
                 if process.poll() is None:  # it dies soon, or hangs in the kernel
                     self._ending.put((monotonic() + REAPING_SECONDS, process))
                 else:
-                    self.running.pop(process, None)
+                    self.unreaped.pop(process, None)
                     self._reap_orphans()
                 due, process = self._ending.get()
             except (MemoryError, RuntimeError):  # noqa: PERF203 - the same leader is tried again
@@ -3337,16 +3337,16 @@ class Commands:
         # Orphans become children of the main thread. Children of other threads are not listed.
         with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = set(map(int, file.read().split()))
-            known = {process.pid for process in list(self.running)}
+            known = {process.pid for process in list(self.unreaped)}
             for orphan in children - known:
                 os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG)
 
     def end_all(self) -> None:
         """End the groups of all commands at shutdown."""
-        for process in list(self.running):
+        for process in list(self.unreaped):
             self.end(process)
         end = monotonic() + 2 * self._limits.term_to_kill_seconds
-        while self.running and monotonic() < end:
+        while self.unreaped and monotonic() < end:
             sleep(0.01)
 
 
@@ -3504,7 +3504,7 @@ def target_failure(error: Exception, deadline: Deadline) -> ScrapeError:
 
 
 def request_headers(job: Job) -> dict[str, str]:
-    """Return the headers for a target: the client's, overridden by expexp's and the module's."""
+    """Return the headers for a target: the client's and expexp's, overridden by the module's."""
     target = job.module.target
     headers: dict[str, str] = {}
     for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
@@ -3572,7 +3572,7 @@ def fetch(job: Job) -> Any:
             return response
         response.close()  # its body is not read
         former = origin_of(url)
-        url = urljoin(url, percent_encode(location, "!#$%&'()*+,/:;=?@~", "latin-1"))  # not []
+        url = urljoin(url, percent_encode(location, "!#$%&'()*+,/:;=?@~", "latin-1"))  # encodes []
         if origin_of(url) != former:
             break
     # Prometheus would follow it from its own host, and take other metrics for the target's.
@@ -3722,7 +3722,7 @@ def scrape_exec(job: Job) -> Scrape:
     commands = job.tools.commands
     most = scrape_bound(job)
     # Commands may ignore TERM or hang. Without a bound, 10 clients that hung up kept 426 running.
-    given_up = [process for process, module in list(commands.running.items()) if module == name]
+    given_up = [process for process, module in list(commands.unreaped.items()) if module == name]
     if [*map(exit_of, given_up)].count(None) >= most:
         raise ScrapeError("busy", f"{most} commands of earlier scrapes have not ended yet")
     if job.steps is None:
@@ -3738,7 +3738,7 @@ def scrape_exec(job: Job) -> Scrape:
     except ScrapeError as error:
         error.detail = excerpt(bytes(stderr).strip(), job.tools.limits.stderr_bytes)
         if error.reason.name != "command":  # it may still run
-            commands.running[process] = name
+            commands.unreaped[process] = name
         raise
     finally:
         commands.end(process)
@@ -3790,7 +3790,7 @@ def read_module_path(job: Job) -> Scrape:
 
 @contextmanager
 def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
-    """Open a module's file or FIFO. Raise OSError, or ScrapeError for another kind or size."""
+    """Open a module's file or FIFO. Raise OSError, or ScrapeError if replaced or too large."""
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY  # a FIFO may have no writer
     with io.FileIO(os.open(job.module.target.path, flags)) as file:
         found = os.fstat(file.fileno())
@@ -3848,7 +3848,7 @@ def fifo_pieces(job: Job, file: io.FileIO) -> Pieces:
     """Yield the bytes of a FIFO until its last writer closes it."""
     piece = None
     while piece != b"":
-        # Without a writer poll reports nothing, but read returns as if at the end: poll first.
+        # Without a writer, poll reports nothing, but read sees an end: poll before each read.
         if wait(job.deadline, {file: POLLIN}):
             piece = file.read(PIECE_BYTES)  # None if another reader was faster
             yield piece or b""
@@ -4000,11 +4000,11 @@ def answer_job(job: Job) -> Scrape:
 # 14  Application
 # ==================================================================================================
 # A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
-# here. `handle` never raises: it catches Exception. Only loading does that, too.
+# here. `handle` never raises. Only `handle` and loading catch Exception.
 
 STARTED: Final = time.time()
 OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
-PROMETHEUS_HEADERS: Final = {  # sent by version 3. curl and browsers accept any version
+PROMETHEUS_HEADERS: Final = {  # Prometheus 3's. explain adds them for curl and browsers
     "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
     "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-"
     "8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
@@ -4025,7 +4025,7 @@ class Request(NamedTuple):
     client: str
     scheme: str = "http"
     version: str = "1.1"
-    connection: int = -1  # descriptor of the client's connection, polled for its hang-up
+    client_fd: int = -1  # descriptor of the client's connection, polled for its hang-up
     is_trusted: bool = False  # the client has authenticated, or is on this host and no proxy
 
     @property
@@ -4505,7 +4505,7 @@ class Application:
         with ExitStack() as cleanup:
             try:
                 check_arguments(module, pairs, limits)
-                deadline = Deadline(seconds, client_fd=request.connection)
+                deadline = Deadline(seconds, client_fd=request.client_fd)
                 held = Reservation(self._tools, cleanup)
                 known = snapshot.targets.get(module.name)
                 credentials = known and self.loader.refresh(module.name, known)
@@ -4607,7 +4607,7 @@ class Connections:
         self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
-        """Give a connection a free slot, or an evicted one's. Return False if there is neither."""
+        """Give a connection a slot. If none is free, evict another one, or return False."""
         if len(self._open) >= self._slots:
             if not self.evict():
                 return False
@@ -4910,7 +4910,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.application.metrics.set("expexp_open_connections", to=self.connections.fit(most))
 
     def get_request(self) -> tuple[socket.socket, Any]:
-        """Accept a client. Make room if no descriptor or memory is left. Raise OSError."""
+        """Accept a client. Make room after any failure, such as EMFILE. Raise OSError."""
         try:
             return self.socket.accept()
         except OSError:

@@ -10813,7 +10813,7 @@ def test_a_command_is_killed_and_reaped_although_there_was_an_error_in_that(
     with running({"m": exec_module("(trap '' TERM; exec sleep 30) & echo a $!")}) as served:
         process_ids = [int(served.scrape("m").text.split()[1]) for _ in range(2)]
         wait_until(lambda: all(map(is_gone, process_ids)), 2)
-        wait_until(lambda: not served.program.commands.running)
+        wait_until(lambda: not served.program.commands.unreaped)
     assert not errors
 
 
