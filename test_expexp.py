@@ -21174,6 +21174,7 @@ def test_a_damaged_state_is_named_and_a_list_that_cannot_be_made_leaves_the_last
         (["-timeout=5"], "", 2, '-timeout \'5\': expected a duration such as "30s" or "24h"'),
         (["-concurrency=0"], "", 2, "-concurrency '0': expected a whole number above 0"),
         (["-serve=9998"], "", 2, 'expected an address such as "127.0.0.1:9998"'),
+        (["-serve=:1"], "", 2, "-serve needs a file for -hosts: stdin can be read only once"),
         (["-cert=a"], "", 2, "-cert needs -key"),
         (["-user=a"], "", 2, "-user needs -password-file"),
         (["-ca=missing"], "", 1, "-ca, -cert or -key cannot be used: No such file or directory"),

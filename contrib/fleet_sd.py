@@ -4,16 +4,17 @@
     python3 fleet_sd.py -hosts hosts.txt -output /etc/prometheus/expexp.json
     python3 fleet_sd.py -hosts hosts.txt -serve 127.0.0.1:9998
 
-The first command asks once, writes a file for file_sd_configs and ends. The second asks every
--interval and serves one URL for http_sd_configs. The file with hosts has one `host:port` or URL a
-line, for example `https://host1.example.org:9999/sd`. Empty lines and lines that begin with # are
-ignored.
+The first command asks once, writes a file for file_sd_configs and ends. The second asks again and
+again, -interval after each round, and serves one URL for http_sd_configs. The file with hosts has
+one `host:port` (http) or URL a line, for example `https://host1.example.org:9999/sd`. Empty lines
+and lines that begin with # are ignored. The password or token goes to every host in the file, and
+over plain HTTP unless the line begins with https://.
 
 A host that does not answer keeps its last targets for -keep, and is named on stderr. The last
 targets are in memory, and in -state if that file is given (by default beside -output). Each host
 has -timeout for its whole answer, from the look-up of its name to the last byte.
 
-Exit codes: 0 the list was written, 1 it was not, 2 bad flags.
+Exit codes: 0 list and state were written, 1 one of them was not, 2 bad flags.
 Needs: Python 3.9 or later, nothing else. It opens no port without -serve and starts no program.
 License: Apache License, Version 2.0.
 """
@@ -100,7 +101,7 @@ FLAGS: Final = (
     Flag("output", str, "-", "File to write for file_sd_configs. - is stdout."),
     Flag("state", str, "", "File with the last targets. Default: OUTPUT.state, none for stdout."),
     Flag("serve", parse_listener, "", "Address to serve the list on, instead of -output."),
-    Flag("interval", parse_seconds, "60s", "With -serve: seconds between two rounds."),
+    Flag("interval", parse_seconds, "60s", "With -serve: the pause between two rounds."),
     Flag("keep", parse_seconds, "24h", "How long a silent host keeps its last targets."),
     Flag("timeout", parse_seconds, "10s", "Time for the whole answer of one host."),
     Flag("concurrency", parse_count, "200", "Hosts that are asked at once."),
@@ -149,6 +150,8 @@ def check_flags(options: Options) -> None:
             raise FlagError(f"-{one} needs -{other}")
     if options["user"] and options["token-file"]:
         raise FlagError("-user and -token-file do not go together")
+    if options["serve"] and options["hosts"] == "-":  # its second read finds no host
+        raise FlagError("-serve needs a file for -hosts: stdin can be read only once")
 
 
 def render_help() -> str:
