@@ -19,7 +19,7 @@ Specifications: text format 0.0.4, OpenMetrics 1.0, client_model's metrics.proto
 "IO." marks what reads or writes. No section uses names of later ones. The path of one scrape:
  15  `Server` accepts a connection. `ClientConnection.handle` does its TLS handshake in a thread.
      `_answer` waits for a request. `read_request` reads its line and headers.
- 14  `Application.handle` calls `_route`, which calls `admit` to check the client.
+ 14  `Application.handle` answers the request. `_route` calls `admit` to check the client.
      `proxy` chooses the module, checks its arguments and sets the `Deadline` (section 3).
  13  `answer_job` takes a fresh answer from the cache, or calls `scrape_target`. That calls
      `scrape_http`, `scrape_exec` or `scrape_file`. `verify_scrape` unpacks gzip.

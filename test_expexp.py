@@ -822,7 +822,7 @@ def later(a, b, c, d, e, *f):
 
 
 def test_the_path_of_one_scrape_at_the_top_names_what_there_is() -> None:
-    _, _, after = (expexp.__doc__ or "").partition("The path of one scrape.")
+    _, _, after = (expexp.__doc__ or "").partition("The path of one scrape:")
     named = re.findall(r"`([\w.]+)`", after.partition("\nContents:\n")[0])
     assert len(named) > 15
     text = EXPEXP.read_text(encoding="utf-8")

@@ -58,6 +58,7 @@ from soak_report import (
     Span,
     Wrong,
     control_of,
+    episodes_of,
     held_at_last,
     held_by,
     look_at,
@@ -525,9 +526,12 @@ def run(options: argparse.Namespace) -> list[Row]:
         for wrong in checker.answers.wrong[:10]:
             print(f"wrong: {wrong.what}", file=sys.stderr)
         passed = time.monotonic() - started
+        scrapes = prometheus_scrapes(soak, passed)
+        for episode in episodes_of(scrapes.down, time.time() - passed):
+            print(f"failed, {episode}", file=sys.stderr)
         found = Findings(
             counts=(len(soak.world.healthy), len(soak.world.ill)),
-            scrapes=prometheus_scrapes(soak, passed),
+            scrapes=scrapes,
             control=control_of(soak.prometheus.address, passed),
             wrong_values=wrong_values(soak.prometheus.address, passed),
             answers=checker.answers,

@@ -254,6 +254,21 @@ class Down(NamedTuple):
     seconds: float
 
 
+def episodes_of(down: Collection[Down], began: float) -> list[str]:
+    """Return when scrapes failed, as seconds from `began` (Unix time), and how many at a time."""
+    episodes: list[list[float]] = []
+    for when in sorted(each.when for each in down):
+        if not episodes or when - episodes[-1][-1] > EPISODE_SECONDS:
+            episodes.append([])
+        episodes[-1].append(when)
+    return [
+        f"{each[0] - began:.0f} s to {each[-1] - began:.0f} s: {len(each)}" for each in episodes
+    ]
+
+
+EPISODE_SECONDS = 2.0  # scrapes that fail later belong to another episode
+
+
 def judge_down(down: Collection[Down], lateness: Lateness) -> Faults:
     """Return how many failed scrapes count: a quick one always does."""
     slow = [Span(one.when, one.when + 1) for one in down if one.seconds >= SLOW_SECONDS]

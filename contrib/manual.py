@@ -26,7 +26,7 @@ from typing import Any, Final
 
 WIDTH: Final = 70  # escapes make a line longer, and mandoc wants 80 at most
 #: Paragraphs of a docstring that begin so are for readers of the source.
-FOR_READERS: Final = ("The path of one scrape", "Contents:", "    from ", "License", "Specifi")
+FOR_READERS: Final = ('"IO." marks', "Contents:", "    from ", "License", "Specifi")
 LABEL: Final = re.compile(r"(?m)^(?=[A-Z][a-z ]*[a-z]: )")
 ESCAPES: Final = {"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti"}
 
