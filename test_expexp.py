@@ -14567,9 +14567,8 @@ def scraping_job() -> expexp.Job:
     tools = expexp.Tools(limits, expexp.Commands(limits, 0), metrics)
     module = expexp.Module("file", name="m", target=expexp.FileTarget("/x"))
     deadline = expexp.Deadline(60)
-    held = expexp.Reservation(tools)
     cleanup = contextlib.ExitStack()
-    cleanup.callback(held.release)
+    held = expexp.Reservation(tools, cleanup)
     return expexp.Job(module, (), (), "::1", deadline, cleanup, held, tools)
 
 

@@ -29,6 +29,7 @@ SETTLED_SECONDS = 300  # what expexp holds until then is what it may hold at the
 GROWTH = 1.10
 SLACK = 8  # descriptors and threads of scrapes that run just now
 SLACK_MEGABYTES = 8
+EPISODE_SECONDS = 2.0  # scrapes that fail later belong to another episode
 UNSETTLED_MEGABYTES = 16  # of a run that is too short for its memory to settle
 HEALTHY_P99_SECONDS = 0.5
 PROCESSES = 3  # that have to run for an answer through expexp: each may be as late as a direct one
@@ -264,9 +265,6 @@ def episodes_of(down: Collection[Down], began: float) -> list[str]:
     return [
         f"{each[0] - began:.0f} s to {each[-1] - began:.0f} s: {len(each)}" for each in episodes
     ]
-
-
-EPISODE_SECONDS = 2.0  # scrapes that fail later belong to another episode
 
 
 def judge_down(down: Collection[Down], lateness: Lateness) -> Faults:
