@@ -5182,16 +5182,6 @@ class Program:
         self.commands.end_all()
 
 
-def read_input(name: str, limits: Limits) -> bytes:
-    """Return the content of a file, `-` for stdin. Raise OSError or ScrapeError. IO."""
-    with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-        body = file.read(limits.body_bytes + 1)
-    check_size(limits, len(body))
-    if body.startswith(b"\x1f\x8b"):
-        raise ScrapeError("malformed", "gzip: decompress it first")
-    return body
-
-
 def point_at(line: bytes, column: int) -> str:
     """Return the escaped text around a column of a line, and a caret below the column."""
     text = line.decode("utf-8" if is_utf8(line) else "latin-1")  # columns are bytes in the latter
@@ -5207,7 +5197,9 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
     failure = f"{shown}: cannot be read"
     code = 0
     try:
-        body = read_input(name, limits)
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
+            body = file.read(limits.body_bytes + 1)
+        check_size(limits, len(body))
         content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
         try:
             samples = verify_exposition(body, content_type)

@@ -18724,20 +18724,24 @@ def test_verify_names_the_file_and_counts_the_samples_in_it(
         (["-verify", "none.prom"], "none.prom: cannot be read: no such file or directory\n"),
         (["-verify", "."], ".: cannot be read: is a directory\n"),
         (["-verify=\x1b\n"], "\\x1b\\n: cannot be read: no such file or directory\n"),
-        (["-verify=a.gz"], "a.gz: cannot be read: gzip: decompress it first\n"),
-        (
-            ["-verify=a.gz", "-verify.content-type", DELIMITED],
-            "a.gz: cannot be read: gzip: decompress it first\n",
-        ),
-        (["-verify=cut.gz"], "cut.gz: cannot be read: gzip: decompress it first\n"),
     ],
+@pytest.mark.usefixtures("here")
 )
 def test_verify_ends_with_2_where_it_cannot_read(
-    main_in_process: Callable[..., tuple[int, str]], here: Path, flags: list[str], line: str
+    main_in_process: Callable[..., tuple[int, str]], flags: list[str], line: str
 ) -> None:
-    (here / "a.gz").write_bytes(gzip.compress(EXPOSITION))
-    (here / "cut.gz").write_bytes(gzip.compress(EXPOSITION)[:5])
     assert main_in_process(*flags) == (2, line)
+
+@pytest.mark.parametrize("size", [5, None])
+def test_verify_says_of_gzip_what_it_is(
+    here: Path, capfd: pytest.CaptureFixture[str], size: int | None
+) -> None:
+    (here / "a.gz").write_bytes(gzip.compress(EXPOSITION)[:size])
+    assert expexp.verify_file("a.gz", expexp.parse_flags(["-verify=a.gz"]), FAST) == 1
+    first = capfd.readouterr().out.splitlines()[0]
+    assert first.startswith('a.gz:1:1: expected a metric name, found "\\x1f\\x8b\\x08')
+    assert first.endswith(UNZIP)
+
 
 
 @pytest.mark.parametrize("more", [[], ["-config="], ["-config.check"], ["-web.listen-address="]])
