@@ -445,8 +445,8 @@ MAX_LABELS: Final = 10_000
 MAX_LABELS_BYTES: Final = 1_048_576
 TOO_MANY_LABELS: Final = "expected at most 10000 labels of 1 MiB together"
 
-METRIC_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_:]{1,9999}+"
-LABEL_NAME: Final = rb"(?![0-9])[a-zA-Z0-9_]{1,9999}+"
+METRIC_NAME: Final = rb"[a-zA-Z_:][a-zA-Z0-9_:]{0,9999}+"
+LABEL_NAME: Final = rb"[a-zA-Z_][a-zA-Z0-9_]{0,9999}+"
 # What Go's ParseFloat reads, without hexadecimal and underscores: Prometheus refuses both.
 DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
 NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
@@ -468,49 +468,48 @@ QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 # Canonical forms for the fast path: what Go's libraries write. Digits are bounded so that no number
 # overflows. Runs are bounded so that no token is too long. Groups are bounded so that a match needs
 # little memory: `re` keeps 100 bytes for each repetition.
-CANONICAL_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
-VALUE_FORM: Final = rb'"%b{0,9999}+(?:"|(?:\\%b%b{0,800}+){1,64}")'  # at most 61,327 bytes
-CANONICAL_VALUE: Final = VALUE_FORM % (CANONICAL_BYTE, rb'[\\"n]', CANONICAL_BYTE)
-FINITE: Final = rb"-?[0-9]{1,200}+(?:\.[0-9]{1,200}+|)(?:e(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"
-CANONICAL_NUMBER: Final = rb"(?:%b|[+-]Inf|NaN)" % FINITE
+CANONICAL_LABEL: Final = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # not __name__
+VALUE_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
+CANONICAL_VALUE: Final = rb'"%b{0,9999}+"' % VALUE_BYTE
+DIGITS: Final = rb"[0-9]{1,200}+(?:\.[0-9]{0,200}+|)"
+EXPONENT: Final = rb"(?:[eE](?<=[0-9.].)(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"  # not after Inf and NaN
+CANONICAL_NUMBER: Final = rb"(?:-?+%b|[+-]Inf|NaN)" % DIGITS  # without its exponent
 MAX_FAST_LABELS: Final = 20  # node_os_info has 12; to compare more names takes too long
 
 # Wide forms: what all other libraries write. A label name has quotes only if it needs them, so that
 # no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
-WIDE_NAME: Final = rb'(?:%b|(?!"%b")%b)' % (LABEL_NAME, LABEL_NAME, QUOTED)
-WIDE_VALUE: Final = VALUE_FORM % (CANONICAL_BYTE, rb"[^\n\0]", CANONICAL_BYTE)
-WIDE_NUMBER: Final = (
-    rb"(?:[+-]?(?:(?:[0-9]{1,200}+(?:\.[0-9]{0,200}+|)|\.[0-9]{1,200}+)"
-    rb"(?:[eE](?:\+?[0-9]{1,2}|-[0-9]{1,3})|)|(?i:inf(?:inity|)))|(?i:nan))"
-)
+UNDERSCORED: Final = rb"_(?!_name__=)[a-zA-Z0-9_]{0,9999}+"
+WIDE_NAME: Final = rb'(?:%b|%b|(?!"%b")%b)' % (CANONICAL_LABEL, UNDERSCORED, LABEL_NAME, QUOTED)
+WIDE_VALUE: Final = rb'"%b{0,9999}+(?:"|(?:\\[^\n\0]%b{0,800}+){1,64}")' % (VALUE_BYTE, VALUE_BYTE)
+WIDE_NUMBER: Final = rb"(?:[+-]?+(?:%b|\.[0-9]{1,200}+|(?i:inf(?:inity|)))|(?i:nan))" % DIGITS
 #: A pair in a line that the wide forms match. The group is the name.
 LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
     """Return a pattern of labels from number `depth` on. In group `more` names may repeat."""
-    taken = b"".join(rb"|(?P=l%d)=" % number for number in range(depth))
-    # Python 3.11 and 3.13 raise SystemError if a group set on an earlier line is tried again and
-    # fails while the match goes on. So no group starts at the brace after a trailing comma.
-    pair = rb"(?!\}|__name__=%b)(?P<l%d>%b)=%b" % (taken, depth, name, value)
+    taken = b"".join(rb"(?!(?P=l%d)=)" % number for number in range(depth))
+    pair = rb"%b(?P<l%d>%b)=%b" % (taken, depth, name, value)
     if depth + 1 == MAX_FAST_LABELS:
-        return pair + rb"(?:(?P<more>%b)(?!__name__=)%b=%b){0,200}" % (comma, name, value)
+        return pair + rb"(?:(?P<more>%b)%b=%b){0,200}" % (comma, name, value)
     return pair + rb"(?:%b%b|)" % (comma, compose_labels(name, value, comma, depth + 1))
 
 
-CANONICAL_LABELS: Final = compose_labels(LABEL_NAME, CANONICAL_VALUE, b",")
+CANONICAL_LABELS: Final = compose_labels(CANONICAL_LABEL, CANONICAL_VALUE, b",")
 CANONICAL_SERIES: Final = rb"%b(?:\{%b\}|)" % (METRIC_NAME, CANONICAL_LABELS)
 
 
 def compose_wide_series(comma: bytes) -> bytes:
     """Return a pattern of a series. Its name may be quoted in the braces."""
-    labels = compose_labels(WIDE_NAME, WIDE_VALUE, comma)
+    # Python 3.11 and 3.13 raise SystemError if a group set on an earlier line is tried again and
+    # fails while the match goes on. So no group starts at a closing brace.
+    labels = compose_labels(WIDE_NAME, WIDE_VALUE, comma + rb"(?!\})")
     opening = rb"(?:%b\{|\{%b(?:%b|(?=\})))" % (METRIC_NAME, QUOTED, comma)
-    return rb"(?:%b(?:%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
+    return rb"(?:%b(?:(?!\})%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
-OPENMETRICS_TIME: Final = rb"(?: %b|)" % FINITE
+OPENMETRICS_TIME: Final = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
 EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
 EXEMPLAR: Final = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
 AFTER_VALUE: Final = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
@@ -534,12 +533,12 @@ def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
 
 TEXT_METADATA: Final = compose_metadata(TEXT_TYPES)
 OPENMETRICS_METADATA: Final = compose_metadata(OPENMETRICS_TYPES, UNIT)
-TEXT_TIMESTAMP: Final = rb"(?: [0-9]{1,18}+|)"
+TEXT_TIME: Final = EXPONENT + rb"(?: [0-9]{1,18}+|)"
 
 
 def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
     """Return a pattern of up to RUN_SAMPLES samples. Each match holds the interpreter lock."""
-    block = rb"(?:%b){0,6}%b %b%b\n" % (metadata, series, number, after)
+    block = rb"(?:%b(?:%b){0,5}|)%b %b%b\n" % (metadata, metadata, series, number, after)
     return compile_production(rb"(?:%b){1,%d}%b" % (block, RUN_SAMPLES, OUTERMOST))
 
 
@@ -549,13 +548,13 @@ class Dialect(NamedTuple):
     types: tuple[bytes, ...] = TEXT_TYPES  #: a family without a type has the first one
     number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: a number, or what stands in its place
     label_value: Pattern = compile_production(rb'[^"\\]*+(?:\\\0*+[^\n\0][^"\\]*+)*')
-    fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIMESTAMP)
+    fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIME)
     #: also comments, prom-client's blank lines, and VictoriaMetrics's blanks after commas
     wide: Pattern = compose_run(
-        TEXT_METADATA + rb"|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n)",
+        rb"(?:%b|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n))" % TEXT_METADATA,
         compose_wide_series(b", {0,9999}+"),
         WIDE_NUMBER,
-        TEXT_TIMESTAMP + rb"[ \t]{0,9999}+",
+        TEXT_TIME + rb"[ \t]{0,9999}+",
     )
     separator: Pattern = BLANKS  #: before a value, a timestamp, a keyword
     timestamp: Pattern = re.compile(rb"()[0-9]+")

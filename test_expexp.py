@@ -3171,8 +3171,7 @@ def test_a_match_of_labels_that_begin_alike_is_short(
 
 
 def test_an_expression_that_is_quadratic_is_found() -> None:
-    name = expexp.METRIC_NAME
-    unit = rb"UNIT (?=%b (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)" % name
+    unit = rb"UNIT (?=[\w:]{1,9999}+ (?P<unit>[\w:]++)\n)[\w:]*?_(?P=unit) (?P=unit)"
     assert slow_strings(expexp.compile_production(unit), 16_384, searched=False)
 
 
@@ -18725,12 +18724,13 @@ def test_verify_names_the_file_and_counts_the_samples_in_it(
         (["-verify", "."], ".: cannot be read: is a directory\n"),
         (["-verify=\x1b\n"], "\\x1b\\n: cannot be read: no such file or directory\n"),
     ],
-@pytest.mark.usefixtures("here")
 )
+@pytest.mark.usefixtures("here")
 def test_verify_ends_with_2_where_it_cannot_read(
     main_in_process: Callable[..., tuple[int, str]], flags: list[str], line: str
 ) -> None:
     assert main_in_process(*flags) == (2, line)
+
 
 @pytest.mark.parametrize("size", [5, None])
 def test_verify_says_of_gzip_what_it_is(
@@ -18741,7 +18741,6 @@ def test_verify_says_of_gzip_what_it_is(
     first = capfd.readouterr().out.splitlines()[0]
     assert first.startswith('a.gz:1:1: expected a metric name, found "\\x1f\\x8b\\x08')
     assert first.endswith(UNZIP)
-
 
 
 @pytest.mark.parametrize("more", [[], ["-config="], ["-config.check"], ["-web.listen-address="]])
