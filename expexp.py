@@ -466,9 +466,9 @@ METRIC_TOKEN: Final = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
-# Canonical forms for the fast path: what Go's libraries write. Digits are bounded so that no number
-# overflows. Runs are bounded so that no token is too long. Groups are bounded so that a match needs
-# little memory: `re` keeps 100 bytes for each repetition.
+# Canonical forms for the fast path: what Go's libraries write, except escapes. Digits are bounded
+# so that no number overflows. Runs are bounded so that no token is too long. Groups are bounded so
+# that a match needs little memory: `re` keeps 100 bytes for each repetition.
 CANONICAL_LABEL: Final = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # not __name__
 VALUE_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b{0,9999}+"' % VALUE_BYTE
@@ -1501,7 +1501,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
         options[name] = () if flag.default is None else flag.parse(flag.default)
     rest = iter(arguments)
     for argument in rest:
-        found = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", argument, re.DOTALL)
+        found = re.fullmatch(r"(?s)--?([^-=][^=]*)(?:=(.*))?", argument)
         if not found:
             raise FlagError(f'unexpected argument "{excerpt(argument)}".')
         typed, text = found.groups()
@@ -2760,16 +2760,16 @@ NO_END: Final = "the target closed before the end of its body"
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
     """Return the headers of a block that ends in an empty line. Raise RequestError."""
-    text = FOLD.sub(" ", block.decode("latin-1").replace("\r\n", "\n"))
+    lines = block.decode("latin-1").replace("\r\n", "\n")
+    text = FOLD.sub(" ", lines)
     parts = grammar.split(text)  # a text between headers, a name, a value, and so on
     rest = "".join(parts[::3])
     if rest != "\n":
         name = re.split("[:\r\n]", rest)[0]  # the value may be secret
         raise RequestError(400, f'malformed header "{excerpt(name)}"')
     pairs = zip(parts[1::3], parts[2::3])
-    headers = [(name.title(), value.strip(" \t")) for name, value in pairs]
     # Go keeps a name with a blank under a key that no code looks up.
-    return [pair for pair in headers if " " not in pair[0]]
+    return [(name.title(), value.strip(" \t")) for name, value in pairs if " " not in name]
 
 
 def values_of(headers: Headers, name: str) -> list[str]:
@@ -3275,8 +3275,8 @@ class Commands:
         self._limits = limits
         self._soft_limit = soft_limit  # of descriptors, for commands; 0: not changed
         # A service manager sets these variables for expexp alone.
-        own = re.compile(rb"NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*", re.DOTALL)
-        self._environment = {k: v for k, v in os.environb.items() if not own.fullmatch(k)}
+        own = rb"(?s)NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*"
+        self._environment = {k: v for k, v in os.environb.items() if not re.fullmatch(own, k)}
         #: Value: the module's name if the scrape ended first. Each use of it is atomic.
         self.unreaped: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
@@ -4115,7 +4115,7 @@ def admit(request: Request, networks: Sequence[Network], credentials: Credential
     if networks and not any(address in network for network in networks):
         raise RequestError(403, "Forbidden")
     names = " ".join(dict(request.headers))
-    is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx uses 1.0
+    is_proxied = request.version == "1.0" or re.search("Forwarded|Via", names)  # nginx uses 1.0
     has_certificate = request.scheme == "https" and "client certificates" in credentials.protections
     is_local = LOOPBACK.fullmatch(request.header("Host")) and address.is_loopback
     is_trusted = has_certificate or bool(is_local and not is_proxied)
@@ -4140,9 +4140,10 @@ def admit(request: Request, networks: Sequence[Network], credentials: Credential
     raise RequestError(401, wrong, ("WWW-Authenticate", challenges))
 
 
-def utc_time(seconds: float) -> str:
-    """Return a Unix time as text, such as `2026-11-30T15:12:20Z`."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+@lru_cache  # a scrape needs the time of this second in two forms
+def utc_time(seconds: float, form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
+    """Return a Unix time as text, by default such as `2026-11-30T15:12:20Z`."""
+    return time.strftime(form, time.gmtime(seconds))
 
 
 class History:
@@ -4161,7 +4162,7 @@ class History:
 
     def note(self, started: float, **outcome: Any) -> None:
         """Keep the outcome of a scrape for the page at /. It began at `started` (monotonic)."""
-        now = utc_time(time.time())
+        now = utc_time(int(time.time()))
         seconds = round(monotonic() - started, 4)
         self.failing_since = (self.failing_since or now) if "error" in outcome else None
         state = "failing" if self.failing_since else "ok"
@@ -4598,7 +4599,7 @@ POLL_SECONDS: Final = 0.05  # between checks for a signal, a shutdown and a due 
 TRIM_SECONDS: Final = 10  # between trims: glibc kept 50 MB of freed memory after ten minutes
 # The start of an absolute form. The lookahead fixes the host's end: no match backtracks.
 URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
-REQUEST_LINE: Final = re.compile(rf"(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n", re.ASCII)
+REQUEST_LINE: Final = re.compile(rf"(?a)(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n")
 
 
 class Connections:
@@ -4854,8 +4855,8 @@ class ClientConnection(socketserver.BaseRequestHandler):
         if request.method == "HEAD":
             body = b""
         if "Date" not in given:
-            # RFC 9110, 5.6.7. email.utils.formatdate takes three times as long.
-            headers.append(("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())))
+            # The form of RFC 9110, 5.6.7.
+            headers.append(("Date", utc_time(int(time.time()), "%a, %d %b %Y %H:%M:%S GMT")))
         self._is_closing |= self.server.connections.draining
         headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
@@ -4972,7 +4973,7 @@ class LogFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line. A long message loses its middle, because a trace ends in its cause."""
         message = super().format(record)
-        created = utc_time(record.created)
+        created = utc_time(int(record.created))
         level = record.levelname.lower()
         while True:
             if self._as_json:
