@@ -2950,7 +2950,7 @@ def test_the_share_of_a_deadline_keeps_its_client_and_a_part_of_its_time(
     now = [100.0]
     monkeypatch.setattr(expexp, "monotonic", lambda: now[0])
     deadline = expexp.Deadline(10, client_fd=7)
-    share = dataclasses.replace(deadline, seconds=deadline.remaining() / 4)
+    share = expexp.Deadline(deadline.remaining() / 4, client_fd=7)
     assert (share.remaining(), share.client_fd) == (2.5, 7)
     now[0] += 3
     with pytest.raises(expexp.ScrapeError, match=r"^timed out after 2.5 s$"):
