@@ -341,7 +341,7 @@ class Deadline:
     def __init__(self, seconds: float, longest_wait: float = inf, client_fd: int = -1) -> None:
         self.seconds = seconds
         self.longest_wait = longest_wait
-        self.client_fd = client_fd  # of the client's connection, polled for a hang-up
+        self.client_fd = client_fd  # descriptor of the client's connection, polled for its hang-up
         self._end = monotonic() + seconds
         self._yield_below = inf  # remaining seconds at the next yield
 
@@ -464,10 +464,10 @@ METRIC_TOKEN: Final = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
-# Canonical forms for the fast path: what Go's libraries write, except escapes. Digits are bounded
-# so that no number overflows. Runs are bounded so that no token is too long. Groups are bounded so
-# that a match needs little memory: `re` keeps 100 bytes for each repetition.
-FAST_LABEL: Final = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # not __name__
+# Canonical forms for the fast path: what Go's libraries write most. Digits are bounded so that no
+# number overflows. Runs are bounded so that no token is too long. Groups are bounded so that a
+# match needs little memory: `re` keeps 100 bytes for each repetition.
+FAST_LABEL: Final = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # so it is not __name__
 VALUE_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE: Final = rb'"%b{0,9999}+"' % VALUE_BYTE
 DIGITS: Final = rb"[0-9]{1,200}+(?:\.[0-9]{0,200}+|)"
@@ -475,14 +475,14 @@ EXPONENT: Final = rb"(?:[eE](?<=[0-9.].)(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"  # not 
 CANONICAL_NUMBER: Final = rb"(?:-?+%b|[+-]Inf|NaN)" % DIGITS  # without its exponent
 MAX_FAST_LABELS: Final = 20  # node_os_info has 12; to compare more names takes too long
 
-# Wide forms: what all other libraries write. A label name has quotes only if it needs them, so that
-# no name is written in two ways.
+# Wide forms: escapes, and what all other libraries write. A label name has quotes only if it needs
+# them, so that no name is written in two ways.
 QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME: Final = rb'(?:%b|_(?!_name__=)\w{0,9999}+|(?!"%b")%b)' % (FAST_LABEL, LABEL_NAME, QUOTED)
 WIDE_VALUE: Final = rb'"%b{0,9999}+(?:"|(?:\\[^\n\0]%b{0,800}+){1,64}")' % (VALUE_BYTE, VALUE_BYTE)
 WIDE_NUMBER: Final = rb"(?:[+-]?+(?:%b|\.[0-9]{1,200}+|(?i:inf(?:inity|)))|(?i:nan))" % DIGITS
-#: A pair in a line that the wide forms match. The group is the name.
-LABEL_PAIR: Final = compile_production(rb"[{,] {0,9999}+(%b)=%b" % (WIDE_NAME, WIDE_VALUE))
+#: A label, or the metric's quoted name, in a line that the wide forms match. The group: its name.
+LABEL_PAIR: Final = compile_production(rb"[{,] *+(?:(%b)=%b|%b)" % (WIDE_NAME, WIDE_VALUE, QUOTED))
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
@@ -508,7 +508,7 @@ def compose_wide_series(comma: bytes) -> bytes:
 
 
 OPENMETRICS_TIME: Final = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, CANONICAL_VALUE)
+EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, WIDE_VALUE)
 EXEMPLAR: Final = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
 AFTER_VALUE: Final = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
 #: The base units of OpenMetrics. Other units are left to the reader: a group that compares a unit
@@ -1634,7 +1634,7 @@ def parse_json(text: str) -> Node:
 # --- readers: they return the value of a key's node, or raise NodeError
 Read = Callable[[Node], Any]
 Convert = Callable[[str], Any]
-NOTHING: Final = Node()  # the node of an absent key
+NOTHING: Final = Node()  # of an absent key, JSON's null, and an empty document
 NO_NUL: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
 
 
@@ -2742,7 +2742,7 @@ Pieces = Iterator[bytes]
 
 BODILESS: Final = (204, 304)  # statuses
 LINE_END: Final = re.compile(rb"\n")
-#: Begins with a byte, not with `^`: `search` is ten times faster.
+#: The newline of an empty line. `search` is slow for a pattern that begins with `^`.
 EMPTY_LINE: Final = re.compile(rb"\n(?:(?<=\n\r\n)|(?<=\n\n)|(?<=\A\r\n)|(?<=\A\n))")
 #: An SSLError's text has this if the peer closed. Its class depends on Python and OpenSSL.
 TLS_EOF: Final = re.compile(r"EOF[ _)]")
@@ -2760,9 +2760,9 @@ NO_END: Final = "the target closed before the end of its body"
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
     """Return the headers of a block that ends in an empty line. Raise RequestError."""
-    lines = block.decode("latin-1").replace("\r\n", "\n")
-    text = FOLD.sub(" ", lines)
-    parts = grammar.split(text)  # a text between headers, a name, a value, and so on
+    text = block.decode("latin-1").replace("\r\n", "\n")
+    unfolded = FOLD.sub(" ", text)
+    parts = grammar.split(unfolded)  # a text between headers, a name, a value, and so on
     rest = "".join(parts[::3])
     if rest != "\n":
         name = re.split("[:\r\n]", rest)[0]  # the value may be secret
@@ -2862,7 +2862,7 @@ class Wire:
             count = len(self._received)
             if count > most or not self._fill():
                 return self._take(most + 1)
-            searched = max(0, count - 1)  # a match has at most two bytes
+            searched = count  # a match has one byte
 
     def _fill(self) -> bool:
         """Receive one more piece. Return False if the peer has closed."""
@@ -4115,7 +4115,7 @@ def admit(request: Request, networks: Sequence[Network], credentials: Credential
     if networks and not any(address in network for network in networks):
         raise RequestError(403, "Forbidden")
     names = " ".join(dict(request.headers))
-    is_proxied = request.version == "1.0" or re.search("Forwarded|Via", names)  # nginx uses 1.0
+    is_proxied = request.version == "1.0" or re.search("(?i)forwarded|via", names)  # nginx uses 1.0
     has_certificate = request.scheme == "https" and "client certificates" in credentials.protections
     is_local = LOOPBACK.fullmatch(request.header("Host")) and address.is_loopback
     is_trusted = has_certificate or bool(is_local and not is_proxied)
@@ -4381,7 +4381,7 @@ def explain(application: Application, request: Request) -> Response:
     for at, words, details in steps:
         text += f"\n{at - started:8.3f} s  {excerpt(words, 2000)}"
         shown = details
-        if isinstance(details, list):
+        if not isinstance(details, bytes):
             shown = ", ".join(values_of(details, "Content-Type")).encode()
         if shown.startswith(b"\x1f\x8b"):  # gzip
             continue
@@ -4469,7 +4469,7 @@ class Application:
         if response.module:
             self.metrics.increment("expexp_proxy_duration_seconds_sum", response.module, by=seconds)
             self.metrics.increment("expexp_proxy_duration_seconds_count", response.module)
-        if not ACCESS.isEnabledFor(logging.INFO):  # nothing is formatted in vain
+        if not ACCESS.isEnabledFor(logging.INFO):  # format nothing that is not logged
             return
         method = excerpt(request.method)
         target = excerpt(request.target, 2000)

@@ -3862,6 +3862,7 @@ WIDE_LINES = {
     "24 labels": line_with(24).encode(),
     "25 labels": line_with(25).encode(),
     "60 labels": line_with(60).encode(),
+    "22 labels and a trailing comma": line_with(22).replace("}", ",}").encode(),
     "nan": b"up nan\n",
     "NAN": b"up NAN\n",
     "inf": b"up inf\n",
@@ -4024,6 +4025,14 @@ def test_wide_lines_are_taken_in_openmetrics_where_they_are_legal(line: bytes) -
     body = line + b'up{a="b"} 1\n' + line * 2
     legal = isinstance(read(body + b"# EOF\n", expexp.OPENMETRICS, fast=False), int)
     assert (taken(expexp.OPENMETRICS.wide, body) == len(body)) == legal
+
+
+def test_a_metric_name_that_looks_like_labels_hides_no_label_that_is_there_twice() -> None:
+    labels = ",".join(f'l{number}="1"' for number in range(20))
+    body = f'{{"m,b=",a="1",{labels}, a="2"}} 1\n'.encode()
+    found = read(body, expexp.TEXT, fast=True)
+    assert found == read(body, expexp.TEXT, fast=False)
+    assert found == (1, 166, 'found the label "a" twice')
 
 
 @given(strategies.lists(strategies.sampled_from(list(WIDE_LINES.values())), max_size=300))
@@ -21806,6 +21815,13 @@ def test_strict_text_accepts(body: str) -> None:
 @pytest.mark.parametrize("body", STRICT_OPENMETRICS_VALID.values(), ids=STRICT_OPENMETRICS_VALID)
 def test_strict_openmetrics_accepts(body: str) -> None:
     assert expolint.findings(f"{body}# EOF\n".encode(), OPENMETRICS) == []
+
+
+def test_the_linter_says_of_gzip_what_it_is_and_no_more() -> None:
+    body = gzip.compress(EXPOSITION * 100)
+    (finding,) = expolint.findings(body, PLAIN)
+    assert (finding.line, finding.column) == (1, 1)
+    assert finding.message.endswith(UNZIP)
 
 
 def refuse_strictly(body: str, content_type: str) -> str:

@@ -750,7 +750,7 @@ def find_all(body: bytes, content_type: str) -> Iterator[Finding]:
     """Yield the findings, some of them twice. A refusal by Prometheus comes first."""
     yield from find_refusal(body, content_type)
     dialect = choose_dialect(content_type)
-    if dialect is None:  # protobuf: what follows a fault cannot be read
+    if dialect is None or body.startswith(b"\x1f\x8b"):  # what follows a fault cannot be read
         return
     source = Source(body, dialect)
     if dialect.openmetrics and not body:
