@@ -58,13 +58,13 @@ try:
         Sample,
         ScrapeError,
         Source,
-        check_size,
         choose_dialect,
         compile_production,
         excerpt,
         is_utf8,
         point_at,
         quote,
+        read_input,
         read_line,
         read_quoted,
         tell,
@@ -834,9 +834,7 @@ def lint_file(name: str, arguments: argparse.Namespace) -> int:
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
     failure = f"{shown}: cannot be read"
     try:
-        with open(0 if name == "-" else name, "rb", closefd=name != "-") as file:
-            body = file.read(Limits.body_bytes + 1)
-        check_size(Limits(), len(body))
+        body = read_input(name, Limits())
         content_type = arguments.content_type or text_scrape(body).headers[0][1]
         found = findings(body, content_type)
         text = render_findings(shown, body, found)
