@@ -1306,10 +1306,11 @@ class SelfMetrics:
         for fault in HANDSHAKE_FAULTS:
             self.increment("expexp_tls_handshake_failures_total", fault, by=0)
 
-    def set(self, name: str, *labels: str, to: float) -> None:
-        """Set a gauge, or a counter whose value comes from elsewhere."""
+    def set(self, **values: float) -> None:
+        """Set gauges without labels, or counters whose values come from elsewhere."""
         with self._lock:
-            self._samples[name][labels] = to
+            for name, value in values.items():
+                self._samples[name][()] = value
 
     def increment(self, name: str, *labels: str, by: float = 1) -> None:
         """Add to a counter or gauge. Adding 0 creates the series."""
@@ -4328,21 +4329,19 @@ def collect(metrics: SelfMetrics, snapshot: Snapshot) -> None:
     put = metrics.set
     own = snapshot.credentials
     has_problems = any(each.problems for each in (own, *snapshot.targets.values()))
-    put("expexp_credentials_last_reload_successful", to=int(not has_problems))
-    put("expexp_config_last_reload_successful", to=int(not snapshot.config.problems))
-    put("expexp_config_last_reload_success_timestamp_seconds", to=snapshot.loaded)
+    put(expexp_credentials_last_reload_successful=int(not has_problems))
+    put(expexp_config_last_reload_successful=int(not snapshot.config.problems))
+    put(expexp_config_last_reload_success_timestamp_seconds=snapshot.loaded)
     if own.value.tls:
-        put("expexp_tls_certificate_expiry_timestamp_seconds", to=own.value.tls.expires)
-    put("process_start_time_seconds", to=STARTED)
-    put("process_cpu_seconds_total", to=time.process_time())
-    put("process_max_fds", to=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        put(expexp_tls_certificate_expiry_timestamp_seconds=own.value.tls.expires)
+    put(process_start_time_seconds=STARTED, process_cpu_seconds_total=time.process_time())
+    put(process_max_fds=resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     with suppress(OSError), open("/proc/self/stat", "rb") as file:
         # The program's name may contain blanks and brackets. proc(5) counts from 1.
         fields = file.read().rpartition(b")")[2].split()
-        put("process_threads", to=int(fields[17]))
-        put("process_virtual_memory_bytes", to=int(fields[20]))
-        put("process_resident_memory_bytes", to=int(fields[21]) * resource.getpagesize())
-        put("process_open_fds", to=len(os.listdir("/proc/self/fd")) - 2)  # our own two
+        put(process_threads=int(fields[17]), process_virtual_memory_bytes=int(fields[20]))
+        put(process_resident_memory_bytes=int(fields[21]) * resource.getpagesize())
+        put(process_open_fds=len(os.listdir("/proc/self/fd")) - 2)  # our own two
 
 
 def render_telemetry(application: Application, request: Request) -> Response:
@@ -4908,7 +4907,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.ran_at = monotonic()
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # prlimit(1) may have lowered it
         most = min(self.limits.connections, soft // self.limits.connection_descriptors)
-        self.application.metrics.set("expexp_open_connections", to=self.connections.fit(most))
+        self.application.metrics.set(expexp_open_connections=self.connections.fit(most))
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """Accept a client. Make room after any failure, such as EMFILE. Raise OSError."""
@@ -5064,11 +5063,10 @@ class Program:
         limits, former_descriptors = fit_descriptors(limits)
         metrics = SelfMetrics()
         python = platform.python_version()
-        metrics.set("expexp_build_info", __version__, python, to=1)
-        metrics.set("build_info", __version__, REVISION, "unknown", f"python{python}", to=1)
-        metrics.set(
-            "python_info", platform.python_implementation(), *python.split("."), python, to=1
-        )
+        metrics.increment("expexp_build_info", __version__, python)
+        metrics.increment("build_info", __version__, REVISION, "unknown", f"python{python}")
+        implementation = platform.python_implementation()
+        metrics.increment("python_info", implementation, *python.split("."), python)
         self.loader = Loader(options, limits)
         self.commands = Commands(limits, former_descriptors)
         self.application = Application(self.loader, options, Tools(limits, self.commands, metrics))
