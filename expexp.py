@@ -638,12 +638,10 @@ class Source:
             if re.search(form, f"{self.body[pos - 1 : pos]!r}{message}"):
                 message += f"; {advice}"
         line = 1
-        start = 0
         for begin in range(0, pos, WINDOW_BYTES):
             self.tick()
-            end = min(begin + WINDOW_BYTES, pos)
-            line += self.body.count(b"\n", begin, end)
-            start = max(start, self.body.rfind(b"\n", begin, end) + 1)
+            line += self.body.count(b"\n", begin, min(begin + WINDOW_BYTES, pos))
+        start = self.body.rfind(b"\n", 0, pos) + 1
         text = self.body[start : start + LINE_BYTES].partition(b"\n")[0]
         before = pos - start
         if len(text) < LINE_BYTES and is_utf8(text):
