@@ -929,10 +929,7 @@ def find_repetition(body: bytes, pos: int, end: int) -> int:
     """Return the start of the first line that has a label twice, `end` without one."""
     for line in body[pos:end].split(b"\n"):
         if line.count(b'="') > MAX_FAST_LABELS:
-            pairs = b"," + line.partition(b"{")[2]
-            names = pairs.split(b'"')[:-1:2]  # each is `,name=` in most lines
-            if b"\\" in pairs or b'"=' in pairs or b", " in pairs:
-                names = LABEL_PAIR.findall(pairs)
+            names = LABEL_PAIR.findall(line)
             if len(set(names)) < len(names):
                 return pos
         pos += len(line) + 1
