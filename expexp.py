@@ -325,14 +325,10 @@ Query = Sequence[tuple[bytes, bytes]]  # names and values of a query
 class Secret:
     """A text that no page, log, error, repr or metric shows."""
 
-    _text: str
-
-    def reveal(self) -> str:
-        """Return the text."""
-        return self._text
+    revealed: str
 
     def __bool__(self) -> bool:
-        return bool(self._text)
+        return bool(self.revealed)
 
 
 class Deadline:
@@ -1686,7 +1682,7 @@ def read_list(node: Node, what: str = "a list") -> Sequence[str]:
     """Return the texts of a list. Drop entries without a value, as the original does."""
     if node.kind != "list":  # arguments may be secret: the message does not show the text
         raise NodeError(f"expected {what}, found the {node.kind}", node.place)
-    return tuple(read_secret(item).reveal() for item in node.items if item.kind != "nothing")
+    return tuple(read_secret(item).revealed for item in node.items if item.kind != "nothing")
 
 
 HASH: Final = r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{53}"  # up to Limits.bcrypt_cost
@@ -2303,7 +2299,7 @@ class Users(NamedTuple):
             return False
         raw_name, colon, password = pair.partition(b":")
         name = raw_name.decode("utf-8", "replace")
-        stored = self.hashes.get(name, Secret("")).reveal()
+        stored = self.hashes.get(name, Secret("")).revealed
         # A changed hash voids the proof. Without the key, the time of `==` tells nothing.
         proofs = self.checks.proofs
         proof = hmac.digest(self.checks.key, stored.encode() + pair, "sha256")
@@ -2313,7 +2309,7 @@ class Users(NamedTuple):
             if proofs.get(name) == proof:  # another request has hashed it meanwhile
                 return True
             # Unknown names cost as much as the costliest user. Equal costs hide which names exist.
-            hashes = [secret.reveal() for secret in self.hashes.values()]
+            hashes = [secret.revealed for secret in self.hashes.values()]
             like = stored or max(hashes, key=lambda text: text[4:6])
             hashed = hash_password(self.crypt_rn, password, like) or b""
             is_right = hmac.compare_digest(hashed, stored.encode())
@@ -2390,7 +2386,7 @@ class Credentials(NamedTuple):
 
     def is_token(self, given: str) -> bool:
         """Return whether a client has sent the token, compared in constant time."""
-        return hmac.compare_digest(given.encode("latin-1"), self.token.reveal().encode())
+        return hmac.compare_digest(given.encode("latin-1"), self.token.revealed.encode())
 
     @property
     def protections(self) -> set[str]:
@@ -2522,13 +2518,13 @@ class LoadedTarget(LoadedValue):
         authorization = ""
         if target.bearer_token_file:
             file = NamedFile(f"{path}.bearer_token_file", target.bearer_token_file)
-            authorization = f"Bearer {self.secret(file).reveal()}"
+            authorization = f"Bearer {self.secret(file).revealed}"
             if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
                 self.problem(file.setting, "token file should hold one line of Latin-1 text")
         elif target.basic_auth_username:
             file = NamedFile(f"{path}.basic_auth_password_file", target.basic_auth_password_file)
             password = target.basic_auth_password or self.secret(file)
-            pair = f"{target.basic_auth_username}:{password.reveal()}"
+            pair = f"{target.basic_auth_username}:{password.revealed}"
             authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
         return TargetCredentials(self._context(target, path), authorization)
 
@@ -2625,7 +2621,7 @@ class LoadedConfig(LoadedValue):
                 self.warn_if_public(source.filename)
             self.targets[name] = LoadedTarget(source, self.at_start, target, f"{path}.http")
         elif isinstance(target, ExecTarget):
-            search = target.env.get("PATH", Secret("")).reveal()
+            search = target.env.get("PATH", Secret("")).revealed
             if not shutil.which(target.command, path=search or None):
                 missing = "executable"
                 advice = shell_advice(target.command)
@@ -3285,7 +3281,7 @@ class Commands:
         env = {} if target.clear_env else dict(self._environment)
         env[b"EXPEXP_TIMEOUT_SECONDS"] = b"%.3f" % job.deadline.remaining()
         try:
-            env.update({os.fsencode(k): os.fsencode(v.reveal()) for k, v in target.env.items()})
+            env.update({os.fsencode(k): os.fsencode(v.revealed) for k, v in target.env.items()})
             # The client's arguments follow the configured ones, in the query's order.
             added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
             arguments = [*map(os.fsencode, (target.command, *target.args)), *added]
@@ -3516,7 +3512,7 @@ def request_headers(job: Job) -> dict[str, str]:
     if authorization := job.credentials.value.authorization:
         headers["Authorization"] = authorization
     for name, secret in target.headers.items():
-        headers[name] = secret.reveal()
+        headers[name] = secret.revealed
     return headers
 
 

@@ -1247,7 +1247,7 @@ def names_in(cell: str) -> tuple[str, ...]:
 
 def plain(value: object) -> object:
     """A value that compares: secrets do not."""
-    return value.reveal() if isinstance(value, expexp.Secret) else value
+    return value.revealed if isinstance(value, expexp.Secret) else value
 
 
 def show_default(value: object) -> str:
@@ -2698,7 +2698,7 @@ def test_a_problem_is_one_line(fields: tuple[str, int, int, str, str], line: str
 # ==================================================================================================
 def test_a_secret_shows_itself_only_when_asked() -> None:
     secret = expexp.Secret("s3ntinel")
-    assert secret.reveal() == "s3ntinel"
+    assert secret.revealed == "s3ntinel"
     assert "s3ntinel" not in f"{secret} {secret!r} {secret!s} {[secret]} {vars(type(secret))}"
 
 
@@ -6686,7 +6686,7 @@ def test_scalars_of_env_keep_their_source_text_and_a_null_is_empty() -> None:
     text = of_exec(
         "env: {A: 1.10, B: no, C: 010, D: 2020-01-01, E: 2020-01-01 10:00:00, F: 0o17, G: , H: ''}"
     )
-    revealed = {name: value.reveal() for name, value in exec_target(text).env.items()}
+    revealed = {name: value.revealed for name, value in exec_target(text).env.items()}
     assert revealed == {
         "A": "1.10",
         "B": "no",
