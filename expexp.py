@@ -140,7 +140,7 @@ NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
 MODULE_SHARE: Final = 0.75  # of the connections: for one module, cache waiters included
 PROXY_SHARE: Final = 0.875  # for all modules: `/metrics` and `/-/healthy` keep the rest
 RELOAD_SHARE: Final = 0.1  # for requests that wait for a reload: a file system can block it
-HEADER_NAME: Final = re.compile(rf"[{NAME_CHARACTERS}]+")  # the name of a header: RFC 9110, 5.6.2
+HEADER_NAME: Final = rf"[{NAME_CHARACTERS}]+"  # the name of a header: RFC 9110, 5.6.2
 Header = tuple[str, str]  # name and value of a header. Received names become Title-Case
 
 
@@ -1693,7 +1693,7 @@ NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a patt
 A_PATH: Final = "the path of a URL (put the host into address), two hexadecimal digits after %"
 URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
 LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
-SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME.pattern}"
+SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME}"
 AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
 read_text: Final = scalar("text without a NUL")
 read_secret: Final = scalar("text without a NUL", convert=Secret)
@@ -2738,7 +2738,7 @@ EMPTY_LINE: Final = re.compile(rb"\n(?:(?<=\n\r\n)|(?<=\n\n)|(?<=\A\r\n)|(?<=\A\
 TLS_EOF: Final = re.compile(r"EOF[ _)]")
 FOLD: Final = re.compile(r"\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # Both are linear, as no two parts match the same text: 30 ms for 256 KiB that fail at the end.
-STRICT_HEADER: Final = re.compile(rf"(?m)^({HEADER_NAME.pattern}):({LINE})\n")
+STRICT_HEADER: Final = re.compile(rf"(?m)^({HEADER_NAME}):({LINE})\n")
 #: Also with blanks in the name, as in `Content-Length : 4`.
 TOLERANT_HEADER: Final = re.compile(rf"(?m)^((?! )[ {NAME_CHARACTERS}]+):({LINE})\n")
 STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
