@@ -4193,13 +4193,10 @@ class History:
 class Attempt(NamedTuple):
     """A request for a module's exposition. Counts and logs how it ends."""
 
-    module: Module
-    pairs: Query  # without the module
+    job: Job  # if it has steps, the scrape is explained, and not counted, logged or kept
     history: History
-    metrics: SelfMetrics
     started: float  # monotonic
     patience: float  # a timeout is no news within so many seconds of a success
-    steps: Any  # a list if the scrape is explained, and not counted, logged or kept
 
     def observe(self, scrape: Scrape) -> Any:
         """Return the body of a target's answer. Note how the answer ends."""
@@ -4220,30 +4217,31 @@ class Attempt(NamedTuple):
         except ScrapeError as error:
             self.fail(error, REASONS["aborted"], scrape.status)
             raise
-        if scrape.status == OK and self.steps is None:
-            self.history.succeed(self.module.name)
+        if scrape.status == OK and self.job.steps is None:
+            self.history.succeed(self.job.module.name)
             self.history.note(self.started, status=OK, samples=scrape.samples, bytes=size)
 
     def fail(self, error: ScrapeError, reason: Reason, status: int) -> str:
         """Count and log a failure. Return its words, with the target's URL where it matters."""
-        module = self.module
+        job = self.job
+        module = job.module
         kind = error.reason.name
         words = error.message
         # Faults of the request and of the body's text, and "busy", do not need the target's URL.
         if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
-        if self.pairs and kind != "bad_arguments":  # they may name one target of many
-            words += f" (query {excerpt(urlencode(self.pairs), 200)})"
-        if self.steps is not None:
-            self.steps.append((monotonic(), f"{reason.name}: {words}", error.detail.encode()))
+        if job.pairs and kind != "bad_arguments":  # they may name one target of many
+            words += f" (query {excerpt(urlencode(job.pairs), 200)})"
+        if job.steps is not None:
+            job.note("%s: %s", reason.name, words, details=error.detail.encode())
             return words
         text = f"module {module.name}: {reason.name}: {words}"
         if error.detail:
             text += f": {error.detail}"
         if kind == "aborted":  # the client hung up: the module has not failed
-            self.metrics.increment("expexp_proxy_failures_total", module.name, kind)
+            job.tools.metrics.increment("expexp_proxy_failures_total", module.name, kind)
         else:
-            self.metrics.fail(module.name, module.method, reason)
+            job.tools.metrics.fail(module.name, module.method, reason)
         if kind in ("aborted", "bad_arguments"):  # what clients do must not fill the log
             LOGGER.debug("%s", text)
         else:
@@ -4491,17 +4489,16 @@ class Application:
         seconds = scrape_timeout(module.timeout, wanted, self.options["timeout-offset"], limits)
         is_early = seconds < (module.timeout or limits.scrape_seconds)
         patience = limits.failure_reminder_seconds if is_early else 0
-        history = self._histories[module.name]
-        attempt = Attempt(module, pairs, history, self.metrics, monotonic(), patience, steps)
+        known = snapshot.targets.get(module.name)
         with ExitStack() as cleanup:
+            deadline = Deadline(seconds, client_fd=request.client_fd)
+            held = Reservation(self._tools, cleanup)
+            credentials = known and self.loader.refresh(module.name, known)
+            parts = (module, pairs, request.headers, request.client, deadline, cleanup)
+            job = Job(*parts, held, self._tools, credentials, steps)
+            attempt = Attempt(job, self._histories[module.name], monotonic(), patience)
             try:
                 check_arguments(module, pairs, limits)
-                deadline = Deadline(seconds, client_fd=request.client_fd)
-                held = Reservation(self._tools, cleanup)
-                known = snapshot.targets.get(module.name)
-                credentials = known and self.loader.refresh(module.name, known)
-                parts = (module, pairs, request.headers, request.client, deadline, cleanup)
-                job = Job(*parts, held, self._tools, credentials, steps)
                 about = (module.name, module.method, module.target.shown)
                 job.note(FIRST_STEP, *about, seconds, module.timeout or "none", wanted)
                 found = answer_job(job)
