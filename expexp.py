@@ -4588,16 +4588,15 @@ class Connections:
     """The connections that clients hold. Those that can be evicted make room for new ones."""
 
     def __init__(self) -> None:
-        self._slots = 0  # until `fit`
+        self.slots = 0  # until `fit`, and again while connections drain
         self._open: set[socket.socket] = set()  # each use of it is atomic
         self._ending: set[socket.socket] = set()  # evicted, until their threads have ended
         #: The ones that can be evicted, in the order of `expose`. Each use is atomic, too.
         self._exposed = OrderedDict[socket.socket, bool]()
-        self.draining = False
 
     def admit(self, connection: socket.socket) -> bool:
         """Give a connection a slot. If none is free, evict another one, or return False."""
-        if len(self._open) >= self._slots:
+        if len(self._open) >= self.slots:
             if not self.evict():
                 return False
             self._await_evicted()
@@ -4616,7 +4615,7 @@ class Connections:
 
     def fit(self, most: int) -> int:
         """Change the number of slots. Evict connections beyond it. Return how many are left."""
-        self._slots = most
+        self.slots = most
         while len(self._open) > most and self.evict():
             pass
         return len(self._open)
@@ -4651,11 +4650,9 @@ class Connections:
 
     def drain(self, seconds: float) -> bool:
         """Evict connections, wait for the others. Return whether all have ended in time."""
-        self.draining = True
         end = monotonic() + seconds
-        while self._open and monotonic() < end:
-            if not self.evict():
-                sleep(0.01)
+        while self.fit(0) and monotonic() < end:
+            sleep(0.01)
         return not self._open
 
 
@@ -4838,7 +4835,7 @@ class ClientConnection(socketserver.BaseRequestHandler):
             body = b""
         if "Date" not in given:
             headers.append(("Date", utc_time(int(time.time()), "%a, %d %b %Y %H:%M:%S GMT")))
-        self._is_closing |= self.server.connections.draining
+        self._is_closing |= not self.server.connections.slots
         headers.append(("Connection", "close" if self._is_closing else "keep-alive"))
         phrase = http.client.responses.get(response.status, "")
         head = render_head(f"HTTP/1.1 {response.status} {phrase}", headers)
