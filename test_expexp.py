@@ -19675,22 +19675,23 @@ def test_what_failed_is_tried_again_after_a_while_though_no_file_has_changed(
 def test_a_signal_that_comes_when_the_wait_for_it_is_just_over_is_not_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Late(threading.Event):
-        """An event that is set just after the first wait for it was in vain."""
+    class Late:
+        """A lock that is released just after the first wait for it was in vain."""
 
-        is_late = True
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+            self.is_late = True
 
-        def wait(self, timeout: float | None = None) -> bool:
+        def acquire(self, timeout: float) -> bool:
             if self.is_late:
                 self.is_late = False
-                self.set()
                 return False
-            return super().wait(timeout)
+            return self.lock.acquire(timeout=timeout)
 
     put(str(tmp_path), c__yaml="modules: {}")
     flags = [f"-config={tmp_path}/c.yaml", "-config.auto-reload-interval=1h"]
     own = expexp.Program(expexp.parse_flags(flags), FAST)
-    monkeypatch.setattr(own, "_is_reload_wanted", Late())
+    monkeypatch.setattr(own, "_no_reload", Late())
     monkeypatch.setattr(own.application, "reload", raising(LookupError("reloaded")))
     with ThreadPoolExecutor() as pool:
         reloaded = pool.submit(own._keep_reloading)
