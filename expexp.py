@@ -4728,7 +4728,6 @@ class ClientConnection(socketserver.BaseRequestHandler):
 
     def _shake_hands(self) -> None:
         """Shake hands, check the certificate. Raise OSError, UnicodeError or ScrapeError."""
-        self.server.connections.expose(self._socket)
         first = self._wire.attempt(self._socket.recv, POLLIN, 1, socket.MSG_PEEK)
         tls: Any = self._snapshot.credentials.value.tls
         if first not in (b"\x16", b""):  # 0x16 begins a handshake: RFC 8446, 5.1; empty: closed
