@@ -4824,12 +4824,13 @@ class ClientConnection(socketserver.BaseRequestHandler):
             body = b""
         elif isinstance(body, bytes):
             headers.append(("Content-Length", str(len(body))))
-        elif "Content-Length" not in given and request.version == "1.0":
-            self._is_closing = True  # only closing ends the body
         elif "Content-Length" not in given:
-            headers.append(("Transfer-Encoding", "chunked"))
-            pieces = itertools.chain(body, [b""])  # RFC 9112, 7.1: the last chunk is empty
-            body = (b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+            if request.version == "1.0":
+                self._is_closing = True  # only closing ends the body
+            else:
+                headers.append(("Transfer-Encoding", "chunked"))
+                pieces = itertools.chain(body, [b""])  # RFC 9112, 7.1: the last chunk is empty
+                body = (b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
         if request.method == "HEAD":
             body = b""
         if "Date" not in given:
