@@ -627,6 +627,7 @@ class Source:
     dialect: Dialect
     tick: Tick = no_tick
     pos: int = 0
+    fast_from: int = 0  # the reader takes the lines before this position
 
     def error_at(self, pos: int, message: str) -> ExpositionError:
         """Return the error to raise for what stands at `pos`."""
@@ -945,6 +946,7 @@ def read_runs(source: Source, end: int, form: Pattern) -> int:
         if run["more"]:
             source.pos = find_repetition(body, last, run.end())
             if source.pos < run.end():
+                source.fast_from = run.end()  # or each such line would cost a match of 200 lines
                 break
     lines = b"\n" + body[last : source.pos]
     others = lines.count(b"\n#")
@@ -965,8 +967,9 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
             stop = body.rfind(b"\n", start, start + WINDOW_BYTES) + 1 or start + WINDOW_BYTES
             forms = (dialect.fast, dialect.wide) if is_utf8(body[start:stop]) else ()
         tick()
-        for form in forms:
-            samples += read_runs(source, stop, form)
+        if start >= source.fast_from:
+            for form in forms:
+                samples += read_runs(source, stop, form)
         if source.pos < stop:  # measured: to read a line past each window took 5 % longer
             samples += isinstance(read_line(source), Sample)
     return samples
@@ -4642,8 +4645,11 @@ class Connections:
             oldest, _ = self._exposed.popitem(last=False)
         except KeyError:
             return False
-        self.remove(oldest)
         self._ending.add(oldest)
+        if oldest not in self._open:  # its thread has just ended, and cannot remove it again
+            self._ending.discard(oldest)
+        self._open.discard(oldest)
+        self._exposed.pop(oldest, None)  # its thread may have exposed it meanwhile
         with suppress(OSError):
             oldest.shutdown(socket.SHUT_RDWR)  # wakes its thread
         return True

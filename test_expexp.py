@@ -3992,6 +3992,23 @@ def test_the_reader_sees_no_line_among_those_with_many_labels(
     assert seen == [len(body)]
 
 
+def test_lines_that_drop_a_label_twice_are_not_matched_again_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels = ",".join(f'l{number}="x"' for number in range(25))
+    body = f'm{{{labels},l0="",l0=""}} 1\n'.encode() * 1_000
+    searched = []
+    find_repetition = expexp.find_repetition
+
+    def note_run(body: bytes, pos: int, end: int) -> int:
+        searched.append(pos)
+        return find_repetition(body, pos, end)
+
+    monkeypatch.setattr(expexp, "find_repetition", note_run)
+    assert expexp.verify_exposition(body, PLAIN) == 1_000
+    assert 0 < len(searched) < 100  # without this one, 2,000
+
+
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "by line"])
 def test_a_comment_of_one_word_without_a_blank_may_be_long(fast: bool) -> None:
     body = b"#" + b"X" * (expexp.MAX_TOKEN_BYTES + 1) + b"\nup 1\n"
@@ -16803,6 +16820,26 @@ def test_a_new_connection_waits_for_the_threads_of_evicted_ones_a_second_at_most
             assert connections.admit(newest[most])
         with taking(1, 3):  # a thread that found no memory never ends
             assert connections.admit(newest[most + 1])
+
+
+def test_new_connections_do_not_wait_for_threads_that_ended_while_they_were_evicted() -> None:
+    connections = expexp.Connections()
+
+    class EndingJustThen(collections.OrderedDict[socket.socket, bool]):
+        """Those that can be evicted: the thread of each ends in the middle of its eviction."""
+
+        def popitem(self, last: bool = True) -> tuple[socket.socket, bool]:
+            item = super().popitem(last)
+            connections.remove(item[0])
+            return item
+
+    connections._exposed = EndingJustThen()
+    connections.fit(1)
+    with contextlib.ExitStack() as stack, taking(0, 0.9):
+        for _ in range(2 * expexp.Limits.evicted_connections):
+            client = stack.enter_context(socket.socket())
+            assert connections.admit(client)
+            connections.expose(client)
 
 
 BEGINNINGS = pytest.mark.parametrize(
