@@ -1935,7 +1935,7 @@ class DocumentReader:
         """Return keys and values of a mapping. Note duplicates, and keys that are not known."""
         before = len(self.problems)
         found: dict[str, Node] = {}
-        if node.kind not in ("mapping", "nothing"):  # its text may be secret
+        if node.kind not in ("mapping", "nothing"):  # its text may be secret, such as a password
             self.problem(path, f"expected a mapping, found the {node.kind}", node.place)
         for name_node, value in node.entries:
             name = self.read(read_name, name_node, path)
@@ -1953,10 +1953,8 @@ class DocumentReader:
     def read(self, reader: Any, node: Node, path: str) -> Any:
         """Return the value of a key's node. What has a problem is None or left out."""
         if isinstance(reader, type):  # the dataclass of a section
-            before = len(self.problems)
             declared = declared_keys(reader)
-            values = self.values(declared, self.entries(node, path, declared), path)
-            return None if len(self.problems) > before else reader(**values)
+            return reader(**self.values(declared, self.entries(node, path, declared), path))
         if isinstance(reader, tuple):  # readers of names and of secrets
             found = self.entries(node, path, read_name=reader[0])
             return {name: self.read(reader[1], found[name], f"{path}.{name}") for name in found}
@@ -2445,13 +2443,13 @@ class LoadedCredentials(LoadedValue):
         web = WebConfig()
         if self.filename:
             with self.noting(""):
-                # The file may be one with a password, named by mistake: no message shows its text.
-                node = self.document(self.filename)._replace(text="")
-                web = self.read(WebConfig, node, "") or web
+                web = self.read(WebConfig, self.document(self.filename), "")
                 if web.basic_auth_users:
                     self.warn_if_public(self.filename)
                 elif not (web.tls_server_config or self.problems):
                     raise NodeError("neither tls_server_config nor basic_auth_users is set")
+        if self.problems:
+            return WebConfig()
         advice = "remove the flag, and set client_auth_type to ask for certificates"
         for flag in ("web.tls.listen-address", "web.tls.verify"):
             if web.tls_server_config and options[flag]:  # if ignored, anybody would get in
