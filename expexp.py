@@ -2420,13 +2420,13 @@ class LoadedCredentials(LoadedValue):
         settings = web.tls_server_config
         if options["web.tls.listen-address"]:
             settings = TlsServer("", "", AUTH_TYPES[-1 if options["web.tls.verify"] else 0])
-        elif options["web.tls.verify"] and not settings:  # it promises a check that is not made
-            self.problem("", "-web.tls.verify needs -web.tls.listen-address")
-        tls = self._tls(options, settings) if settings else None
-        if not options["web.tls.listen-address"]:
-            idle = [name for name in TLS_FLAGS if options[name] != FLAGS[name].default]
+        else:
+            if options["web.tls.verify"] and not settings:  # it promises a check that is not made
+                self.problem("", "-web.tls.verify needs -web.tls.listen-address")
+            idle = [flag for flag in TLS_FLAGS if options[flag] != FLAGS[flag].default]
             words = "flag -%s has no effect without -web.tls.listen-address"
-            self.warnings += [words % name for name in idle]
+            self.warnings += [words % flag for flag in idle]
+        tls = self._tls(options, settings) if settings else None
         credentials = Credentials(token or self.secret(file), users, tls)
         if options["web.tls.certmatch"] and "client certificates" not in credentials.protections:
             self.problem("", f"-web.tls.certmatch needs -web.tls.verify or {AUTH_TYPES[-1]}")
