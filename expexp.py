@@ -1359,6 +1359,8 @@ class SelfMetrics:
 # one dash or two, exact names. argparse would accept abbreviations. Pure: texts in, Options out.
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+Convert = Callable[[str], Any]  # from the text of a flag or key; raises ValueError
+Values = dict[str, Any]  # by the names of flags or keys
 LOG_LEVELS: Final = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn": 30} | {
     "info": 20,
     "debug": 10,
@@ -1441,7 +1443,7 @@ class Flag(NamedTuple):
     """A flag of the command line."""
 
     documentation: str
-    parse: Callable[[str], Any] = str
+    parse: Convert = str
     default: str | None = ""  # as a user types it; None: a repeatable flag without a default
 
 
@@ -1488,7 +1490,7 @@ Options = Mapping[str, Any]
 
 def parse_flags(arguments: Sequence[str]) -> Options:
     """Return the options of a command line. Raise FlagError."""
-    options: dict[str, Any] = {WARNINGS: ()}
+    options: Values = {WARNINGS: ()}
     for name, flag in FLAGS.items():
         options[name] = () if flag.default is None else flag.parse(flag.default)
     rest = iter(arguments)
@@ -1536,7 +1538,6 @@ def render_usage() -> str:
 
 YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
 Place = tuple[int, int]  # line and column; 0: unknown, as in JSON
-Values = dict[str, Any]
 
 
 class NodeError(ExpexpError):
@@ -1628,7 +1629,6 @@ def parse_json(text: str) -> Node:
 
 # --- readers: they return the value of a key's node, or raise NodeError
 Read = Callable[[Node], Any]
-Convert = Callable[[str], Any]
 NOTHING: Final = Node()  # of an absent key, JSON's null, and an empty document
 NO_NUL: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
 
@@ -1874,7 +1874,7 @@ def unknown_key(name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown key, with its section or the most similar key."""
     if re.fullmatch(TOOLKIT_KEYS, name):
         return "known to exporter-toolkit, not supported here"
-    homes: dict[str, Any] = {f"section {one}": declared_keys(TARGETS[one]) for one in TARGETS}
+    homes: Values = {f"section {one}": declared_keys(TARGETS[one]) for one in TARGETS}
     homes |= {"the module, beside method": MODULE_KEYS, "the top of -config.file": TOP_KEYS}
     home = " or ".join(one for one in homes if name in homes[one])
     if home:
