@@ -1642,8 +1642,8 @@ def scalar(
         """Return the value. Raise NodeError, which shows no secret and nothing before an @."""
         if node.kind not in ("list", "mapping") and re.fullmatch(pattern, node.text):
             if kind and node.kind != kind:
-                found = f'found the text "{node.text}": remove the quotes'
-                raise NodeError(f"expected a {kind}, {found}", node.place)
+                words = f'expected a {kind}, found the text "{node.text}": remove the quotes'
+                raise NodeError(words)  # at the place of its key's value
             with suppress(ValueError):
                 return convert(node.text)
         text = excerpt(re.sub(r"(?s)\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1...@", node.text))
@@ -1684,7 +1684,7 @@ def to_path(text: str) -> str:
 def read_list(node: Node, what: str = "a list") -> Sequence[str]:
     """Return the texts of a list. Drop entries without a value, as the original does."""
     if node.kind != "list":  # arguments may be secret: the message does not show the text
-        raise NodeError(f"expected {what}, found the {node.kind}", node.place)
+        raise NodeError(f"expected {what}, found the {node.kind}")
     return tuple(read_secret(item).revealed for item in node.items if item.kind != "nothing")
 
 
