@@ -1911,7 +1911,6 @@ class DocumentReader:
 
     def problem(self, path: str, message: str, place: Place | None = None) -> None:
         """Note a problem, by default at the place of the path or the nearest section around it."""
-        path = path.lstrip(".")  # paths of top-level keys begin with a dot
         around = path
         while around not in self.places:
             around = around.rpartition(".")[0]
@@ -1930,16 +1929,16 @@ class DocumentReader:
             self.problem(path, f"{what}: {words_of(error)}")
 
     def entries(
-        self, node: Node, path: str, known: Iterable[str] = (), read_name: Read = read_module_name
+        self, node: Node, prefix: str, known: Iterable[str] = (), read_name: Read = read_module_name
     ) -> dict[str, Node]:
         """Return keys and values of a mapping. Note duplicates, and keys that are not known."""
         before = len(self.problems)
         found: dict[str, Node] = {}
         if node.kind not in ("mapping", "nothing"):  # its text may be secret, such as a password
-            self.problem(path, f"expected a mapping, found the {node.kind}", node.place)
+            self.problem(prefix[:-1], f"expected a mapping, found the {node.kind}", node.place)
         for name_node, value in node.entries:
-            name = self.read(read_name, name_node, path)
-            where = f"{path}.{name}".lstrip(".")
+            name = self.read(read_name, name_node, prefix[:-1])
+            where = f"{prefix}{name}"
             if name in found:
                 self.problem(where, "given twice", name_node.place)
             elif known and name and name not in known:
@@ -1952,21 +1951,22 @@ class DocumentReader:
 
     def read(self, reader: Any, node: Node, path: str) -> Any:
         """Return the value of a key's node. What has a problem is None or left out."""
+        prefix = path and f"{path}."
         if isinstance(reader, type):  # the dataclass of a section
             declared = declared_keys(reader)
-            return reader(**self.values(declared, self.entries(node, path, declared), path))
+            return reader(**self.values(declared, self.entries(node, prefix, declared), prefix))
         if isinstance(reader, tuple):  # readers of names and of secrets
-            found = self.entries(node, path, read_name=reader[0])
-            return {name: self.read(reader[1], found[name], f"{path}.{name}") for name in found}
+            found = self.entries(node, prefix, read_name=reader[0])
+            return {name: self.read(reader[1], found[name], prefix + name) for name in found}
         with self.noting(path):
             return reader(node)
 
-    def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], path: str) -> Values:
+    def values(self, declared: Mapping[str, Any], nodes: Mapping[str, Node], prefix: str) -> Values:
         """Return the values of the keys present, None for a bad one. Note contradictions."""
         values: Values = {}
         for name, metadata in declared.items():
             node = nodes.get(name, NOTHING)
-            where = f"{path}.{name}"
+            where = prefix + name
             is_text = node.kind == "string" and isinstance(metadata["default"], (str, Secret))
             if node.text or not (is_text or node.kind == "nothing"):  # empty texts do not count
                 values[name] = self.read(metadata["read"], node, where)
@@ -1976,42 +1976,42 @@ class DocumentReader:
         for name in given:
             needs = declared[name]["needs"]
             if values[name] and needs and set(needs).isdisjoint(given):
-                self.problem(f"{path}.{name}", f"needs {needs[0]} beside it")
+                self.problem(prefix + name, f"needs {needs[0]} beside it")
         for group in RIVAL_KEYS:
             rivals = [name for name in group if name in given]
             for name in rivals[1:]:
-                self.problem(f"{path}.{name}", f"does not go with {rivals[0]}")
+                self.problem(prefix + name, f"does not go with {rivals[0]}")
         if values.get("client_allowed_sans") == ():
-            self.problem(f"{path}.client_allowed_sans", "must list at least one name")
+            self.problem(prefix + "client_allowed_sans", "must list at least one name")
         interval = values.get("scrape_interval")
         if interval and interval < 1:
-            self.problem(f"{path}.scrape_interval", "expected 1s or more, or 0")
+            self.problem(prefix + "scrape_interval", "expected 1s or more, or 0")
         return values
 
     def module(self, name: str, node: Node) -> Module | None:
         """Return a module, or None after a problem."""
         before = len(self.problems)
-        path = f"modules.{name}"
-        self.places.setdefault(path, node.place)
+        prefix = f"modules.{name}."
+        self.places.setdefault(prefix[:-1], node.place)
         self._has_refused_keys = False
-        nodes = self.entries(node, path, (*MODULE_KEYS, *TARGETS))
-        values = self.values(MODULE_KEYS, nodes, path)
+        nodes = self.entries(node, prefix, (*MODULE_KEYS, *TARGETS))
+        values = self.values(MODULE_KEYS, nodes, prefix)
         method = values.get("method")
         if not method:
             return None
-        where = f"{path}.{method}"
+        inner = f"{prefix}{method}."
         declared = {**declared_keys(TARGETS[method]), **SHARED_KEYS}
-        own = self.entries(nodes.get(method, NOTHING), where, declared)
-        target = self.values(declared, own, where)
+        own = self.entries(nodes.get(method, NOTHING), inner, declared)
+        target = self.values(declared, own, inner)
         for shared in SHARED_KEYS:  # add the section's values to the module's
             value = target.pop(shared, None)
             if value is not None and values.setdefault(shared, value) not in (value, None):
-                self.problem(f"{where}.{shared}", f"differs from {path}.{shared}")
+                self.problem(inner + shared, f"differs from {prefix}{shared}")
         if method == "http" and values.get("verify") is False and values.get("cache"):
-            self.problem(f"{path}.cache", "needs verify: a streamed answer cannot be cached")
+            self.problem(prefix + "cache", "needs verify: a streamed answer cannot be cached")
         for other in (*TARGETS, *UNFIT_KEYS[method]):
             if other in {**nodes, **values} and other != method:
-                self.problem(f"{path}.{other}", f'does not go with method "{method}"')
+                self.problem(prefix + other, f'does not go with method "{method}"')
         if len(self.problems) > before:
             return None
         return Module(**values, name=name, target=TARGETS[method](**target))
@@ -2566,7 +2566,7 @@ class LoadedConfig(LoadedValue):
         if source.filename:
             with source.noting(""):
                 top = source.entries(self.document(source.filename), "", TOP_KEYS)
-                modules = source.entries(top.get("modules", NOTHING), "modules")
+                modules = source.entries(top.get("modules", NOTHING), "modules.")
                 given = top.get("defaultModule", NOTHING)
                 default = source.read(read_text, given, "defaultModule") or ""
                 for name, node in modules.items():
