@@ -2462,7 +2462,7 @@ class LoadedCredentials(LoadedValue):
         files = [NamedFile(f"-{flag}", options[flag]) for flag in TLS_FLAGS]
         if not options["web.tls.listen-address"]:
             files = [
-                NamedFile(f"tls_server_config.{one}", os.path.join(folder, getattr(settings, one)))
+                NamedFile("tls_server_config." + one, os.path.join(folder, getattr(settings, one)))
                 for one in ("cert_file", "key_file", "client_ca_file")
             ]
         chain, chain_key, ca = files
@@ -2514,25 +2514,25 @@ class TargetCredentials:
 class LoadedTarget(LoadedValue):
     """The credentials for a module's target, loaded from files."""
 
-    def load(self, target: HttpTarget, path: str) -> TargetCredentials:
+    def load(self, target: HttpTarget, prefix: str) -> TargetCredentials:
         """Return the credentials. Note unusable files as problems. IO."""
         authorization = ""
         if target.bearer_token_file:
-            file = NamedFile(f"{path}.bearer_token_file", target.bearer_token_file)
+            file = NamedFile(prefix + "bearer_token_file", target.bearer_token_file)
             authorization = f"Bearer {self.secret(file).revealed}"
             if not re.fullmatch(LINE, authorization):  # http.client would show it in its error
                 self.problem(file.setting, "token file should hold one line of Latin-1 text")
         elif target.basic_auth_username:
-            file = NamedFile(f"{path}.basic_auth_password_file", target.basic_auth_password_file)
+            file = NamedFile(prefix + "basic_auth_password_file", target.basic_auth_password_file)
             password = target.basic_auth_password or self.secret(file)
             pair = f"{target.basic_auth_username}:{password.revealed}"
             authorization = f"Basic {base64.b64encode(pair.encode()).decode()}"
-        return TargetCredentials(self._context(target, path), authorization)
+        return TargetCredentials(self._context(target, prefix), authorization)
 
-    def _context(self, target: HttpTarget, path: str) -> SSLContext | None:
+    def _context(self, target: HttpTarget, prefix: str) -> SSLContext | None:
         """Return the TLS settings towards a target, if any. Note problems. IO."""
         keys = ("tls_ca_cert_file", "tls_root_ca_file", "tls_cert_file", "tls_key_file")
-        ca, more_ca, chain, chain_key = (NamedFile(f"{path}.{k}", getattr(target, k)) for k in keys)
+        ca, more_ca, chain, chain_key = (NamedFile(prefix + k, getattr(target, k)) for k in keys)
         has_files = ca.name or more_ca.name or chain.name
         if target.scheme == "http" and not has_files:
             return None
@@ -2542,7 +2542,7 @@ class LoadedTarget(LoadedValue):
         is_verified = not target.tls_insecure_skip_verify
         build = client_context.__wrapped__ if has_files else client_context  # no files: shared
         context = None
-        with self.noting(f"{path}.tls_min_version", f"OpenSSL here has no {version}"):
+        with self.noting(prefix + "tls_min_version", f"OpenSSL here has no {version}"):
             context = build(version, is_verified and not ca.name, is_verified)
             self.trust(context, ca)
             self.trust(context, more_ca)
@@ -2620,7 +2620,7 @@ class LoadedConfig(LoadedValue):
         if isinstance(target, HttpTarget):
             if target.basic_auth_password or "Authorization" in target.headers:
                 self.warn_if_public(source.filename)
-            self.targets[name] = LoadedTarget(source, self.at_start, target, f"{path}.http")
+            self.targets[name] = LoadedTarget(source, self.at_start, target, f"{path}.http.")
         elif isinstance(target, ExecTarget):
             search = target.env.get("PATH", Secret("")).revealed
             if not shutil.which(target.command, path=search or None):
