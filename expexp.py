@@ -2370,10 +2370,10 @@ class PreparedTls(NamedTuple):
         allowed = {*map(canonical_name, self.settings.client_allowed_sans)}
         # A `$` in a pattern also matches before a line break, so names with one are dropped.
         shown = tuple(filter(str.isprintable, common + names))
-        is_wrong = bool(certificate and allowed) and allowed.isdisjoint(names)
-        if certmatch and not is_wrong:
-            is_wrong = not match_names(certmatch, shown, seconds)
-        if is_wrong:
+        is_allowed = not (certificate and allowed and allowed.isdisjoint(names))
+        if is_allowed and certmatch:
+            is_allowed = match_names(certmatch, shown, seconds)
+        if not is_allowed:
             found = excerpt(", ".join(shown), 200) or "it has none"
             raise CertificateError(f"no name in the certificate is allowed: {found}")
 
