@@ -3113,10 +3113,11 @@ class Cache:
             try:
                 outcome = wait_for(run.task, job.deadline)
             finally:
-                self._leave(key, run)
+                self._leave(run)
             if isinstance(outcome, Scrape):
                 break
-            if outcome[0] != "timeout":  # after the timeout of an older run, start another
+            # If an older run was too late or was left by its clients, start another.
+            if outcome[0] not in ("timeout", "aborted"):
                 raise ScrapeError(*outcome)
         job.held.reserve_bytes(total_size(outcome))  # it may be evicted while it is sent
         if asked < run.completed_at:
@@ -3145,35 +3146,33 @@ class Cache:
         run.task = Task(cleanup.close, self._make, own, key, run)
         return run
 
-    def _leave(self, key: Any, run: Run) -> None:
+    def _leave(self, run: Run) -> None:
         """Stop waiting for a run. End it if no other request waits, unless it is a command's."""
         with self._lock:
             run.waiting -= 1
-            if run.client and not run.waiting and run.completed_at == inf:
+            if run.client and not run.waiting:
                 run.client.close()
-                if self._runs.get(key) is run:  # not if it failed or the module changed
-                    del self._runs[key]  # the next request begins another one
 
     def _make(self, job: Job, key: Any, run: Run) -> Any:
         """Return the target's answer, or the arguments of a ScrapeError."""
         outcome: Any = None
         try:
             outcome = scrape_target(job)
+            if outcome.status == OK:
+                run.size = total_size(outcome)
         except ScrapeError as error:  # its traceback would keep bodies
             outcome = error.reason.name, error.message, error.detail
         finally:
-            self._keep(job.tools.limits, key, run, outcome)
+            self._keep(job.tools.limits, key, run)
         return outcome
 
-    def _keep(self, limits: Limits, key: Any, run: Run, outcome: Any) -> None:
+    def _keep(self, limits: Limits, key: Any, run: Run) -> None:
         """Cache a good answer. Evict the oldest ones beyond the bounds."""
         most = limits.cache_bytes
         with self._lock:
-            if self._runs.get(key) is not run:  # no request waits, or the module has changed
+            if self._runs.get(key) is not run:  # the module has changed
                 return
             del self._runs[key]
-            if isinstance(outcome, Scrape) and outcome.status == OK:
-                run.size = total_size(outcome)
             if run.size <= most:  # a larger one would evict all others in vain
                 run.completed_at = monotonic()
                 self._runs[key] = run
