@@ -3265,8 +3265,8 @@ class Commands:
         self._limits = limits
         self._soft_limit = soft_limit  # of descriptors, for commands; 0: not changed
         # A service manager sets these variables for expexp alone.
-        own = rb"(?s)NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*"
-        self._environment = {k: v for k, v in os.environb.items() if not re.fullmatch(own, k)}
+        own = r"(?s)NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*"
+        self._environment = {k: v for k, v in os.environ.items() if not re.fullmatch(own, k)}
         #: Value: the module's name if the scrape ended first. Each use of it is atomic.
         self.unreaped: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
@@ -3279,18 +3279,18 @@ class Commands:
         null = subprocess.DEVNULL
         pipe = subprocess.PIPE
         env = {} if target.clear_env else dict(self._environment)
-        env[b"EXPEXP_TIMEOUT_SECONDS"] = b"%.3f" % job.deadline.remaining()
+        env["EXPEXP_TIMEOUT_SECONDS"] = f"{job.deadline.remaining():.3f}"
+        env.update({name: secret.revealed for name, secret in target.env.items()})
+        # The client's arguments follow the configured ones, in the query's order.
+        added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
+        arguments = [target.command, *target.args, *added]  # Popen encodes texts
         try:
-            env.update({os.fsencode(k): os.fsencode(v.revealed) for k, v in target.env.items()})
-            # The client's arguments follow the configured ones, in the query's order.
-            added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
-            arguments = [*map(os.fsencode, (target.command, *target.args)), *added]
-            job.note("starting the command", details=b"\n".join(arguments))
+            job.note("starting the command", details=b"\n".join(map(os.fsencode, arguments)))
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
                 arguments, 0, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
             )
         except (OSError, ValueError) as error:
-            words = start_fault(error, target.command, env.get(b"PATH", b""))
+            words = start_fault(error, target.command, env.get("PATH", ""))
             raise ScrapeError("command", f"cannot start the command: {words}") from None
         self.unreaped[process] = ""
         if self._soft_limit:
@@ -3342,10 +3342,10 @@ class Commands:
             sleep(0.01)
 
 
-def start_fault(error: Exception, command: str, path: bytes) -> str:
+def start_fault(error: Exception, command: str, path: str) -> str:
     """Return why a command cannot be started."""
     words = words_of(error)
-    places = os.fsdecode(path) or os.defpath
+    places = path or os.defpath
     if isinstance(error, UnicodeError):
         words = "it cannot be encoded in this locale"
     elif getattr(error, "errno", 0) == errno.ENOEXEC:
