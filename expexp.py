@@ -3267,7 +3267,7 @@ class Commands:
         # A service manager sets these variables for expexp alone.
         own = r"(?s)NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*"
         self._environment = {k: v for k, v in os.environ.items() if not re.fullmatch(own, k)}
-        #: Value: the module's name if the scrape ended first. Each use of it is atomic.
+        #: Value: the module's name if the scrape has failed. Each use of it is atomic.
         self.unreaped: dict[Process, str] = {}
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
@@ -3729,8 +3729,7 @@ def scrape_exec(job: Job) -> Scrape:
             return text_scrape(join_pieces(job, command_pieces(job, process, opened, stderr)))
     except ScrapeError as error:
         error.detail = excerpt(bytes(stderr).strip(), job.tools.limits.stderr_bytes)
-        if error.reason.name != "command":  # it may still run
-            commands.unreaped[process] = name
+        commands.unreaped[process] = name  # which counts it until it has ended
         raise
     finally:
         commands.end(process)
