@@ -3506,9 +3506,8 @@ def request_headers(job: Job) -> dict[str, str]:
     headers["Host"] = target.netloc.removesuffix(DEFAULT_PORTS[target.scheme])
     headers.setdefault("User-Agent", f"expexp/{__version__}")
     headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
-    codings = headers.setdefault("Accept-Encoding", "identity")
     if job.module.verify:
-        headers["Accept-Encoding"] = "gzip" if accepts(codings, "gzip") else "identity"
+        headers["Accept-Encoding"] = "gzip" if takes_gzip(job) else "identity"
     if authorization := job.credentials.value.authorization:
         headers["Authorization"] = authorization
     for name, secret in target.headers.items():
@@ -3951,7 +3950,7 @@ def scrape_target(job: Job) -> Scrape:
 
 def takes_gzip(job: Job) -> bool:
     """Return whether the client accepts gzip."""
-    return accepts(",".join(values_of(job.headers, "Accept-Encoding")), "gzip")
+    return accepts(",".join(values_of(end_to_end(job.headers), "Accept-Encoding")), "gzip")
 
 
 def gzip_pieces(body: bytes) -> Pieces:
