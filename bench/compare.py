@@ -94,6 +94,7 @@ class Workload:
     tls: bool = False
     has_floor: bool = False
     peer_may_refuse: bool = False
+    encoding: str = "gzip"
     requests: int = 50
     repeats: int = 3
     connections: tuple[int, ...] = ()
@@ -131,11 +132,21 @@ WORKLOADS = (
         "exec /bin/echo",
         method="exec",
         body="echo",
+        encoding="identity",
         requests=150,
         repeats=1,
         connections=(8,),
     ),
-    Workload("file", "file of 57 KB", method="file", peer_may_refuse=True, connections=(8,)),
+    Workload("exec-gzip", "exec cat of 57 KB, answered in gzip", method="exec"),
+    Workload(
+        "file",
+        "file of 57 KB",
+        method="file",
+        peer_may_refuse=True,
+        encoding="identity",
+        connections=(8,),
+    ),
+    Workload("file-gzip", "file of 57 KB, answered in gzip", method="file", peer_may_refuse=True),
     Workload("metrics", "/metrics", method="metrics", connections=(8,)),
     Workload(
         "large",
@@ -450,13 +461,22 @@ def context_switches(pid: int) -> int:
     return total
 
 
+def has_children(pid: int) -> bool:
+    """Return whether a thread of a process has children. Threads may end meanwhile."""
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if file.read_text():
+                return True
+    return False
+
+
 def wait_for_reaping(pid: int) -> None:
     """Return when a process has reaped its children: only then is their time counted as its own.
 
     expexp reaps a command half a second after its end.
     """
     end = time.monotonic() + REAP_SECONDS
-    while any(file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/children")):
+    while has_children(pid):
         if time.monotonic() > end:
             raise BenchError(f"process {pid} has children left after {REAP_SECONDS} s")
         time.sleep(0.02)
@@ -577,9 +597,9 @@ class Connection:
             data = data[size + 2 :]
 
 
-def make_request(path: str) -> bytes:
-    """Return the bytes of a scrape."""
-    headers = {"Host": "127.0.0.1", **SCRAPE_HEADERS}
+def make_request(path: str, encoding: str = "gzip") -> bytes:
+    """Return the bytes of a scrape by a client that accepts an encoding."""
+    headers = {"Host": "127.0.0.1", **SCRAPE_HEADERS, "Accept-Encoding": encoding}
     lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
     return "".join(line + "\r\n" for line in [*lines, ""]).encode()
 
@@ -702,11 +722,13 @@ def make_modules(workload: Workload, site: Site) -> dict[str, dict[str, Any]]:
 def make_module(workload: Workload, site: Site, body: str) -> dict[str, Any]:
     """Return one module; an http module keeps the default address."""
     module: dict[str, Any] = {"method": workload.method, "timeout": "30s"}
+    path = str(site.folder / "bodies" / body)
     if workload.method == "exec":
         words = site.bodies[body].decode().split()
-        return {**module, "exec": {"command": "/bin/echo", "args": words}}
+        command = ["/bin/echo", *words] if workload.body == "echo" else ["/bin/cat", path]
+        return {**module, "exec": {"command": command[0], "args": command[1:]}}
     if workload.method == "file":
-        return {**module, "file": {"path": str(site.folder / "bodies" / body)}}
+        return {**module, "file": {"path": path}}
     port = site.slow_port if body == "slow" else site.target_port
     http = {"port": port, "path": f"/{body}", "verify": workload.verify}
     return {**module, "method": "http", "http": http}
@@ -736,10 +758,20 @@ class Subject:
     def varies(self) -> bool:
         """Return whether answers differ in length.
 
-        Counters grow, and the peer serves the families of a file in random order, in gzip.
+        Counters grow, and the peer serves the families of commands and files in random order.
         """
-        method = self.workload.method
-        return method == "metrics" or (method == "file" and self.label == PEER)
+        return self.workload.method == "metrics" or (self.is_compressed and self.label == PEER)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Return whether the proxies compress the answer themselves."""
+        workload = self.workload
+        return workload.method in ("exec", "file") and workload.encoding == "gzip"
+
+    @property
+    def request(self) -> bytes:
+        """Return the bytes of a scrape."""
+        return make_request(self.path, self.workload.encoding)
 
     def connect(self) -> Connection:
         """Return a new connection."""
@@ -786,7 +818,7 @@ def check(subject: Subject, site: Site) -> None:
     """Check the first answer, its verdict and who gets in, and learn the length of answers."""
     workload = subject.workload
     with subject.connect() as connection:
-        first = connection.ask(make_request(subject.path))
+        first = connection.ask(subject.request)
         if first.status != 200:
             raise RefusedError(f"status {first.status}: {first.body[:200]!r}")
         subject.length = len(first.body)
@@ -807,9 +839,9 @@ def check_body(subject: Subject, answer: Answer, site: Site) -> None:
     workload = subject.workload
     if workload.method == "http":
         right = answer.body == site.bodies[workload.body]
-    elif workload.method == "exec":
+    elif workload.body == "echo":
         right = b"up 1\n" in answer.decoded()
-    elif workload.method == "file":
+    elif workload.method in ("exec", "file"):
         right = MARKER in answer.decoded()
     else:
         right = b"# TYPE process_resident_memory_bytes gauge\n" in answer.decoded()
@@ -895,7 +927,7 @@ class RoundFigures(NamedTuple):
 
 def one_round(subject: Subject, connection: Connection, requests: int) -> RoundFigures:
     """Scrape a number of times, one after another."""
-    request = make_request(subject.path)
+    request = subject.request
     times: list[float] = []
     answers: list[Answer] = []
     switches = context_switches(subject.pid)
@@ -940,11 +972,14 @@ def measure_throughput(
 
 def run_wrk(subject: Subject, connections: int, seconds: int, script: Path) -> float:
     """Return requests per second; raise BenchError if any of them failed."""
+    # The clients of the round before have hung up, and their commands may still be running.
+    wait_for_reaping(subject.pid)
     threads = 1 if connections < 64 else 2
     host, port = subject.address
     command = [find_program("wrk"), f"-c{connections}", f"-t{threads}", f"-d{seconds}s"]
     command += [f"-s{script}", "--timeout=10s"]
-    for name, value in SCRAPE_HEADERS.items():
+    headers = {**SCRAPE_HEADERS, "Accept-Encoding": subject.workload.encoding}
+    for name, value in headers.items():
         command += ["-H", f"{name}: {value}"]
     command.append(f"http://{host}:{port}{subject.path}")
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -989,6 +1024,14 @@ def peak_memory(subjects: Sequence[Subject], what: str) -> Row:
     return row
 
 
+def answer_bytes(subjects: Sequence[Subject], plain: int) -> Row:
+    """Return the bytes of an answer, beside those of the body that is not compressed."""
+    row = Row(subjects[0].workload.title, f"bytes of an answer, {plain:,} without gzip")
+    for subject in subjects:
+        row.add(subject.label, subject.length)
+    return row
+
+
 def measure(subjects: Sequence[Subject], effort: Effort, site: Site) -> Iterator[Row]:
     """Measure all rows of one workload.
 
@@ -998,6 +1041,8 @@ def measure(subjects: Sequence[Subject], effort: Effort, site: Site) -> Iterator
     if workload.requests:
         yield from measure_latency(subjects, effort.rounds * workload.repeats)
         yield peak_memory(subjects, "at 1")
+    if subjects[0].is_compressed:
+        yield answer_bytes(subjects, len(site.bodies[workload.body]))
     if effort.one_connection:
         return
     for connections in workload.connections:
