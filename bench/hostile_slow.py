@@ -19,6 +19,7 @@ from typing import Callable, NamedTuple, cast
 
 from compare import BenchError
 from hostile_attacks import (
+    FLOODED_SECONDS,
     FREED_SECONDS,
     P99_SECONDS,
     VICTIM,
@@ -69,7 +70,6 @@ WAITING = 384  # requests that one module may have
 CONNECTIONS = 512
 FLOOD = 5000
 REFUSED_SECONDS = 1
-FLOODED_SECONDS = 2  # for a scrape behind a thousand connections that wait to be accepted
 MOST_FAILED = 20  # connections: each takes two seconds
 NEWEST = 50
 
