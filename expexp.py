@@ -3793,8 +3793,7 @@ def open_path(job: Job, kind: int) -> Iterator[io.FileIO]:
 class Fifo:
     """A FIFO. One scrape at a time reads it: two readers would each get a part."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path  # as configured
+    def __init__(self) -> None:
         self.lock = Lock()
         #: Open until an answer is read to its end: the next scrape discards the rest first.
         self.unfinished: io.FileIO | None = None
@@ -3807,9 +3806,10 @@ class Fifo:
 
 
 def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
-    """Drop the FIFOs that no module has. `paths` has the paths of all modules."""
+    """Drop the FIFOs that no module has. `paths` has the paths of all modules. IO."""
+    known = {os.path.realpath(path) for path in paths if os.path.exists(path)}
     for key, fifo in list(fifos.items()):
-        if fifo.path not in paths and fifo.lock.acquire(blocking=False):
+        if key not in known and fifo.lock.acquire(blocking=False):
             del fifos[key]
             fifo.close()
             fifo.lock.release()
@@ -3818,7 +3818,7 @@ def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
 def read_fifo(job: Job, key: str) -> Scrape:
     """Return the scrape of the FIFO with the real path `key`. Raise OSError or ScrapeError."""
     path: str = job.module.target.path
-    fifo = job.tools.fifos.setdefault(key, Fifo(path))
+    fifo = job.tools.fifos.setdefault(key, Fifo())
     with hold(fifo.lock, job.deadline):
         rest = fifo.unfinished
         if rest and os.path.samestat(os.fstat(rest.fileno()), os.stat(path)):

@@ -11657,20 +11657,25 @@ def test_what_is_left_in_a_fifo_that_was_replaced_is_neither_read_nor_kept(tmp_p
 
 def test_a_reload_forgets_the_fifos_that_no_module_has_any_more(tmp_path: Path) -> None:
     def unfinished() -> expexp.Fifo:
-        fifo = expexp.Fifo(str(tmp_path / "gone"))
+        fifo = expexp.Fifo()
         fifo.unfinished = io.FileIO(os.devnull)
         return fifo
 
-    gone, in_use, kept = unfinished(), unfinished(), expexp.Fifo("/kept")
-    fifos = {"gone": gone, "in use": in_use, "kept": kept}
+    (tmp_path / "link").symlink_to("kept")
+    (tmp_path / "kept").touch()
+    names = [str(tmp_path / name) for name in ("gone", "in use", "kept")]
+    gone, in_use, kept = unfinished(), unfinished(), unfinished()
+    fifos = dict(zip(names, (gone, in_use, kept)))
     rest = gone.unfinished
     with in_use.lock:
-        expexp.forget_fifos(fifos, ["/kept"])
-    assert fifos == {"in use": in_use, "kept": kept}
+        expexp.forget_fifos(fifos, [str(tmp_path / "link")])
+    assert list(fifos) == names[1:]
     assert rest
     assert rest.closed
-    expexp.forget_fifos(fifos, ["/kept"])
-    assert fifos == {"kept": kept}
+    expexp.forget_fifos(fifos, [str(tmp_path / "link")])
+    assert fifos == {names[2]: kept}
+    assert kept.unfinished
+    kept.close()
 
 
 def test_who_waits_for_a_fifo_reads_the_one_that_has_replaced_it(tmp_path: Path) -> None:
