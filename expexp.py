@@ -338,7 +338,8 @@ class Deadline:
         self.seconds = seconds
         self.longest_wait = longest_wait
         self.client_fd = client_fd  # descriptor of the client's connection, polled for its hang-up
-        self._end = monotonic() + seconds
+        self.began = monotonic()
+        self._end = self.began + seconds
         self._yield_below = inf  # remaining seconds at the next yield
 
     def remaining(self) -> float:
@@ -1360,12 +1361,9 @@ class SelfMetrics:
 
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Convert = Callable[[str], Any]  # from the text of a flag or key; raises ValueError
-Values = dict[str, Any]  # by the names of flags or keys
-LOG_LEVELS: Final = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn": 30} | {
-    "info": 20,
-    "debug": 10,
-    "trace": 5,
-}
+Values = dict[str, Any]  # by name
+SEVERE_LEVELS: Final = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn": 30}
+LOG_LEVELS: Final = SEVERE_LEVELS | {"info": 20, "debug": 10, "trace": 5}
 
 
 class FlagError(ExpexpError):
@@ -1914,7 +1912,8 @@ class DocumentReader:
         around = path
         while around not in self.places:
             around = around.rpartition(".")[0]
-        self.problems.append(Problem(self.filename, *(place or self.places[around]), path, message))
+        place = place or self.places[around]
+        self.problems.append(Problem(excerpt(self.filename, 200), *place, path, message))
 
     @contextmanager
     def noting(self, path: str, what: str = "cannot be read") -> Iterator[None]:
@@ -2048,7 +2047,8 @@ def notify(state: str) -> None:
 def log_problems(problems: Iterable[Problem]) -> None:
     """Log why files are not used."""
     for problem in problems:
-        LOGGER.error("reload failed, keeping the previous configuration: %s", problem)
+        words = "reload failed, keeping the previous configuration: %s"
+        LOGGER.error(words, problem, extra={"fields": problem._asdict()})
 
 
 # --- files
@@ -2608,7 +2608,7 @@ class LoadedConfig(LoadedValue):
         sleep(0)  # or a reload of 300 modules would keep scrapes from the interpreter's lock
         path = f"modules.{name}"
         module = source.module(name, node)
-        here = str(Problem(source.filename, *node.place, "", ""))
+        here = str(Problem(excerpt(source.filename, 200), *node.place, "", ""))
         first = self.origins.setdefault(name, here)
         if first != here:
             source.problem(path, f"module {excerpt(name)} is already defined in {first}")
@@ -3728,7 +3728,7 @@ def scrape_exec(job: Job) -> Scrape:
             return text_scrape(join_pieces(job, command_pieces(job, process, opened, stderr)))
     except ScrapeError as error:
         error.detail = excerpt(bytes(stderr).strip(), job.tools.limits.stderr_bytes)
-        commands.unreaped[process] = name  # which counts it until it has ended
+        commands.unreaped[process] = name  # it counts until it has ended
         raise
     finally:
         commands.end(process)
@@ -4149,43 +4149,41 @@ class History:
         self._lock = Lock()
         self._succeeded_at = monotonic()
 
-    def note(self, started: float, **outcome: Any) -> None:
-        """Keep the outcome of a scrape for the page at /. It began at `started` (monotonic)."""
+    def note(self, attempt: Attempt, text: str, patience: float = 0, **outcome: Any) -> None:
+        """Keep the outcome of a scrape. Log it as `text`, and as a warning if it is news."""
         now = utc_time(int(time.time()))
-        seconds = round(monotonic() - started, 4)
-        self.failing_since = (self.failing_since or now) if "error" in outcome else None
-        state = "failing" if self.failing_since else "ok"
-        self.last_scrape = {"time": now, "seconds": seconds, "state": state, **outcome}
-
-    def succeed(self, name: str) -> None:
-        """Log that the module has recovered, if the last warning was about a failure."""
+        seconds = round(monotonic() - attempt.job.deadline.began, 4)
+        reason = outcome.get("reason", "")  # none: it has succeeded
+        outcome.update(time=now, seconds=seconds, deadline=attempt.job.deadline.seconds)
+        outcome["state"] = "failing" if reason else "ok"
         with self._lock:
-            self._succeeded_at = monotonic()
-            if self._logged_reason:
-                self._warn("", f"module {name}: recovered")
+            self.failing_since = (self.failing_since or now) if reason else None
+            self.last_scrape = outcome
+            extra = {"fields": {"module": attempt.job.module.name, **outcome}}
+            if self._is_news(reason, patience):
+                more = f" ({self._left_out} more left out)" if self._left_out else ""
+                LOGGER.warning("%s%s", text, more, extra=extra)
+                self._left_out = 0
+                self._logged_at = monotonic()
+                if reason != "busy":
+                    self._logged_reason = reason
+            elif reason:
+                LOGGER.debug("%s", text, extra=extra)
 
-    def fail(self, reason: str, text: str, patience: float) -> None:
-        """Log a failure: a warning if it is news and no scrape succeeded for `patience` seconds."""
-        with self._lock:
-            is_due = monotonic() - self._logged_at >= self._limits.failure_reminder_seconds
+    def _is_news(self, reason: str, patience: float) -> bool:
+        """Return whether to warn of an outcome. Note a success. Count a warning left out."""
+        now = monotonic()
+        since = now - self._logged_at
+        if reason:
+            is_due = since >= self._limits.failure_reminder_seconds
             is_news = is_due or reason not in ("busy", self._logged_reason)  # busy: only if due
-            is_news = is_news and monotonic() - self._succeeded_at >= patience
-            if is_news and self._warn(reason, text):
-                return
-        LOGGER.debug("%s", text)
-
-    def _warn(self, reason: str, text: str) -> bool:
-        """Log a warning. Soon after another one, only count it and return False."""
-        if monotonic() - self._logged_at < self._limits.failure_pause_seconds:
-            self._left_out += 1
-            return False
-        more = f" ({self._left_out} more left out)" if self._left_out else ""
-        LOGGER.warning("%s%s", text, more)
-        self._left_out = 0
-        self._logged_at = monotonic()
-        if reason != "busy":
-            self._logged_reason = reason
-        return True
+            is_news = is_news and now - self._succeeded_at >= patience
+        else:
+            self._succeeded_at = now
+            is_news = self._logged_reason != ""
+        is_early = is_news and since < self._limits.failure_pause_seconds
+        self._left_out += is_early
+        return is_news and not is_early
 
 
 class Attempt(NamedTuple):
@@ -4193,7 +4191,6 @@ class Attempt(NamedTuple):
 
     job: Job  # if it has steps, the scrape is explained, and not counted, logged or kept
     history: History
-    started: float  # monotonic
     patience: float  # a timeout is no news within so many seconds of a success
 
     def observe(self, scrape: Scrape) -> Any:
@@ -4216,8 +4213,8 @@ class Attempt(NamedTuple):
             self.fail(error, REASONS["aborted"], scrape.status)
             raise
         if scrape.status == OK and self.job.steps is None:
-            self.history.succeed(self.job.module.name)
-            self.history.note(self.started, status=OK, samples=scrape.samples, bytes=size)
+            text = f"module {self.job.module.name}: recovered"
+            self.history.note(self, text, status=OK, samples=scrape.samples, bytes=size)
 
     def fail(self, error: ScrapeError, reason: Reason, status: int) -> str:
         """Count and log a failure. Return its words, with the target's URL where it matters."""
@@ -4243,8 +4240,8 @@ class Attempt(NamedTuple):
         if kind in ("aborted", "bad_arguments"):  # what clients do must not fill the log
             LOGGER.debug("%s", text)
         else:
-            self.history.fail(reason.name, text, self.patience if kind == "timeout" else 0)
-            self.history.note(self.started, status=status, reason=reason.name, error=words)
+            patience = self.patience if kind == "timeout" else 0
+            self.history.note(self, text, patience, status=status, reason=reason.name, error=words)
         return words
 
 
@@ -4254,9 +4251,8 @@ STYLE: Final = """
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
-.failing { border-left-color: #d33 } .ok { border-left-color: #2a4 }
-th, td:nth-child(n+4) { white-space: nowrap }
-pre { white-space: pre-wrap }
+.failing { border-left-color: #d33 } .ok { border-left-color: #2a4 } .never meter { display: none }
+th, td:nth-child(n+4) { white-space: nowrap } pre { white-space: pre-wrap }
 @media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
 td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
 """
@@ -4277,10 +4273,10 @@ PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
 <th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
 """
 ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}">{name}</a> \
-<a href="./-/explain?{query}">explain</a>\
-<td title="Target">{method} {target}<td title="Last scrape">{state} {failing_since} {error}\
-<td title="At">{time}<td title="Seconds">{seconds}<td title="Status">{status}\
-<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
+<a href="./-/explain?{query}">explain</a><td title="Target">{method} {target}\
+<td title="Last scrape">{state} {failing_since} {error}<td title="At">{time}\
+<td title="Seconds">{seconds}<meter max="{deadline}" value="{seconds}" title="of {deadline} s">\
+</meter><td title="Status">{status}<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
 """
 
 
@@ -4359,10 +4355,8 @@ def explain(application: Application, request: Request) -> Response:
     response.cleanup.close()
     if len(steps) < 2:  # noqa: PLR2004 - it was refused before the scrape
         return dataclasses.replace(response, module="")
-    text = (
-        f"{response.status}: the status that /proxy would answer with now\n"
-        f"headers from Prometheus's defaults: {', '.join(missing)}"
-    )
+    text = f"{response.status}: the status that /proxy would answer with now\n"
+    text += f"headers from Prometheus's defaults: {', '.join(missing)}"
     for at, words, details in steps:
         text += f"\n{at - started:8.3f} s  {excerpt(words, 2000)}"
         if details.startswith(b"\x1f\x8b"):  # gzip
@@ -4383,7 +4377,7 @@ class Application:
         self.metrics = tools.metrics
         self.limits = tools.limits
         self._tools = tools
-        self._histories: dict[str, History] = defaultdict(partial(History, tools.limits))
+        self.histories: dict[str, History] = defaultdict(partial(History, tools.limits))
         self._reload_slots = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
         self._routes: dict[str, Callable[[Application, Request], Response]] = {
             "/": Application._index,
@@ -4417,8 +4411,8 @@ class Application:
         forget_fifos(self._tools.fifos, files)
         for name, module in modules.items():
             self.metrics.create_module(name, module.method)
-        for gone in set(self._histories).difference(modules):
-            self._histories.pop(gone, None)  # another reload may have done it
+        for gone in set(self.histories).difference(modules):
+            self.histories.pop(gone, None)  # another reload may have done it
 
     def reload(self) -> Sequence[Problem]:
         """Read all files again and return the problems. Raise RequestError."""
@@ -4457,8 +4451,11 @@ class Application:
         phrase = http.client.responses.get(status, "")
         if response.aborted:
             phrase += ", aborted"
-        words = '%s - %s "%s" %d %s (took %.2fms)'
-        ACCESS.info(words, request.client, method, target, status, phrase, seconds * 1000)
+        fields = {"client": request.client, "method": method, "path": target, "status": status}
+        fields.update(seconds=round(seconds, 4), module=response.module)
+        took = f"{phrase} (took {seconds * 1000:.2f}ms)"
+        text = f'{request.client} - {method} "{target}" {status} {took}'
+        ACCESS.info("%s", text, extra={"fields": fields})
 
     def _route(self, request: Request, refusal: RequestError | None) -> Response:
         """Return the route's response. Raise RequestError."""
@@ -4494,7 +4491,7 @@ class Application:
             credentials = known and self.loader.refresh(module.name, known)
             parts = (module, pairs, request.headers, request.client, deadline, cleanup)
             job = Job(*parts, held, self._tools, credentials, steps)
-            attempt = Attempt(job, self._histories[module.name], monotonic(), patience)
+            attempt = Attempt(job, self.histories[module.name], patience)
             try:
                 check_arguments(module, pairs, limits)
                 about = (module.name, module.method, module.target.shown)
@@ -4514,7 +4511,7 @@ class Application:
         """Return the state of the modules as HTML, or as JSON if the client accepts that."""
         outlines = {}
         for name, module in self.modules.items():
-            history = self._histories[name]
+            history = self.histories[name]
             outlines[name] = {  # nothing that may hold a secret
                 "method": module.method,
                 "timeout": module.timeout or None,
@@ -4940,32 +4937,41 @@ class Server(http.server.ThreadingHTTPServer):
 # ==================================================================================================
 # Builds the parts, waits for a signal, and stops them. Importing this file runs nothing. IO.
 
+#: The priorities of syslog(3) by `level // 10`, for systemd's journal.
+PRIORITIES: Final = ("", "<7>", "<6>", "<4>", "<3>", "<2>", "<5>")
+
 
 class LogFormatter(logging.Formatter):
     """Formats a record as JSON or `key=value` (FATAL: plain text), of at most `most_bytes`."""
 
-    def __init__(self, as_json: bool, most_bytes: int) -> None:
+    def __init__(self, as_json: bool, most_bytes: int, for_journal: bool = False) -> None:
         super().__init__()
         self._as_json = as_json
         self._most = most_bytes
+        self._for_journal = for_journal
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line. A long message loses its middle, because a trace ends in its cause."""
         message = super().format(record)
         created = utc_time(int(record.created))
         level = record.levelname.lower()
+        fields = getattr(record, "fields", {})
         while True:
             if self._as_json:
-                line = json.dumps({"level": level, "msg": message, "time": created})
+                line = json.dumps({"level": level, "msg": message, "time": created, **fields})
             elif record.levelno == logging.CRITICAL:  # why expexp does not start
                 line = message
             else:
                 quoted = json.dumps(message, ensure_ascii=not message.isprintable())
                 line = f'time="{created}" level={level} msg={quoted}'
+            if self._for_journal:
+                line = PRIORITIES[record.levelno // 10] + line
             if len(line.encode("utf-8", "replace")) <= self._most:
                 return line
-            half = len(message) * 7 // 16
-            message = f"{message[:half]}...{message[-half:]}"
+            if not fields:
+                half = len(message) * 7 // 16
+                message = f"{message[:half]}...{message[-half:]}"
+            fields = {}  # the message says the most important
 
 
 class LogWriter(logging.Handler):
@@ -5012,7 +5018,11 @@ class LogWriter(logging.Handler):
 
 def set_up_logging(handler: logging.Handler, options: Options, limits: Limits) -> None:
     """Log to this handler with the level and format of the flags."""
-    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_bytes - 1))
+    for_journal = False
+    with suppress(OSError):  # systemd.exec(5): the variable names the journal's device and inode
+        found = os.fstat(2)
+        for_journal = os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+    handler.setFormatter(LogFormatter(options["log.json"], limits.log_line_bytes - 1, for_journal))
     LOGGER.handlers[:] = [handler]
     LOGGER.setLevel(options["log.level"])
     ACCESS.setLevel(logging.INFO if options["log.access"] else 0)  # 0: as LOGGER
@@ -5098,6 +5108,12 @@ class Program:
                 excerpt(", ".join(names), 200),
             )
 
+    def status(self) -> str:
+        """Return the line STATUS for systemd."""
+        known = self.application.modules
+        failing = [name for name in known if self.application.histories[name].failing_since]
+        return f"STATUS={len(known)} modules, {len(failing)} failing"
+
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -5111,7 +5127,7 @@ class Program:
         urls = ", ".join([server.url for server in self.servers])
         started = (__version__, len(self.application.modules), urls, clients or "all")
         LOGGER.log(NOTICE, "expexp %s started: %d modules, %s, clients: %s", *started)
-        notify("READY=1")
+        notify(f"READY=1\n{self.status()}")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
         is_ours = os.environ.get("WATCHDOG_PID") in (None, str(os.getpid()))
@@ -5124,6 +5140,7 @@ class Program:
                 now = monotonic()
                 if now % TRIM_SECONDS < POLL_SECONDS:  # musl has no malloc_trim: `int` does nothing
                     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+                    notify(self.status())
                 if now - notified >= seconds >= now - min(each.ran_at for each in self.servers):
                     notified = now
                     notify("WATCHDOG=1")
@@ -5133,7 +5150,7 @@ class Program:
         self.stop()
 
     def _note_signal(self, number: int, _frame: Any) -> None:
-        """Note a signal. Wait for no lock, as a `threading.Event` does: 5 of 30 runs hung."""
+        """Note a signal without a wait: with a `threading.Event`, 5 of 30 runs hung."""
         if number != signal.SIGHUP:
             self._is_ending = True
         else:
@@ -5272,7 +5289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except ConfigError as error:
         for problem in error.problems:
-            LOGGER.critical("%s", problem)
+            LOGGER.critical("%s", problem, extra={"fields": problem._asdict()})
         if len(error.problems) > 1:
             LOGGER.critical("%d problems", len(error.problems))
         return 1

@@ -12345,7 +12345,8 @@ def test_the_index_says_how_the_last_scrape_of_a_module_ended(
     assert re.fullmatch(TIME, last["time"])
     assert 0 < last["seconds"] <= time.monotonic() - begun + 0.0001
     assert {**last, **expected} == last
-    assert len(last) == len(expected) + 2
+    assert last["deadline"] == FAST.scrape_seconds
+    assert len(last) == len(expected) + 3
     assert about["failing_since"] == (last["time"] if "error" in expected else None)
     assert described(app, "other")["last_scrape"] is None
 
@@ -12525,6 +12526,17 @@ def test_the_page_shows_failing_modules_first_then_unscraped_ones(
     ]
     assert all(re.fullmatch(r"\d+\.\d{1,4}|", row[4]) for row in found.rows[1:])
     assert not found.names & {"script", "b", "i", "onclick", "onload", "form"}
+
+
+def test_a_bar_shows_the_seconds_of_a_scrape_against_its_deadline() -> None:
+    modules = {"m": {**exec_module("echo a 1"), "timeout": "2.5s"}, "new": exec_module("")}
+    app = application(modules, "-timeout-offset=500ms")
+    bar = r'([\d.]*)<meter max="([\d.]*)" value="([\d.]*)" title="of ([\d.]*) s">'
+    for timeout, deadline in (("", "2.5"), ("2", "1.5")):
+        ask(app, "/proxy?module=m", {expexp.SCRAPE_TIMEOUT_HEADER: timeout})
+        seconds = str(described(app)["last_scrape"]["seconds"])
+        page = ask(app, "/").text
+        assert re.findall(bar, page) == [("", "", "", ""), (seconds, deadline, seconds, deadline)]
 
 
 def test_the_page_allows_only_its_own_style() -> None:
@@ -14149,15 +14161,16 @@ def test_failures_are_logged_when_they_are_news(
     limits = expexp.Limits()
     monkeypatch.setattr(expexp, "monotonic", lambda: now)
     history = expexp.History(limits)
+    job = types.SimpleNamespace(module=types.SimpleNamespace(name="m"), deadline=expexp.Deadline(1))
+    attempt: Any = types.SimpleNamespace(job=job)
     for at, outcome, expected in steps:
         now = at
         caplog.clear()
         hurried = outcome == "hurried"
         reason = "timeout" if hurried else outcome
-        if reason:
-            history.fail(reason, reason, limits.failure_reminder_seconds if hurried else 0)
-        else:
-            history.succeed("m")
+        patience = limits.failure_reminder_seconds if hurried else 0
+        told = {"reason": reason, "error": reason} if reason else {}
+        history.note(attempt, reason or "module m: recovered", patience, status=200, **told)
         texts = [record.getMessage().replace("module m: ", "") for record in caplog.records]
         found = list(zip([record.levelname for record in caplog.records], texts))
         if expected is None:
@@ -14182,7 +14195,7 @@ def test_a_client_that_fails_and_succeeds_all_the_time_writes_a_warning_in_10_s_
         "module a:",
         "module b:",
     ]
-    assert app._histories["a"]._left_out == 49
+    assert app.histories["a"]._left_out == 49
 
 
 #: A module's settings and the client's header, and whether the deadline is that of the module.
@@ -14233,11 +14246,11 @@ def test_a_reload_forgets_what_the_log_said_of_modules_that_are_gone(tmp_path: P
     app = expexp.Program(flags, FAST).application
     for name in modules:
         assert ask(app, f"/proxy?module={name}").status == 500
-    stays = app._histories["stays"]
+    stays = app.histories["stays"]
     del modules["gone"]
     path.write_text(json.dumps({"modules": modules}))
     assert app.reload() == []
-    assert app._histories == {"stays": stays}
+    assert app.histories == {"stays": stays}
 
 
 def test_reloads_that_share_one_prepare_the_metrics_once(
@@ -14274,12 +14287,12 @@ def test_two_reloads_at_once_forget_a_module_that_is_gone(tmp_path: Path) -> Non
     flags = expexp.parse_flags([f"-config={path}", "-web.listen-address="])
     app = expexp.Program(flags, FAST).application
     assert ask(app, "/proxy?module=gone").status == 500
-    app._histories = MeetingHistories(app._histories)
+    app.histories = MeetingHistories(app.histories)
     path.write_text(json.dumps({"modules": {"stays": file_module("/no/file")}}))
     with ThreadPoolExecutor(2) as pool:
         reloads = [pool.submit(app.reload) for _ in range(2)]
         assert [reload.result() for reload in reloads] == [[], []]
-    assert len(app._histories) == 0
+    assert len(app.histories) == 0
 
 
 def test_failures_and_recoveries_are_one_warning_each_bug_20(
@@ -18666,7 +18679,8 @@ def test_why_it_does_not_start_is_said_in_json_where_the_log_is_bug_20(
     code, text = main_in_process("-log.json", "-log.level", level, "-config", "/no/\x1b\nb")
     record = json.loads(text)
     assert record["msg"].endswith("no such file or directory")
-    assert (code, record["level"], set(record)) == (1, "fatal", {"level", "msg", "time"})
+    assert (code, record["level"]) == (1, "fatal")
+    assert (record["file"], record["line"]) == (r"/no/\x1b\nb", 0)
 
 
 # --- checking an exposition: -verify
@@ -19229,6 +19243,124 @@ def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
         assert (f"{character}...{character}" in message) == (len(message) != count + 10)
         if "..." in message:
             assert len(line.encode("utf-8", "replace")) > 4095 * 3 // 4
+
+
+def test_a_long_line_in_json_keeps_both_ends_of_its_message_instead_of_fields() -> None:
+    formatter = expexp.LogFormatter(as_json=True, most_bytes=4095)
+    record = logging.LogRecord("expexp", logging.INFO, "", 0, "begin %s end", ("x" * 400,), None)
+    for count in (300, 4000):
+        record.__dict__["fields"] = {"path": "\U0001f600" * count}
+        line = formatter.format(record)
+        assert len(line.encode()) <= 4095
+        assert ("path" in json.loads(line)) == (count == 300)
+        assert json.loads(line)["msg"][:6] == "begin "
+        assert json.loads(line)["msg"][-4:] == " end"
+
+
+def fields_of(log: Sequence[str], words: str) -> dict[str, object]:
+    """The fields of the one line of a log in JSON with these words."""
+    (record,) = [json.loads(line) for line in log if words in line]
+    del record["level"], record["msg"], record["time"]
+    fields: dict[str, object] = record
+    return fields
+
+
+def test_lines_in_json_have_what_they_are_about_as_fields(tmp_path: Path) -> None:
+    path = tmp_path / "up.prom"
+    path.write_text("up one\n")
+    modules = {"m": file_module(str(path))}
+    with started(tmp_path, modules, "-log.json", "-log.level=debug") as own:
+        own.scrape("m")
+        own.scrape("m")
+        path.write_text("up 1\n")
+        (tmp_path / "expexp.yaml").write_text("modules: {m: 1}")
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: own.count(KEEPING))
+        own.stop()
+    log = own.lines
+    words = 'line 1, column 4: expected a value, found "one"'
+    about = {"module": "m", "reason": "malformed", "status": 500, "error": words}
+    assert fields_of(log, "listening on") == {}
+    failed = [json.loads(line) for line in log if "m: malformed" in line]
+    assert [line["level"] for line in failed] == ["warning", "debug"]
+    assert [about.items() <= line.items() for line in failed] == [True, True]
+    (first, _) = [json.loads(line) for line in log if "(took" in line and "/proxy" in line]
+    assert first.pop("seconds") < 5
+    assert {key: first[key] for key in ("client", "method", "path", "status", "module")} == {
+        "client": LOCAL.partition(":")[0],
+        "method": "GET",
+        "path": "/proxy?module=m",
+        "status": 500,
+        "module": "m",
+    }
+    assert fields_of(log, KEEPING) == {
+        "file": "expexp.yaml",
+        "line": 1,
+        "column": 14,
+        "path": "modules.m",
+        "message": "expected a mapping, found the number",
+    }
+
+
+def test_a_recovery_in_json_has_what_the_page_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "up.prom"
+    limits = fast_limits(failure_pause_seconds=0)
+    app = application({"m": file_module(str(path))}, limits=limits)
+    ask(app, "/proxy?module=m")
+    path.write_text("up 1\n")
+    caplog.clear()
+    ask(app, "/proxy?module=m")
+    (record,) = caplog.records
+    assert record.message == "module m: recovered"
+    assert record.__dict__["fields"] == {"module": "m", **described(app)["last_scrape"]}
+
+
+#: systemd.exec(5): the device and inode of the journal's end of stderr.
+JOURNAL_STREAM: Final = "JOURNAL_STREAM=$(stat -Lc %d:%i /proc/self/fd/2)"
+
+
+@pytest.mark.parametrize(
+    ("stream", "begin"), [(JOURNAL_STREAM, "<{}>"), ("JOURNAL_STREAM=1:2", ""), ("X=", "")]
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_lines_for_systemds_journal_begin_with_their_priority(
+    stream: str, begin: str, form: str, tmp_path: Path
+) -> None:
+    around = ["sh", "-c", f'export {stream}; exec "$@"', "sh"]
+    flags = ["-log.level=debug", f"-log.json={form == 'json'}".lower()]
+    with started(tmp_path, {"m": exec_module("exit 3")}, *flags, around=around) as own:
+        own.scrape("m")
+        own.scrape("m")
+        own.process.terminate()
+        own.process.wait(5)
+    rest = '{"level"' if form == "json" else 'time="'
+    lines = {"started:": [5], "listening on": [6], "(took": [6, 6], "exited with": [4, 7]}
+    for words, priorities in lines.items():
+        found = [line for line in own.lines if words in line and "healthy" not in line]
+        assert [line.partition(rest)[0] for line in found] == [*map(begin.format, priorities)]
+
+
+def test_every_level_has_the_priority_of_syslog() -> None:
+    formatter = expexp.LogFormatter(as_json=False, most_bytes=200, for_journal=True)
+    found = {}
+    for level in ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"):
+        number = getattr(logging, level)
+        record = logging.LogRecord("expexp", number, "", 0, "x" * 300, (), None)
+        line = formatter.format(record)
+        assert len(line) <= 200
+        found[level] = line[:3]
+    assert found == {
+        "CRITICAL": "<2>",
+        "ERROR": "<3>",
+        "WARNING": "<4>",
+        "INFO": "<6>",
+        "DEBUG": "<7>",
+    }
+    assert (
+        formatter.format(logging.LogRecord("e", expexp.NOTICE, "", 0, "x", (), None))[:3] == "<5>"
+    )
 
 
 #: An error ends the thread of each connection.
@@ -20252,10 +20384,24 @@ def test_a_check_runs_no_command_and_needs_no_address(tmp_path: Path) -> None:
 # --- what systemd is told: sd_notify
 
 
+class ServiceManager(socket.socket):
+    """Hears what is told. What `systemctl status` shows comes at any time, and is kept apart."""
+
+    statuses: list[str]
+
+    def recv(self, *arguments: int) -> bytes:
+        told = b""
+        while not told:
+            told, _, status = super().recv(*arguments).partition(b"STATUS=")
+            self.statuses += [status.decode()] if status else []
+        return told.strip(b"\n")
+
+
 @contextlib.contextmanager
-def service_manager(address: str) -> Iterator[socket.socket]:
+def service_manager(address: str) -> Iterator[ServiceManager]:
     """A datagram socket at an address as NOTIFY_SOCKET has it."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+    with ServiceManager(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        channel.statuses = []
         channel.bind(address.replace("@", "\0") if address[0] == "@" else address)
         channel.settimeout(5)
         yield channel
@@ -20298,6 +20444,30 @@ def test_systemd_is_told_of_start_reloads_and_end(kind: str, tmp_path: Path) -> 
         channel.settimeout(0)
         with pytest.raises(BlockingIOError):
             channel.recv(4096)
+
+
+def test_systemd_is_told_how_many_modules_fail(tmp_path: Path) -> None:
+    address = address_of("path", tmp_path)
+    modules = {"good": exec_module("echo a 1"), "bad": exec_module("exit 3")}
+    changes: Any = {
+        "around": ["env", f"NOTIFY_SOCKET={address}"],
+        "change": "expexp.TRIM_SECONDS = 0.1",
+    }
+    with service_manager(address) as channel, started(tmp_path, modules, **changes) as own:
+
+        def is_told(status: str) -> bool:
+            with contextlib.suppress(BlockingIOError):
+                channel.recv(4096)
+            return channel.statuses[-1:] == [status]
+
+        channel.settimeout(0)
+        wait_until(lambda: is_told("2 modules, 0 failing"))
+        own.scrape("good")
+        own.scrape("bad")
+        wait_until(lambda: is_told("2 modules, 1 failing"))
+        write_modules(tmp_path / "expexp.yaml", {"good": exec_module("echo a 1")})
+        own.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: is_told("1 modules, 0 failing"))
 
 
 def test_systemd_is_told_of_reloads_that_come_by_themselves(tmp_path: Path) -> None:
@@ -20661,10 +20831,12 @@ def test_a_line_of_the_log_is_time_level_and_message(journals: dict[str, Journal
     assert [text for text in journals["text"].log if not re.fullmatch(line, text)] == []
 
 
-def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Journal]) -> None:
+def test_a_line_of_the_log_in_json_has_the_originals_keys(
+    journals: dict[str, Journal],
+) -> None:
     for text in journals["json"].log:
         record = json.loads(text)
-        assert set(record) == {"level", "msg", "time"}
+        assert {"level", "msg", "time"} <= record.keys()
         assert re.fullmatch(TIME, record["time"])
         assert record["level"] in ("debug", "info", "warning", "error", "notice")
 
