@@ -354,7 +354,7 @@ class Deadline:
         left = self.remaining()
         if left < self._yield_below:
             self._yield_below = left - 0.001
-            sleep(0)  # without it each step of another thread waits 5 ms, Python's switch interval
+            sleep(1e-6)  # or others wait 5 ms for each step; before 3.11, sleep(0) lets none run
 
 
 def parse_duration(text: str) -> float:
@@ -2605,7 +2605,7 @@ class LoadedConfig(LoadedValue):
 
     def _add(self, source: DocumentReader, name: str, node: Node) -> None:
         """Add a module if it has no problems. A missing command or file is a warning. IO."""
-        sleep(0)  # or a reload of 300 modules would keep scrapes from the interpreter's lock
+        sleep(1e-6)  # or a reload of 300 modules would keep scrapes from the interpreter's lock
         path = f"modules.{name}"
         module = source.module(name, node)
         here = str(Problem(excerpt(source.filename, 200), *node.place, "", ""))
