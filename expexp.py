@@ -109,6 +109,7 @@ from time import monotonic, sleep
 from typing import Any, Callable, Final, NamedTuple, Union, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.parse import quote as percent_encode
+from weakref import WeakSet
 
 try:
     import yaml
@@ -4585,7 +4586,7 @@ class Connections:
     def __init__(self) -> None:
         self.slots = 0  # until `fit`, and again while connections drain
         self._open: set[socket.socket] = set()  # each use of it is atomic
-        self._ending: set[socket.socket] = set()  # evicted, until their threads have ended
+        self._ending: WeakSet[socket.socket] = WeakSet()  # evicted, while a thread has them
         #: The ones that can be evicted, in the order of `expose`. Each use is atomic, too.
         self._exposed = OrderedDict[socket.socket, bool]()
 
@@ -4944,7 +4945,7 @@ PRIORITIES: Final = ("", "<7>", "<6>", "<4>", "<3>", "<2>", "<5>")
 class LogFormatter(logging.Formatter):
     """Formats a record as JSON or `key=value` (FATAL: plain text), of at most `most_bytes`."""
 
-    def __init__(self, as_json: bool, most_bytes: int, for_journal: bool = False) -> None:
+    def __init__(self, as_json: bool, most_bytes: int, for_journal: bool) -> None:
         super().__init__()
         self._as_json = as_json
         self._most = most_bytes

@@ -16870,6 +16870,20 @@ def test_a_new_connection_waits_for_the_threads_of_evicted_ones_a_second_at_most
             assert connections.admit(newest[most + 1])
 
 
+def test_an_evicted_connection_whose_thread_has_died_is_closed() -> None:
+    connections = expexp.Connections()
+    connections.fit(1)
+    ours, theirs = socket.socketpair()
+    assert connections.admit(ours)
+    connections.expose(ours)
+    descriptor = ours.fileno()
+    del ours  # as when a thread finds no memory to begin
+    with pytest.warns(ResourceWarning, match="unclosed <socket"):
+        connections.evict()
+    with theirs, pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
 def test_new_connections_do_not_wait_for_threads_that_ended_while_they_were_evicted() -> None:
     connections = expexp.Connections()
 
@@ -19167,7 +19181,7 @@ def log_writer(
     """A log writer on a descriptor, with a logger of its own and the metrics in which it counts."""
     changed, metrics = fast_limits(**limits), expexp.SelfMetrics()
     writer = expexp.LogWriter(descriptor, changed, metrics)
-    writer.setFormatter(expexp.LogFormatter(as_json=False, most_bytes=changed.log_line_bytes - 1))
+    writer.setFormatter(expexp.LogFormatter(False, changed.log_line_bytes - 1, False))
     logger = logging.getLogger("of a test")
     logger.handlers[:] = [writer]
     logger.propagate = False
@@ -19256,7 +19270,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
     as_json: bool, level: int, character: str
 ) -> None:
-    formatter = expexp.LogFormatter(as_json, 4095)
+    formatter = expexp.LogFormatter(as_json, 4095, False)
     for count in (1, 300, 4000, 100_000):
         message = f"begin {character * count} end"
         record = logging.LogRecord("expexp", level, "", 0, "%s", (message,), None)
@@ -19276,7 +19290,7 @@ def test_a_line_of_the_log_has_a_bound_and_keeps_both_ends_of_its_message(
 
 
 def test_a_long_line_in_json_keeps_both_ends_of_its_message_instead_of_fields() -> None:
-    formatter = expexp.LogFormatter(as_json=True, most_bytes=4095)
+    formatter = expexp.LogFormatter(True, 4095, False)
     record = logging.LogRecord("expexp", logging.INFO, "", 0, "begin %s end", ("x" * 400,), None)
     for count in (300, 4000):
         record.__dict__["fields"] = {"path": "\U0001f600" * count}
@@ -19373,7 +19387,7 @@ def test_lines_for_systemds_journal_begin_with_their_priority(
 
 
 def test_every_level_has_the_priority_of_syslog() -> None:
-    formatter = expexp.LogFormatter(as_json=False, most_bytes=200, for_journal=True)
+    formatter = expexp.LogFormatter(False, 200, True)
     found = {}
     for level in ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG"):
         number = getattr(logging, level)
