@@ -24117,7 +24117,12 @@ def test_systemd_waits_until_expexp_listens(service: Systemd) -> None:
     assert service.get("/proxy?module=m") == (200, "m 1\n")
     assert service.systemctl("is-active") == 0
     shown = service.show("Type", *RUNNING, "NRestarts", "StatusText")
-    assert shown == {"Type": "notify", **RUNNING, "NRestarts": "0", "StatusText": ""}
+    assert shown == {
+        "Type": "notify",
+        **RUNNING,
+        "NRestarts": "0",
+        "StatusText": "1 modules, 0 failing",
+    }
 
 
 @pytest.mark.peer
