@@ -18723,7 +18723,8 @@ def test_why_it_does_not_start_is_said_in_json_where_the_log_is_bug_20(
     code, text = main_in_process("-log.json", "-log.level", level, "-config", "/no/\x1b\nb")
     record = json.loads(text)
     assert record["msg"].endswith("no such file or directory")
-    assert (code, record["level"]) == (1, "fatal")
+    keys = {"level", "msg", "time", "file", "line", "column", "path", "message"}
+    assert (code, record["level"], set(record)) == (1, "fatal", keys)
     assert (record["file"], record["line"]) == (r"/no/\x1b\nb", 0)
 
 
@@ -20429,7 +20430,7 @@ def test_a_check_runs_no_command_and_needs_no_address(tmp_path: Path) -> None:
 
 
 class ServiceManager(socket.socket):
-    """Hears what is told. What `systemctl status` shows comes at any time, and is kept apart."""
+    """Receives notifications. Keeps STATUS lines apart, because they come at any time."""
 
     statuses: list[str]
 
@@ -20875,12 +20876,22 @@ def test_a_line_of_the_log_is_time_level_and_message(journals: dict[str, Journal
     assert [text for text in journals["text"].log if not re.fullmatch(line, text)] == []
 
 
-def test_a_line_of_the_log_in_json_has_the_originals_keys(
-    journals: dict[str, Journal],
-) -> None:
+OUTCOME: Final = "module time seconds deadline state status "
+#: The further keys of a line of the log in JSON, by what it is about.
+JSON_KEYS: Final = (
+    "",
+    "client method path status seconds module",
+    "file line column path message",
+    OUTCOME + "samples bytes",
+    OUTCOME + "reason error",
+)
+
+
+def test_a_line_of_the_log_in_json_has_the_originals_keys(journals: dict[str, Journal]) -> None:
+    expected = [{"level", "msg", "time", *keys.split()} for keys in JSON_KEYS]
     for text in journals["json"].log:
         record = json.loads(text)
-        assert {"level", "msg", "time"} <= record.keys()
+        assert set(record) in expected
         assert re.fullmatch(TIME, record["time"])
         assert record["level"] in ("debug", "info", "warning", "error", "notice")
 

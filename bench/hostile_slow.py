@@ -344,10 +344,9 @@ def attack_flood(bench: Bench) -> list[Figure]:
         left = len(more.clients)
         ended = len(more.lives)
         what = "more connections that are open a second later"
-        p99 = samples.percentile(0.99)
         return [
             at_most("healthy scrapes that fail", samples.failed, 0, f" of {len(samples.seconds)}"),
-            at_most("p99 of a healthy scrape, ms", p99 * 1000, FLOODED_SECONDS * 1000),
+            healthy_figure(samples, FLOODED_SECONDS),
             at_most(what, left, CONNECTIONS - WAITING, f" ({ended} ended)"),
             at_most("connections that could not be made", more.failed, 0),
             at_least(f"newest {NEWEST} that are answered", answered.count(200), NEWEST),
