@@ -76,6 +76,8 @@ ATTACKS = (
            attacks.attack_half_closed_tls),
     Attack("stay", "520 clients that wait for a silent module", f"{FREED}; all pages answered",
            attacks.attack_stay),
+    Attack("stay-spread", "522 clients for three silent modules together",
+           "p99 of /-/healthy at most 250 ms; all pages answered", attacks.attack_stay_spread),
     Attack("stay-all", "520 clients for each of three silent modules",
            "p99 of /-/healthy at most 2 s; all pages answered", attacks.attack_stay_all),
     Attack("fifo", "2,000 scrapes of a FIFO that nobody writes", HUNG, attacks.attack_fifo),

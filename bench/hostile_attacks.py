@@ -359,14 +359,16 @@ def attack_half_closed_tls(bench: Bench) -> list[Figure]:
     return shut_down(bench, tls=True)
 
 
-def stay(bench: Bench, names: Sequence[str], path: str, bound: float = P99_SECONDS) -> list[Figure]:
+def stay(
+    bench: Bench, names: Sequence[str], path: str, count: int = CLIENTS, bound: float = P99_SECONDS
+) -> list[Figure]:
     """Send requests for silent modules and stay; scrape another path for some seconds."""
     with serving(bench, {name: bench.http("silent") for name in names}) as service:
         with scraping(service, path=path) as scraper:
             clients: list[socket.socket] = []
             for name in names:
                 request = request_bytes(f"/proxy?module={name}")
-                clients += open_clients(service.port, request, CLIENTS)
+                clients += open_clients(service.port, request, count)
             time.sleep(ATTACK_SECONDS)
             pages = pages_answered(service)
             samples = scraper.samples()
@@ -393,9 +395,14 @@ def attack_stay(bench: Bench) -> list[Figure]:
     return stay(bench, ["victim"], HEALTHY)
 
 
+def attack_stay_spread(bench: Bench) -> list[Figure]:
+    """Occupy them with as many clients as `stay`, for three silent modules together."""
+    return stay(bench, ["one", "two", "three"], "/-/healthy", count=CLIENTS // 3 + 1)
+
+
 def attack_stay_all(bench: Bench) -> list[Figure]:
     """Occupy them with three silent modules: expexp's own pages must keep a slot."""
-    return stay(bench, ["one", "two", "three"], "/-/healthy", FLOODED_SECONDS)
+    return stay(bench, ["one", "two", "three"], "/-/healthy", bound=FLOODED_SECONDS)
 
 
 # Files
