@@ -106,7 +106,7 @@ from select import POLLIN, POLLOUT
 from ssl import SSLContext
 from threading import BoundedSemaphore, Lock, Semaphore
 from time import monotonic, sleep
-from typing import Any, Callable, Final, NamedTuple, Union, cast
+from typing import Any, Callable, NamedTuple, Union, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urljoin, urlsplit
 from urllib.parse import quote as percent_encode
 from weakref import WeakSet
@@ -117,7 +117,7 @@ except ImportError:  # a host without PyYAML can still use a configuration in JS
     yaml = None  # type: ignore[assignment]
 
 __version__ = "1.0.0"
-REVISION: Final = "unknown"  # `make dist` writes the commit
+REVISION = "unknown"  # `make dist` writes the commit
 __all__ = ["ExpositionError", "main", "verify_exposition"]
 
 # ==================================================================================================
@@ -125,23 +125,23 @@ __all__ = ["ExpositionError", "main", "verify_exposition"]
 # ==================================================================================================
 # `Limits` has the bounds on resources. A test compares docs/operation.md with these values.
 
-TEXT_CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-OPENMETRICS_CONTENT_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
-SCRAPE_TIMEOUT_HEADER: Final = "X-Prometheus-Scrape-Timeout-Seconds"
-MEBIBYTE: Final = 1048576
-PIECE_BYTES: Final = 65536
-LAST_PORT: Final = 65535
-OK: Final = 200
-UNKNOWN_MODULE: Final = "unknown"  # one label value: clients cannot create series
-HOP_BY_HOP: Final = (  # RFC 9110, 7.6.1, and two about the body, which expexp frames itself
+TEXT_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS_CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+SCRAPE_TIMEOUT_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
+MEBIBYTE = 1048576
+PIECE_BYTES = 65536
+LAST_PORT = 65535
+OK = 200
+UNKNOWN_MODULE = "unknown"  # one label value: clients cannot create series
+HOP_BY_HOP = (  # RFC 9110, 7.6.1, and two about the body, which expexp frames itself
     "Connection|Keep-Alive|Proxy-Authenticate|Proxy-Authorization|Proxy-Connection|Te|Trailer|"
     "Transfer-Encoding|Upgrade|Content-Length|Expect"
 )
-NAME_CHARACTERS: Final = r"!#$%&'*+.^_`|~0-9A-Za-z-"
-MODULE_SHARE: Final = 0.75  # of the connections: for one module, cache waiters included
-PROXY_SHARE: Final = 0.875  # for all modules: `/metrics` and `/-/healthy` keep the rest
-RELOAD_SHARE: Final = 0.1  # for requests that wait for a reload: a file system can block it
-HEADER_NAME: Final = rf"[{NAME_CHARACTERS}]+"  # the name of a header: RFC 9110, 5.6.2
+NAME_CHARACTERS = r"!#$%&'*+.^_`|~0-9A-Za-z-"
+MODULE_SHARE = 0.75  # of the connections: for one module, cache waiters included
+PROXY_SHARE = 0.875  # for all modules: `/metrics` and `/-/healthy` keep the rest
+RELOAD_SHARE = 0.1  # for requests that wait for a reload: a file system can block it
+HEADER_NAME = rf"[{NAME_CHARACTERS}]+"  # the name of a header: RFC 9110, 5.6.2
 Header = tuple[str, str]  # name and value of a header. Received names become Title-Case
 
 
@@ -221,7 +221,7 @@ class Reason(NamedTuple):
     counter: str = ""  # a counter of the original to increment as well
 
 
-REASONS: Final = {
+REASONS = {
     reason.name: reason
     for reason in (
         Reason("bad_arguments", 400, ("http", "exec")),  # no module; args or params refused
@@ -316,8 +316,8 @@ class ExpositionError(ExpexpError):
 # ==================================================================================================
 # Values that several sections share. Only `Deadline` is not pure: it reads a clock.
 
-SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
-DURATION_PART: Final = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
+SECONDS = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
+DURATION_PART = r"([0-9]{1,12}(?:\.[0-9]{0,12})?|\.[0-9]{1,12})(ns|us|ms|s|m|h)"
 Address = tuple[str, int]  # host and port
 Query = Sequence[tuple[bytes, bytes]]  # names and values of a query
 
@@ -424,8 +424,8 @@ def scrape_timeout(configured: float, header: str, offset: float, limits: Limits
 # lexers, model/textparse/{promlex,openmetricslex}.l.
 
 Pattern = re.Pattern[bytes]
-POSSESSIVE: Final = sys.version_info >= (3, 11)
-OUTERMOST: Final = b"+" if sys.version_info >= (3, 11, 5) else b""  # behind an outermost group
+POSSESSIVE = sys.version_info >= (3, 11)
+OUTERMOST = b"+" if sys.version_info >= (3, 11, 5) else b""  # behind an outermost group
 
 
 def compile_production(pattern: bytes) -> Pattern:
@@ -437,50 +437,50 @@ def compile_production(pattern: bytes) -> Pattern:
 
 # Prometheus has no such limits. One match takes a token (a name, value, number, text or run of
 # blanks) in 1 ms. Longer tokens and more labels would take much memory, or block all other threads.
-MAX_TOKEN_BYTES: Final = 65_536
-MAX_LABELS: Final = 10_000
-MAX_LABELS_BYTES: Final = 1_048_576
-TOO_MANY_LABELS: Final = "expected at most 10000 labels of 1 MiB together"
+MAX_TOKEN_BYTES = 65_536
+MAX_LABELS = 10_000
+MAX_LABELS_BYTES = 1_048_576
+TOO_MANY_LABELS = "expected at most 10000 labels of 1 MiB together"
 
-METRIC_NAME: Final = rb"[a-zA-Z_:][a-zA-Z0-9_:]{0,9999}+"
-LABEL_NAME: Final = rb"[a-zA-Z_][a-zA-Z0-9_]{0,9999}+"
+METRIC_NAME = rb"[a-zA-Z_:][a-zA-Z0-9_:]{0,9999}+"
+LABEL_NAME = rb"[a-zA-Z_][a-zA-Z0-9_]{0,9999}+"
 # What Go's ParseFloat reads, without hexadecimal and underscores: Prometheus refuses both.
-DECIMAL: Final = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
-NUMBER: Final = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
+DECIMAL = rb"[+-]?(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:[eE][+-]?[0-9]++)?"
+NUMBER = compile_production(rb"(%b)|[+-]?(?i:inf(?:inity)?)|(?i:nan)" % DECIMAL)
 
 # Tokens for the reader. A backslash takes the next byte with it, except a newline. Only three
 # escapes have a meaning. Prometheus's lexer skips NUL after a label value and inside one, even
 # after a backslash. It stops at NUL in a quoted name.
-ESCAPE: Final = re.compile(rb'\\([\\"n])')
-BLANKS: Final = re.compile(rb"[ \t]+")
-WORD: Final = re.compile(rb"[A-Z][A-Z\0]*")
-NULS: Final = re.compile(rb"\0+")
-REST: Final = re.compile(rb"[^\n]+")
-AFTER_LABEL: Final = compile_production(rb'[,}"]|\w{1,9999}+[ \t]{0,9999}+=')
-UP_TO_NUL: Final = re.compile(rb"[^\n\0]+")
-METRIC_TOKEN: Final = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
-LABEL_TOKEN: Final = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
-QUOTED_NAME: Final = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
+ESCAPE = re.compile(rb'\\([\\"n])')
+BLANKS = re.compile(rb"[ \t]+")
+WORD = re.compile(rb"[A-Z][A-Z\0]*")
+NULS = re.compile(rb"\0+")
+REST = re.compile(rb"[^\n]+")
+AFTER_LABEL = compile_production(rb'[,}"]|\w{1,9999}+[ \t]{0,9999}+=')
+UP_TO_NUL = re.compile(rb"[^\n\0]+")
+METRIC_TOKEN = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
+LABEL_TOKEN = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
+QUOTED_NAME = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
 # Canonical forms for the fast path: what Go's libraries write most. Digits are bounded so that no
 # number overflows. Runs are bounded so that no token is too long. Groups are bounded so that a
 # match needs little memory: `re` keeps 100 bytes for each repetition.
-FAST_LABEL: Final = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # so it is not __name__
-VALUE_BYTE: Final = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
-CANONICAL_VALUE: Final = rb'"%b{0,9999}+"' % VALUE_BYTE
-DIGITS: Final = rb"[0-9]{1,200}+(?:\.[0-9]{0,200}+|)"
-EXPONENT: Final = rb"(?:[eE](?<=[0-9.].)(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"  # not after Inf and NaN
-CANONICAL_NUMBER: Final = rb"(?:-?+%b|[+-]Inf|NaN)" % DIGITS  # without its exponent
-MAX_FAST_LABELS: Final = 20  # node_os_info has 12; to compare more names takes too long
+FAST_LABEL = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # so it is not __name__
+VALUE_BYTE = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
+CANONICAL_VALUE = rb'"%b{0,9999}+"' % VALUE_BYTE
+DIGITS = rb"[0-9]{1,200}+(?:\.[0-9]{0,200}+|)"
+EXPONENT = rb"(?:[eE](?<=[0-9.].)(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"  # not after Inf and NaN
+CANONICAL_NUMBER = rb"(?:-?+%b|[+-]Inf|NaN)" % DIGITS  # without its exponent
+MAX_FAST_LABELS = 20  # node_os_info has 12; to compare more names takes too long
 
 # Wide forms: escapes, and what all other libraries write. A label name has quotes only if it needs
 # them, so that no name is written in two ways.
-QUOTED: Final = rb'"[^"\\\n\0]{1,9999}+"'
-WIDE_NAME: Final = rb'(?:%b|_(?!_name__=)\w{0,9999}+|(?!"%b")%b)' % (FAST_LABEL, LABEL_NAME, QUOTED)
-WIDE_VALUE: Final = rb'"%b{0,9999}+(?:"|(?:\\[^\n\0]%b{0,800}+){1,64}")' % (VALUE_BYTE, VALUE_BYTE)
-WIDE_NUMBER: Final = rb"(?:[+-]?+(?:%b|\.[0-9]{1,200}+|(?i:inf(?:inity|)))|(?i:nan))" % DIGITS
+QUOTED = rb'"[^"\\\n\0]{1,9999}+"'
+WIDE_NAME = rb'(?:%b|_(?!_name__=)\w{0,9999}+|(?!"%b")%b)' % (FAST_LABEL, LABEL_NAME, QUOTED)
+WIDE_VALUE = rb'"%b{0,9999}+(?:"|(?:\\[^\n\0]%b{0,800}+){1,64}")' % (VALUE_BYTE, VALUE_BYTE)
+WIDE_NUMBER = rb"(?:[+-]?+(?:%b|\.[0-9]{1,200}+|(?i:inf(?:inity|)))|(?i:nan))" % DIGITS
 #: A label, or the metric's quoted name, in a line that the wide forms match. The group: its name.
-LABEL_PAIR: Final = compile_production(rb"[{,] *+(?:(%b)=%b|%b)" % (WIDE_NAME, WIDE_VALUE, QUOTED))
+LABEL_PAIR = compile_production(rb"[{,] *+(?:(%b)=%b|%b)" % (WIDE_NAME, WIDE_VALUE, QUOTED))
 
 
 def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> bytes:
@@ -492,8 +492,8 @@ def compose_labels(name: bytes, value: bytes, comma: bytes, depth: int = 0) -> b
     return pair + rb"(?:%b%b|)" % (comma, compose_labels(name, value, comma, depth + 1))
 
 
-CANONICAL_LABELS: Final = compose_labels(FAST_LABEL, CANONICAL_VALUE, b",")
-CANONICAL_SERIES: Final = rb"%b(?:\{%b\}|)" % (METRIC_NAME, CANONICAL_LABELS)
+CANONICAL_LABELS = compose_labels(FAST_LABEL, CANONICAL_VALUE, b",")
+CANONICAL_SERIES = rb"%b(?:\{%b\}|)" % (METRIC_NAME, CANONICAL_LABELS)
 
 
 def compose_wide_series(comma: bytes) -> bytes:
@@ -505,20 +505,20 @@ def compose_wide_series(comma: bytes) -> bytes:
     return rb"(?:%b(?:(?!\})%b,?|)\}|%b)" % (opening, labels, METRIC_NAME)
 
 
-OPENMETRICS_TIME: Final = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
-EXEMPLAR_LABELS: Final = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, WIDE_VALUE)
-EXEMPLAR: Final = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
-AFTER_VALUE: Final = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
+OPENMETRICS_TIME = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
+EXEMPLAR_LABELS = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, WIDE_VALUE)
+EXEMPLAR = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
+AFTER_VALUE = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
 #: The base units of OpenMetrics. Other units are left to the reader: a group that compares a unit
 #: with the end of the name takes quadratic time.
-UNIT: Final = (
+UNIT = (
     rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
     rb"|(?<=_celsius) celsius)" % METRIC_NAME
 )
-TEXT_TYPES: Final = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
-OPENMETRICS_TYPES: Final = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
-RUN_SAMPLES: Final = 200
+TEXT_TYPES = (b"untyped", b"counter", b"gauge", b"histogram", b"summary")
+OPENMETRICS_TYPES = (b"unknown", *TEXT_TYPES[1:], b"gaugehistogram", b"info", b"stateset")
+RUN_SAMPLES = 200
 
 
 def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
@@ -527,9 +527,9 @@ def compose_metadata(types: tuple[bytes, ...], more: bytes = b"") -> bytes:
     return rb"# (?:HELP %b [^\n]{0,9999}+|TYPE %b (?:%b)%b)\n" % forms
 
 
-TEXT_METADATA: Final = compose_metadata(TEXT_TYPES)
-OPENMETRICS_METADATA: Final = compose_metadata(OPENMETRICS_TYPES, UNIT)
-TEXT_TIME: Final = EXPONENT + rb"(?: [0-9]{1,18}+|)"
+TEXT_METADATA = compose_metadata(TEXT_TYPES)
+OPENMETRICS_METADATA = compose_metadata(OPENMETRICS_TYPES, UNIT)
+TEXT_TIME = EXPONENT + rb"(?: [0-9]{1,18}+|)"
 
 
 def compose_run(metadata: bytes, series: bytes, number: bytes, after: bytes) -> Pattern:
@@ -561,8 +561,8 @@ class Dialect(NamedTuple):
     openmetrics: bool = False
 
 
-TEXT: Final = Dialect()
-OPENMETRICS: Final = Dialect(
+TEXT = Dialect()
+OPENMETRICS = Dialect(
     types=OPENMETRICS_TYPES,
     separator=re.compile(b" "),
     number=re.compile(rb"[^ \n\0]+"),
@@ -586,12 +586,12 @@ OPENMETRICS: Final = Dialect(
 # reading of any body. Time is linear in the size of the body. The fast path reads a run of lines in
 # one match. It accepts only what the reader accepts: verdicts and counts are the same without it.
 
-FOUND: Final = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
+FOUND = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # The most bytes in one match (2 ms for labels that begin alike) and in the reader's UTF-8 checks.
-WINDOW_BYTES: Final = 131_072 if POSSESSIVE else 65_536
-LINE_BYTES: Final = 1_048_576  # in a longer line, columns count bytes
+WINDOW_BYTES = 131_072 if POSSESSIVE else 65_536
+LINE_BYTES = 1_048_576  # in a longer line, columns count bytes
 #: Additions to messages. A pattern is searched in `b'x'` (the byte before `pos`) plus message.
-ADVICE: Final = {
+ADVICE = {
     r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
     r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
     r'name, found "\\x1f\\x8b': "the body is gzip: decompress it, or send Content-Encoding: gzip",
@@ -987,7 +987,7 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 # Authority: client_model's metrics.proto, protobuf's encoding page.
 
 #: The fields of each message in the order of their numbers. Kind "" is left to `check_metric`.
-PROTOBUF: Final = {
+PROTOBUF = {
     "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
     "Metric": {
         "label": "LabelPair",
@@ -1027,28 +1027,28 @@ PROTOBUF: Final = {
     "Timestamp": {"seconds": "int", "nanos": "int"},
     "ints": {},  # a run of numbers, which PLAIN matches
 }
-FIELDS: Final = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.items()}
-CONTINUED: Final = 0x80  # set in each byte of a number except the last
-LENGTH_DELIMITED: Final = 2
+FIELDS = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.items()}
+CONTINUED = 0x80  # set in each byte of a number except the last
+LENGTH_DELIMITED = 2
 #: 0: a varint. 1: 8 bytes. 5: 4 bytes. 2: a length and bytes (kinds not listed here).
-WIRES: Final = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
-LAST_TYPE: Final = 5  # of a family
-MAX_PREFIX_BYTES: Final = 5  # of the length before a message, as in Prometheus
+WIRES = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
+LAST_TYPE = 5  # of a family
+MAX_PREFIX_BYTES = 5  # of the length before a message, as in Prometheus
 #: Fields that make a histogram native. Prometheus adds the label `le` to other histograms.
-NATIVE: Final = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
-VARINT: Final = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
+NATIVE = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
+VARINT = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
 #: A length of 1 to 127, and an ASCII text of that length.
-SHORT: Final = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
+SHORT = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
 #: Fields that need no further check, by message.
-PLAIN: Final = {
+PLAIN = {
     "Bucket": compile_production(rb"(?s)\x08%b\x11.{8}" % VARINT.pattern),
     "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
     "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }
-LABEL: Final = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
-LABEL_FIELD: Final = re.compile(LABEL)
+LABEL = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
+LABEL_FIELD = re.compile(LABEL)
 #: A metric of one number, with its labels.
-PLAIN_METRIC: Final = compile_production(
+PLAIN_METRIC = compile_production(
     rb"(?s)(?:%b){0,30}%b[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, OUTERMOST, VARINT.pattern)
 )
 Field = tuple[str, int, int]  # path, start and end of the content
@@ -1197,7 +1197,7 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
 # The content type of a body chooses its reader. An unknown or missing content type means text.
 
 #: A Content-Type that Prometheus 3 accepts. Go refuses a parameter that has two values.
-CONTENT_TYPE: Final = re.compile(
+CONTENT_TYPE = re.compile(
     r"(?ai)\s{0,9}(?:text/plain|application/(?:openmetrics-text|vnd\.google\.protobuf))\s{0,9}"
     r"(?:;\s{0,9}([!#-'*+.0-9A-Z^-~-]{1,99})\s{0,9}=\s{0,9}"
     r"""([!#-'*+.0-9A-Z^-~-]{1,99}|"(?:[^"\\]|\\.){0,99}")\s{0,9}"""
@@ -1236,7 +1236,7 @@ def verify_exposition(body: bytes, content_type: str, tick: Tick = no_tick) -> i
 # ==================================================================================================
 # SELF_METRICS declares the original's metrics and ours, by type and labels. No IO.
 
-SELF_METRICS: Final = {
+SELF_METRICS = {
     ("summary", "module"): {"expexp_proxy_duration_seconds": "Duration of proxied requests."},
     ("counter", "module"): {
         "expexp_proxy_errors_total": "Proxied requests that failed.",
@@ -1274,8 +1274,8 @@ SELF_METRICS: Final = {
         "python_info": "Version of Python. Always 1."
     },
 }
-HANDSHAKE_FAULTS: Final = ("timeout", "closed", "plain_http", "certificate", "protocol")
-MODULE_SAMPLES: Final = (
+HANDSHAKE_FAULTS = ("timeout", "closed", "plain_http", "certificate", "protocol")
+MODULE_SAMPLES = (
     *SELF_METRICS["counter", "module"],
     "expexp_proxy_duration_seconds_sum",
     "expexp_proxy_duration_seconds_count",
@@ -1363,8 +1363,8 @@ class SelfMetrics:
 Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 Convert = Callable[[str], Any]  # from the text of a flag or key; raises ValueError
 Values = dict[str, Any]  # by name
-SEVERE_LEVELS: Final = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn": 30}
-LOG_LEVELS: Final = SEVERE_LEVELS | {"info": 20, "debug": 10, "trace": 5}
+SEVERE_LEVELS = {"panic": 50, "fatal": 50, "error": 40, "warning": 30, "warn": 30}
+LOG_LEVELS = SEVERE_LEVELS | {"info": 20, "debug": 10, "trace": 5}
 
 
 class FlagError(ExpexpError):
@@ -1446,7 +1446,7 @@ class Flag(NamedTuple):
     default: str | None = ""  # as a user types it; None: a repeatable flag without a default
 
 
-FLAGS: Final = {
+FLAGS = {
     "allow.net": Flag("Allow only clients of this network. Repeatable.", parse_network, None),
     "config.auto-reload-interval": Flag("Look for changed files this often.", parse_seconds, "0"),
     "config.check": Flag("Check configuration and credentials, and exit.", parse_boolean, "false"),
@@ -1477,13 +1477,13 @@ FLAGS: Final = {
     "web.tls.listen-address": Flag('Serve TLS on this address. "" disables it.', parse_address),
     "web.tls.verify": Flag("Require and verify client certificates.", parse_boolean, "false"),
 }
-ALIASES: Final = {"config": "config.file", "h": "help"}
-GONE: Final = {
+ALIASES = {"config": "config.file", "h": "help"}
+GONE = {
     "verify.strict": "-verify.strict is gone: run contrib/expolint.py --strict FILE.",
     "winsvc": "-winsvc is not supported: there is no Windows service.",
 }
-GUARDS: Final = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
-WARNINGS: Final = "warnings"  #: the Options key of warnings about the flags
+GUARDS = ("web.bearer.token", "web.bearer.token-file", "web.config.file")
+WARNINGS = "warnings"  #: the Options key of warnings about the flags
 Options = Mapping[str, Any]
 
 
@@ -1535,7 +1535,7 @@ def render_usage() -> str:
 # A document becomes a tree of nodes, and the tree becomes frozen dataclasses. Their fields declare
 # the keys. Scalars keep their source text: YAML 1.1 changes `1.10`, `no` and `010`. Pure.
 
-YAML_KINDS: Final = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
+YAML_KINDS = {"int": "number", "float": "number", "bool": "boolean", "null": "nothing"}
 Place = tuple[int, int]  # line and column; 0: unknown, as in JSON
 
 
@@ -1628,8 +1628,8 @@ def parse_json(text: str) -> Node:
 
 # --- readers: they return the value of a key's node, or raise NodeError
 Read = Callable[[Node], Any]
-NOTHING: Final = Node()  # of an absent key, JSON's null, and an empty document
-NO_NUL: Final = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
+NOTHING = Node()  # of an absent key, JSON's null, and an empty document
+NO_NUL = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
 
 
 def scalar(
@@ -1687,34 +1687,34 @@ def read_list(node: Node, what: str = "a list") -> Sequence[str]:
     return tuple(read_secret(item).revealed for item in node.items if item.kind != "nothing")
 
 
-HASH: Final = r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{53}"  # up to Limits.bcrypt_cost
-PORT: Final = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
-HOST: Final = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
+HASH = r"\$2[aby]\$(0[4-9]|1[0-4])\$[./A-Za-z0-9]{53}"  # up to Limits.bcrypt_cost
+PORT = r"(0x[0-9a-fA-F_]{1,9}|[1-9][0-9_]{0,9})(\.0*)?"
+HOST = r"[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]+\]|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"
 #: Refuses a password before a host: pages and the log show the target.
-NO_PASSWORD: Final = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
-A_PATH: Final = "the path of a URL (put the host into address), two hexadecimal digits after %"
-URL_PATH: Final = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
-LINE: Final = r"[\t\x20-\x7e\x80-\xff]*"
-SENT_HEADER: Final = rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME}"
-AUTH_TYPES: Final = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
-read_text: Final = scalar("text without a NUL")
-read_secret: Final = scalar("text without a NUL", convert=Secret)
-read_module_name: Final = scalar("a name", "[^\0\ud800-\udfff]+")
-BOOLEAN: Final = "(?i:true|false|yes|no|on|off)"
-VERIFY_CHOICE: Final = "true or false (contrib/expolint.py has the former strict level)"
-read_boolean: Final = scalar("true or false", BOOLEAN, to_boolean, "boolean")
-read_duration: Final = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
-read_port: Final = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
-read_address: Final = scalar("a host or IP address (no port, scheme or path)", HOST, to_address)
-read_name_or_path: Final = scalar("a name or path, without a password", NO_PASSWORD + NO_NUL)
-read_engine: Final = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{NO_NUL}")
-read_header: Final = scalar("the name of a header to send", SENT_HEADER, str.title)
-read_header_value: Final = scalar("one line of Latin-1 text", LINE, Secret)
-read_variable: Final = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
-read_auth_type: Final = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
+NO_PASSWORD = r"(?![^/?#]*:(?s:.*)@)(?!//[^?#]*@)"  # noqa: S105 - a pattern
+A_PATH = "the path of a URL (put the host into address), two hexadecimal digits after %"
+URL_PATH = rf"{NO_PASSWORD}(?![a-z]+://)(?:[^%]|%[0-9A-Fa-f]{{2}})*"
+LINE = r"[\t\x20-\x7e\x80-\xff]*"
+SENT_HEADER = rf"(?!(?i:{HOP_BY_HOP})$){HEADER_NAME}"
+AUTH_TYPES = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClientCert")
+read_text = scalar("text without a NUL")
+read_secret = scalar("text without a NUL", convert=Secret)
+read_module_name = scalar("a name", "[^\0\ud800-\udfff]+")
+BOOLEAN = "(?i:true|false|yes|no|on|off)"
+VERIFY_CHOICE = "true or false (contrib/expolint.py has the former strict level)"
+read_boolean = scalar("true or false", BOOLEAN, to_boolean, "boolean")
+read_duration = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
+read_port = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
+read_address = scalar("a host or IP address (no port, scheme or path)", HOST, to_address)
+read_name_or_path = scalar("a name or path, without a password", NO_PASSWORD + NO_NUL)
+read_engine = scalar("a socket such as unix:///run/x.sock", f"unix:///[^\0]{NO_NUL}")
+read_header = scalar("the name of a header to send", SENT_HEADER, str.title)
+read_header_value = scalar("one line of Latin-1 text", LINE, Secret)
+read_variable = scalar("the name of a variable", "[^=\0\ud800-\udfff]+", secret=True)
+read_auth_type = scalar(" or ".join(AUTH_TYPES), "|".join(AUTH_TYPES))
 # Messages do not show names of users: a password could follow a colon.
-read_user: Final = scalar("the name of a user, without a colon", f"(?=[^:]+$){NO_NUL}", secret=True)
-read_hash: Final = scalar(f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret)
+read_user = scalar("the name of a user, without a colon", f"(?=[^:]+$){NO_NUL}", secret=True)
+read_hash = scalar(f"a bcrypt hash of cost 4-{Limits.bcrypt_cost}", HASH, Secret)
 
 
 def read_accepted(node: Node) -> Any:
@@ -1725,12 +1725,12 @@ def read_accepted(node: Node) -> Any:
 
 
 # --- sections: the fields of their dataclasses declare the keys
-RIVAL_KEYS: Final = (  # a section may have one key of each group
+RIVAL_KEYS = (  # a section may have one key of each group
     ("address", "unix_socket", "container"),
     ("basic_auth_password", "basic_auth_password_file", "bearer_token_file"),
 )
 #: Docker's socket, and podman's, which is tried if Docker's is missing.
-ENGINES: Final = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
+ENGINES = ("unix:///var/run/docker.sock", "unix:///run/podman/podman.sock")
 
 
 def key(read: Any, default: Any = "", *needs: str, required: str = "") -> Any:
@@ -1802,7 +1802,7 @@ class FileTarget:
     shown = property(operator.attrgetter("path"))
 
 
-TARGETS: Final[Mapping[str, Any]] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
+TARGETS: Mapping[str, Any] = {"http": HttpTarget, "exec": ExecTarget, "file": FileTarget}
 
 
 @dataclass(frozen=True)
@@ -1855,12 +1855,12 @@ def declared_keys(section: Any) -> Mapping[str, Any]:
     return {field.name: field.metadata for field in dataclasses.fields(section) if field.metadata}
 
 
-MODULE_KEYS: Final = declared_keys(Module)
+MODULE_KEYS = declared_keys(Module)
 #: Keys of a module that its method's section may have instead.
-SHARED_KEYS: Final = {k: MODULE_KEYS[k] for k in ("verify", "accept_args", "accept_params")}
-UNFIT_KEYS: Final = {"http": ["accept_args"], "exec": [], "file": ["accept_args", "accept_params"]}
-TOP_KEYS: Final = ("modules", "defaultModule", "global")
-TOOLKIT_KEYS: Final = "http_server_config|rate_limit|cert|key|client_ca|.*cipher_suites|curve_.*"
+SHARED_KEYS = {k: MODULE_KEYS[k] for k in ("verify", "accept_args", "accept_params")}
+UNFIT_KEYS = {"http": ["accept_args"], "exec": [], "file": ["accept_args", "accept_params"]}
+TOP_KEYS = ("modules", "defaultModule", "global")
+TOOLKIT_KEYS = "http_server_config|rate_limit|cert|key|client_ca|.*cipher_suites|curve_.*"
 
 
 def suggest(message: str, name: str, known: Iterable[str]) -> str:
@@ -2024,9 +2024,9 @@ class DocumentReader:
 # certificates and secrets also when they change. A value is replaced as a whole or not at all. A
 # problem with a file is a ConfigError at start, and a line in the log later. IO.
 
-LOGGER: Final = logging.getLogger("expexp")
-ACCESS: Final = logging.getLogger("expexp.access")  # requests, whose lines LOGGER's handler writes
-NOTICE: Final = 60  # a start, a reload, an end: above CRITICAL, so written at every -log.level
+LOGGER = logging.getLogger("expexp")
+ACCESS = logging.getLogger("expexp.access")  # requests, whose lines LOGGER's handler writes
+NOTICE = 60  # a start, a reload, an end: above CRITICAL, so written at every -log.level
 
 
 @lru_cache
@@ -2053,10 +2053,10 @@ def log_problems(problems: Iterable[Problem]) -> None:
 
 
 # --- files
-CERTIFICATE: Final = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
-PRIVATE_KEY: Final = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
+CERTIFICATE = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
+PRIVATE_KEY = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
 #: What a file holds instead of the PEM of a certificate or key, and what to do about it.
-PEM_MISTAKES: Final = (
+PEM_MISTAKES = (
     (rb"\A\s*\Z", "nothing", "write it again"),
     (rb"BEGIN ENCRYPTED|4,ENCRYPTED", "an encrypted key", "decrypt it with openssl pkey"),
     (rb"BEGIN OPENSSH", "an OpenSSH key", "make a new one with openssl genpkey"),
@@ -2070,19 +2070,19 @@ PEM_MISTAKES: Final = (
     (rb"\A\x30\x82..\x30", "DER", "convert it with openssl x509 -inform der"),
     (rb"", "something else", "PEM begins with -----BEGIN"),
 )
-TLS_FLAGS: Final = ("web.tls.cert", "web.tls.key", "web.tls.ca")
+TLS_FLAGS = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 #: DER of an RSA key whose length takes one byte: it has fewer than 2048 bits (1936 at most).
-SHORT_RSA: Final = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
+SHORT_RSA = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
 #: By their names in configurations. RFC 8446, 4.1.2: TLS 1.0 is 0x0301.
-TLS_VERSIONS: Final = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
-IGNORE_UNEXPECTED_EOF: Final = 0x80  # a truncated body would look complete; in ssl from 3.10
-SEARCH_NAMES: Final = (
+TLS_VERSIONS = {f"TLS1{minor}": ssl.TLSVersion(0x0301 + minor) for minor in range(4)}
+IGNORE_UNEXPECTED_EOF = 0x80  # a truncated body would look complete; in ssl from 3.10
+SEARCH_NAMES = (
     "import re, sys; pattern, *names = sys.argv[1:];"
     "sys.exit(0 if any(re.search(pattern, name, re.ASCII) for name in names) else 3)"
 )
-MATCHING: Final = BoundedSemaphore(Limits.certmatch_processes)
+MATCHING = BoundedSemaphore(Limits.certmatch_processes)
 # RFC 5280, 4.1.2.5: a sequence of two dates, in UTC and with seconds. The latter is the expiry.
-VALIDITY: Final = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([0-9]{12,14})Z")
+VALIDITY = re.compile(rb"\x30[\x1e\x20\x22]..[0-9]{12,14}Z([\x17\x18]).([0-9]{12,14})Z")
 
 
 def fingerprint(filename: str) -> list[int]:
@@ -2732,22 +2732,22 @@ class Loader:
 Headers = Sequence[Header]
 Pieces = Iterator[bytes]
 
-BODILESS: Final = (204, 304)  # statuses
-LINE_END: Final = re.compile(rb"\n")
+BODILESS = (204, 304)  # statuses
+LINE_END = re.compile(rb"\n")
 #: The newline of an empty line. `search` is slow for a pattern that begins with `^`.
-EMPTY_LINE: Final = re.compile(rb"\n(?:(?<=\n\r\n)|(?<=\n\n)|(?<=\A\r\n)|(?<=\A\n))")
+EMPTY_LINE = re.compile(rb"\n(?:(?<=\n\r\n)|(?<=\n\n)|(?<=\A\r\n)|(?<=\A\n))")
 #: An SSLError's text has this if the peer closed. Its class depends on Python and OpenSSL.
-TLS_EOF: Final = re.compile(r"EOF[ _)]")
-FOLD: Final = re.compile(r"\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
+TLS_EOF = re.compile(r"EOF[ _)]")
+FOLD = re.compile(r"\n[ \t]+")  # RFC 9112, 5.2: the value continues on the next line
 # Both are linear, as no two parts match the same text: 30 ms for 256 KiB that fail at the end.
-STRICT_HEADER: Final = re.compile(rf"(?m)^({HEADER_NAME}):({LINE})\n")
+STRICT_HEADER = re.compile(rf"(?m)^({HEADER_NAME}):({LINE})\n")
 #: Also with blanks in the name, as in `Content-Length : 4`.
-TOLERANT_HEADER: Final = re.compile(rf"(?m)^((?! )[ {NAME_CHARACTERS}]+):({LINE})\n")
-STATUS_LINE: Final = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
-CHUNK_SIZE: Final = re.compile(rb"\A([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
-CHUNK_END: Final = re.compile(rb"\A\r\n")  # after a chunk's data
-CHUNK_LINE_BYTES: Final = 4096  # also for all trailers together, as in Go
-NO_END: Final = "the target closed before the end of its body"
+TOLERANT_HEADER = re.compile(rf"(?m)^((?! )[ {NAME_CHARACTERS}]+):({LINE})\n")
+STATUS_LINE = re.compile(rb"HTTP/([0-9]\.[0-9]) +([1-9][0-9]{2})(?: [^\r\n]*)?\r?\n?")
+CHUNK_SIZE = re.compile(rb"\A([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?\r?\n")
+CHUNK_END = re.compile(rb"\A\r\n")  # after a chunk's data
+CHUNK_LINE_BYTES = 4096  # also for all trailers together, as in Go
+NO_END = "the target closed before the end of its body"
 
 
 def parse_headers(block: bytes, grammar: re.Pattern[str]) -> Headers:
@@ -3010,13 +3010,13 @@ class TargetExchange:
 
 AnyLock = Union[Lock, Semaphore]
 Process = subprocess.Popen[bytes]
-REAPING_SECONDS: Final = 0.02  # between two attempts to reap a command
+REAPING_SECONDS = 0.02  # between two attempts to reap a command
 #: The fault for a verify_code of OpenSSL. 0: no certificate failed. All other codes: "chain".
-TLS_FAULTS: Final = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
-DEFAULT_PORTS: Final = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
-MTIME_FAMILY: Final = b"expexp_file_mtime_timestamp"
-MTIME_LINE: Final = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
-MTIME_LINES: Final = """\
+TLS_FAULTS = {0: "protocol", 9: "expiry", 10: "expiry", 62: "name", 63: "name", 64: "name"}
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}  # not in the header Host, as in Go
+MTIME_FAMILY = b"expexp_file_mtime_timestamp"
+MTIME_LINE = re.compile(rb"(?m)^(?:#[ \t]+(?:HELP|TYPE)[ \t]+)?%b(?![\w:])" % MTIME_FAMILY)
+MTIME_LINES = """\
 # HELP {0} Time of modification of parsed file.
 # TYPE {0} gauge
 {0}{1} {2!r}
@@ -3907,11 +3907,11 @@ def gunzip_pieces(body: bytes) -> Pieces:
 
 
 #: What clients may add to a module's scrape.
-ARGUMENT_KINDS: Final = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
-SCRAPERS: Final = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
-GZIP_BYTES: Final = 1024  # smaller bodies fit into a packet
+ARGUMENT_KINDS = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
+SCRAPERS = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
+GZIP_BYTES = 1024  # smaller bodies fit into a packet
 #: Headers that do not change the answer. Any other may.
-NEUTRAL: Final = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)
+NEUTRAL = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)
 
 
 def scrape_target(job: Job) -> Scrape:
@@ -3993,18 +3993,18 @@ def answer_job(job: Job) -> Scrape:
 # A Request becomes a Response: admission, route, module, and an answer for every error. No sockets
 # here. `handle` never raises. Only `handle` and loading catch Exception.
 
-STARTED: Final = time.time()
-OWN_HEADERS: Final = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
-PROMETHEUS_HEADERS: Final = {  # Prometheus 3's. explain adds them for curl and browsers
+STARTED = time.time()
+OWN_HEADERS = (("X-Content-Type-Options", "nosniff"), ("Cache-Control", "no-store"))
+PROMETHEUS_HEADERS = {  # Prometheus 3's. explain adds them for curl and browsers
     "Accept": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
     "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-"
     "8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
     "Accept-Encoding": "gzip",
     SCRAPE_TIMEOUT_HEADER: "10",
 }
-LOOPBACK: Final = re.compile(r"(?i)((localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?)?")  # as Host
-FIRST_STEP: Final = "module %s: %s %s, deadline in %.3g s (the module's: %s, the client's: %s)"
-HIDDEN: Final = b"shown to authenticated clients or on the loopback"
+LOOPBACK = re.compile(r"(?i)((localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?)?")  # as Host
+FIRST_STEP = "module %s: %s %s, deadline in %.3g s (the module's: %s, the client's: %s)"
+HIDDEN = b"shown to authenticated clients or on the loopback"
 
 
 class Request(NamedTuple):
@@ -4247,7 +4247,7 @@ class Attempt(NamedTuple):
 
 
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
-STYLE: Final = """
+STYLE = """
 :root { color-scheme: light dark; background: canvas; font: 1rem/1.4 system-ui, sans-serif }
 table { border-collapse: collapse; width: 100% }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
@@ -4257,23 +4257,23 @@ th, td:nth-child(n+4) { white-space: nowrap } pre { white-space: pre-wrap }
 @media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
 td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
 """
-STYLE_HASH: Final = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-POLICY: Final = (
+STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = (
     "Content-Security-Policy",
     f"default-src 'none'; style-src 'sha256-{STYLE_HASH}'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",  # noqa: E501
 )
-PAGE_START: Final = f"""<!DOCTYPE html>
+PAGE_START = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>expexp</title><link rel="icon" href="data:,">
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 """
-PAGE: Final = f"""</head><body><main><h1>expexp {__version__}</h1>
+PAGE = f"""</head><body><main><h1>expexp {__version__}</h1>
 <p>Started {utc_time(STARTED)}, modules: {{modules}}.
 <a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
 <pre>{{problems}}</pre><table><thead><tr><th>Module<th>Target<th>Last scrape, failing since\
 <th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
 """
-ROW: Final = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}">{name}</a> \
+ROW = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}">{name}</a> \
 <a href="./-/explain?{query}">explain</a><td title="Target">{method} {target}\
 <td title="Last scrape">{state} {failing_since} {error}<td title="At">{time}\
 <td title="Seconds">{seconds}<meter max="{deadline}" value="{seconds}" title="of {deadline} s">\
@@ -4573,11 +4573,11 @@ class Application:
 # Each connection has a slot and a thread. Reads have deadlines, and writes must make progress. A
 # new connection can evict another, except one that awaits an answer or reads a scrape. IO.
 
-POLL_SECONDS: Final = 0.05  # between checks for a signal, a shutdown and a due watchdog
-TRIM_SECONDS: Final = 10  # between trims: glibc kept 50 MB of freed memory after ten minutes
+POLL_SECONDS = 0.05  # between checks for a signal, a shutdown and a due watchdog
+TRIM_SECONDS = 10  # between trims: glibc kept 50 MB of freed memory after ten minutes
 # The start of an absolute form. The lookahead fixes the host's end: no match backtracks.
-URL_START: Final = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
-REQUEST_LINE: Final = re.compile(rf"(?a)(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n")
+URL_START = r"(?:(?i:https?)://[^\s/?#]*(?=[\s/?#]))?"
+REQUEST_LINE = re.compile(rf"(?a)(\S+) (?=\S){URL_START}(\S*) HTTP/([0-9.]+)\r?\n")
 
 
 class Connections:
@@ -4939,7 +4939,7 @@ class Server(http.server.ThreadingHTTPServer):
 # Builds the parts, waits for a signal, and stops them. Importing this file runs nothing. IO.
 
 #: The priorities of syslog(3) by `level // 10`, for systemd's journal.
-PRIORITIES: Final = ("", "<7>", "<6>", "<4>", "<3>", "<2>", "<5>")
+PRIORITIES = ("", "<7>", "<6>", "<4>", "<3>", "<2>", "<5>")
 
 
 class LogFormatter(logging.Formatter):

@@ -623,6 +623,22 @@ def gate_no_assert(source: Source) -> list[str]:
     ]
 
 
+def gate_constants(source: Source) -> list[str]:
+    """A name in capitals gets its value once. It needs no annotation to say so."""
+    assigned = [
+        node
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id.isupper()
+    ]
+    seen: set[str] = set()
+    offences = []
+    for node in sorted(assigned, key=lambda node: node.lineno):
+        if node.id in seen:
+            offences.append(f"line {node.lineno}: {node.id} gets another value")
+        seen.add(node.id)
+    return offences
+
+
 def gate_exceptions(source: Source) -> list[str]:
     """Only two boundaries catch everything, and they name it Exception."""
     handlers = [node for node in ast.walk(source.tree) if isinstance(node, ast.ExceptHandler)]
@@ -659,6 +675,7 @@ GATES: dict[str, Callable[[Source], list[str]]] = {
     "pure sections": gate_pure_sections,
     "open questions": gate_no_open_questions,
     "assert statements": gate_no_assert,
+    "constants": gate_constants,
     "handlers that catch everything": gate_exceptions,
 }
 
@@ -954,6 +971,8 @@ BAD_MODULES = [
     ("open questions", "a = 1  # TODO: later\n", "line 1: TODO"),
     ("open questions", "# FIXME\n", "line 1: FIXME"),
     ("assert statements", with_body("assert 1"), "line 11: assert statement"),
+    ("constants", "LIMIT = 1\nLIMIT = 2\n", "line 2: LIMIT gets another value"),
+    ("constants", "A = 1\ndef b():\n    global A\n    A += 1\n", "line 4: A gets another value"),
     ("handlers that catch everything", "try: a()\nexcept: pass\n", "line 2: bare except"),
     (
         "handlers that catch everything",

@@ -40,9 +40,9 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Callable, Final, NamedTuple
+from typing import Callable, NamedTuple
 
-FOLDER: Final = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 try:
     from expexp import (
@@ -106,12 +106,12 @@ class Reading(NamedTuple):
     findings: list[Finding]
 
 
-STRICT_TEXT: Final = TEXT._replace(
+STRICT_TEXT = TEXT._replace(
     label_value=compile_production(rb'[^"\\\n]*+(?:\\[\\"n][^"\\\n]*+)*'),
     after_name=re.compile(rb"[ \t]|(?=\n)|\Z"),
 )
-FIRST_WORD: Final = re.compile(rb"[ \t]*#[ \t]*(?P<word>[A-Z]*\0)?")
-HELP_ESCAPE: Final = re.compile(rb"\\[\\n]|(?P<other>\\)")
+FIRST_WORD = re.compile(rb"[ \t]*#[ \t]*(?P<word>[A-Z]*\0)?")
+HELP_ESCAPE = re.compile(rb"\\[\\n]|(?P<other>\\)")
 
 
 def find_line_end(body: bytes, pos: int) -> int:
@@ -216,11 +216,11 @@ def read_strictly(source: Source) -> Reading:
 # A family is a run of lines about one name.
 
 #: A family with more samples is not judged. What the checks need takes 500 bytes a sample.
-MAX_JUDGED_SAMPLES: Final = 100_000
-MAX_FINDINGS: Final = 100  # a reader needs no more, and to find the line of each takes time
+MAX_JUDGED_SAMPLES = 100_000
+MAX_FINDINGS = 100  # a reader needs no more, and to find the line of each takes time
 
 #: The suffixes of the samples of a type, by whether it is OpenMetrics. Other types have none.
-SUFFIXES: Final[dict[tuple[bool, bytes], tuple[bytes, ...]]] = {
+SUFFIXES: dict[tuple[bool, bytes], tuple[bytes, ...]] = {
     (False, b"histogram"): (b"_bucket", b"_count", b"_sum"),
     (False, b"summary"): (b"", b"_count", b"_sum"),
     (True, b"counter"): (b"_total", b"_created"),
@@ -409,7 +409,7 @@ def check_names(family: Family, _: list[Row]) -> Complaints:
         yield pos, explain_names(family.heading())
 
 
-UNITLESS: Final = (b"info", b"stateset")
+UNITLESS = (b"info", b"stateset")
 
 
 def check_metadata(family: Family, rows: list[Row]) -> Complaints:
@@ -501,9 +501,9 @@ def check_labels(family: Family, rows: list[Row]) -> Complaints:
             yield row.pos, f"expected a label {label} with {wanted}, found {found}"
 
 
-NOT_NEGATIVE: Final = "a number that is not negative"
-COUNTS: Final = (b"_bucket", b"count")
-TOTALS: Final = (b"_total", b"_sum", b"summary", *COUNTS)
+NOT_NEGATIVE = "a number that is not negative"
+COUNTS = (b"_bucket", b"count")
+TOTALS = (b"_total", b"_sum", b"summary", *COUNTS)
 
 
 def find_expected_value(row: Row) -> str:
@@ -540,7 +540,7 @@ def check_values(family: Family, rows: list[Row]) -> Complaints:
             yield row.pos, f"expected {wanted}, found {quote(row.written)}"
 
 
-MAX_EXEMPLAR: Final = 128  # characters, OpenMetrics 1.0 "Exemplars"
+MAX_EXEMPLAR = 128  # characters, OpenMetrics 1.0 "Exemplars"
 
 
 def check_exemplars(_: Family, rows: list[Row]) -> Complaints:
@@ -669,7 +669,7 @@ def check_sums(family: Family, rows: list[Row]) -> Complaints:
             yield row.pos, "found a count without a sum: write both or neither"
 
 
-FAMILY_CHECKS: Final[Sequence[Check]] = (
+FAMILY_CHECKS: Sequence[Check] = (
     check_names,
     check_metadata,
     check_order,
@@ -677,8 +677,8 @@ FAMILY_CHECKS: Final[Sequence[Check]] = (
     check_values,
     check_exemplars,
 )
-METRIC_CHECKS: Final[Sequence[Check]] = (check_series, check_bounds)
-HISTOGRAM_CHECKS: Final[Sequence[Check]] = (*METRIC_CHECKS, check_buckets, check_count, check_sums)
+METRIC_CHECKS: Sequence[Check] = (check_series, check_bounds)
+HISTOGRAM_CHECKS: Sequence[Check] = (*METRIC_CHECKS, check_buckets, check_count, check_sums)
 
 
 def check_family(family: Family) -> Complaints:
@@ -691,7 +691,7 @@ def check_family(family: Family) -> Complaints:
             yield from check(family, rows)
 
 
-UNTYPED: Final = ("untyped", "unknown")
+UNTYPED = ("untyped", "unknown")
 
 
 def explain_clash(family: Family, above: Heading, name: bytes) -> str:

@@ -37,18 +37,18 @@ import time
 import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Final, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 #: Prometheus's name for one element of the list: {"targets": [...], "labels": {...}}.
 Group = dict[str, Any]
 
-LABEL_NAME: Final = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
-STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: |\r?\n)")
-DURATION: Final = re.compile(r"([0-9]{1,9})(s|m|h|d)")
-UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-PIECE_BYTES: Final = 65536
-OK: Final = 200
-TLS_ALERT: Final = b"\x15\x03"  # how a server of TLS answers plain HTTP
+LABEL_NAME = re.compile("[a-zA-Z_][a-zA-Z0-9_]*")
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: |\r?\n)")
+DURATION = re.compile(r"([0-9]{1,9})(s|m|h|d)")
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+PIECE_BYTES = 65536
+OK = 200
+TLS_ALERT = b"\x15\x03"  # how a server of TLS answers plain HTTP
 
 
 class FleetError(Exception):
@@ -96,7 +96,7 @@ class Flag(NamedTuple):
     documentation: str
 
 
-FLAGS: Final = (
+FLAGS = (
     Flag("hosts", str, "-", "File with one host:port or URL a line. - is stdin."),
     Flag("output", str, "-", "File to write for file_sd_configs. - is stdout."),
     Flag("state", str, "", "File with the last targets. Default: OUTPUT.state, none for stdout."),

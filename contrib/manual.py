@@ -22,13 +22,13 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
-WIDTH: Final = 70  # escapes make a line longer, and mandoc wants 80 at most
+WIDTH = 70  # escapes make a line longer, and mandoc wants 80 at most
 #: Paragraphs of a docstring that begin so are for readers of the source.
-FOR_READERS: Final = ('"IO." marks', "Contents:", "    from ", "License", "Specifi")
-LABEL: Final = re.compile(r"(?m)^(?=[A-Z][a-z ]*[a-z]: )")
-ESCAPES: Final = {"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti"}
+FOR_READERS = ('"IO." marks', "Contents:", "    from ", "License", "Specifi")
+LABEL = re.compile(r"(?m)^(?=[A-Z][a-z ]*[a-z]: )")
+ESCAPES = {"\\": r"\e", "-": r"\-", "'": r"\(aq", "`": r"\(ga", "^": r"\(ha", "~": r"\(ti"}
 
 
 def escape(text: str) -> str:
