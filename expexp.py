@@ -3079,7 +3079,7 @@ def total_size(scrape: Scrape) -> int:
     return len(cast(bytes, scrape.body)) + len(scrape.packed)
 
 
-@dataclass(eq=False)
+@dataclass
 class Run:
     """One scrape of a module with `cache`. Equal requests share it."""
 
@@ -3087,10 +3087,6 @@ class Run:
     task: Any = None
     completed_at: float = inf  # monotonic; inf while running, or if not cached
     size: float = inf  # bytes of a good answer and its gzip form
-    waiting: int = 0  # requests that wait for the outcome
-    #: The scrape polls the other end of this socket as its client: closing it ends the scrape. A
-    #: command has none. A command that is too slow for one request answers the next.
-    client: socket.socket | None = None
 
 
 class Cache:
@@ -3110,15 +3106,11 @@ class Cache:
                 if not run or run.module != module or asked - run.completed_at >= module.cache:
                     run = self._start(job, key)
                     self._runs[key] = run
-                run.waiting += 1
-            try:
-                outcome = wait_for(run.task, job.deadline)
-            finally:
-                self._leave(run)
+            outcome = wait_for(run.task, job.deadline)
             if isinstance(outcome, Scrape):
                 break
-            # If an older run was too late or was left by its clients, start another.
-            if outcome[0] not in ("timeout", "aborted"):
+            # If an older run has reached its own deadline, start another.
+            if outcome[0] != "timeout":
                 raise ScrapeError(*outcome)
         job.held.reserve_bytes(total_size(outcome))  # it may be evicted while it is sent
         if asked < run.completed_at:
@@ -3128,31 +3120,20 @@ class Cache:
 
     def _start(self, job: Job, key: Any) -> Run:
         """Start a run for a request in a thread of its own. Raise ScrapeError."""
-        run = Run(job.module)
+        # It outlives its clients. A target that is too slow for one of them answers the next.
+        limits = job.tools.limits
+        left = job.deadline.remaining()
+        longest = scrape_timeout(job.module.timeout, "", 0, limits)
+        deadline = Deadline(max(longest, left))
         cleanup = ExitStack()
         held = Reservation(job.tools, cleanup)
-        seconds = job.deadline.remaining()
-        if job.module.method == "exec":
-            longest = scrape_timeout(job.module.timeout, "", 0, job.tools.limits)
-            deadline = Deadline(max(longest, seconds))
-        else:
-            try:
-                polled, run.client = socket.socketpair()
-            except OSError as error:
-                raise ScrapeError("busy", f"cannot create a socket: {words_of(error)}") from None
-            cleanup.enter_context(polled)
-            cleanup.enter_context(run.client)
-            deadline = Deadline(seconds, client_fd=polled.fileno())
-        own = job._replace(deadline=deadline, cleanup=cleanup, held=held)
+        # Clients that hang up, each with another query, could leave any number of runs behind.
+        words = "too many scrapes of modules with a cache, try again later"
+        held.reserve("runs", limits.share(PROXY_SHARE), words)
+        own = job._replace(deadline=deadline, cleanup=cleanup, held=held, client_seconds=left)
+        run = Run(job.module)
         run.task = Task(cleanup.close, self._make, own, key, run)
         return run
-
-    def _leave(self, run: Run) -> None:
-        """Stop waiting for a run. End it if no other request waits, unless it is a command's."""
-        with self._lock:
-            run.waiting -= 1
-            if run.client and not run.waiting:
-                run.client.close()
 
     def _make(self, job: Job, key: Any, run: Run) -> Any:
         """Return the target's answer, or the arguments of a ScrapeError."""
@@ -3408,6 +3389,7 @@ class Job(NamedTuple):
     tools: Tools
     credentials: Any = None  # a LoadedValue, for an http target: its value is a TargetCredentials
     steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
+    client_seconds: float = inf  # a cached scrape's first client had so many left, and may be gone
 
     def note(self, words: str, *values: object, details: bytes = b"") -> None:
         """Add a step to an explanation. The details are for trusted clients only."""
@@ -3506,7 +3488,8 @@ def request_headers(job: Job) -> dict[str, str]:
         headers[name] = f"{known}{separator}{value}" if known else value
     headers["Host"] = target.netloc.removesuffix(DEFAULT_PORTS[target.scheme])
     headers.setdefault("User-Agent", f"expexp/{__version__}")
-    headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
+    seconds = min(job.deadline.remaining(), job.client_seconds)
+    headers[SCRAPE_TIMEOUT_HEADER] = f"{seconds:.3f}"
     if job.module.verify:
         headers["Accept-Encoding"] = "gzip" if takes_gzip(job) else "identity"
     if authorization := job.credentials.value.authorization:

@@ -15365,10 +15365,12 @@ def waiting_modules(folder: Path) -> Iterator[dict[str, dict[str, object]]]:
             "a target that says nothing": http_module(silent),
             "a target that stops in its body": http_module(slow),
             "an unverified target that says nothing": http_module(silent) | {"verify": False},
-            "a target with a cache": http_module(silent) | {"cache": "1m"},
+            # A scrape for a cache goes on without its client until its own deadline.
+            "a target with a cache": http_module(silent) | {"cache": "1m", "timeout": "2s"},
             "a command": exec_module(f"echo $$ >{folder}/pid; exec sleep 60"),
             "a FIFO that nobody writes": file_module(folder / "lonely"),
-            "a FIFO with a cache": file_module(folder / "lonely") | {"cache": "1m"},
+            "a FIFO with a cache": file_module(folder / "lonely")
+            | {"cache": "1m", "timeout": "2s"},
         }
 
 
@@ -15568,17 +15570,15 @@ def test_a_client_may_hang_up_at_a_second_address_after_the_first_has_refused(
             assert served.failures("m") == {"aborted": 1}
 
 
-def test_the_run_of_a_module_that_has_changed_since_ends_with_its_last_client(
-    tmp_path: Path,
-) -> None:
+def test_the_run_of_a_module_that_has_changed_since_ends_at_its_deadline(tmp_path: Path) -> None:
     with target(silent_after()) as port:
-        module = http_module(port) | {"cache": "1m"}
+        module = http_module(port) | {"cache": "1m", "timeout": "2s"}
         with reloadable(tmp_path, {"m": module}) as (served, reload), connect(served.port) as later:
             used = served.program.application._tools.used
             with connect(served.port) as client:
                 begin_scrape(client)
                 wait_until(lambda: used.get("scrapes of m") == 1)
-                assert reload({"m": module | {"cache": "2m"}}).status == 200
+                assert reload({"m": module | {"timeout": "20s"}}).status == 200
                 begin_scrape(later)
                 wait_until(lambda: used.get("scrapes of m") == 2)
             wait_until(lambda: used.get("scrapes of m") == 1)
@@ -15625,7 +15625,7 @@ def test_a_cached_command_runs_on_without_a_client_and_answers_the_next(counted:
         assert counted.count == 1
 
 
-def test_a_cached_scrape_runs_on_as_long_as_one_client_waits_for_it() -> None:
+def test_a_cached_scrape_runs_on_without_a_client_and_answers_the_next() -> None:
     go_on = threading.Event()
     asked = threading.Semaphore(0)
 
@@ -15634,37 +15634,65 @@ def test_a_cached_scrape_runs_on_as_long_as_one_client_waits_for_it() -> None:
         go_on.wait(5)
         connection.sendall(ok(EXPOSITION))
 
-    with (
-        target(answer) as port,
-        running({"m": http_module(port) | {"cache": "1m"}}) as served,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        with connect(served.port) as first:
-            begin_scrape(first, "m", "Accept-Encoding: identity")
-            assert asked.acquire(timeout=5)
-            second = pool.submit(served.scrape, "m")
-            wait_until(lambda: being_answered(served, 2))
-        wait_until(lambda: served.failures("m") == {"aborted": 1})
-        go_on.set()
-        assert second.result().body == EXPOSITION
-        assert not asked.acquire(blocking=False)
-
-
-def test_after_an_abandoned_cached_scrape_the_next_client_begins_a_new_one() -> None:
-    asked = threading.Semaphore(0)
-    answers: Iterator[Answerer] = iter([silent_after(), silent_after(ok(EXPOSITION))])
-
-    def answer(connection: socket.socket, head: bytes) -> None:
-        asked.release()
-        next(answers)(connection, head)
-
     with target(answer) as port, running({"m": http_module(port) | {"cache": "1m"}}) as served:
         with connect(served.port) as client:
-            begin_scrape(client)
+            begin_scrape(client, "m", "Accept-Encoding: identity")
             assert asked.acquire(timeout=5)
-        wait_until(lambda: served.failures("m") == {"aborted": 1})
+            assert served.scrape("m", SOON).status == 504
+        wait_until(lambda: served.failures("m") == {"aborted": 1, "timeout": 1})
+        go_on.set()
         assert served.scrape("m").body == EXPOSITION
+        assert served.scrape("m").headers["Age"] == "0"
+        assert not asked.acquire(blocking=False)
         wait_until(lambda: not served.program.application._tools.used)
+
+
+def test_a_cached_scrape_of_a_fifo_takes_what_comes_after_its_client(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with running({"m": file_module(tmp_path / "fifo") | {"cache": "1m"}}) as served:
+        assert served.scrape("m", SOON).status == 504
+        (tmp_path / "fifo").write_bytes(b"a 1\n")
+        assert [served.scrape("m").text for _ in range(2)] == ["a 1\n"] * 2
+
+
+def test_a_cached_scrape_of_a_hung_file_ends_at_its_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "hung.prom"
+    path.write_text("a 1\n")
+    module = file_module(path) | {"cache": "1m", "timeout": "1s", "max_concurrent": 2}
+    with running({"m": module}) as served:
+        used = served.program.application._tools.used
+        with hung(monkeypatch, "stat", path):
+            assert [served.scrape("m", SOON).status for _ in range(2)] == [504, 504]
+            wait_until(lambda: used == {"reads of m": 1})  # both had one run
+            assert served.scrape("m", SOON).status == 504
+            wait_until(lambda: used == {"reads of m": 2})
+            assert served.scrape("m", SOON).status == 503
+        wait_until(lambda: served.scrape("m").text.startswith("a 1\n"))
+        wait_until(lambda: not used)
+
+
+def test_clients_that_hang_up_leave_a_bounded_number_of_cached_scrapes_behind() -> None:
+    module = {"cache": "1m", "timeout": "2s"}
+    with (
+        target(silent_after()) as silent,
+        running(
+            {name: http_module(silent) | module for name in "mno"},
+            limits=fast_limits(connections=8),
+        ) as served,
+    ):
+        used = served.program.application._tools.used
+        with contextlib.ExitStack() as clients:
+            for number in range(7):
+                client = clients.enter_context(connect(served.port))
+                begin_scrape(client, f"{'mn'[number % 2]}&target={number}")
+            wait_until(lambda: used.get("runs") == 7)
+        wait_until(lambda: "requests" not in used)
+        words = "too many scrapes of modules with a cache, try again later"
+        assert served.scrape("o").said == (503, f"module o: {words}\n")
+        wait_until(lambda: not used)
+        assert served.scrape("o").status == 504
 
 
 # --- bounds of requests and scrapes
