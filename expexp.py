@@ -3220,13 +3220,11 @@ def wait_for(task: Task, deadline: Deadline) -> Any:
 def numeric_addresses(host: str, port: int) -> Any:
     """Return the entries of getaddrinfo for localhost or a numeric address, [] for a name."""
     # RFC 6761, 6.3: localhost is the loopback, and must not wait behind a dead name server.
-    hosts = ("127.0.0.1", "::1") if host.lower() == "localhost" else (host,)
-    found: list[Any] = []
-    with suppress(socket.gaierror):
-        for each in hosts:
-            flags = socket.AI_NUMERICHOST
-            found += socket.getaddrinfo(each, port, type=socket.SOCK_STREAM, flags=flags)
-    return found
+    numeric = None if host.lower() == "localhost" else host  # None: the loopback
+    flags = socket.AI_NUMERICHOST
+    with suppress(socket.gaierror):  # sorted: IPv4 comes first
+        return sorted(socket.getaddrinfo(numeric, port, type=socket.SOCK_STREAM, flags=flags))
+    return []
 
 
 def resolve(host: str, port: int, deadline: Deadline, slots: Semaphore) -> Any:
