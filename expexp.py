@@ -3424,34 +3424,28 @@ def check_size(limits: Limits, count: int) -> None:
 def connect_any(job: Job, addresses: Any) -> Wire:
     """Return a connection to the first address that accepts. Raise OSError or ScrapeError."""
     errors = []
-    for position, entry in enumerate(addresses):
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
         share = job.deadline.remaining() / (len(addresses) - position)
+        deadline = Deadline(share, client_fd=job.deadline.client_fd)
+        wire = None
         try:
-            wire = connect_one(entry, Deadline(share, client_fd=job.deadline.client_fd))
+            wire = Wire(socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol), deadline)
+            if family == socket.AF_UNIX:  # a full backlog is EAGAIN; poll does not wait for it
+                wire.connection.connect(address)
+            else:
+                wire.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                wire.attempt(wire.connection.connect, POLLOUT, address)
         except (OSError, ScrapeError) as error:
             errors.append(error)
+            if wire:
+                wire.close()
         else:
             wire.deadline = job.deadline
             job.cleanup.callback(wire.close)
-            job.note("connected to %s", entry[-1])
+            job.note("connected to %s", address)
             return wire
     wait(job.deadline, {}, 0)  # raises at the deadline, or if the client has hung up
     raise errors[0]
-
-
-def connect_one(entry: Any, deadline: Deadline) -> Wire:
-    """Return a connection to one of getaddrinfo's entries. Raise OSError or ScrapeError."""
-    wire = Wire(socket.socket(entry[0], entry[1] | socket.SOCK_NONBLOCK, entry[2]), deadline)
-    try:
-        if entry[0] == socket.AF_UNIX:  # a full backlog is EAGAIN; poll does not wait for it
-            wire.connection.connect(entry[-1])
-        else:
-            wire.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            wire.attempt(wire.connection.connect, POLLOUT, entry[-1])
-    except (OSError, ScrapeError):
-        wire.close()
-        raise
-    return wire
 
 
 def connect_host(job: Job, host: str, port: int) -> Wire:

@@ -9434,10 +9434,10 @@ def read_byte_by_byte(connection: socket.socket) -> bytes:
 def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
     over_tls: bool, authority: Authority, monkeypatch: pytest.MonkeyPatch, polled: list[int]
 ) -> None:
-    heads, connect_one = list[bytes](), expexp.connect_one
+    heads, connect_any = list[bytes](), expexp.connect_any
 
-    def connect_narrowly(*address: Any) -> expexp.Wire:
-        wire = connect_one(*address)
+    def connect_narrowly(job: expexp.Job, addresses: Any) -> expexp.Wire:
+        wire = connect_any(job, addresses)
         wire.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         return wire
 
@@ -9449,7 +9449,7 @@ def test_a_target_that_accepts_a_byte_at_a_time_gets_the_whole_request(
             if isinstance(target, ssl.SSLSocket):
                 target.unwrap()
 
-    monkeypatch.setattr(expexp, "connect_one", connect_narrowly)
+    monkeypatch.setattr(expexp, "connect_any", connect_narrowly)
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
     settings = {"scheme": "https", "tls_ca_cert_file": authority.file} if over_tls else {}
