@@ -65,6 +65,7 @@ import dataclasses
 import difflib
 import errno
 import fnmatch
+import gzip
 import hashlib
 import hmac
 import html
@@ -3920,21 +3921,13 @@ def scrape_target(job: Job) -> Scrape:
     if module.method != "http" and len(body) >= GZIP_BYTES:
         headers = with_header(headers, "Vary", "Accept-Encoding")
         if module.cache or takes_gzip(job):
-            packed = join_pieces(job, gzip_pieces(body))
+            packed = join_pieces(job, [gzip.compress(body, 1)])
     return result._replace(headers=headers, body=body, packed=packed, samples=samples)
 
 
 def takes_gzip(job: Job) -> bool:
     """Return whether the client accepts gzip."""
     return accepts(",".join(values_of(end_to_end(job.headers), "Accept-Encoding")), "gzip")
-
-
-def gzip_pieces(body: bytes) -> Pieces:
-    """Yield a body in gzip."""
-    packer = zlib.compressobj(1, wbits=16 + zlib.MAX_WBITS)
-    for start in range(0, len(body), PIECE_BYTES):
-        yield packer.compress(body[start : start + PIECE_BYTES])
-    yield packer.flush()
 
 
 def answer_job(job: Job) -> Scrape:
@@ -4311,7 +4304,7 @@ def render_telemetry(application: Application, request: Request) -> Response:
     body = application.metrics.render().encode()
     headers = [("Content-Type", TEXT_CONTENT_TYPE), ("Vary", "Accept-Encoding")]
     if accepts(request.header("Accept-Encoding"), "gzip"):
-        body = b"".join(gzip_pieces(body))
+        body = gzip.compress(body, 1)
         headers.append(("Content-Encoding", "gzip"))
     return Response(OK, headers, body)
 

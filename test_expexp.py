@@ -10816,13 +10816,13 @@ def test_an_answer_of_a_command_or_file_is_compressed_from_1_kib_on(
 def test_a_cached_answer_is_compressed_once_whoever_asks_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, compress = list[int](), expexp.gzip_pieces
+    sizes, compress = list[int](), gzip.compress
 
-    def noting(body: bytes) -> Iterator[bytes]:
+    def noting(body: bytes, level: int) -> bytes:
         sizes.append(len(body))
-        return compress(body)
+        return compress(body, level)
 
-    monkeypatch.setattr(expexp, "gzip_pieces", noting)
+    monkeypatch.setattr(gzip, "compress", noting)
     (tmp_path / "body").write_bytes(b"a 1\n" * 1000)
     module = command("cat", str(tmp_path / "body"))
     with running({"m": module, "c": module | {"cache": "1m"}}) as served:
@@ -10837,14 +10837,14 @@ def test_a_cached_answer_is_compressed_once_whoever_asks_first(
 def test_a_deadline_and_the_budget_also_bound_the_work_of_gzip(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slow, endless_pieces = iter(["late", "large"]), [b"x" * 1000] * 100
+    slow = iter(["late", "large"])
 
-    def pieces(_body: bytes) -> Iterator[bytes]:
+    def compress(_body: bytes, _level: int) -> bytes:
         if next(slow) == "late":
             time.sleep(0.6)
-        yield from endless_pieces
+        return b"x" * 100_000
 
-    monkeypatch.setattr(expexp, "gzip_pieces", pieces)
+    monkeypatch.setattr(gzip, "compress", compress)
     limits = fast_limits(held_bytes=50_000)
     with running({"m": exec_module("seq -f 'a %f' 200")}, limits=limits) as served:
         soon = TAKES_GZIP | {expexp.SCRAPE_TIMEOUT_HEADER: "1"}
