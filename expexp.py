@@ -1374,11 +1374,10 @@ class FlagError(ExpexpError):
 
 def parse_boolean(text: str) -> bool:
     """Return the boolean of a word in upper or lower case. Raise ValueError."""
-    if text.lower() in ("1", "t", "true"):
-        return True
-    if text.lower() in ("0", "f", "false"):
-        return False
-    raise ValueError("expected true or false")
+    found = re.fullmatch("(?ai)(1|t|true)|0|f|false", text)
+    if not found:
+        raise ValueError("expected true or false")
+    return found[1] is not None
 
 
 def parse_level(text: str) -> int:
