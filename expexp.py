@@ -1592,7 +1592,7 @@ def parse_yaml(text: str) -> Node:
         )
     loader: Any = type("Loader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
-        return cast(Node, loader(text).get_data() or NOTHING)
+        return loader(text).get_data() or NOTHING
     except yaml.reader.ReaderError as error:  # has no mark
         raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
@@ -1893,7 +1893,7 @@ def words_of(error: BaseException) -> str:
     text = ""
     for name in ("strerror", "reason", "verify_message"):  # the last is the most exact
         found = getattr(error, name, None)
-        if found and isinstance(found, str):
+        if isinstance(found, str):
             text = found
     plain = re.sub(r"^\[[^]]*\] | \(_ssl\.c:\d+\)$", "", text).lower().replace("_", " ")
     return plain or str(error).strip() or type(error).__name__
@@ -1967,7 +1967,7 @@ class DocumentReader:
         for name, metadata in declared.items():
             node = nodes.get(name, NOTHING)
             where = prefix + name
-            is_text = node.kind == "string" and isinstance(metadata["default"], (str, Secret))
+            is_text = node.kind == "string" and isinstance(metadata["default"], str)
             if node.text or not (is_text or node.kind == "nothing"):  # empty texts do not count
                 values[name] = self.read(metadata["read"], node, where)
             elif metadata["required"] and not ("unix_socket" in values or self._has_refused_keys):
@@ -1983,8 +1983,7 @@ class DocumentReader:
                 self.problem(prefix + name, f"does not go with {rivals[0]}")
         if values.get("client_allowed_sans") == ():
             self.problem(prefix + "client_allowed_sans", "must list at least one name")
-        interval = values.get("scrape_interval")
-        if interval and interval < 1:
+        if 0 < (values.get("scrape_interval") or 0) < 1:
             self.problem(prefix + "scrape_interval", "expected 1s or more, or 0")
         return values
 
