@@ -2055,20 +2055,20 @@ def log_problems(problems: Iterable[Problem]) -> None:
 CERTIFICATE = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 PRIVATE_KEY = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
 #: What a file holds instead of the PEM of a certificate or key, and what to do about it.
-PEM_MISTAKES = (
-    (rb"\A\s*\Z", "nothing", "write it again"),
-    (rb"BEGIN ENCRYPTED|4,ENCRYPTED", "an encrypted key", "decrypt it with openssl pkey"),
-    (rb"BEGIN OPENSSH", "an OpenSSH key", "make a new one with openssl genpkey"),
-    (rb"BEGIN.* REQUEST", "a certificate request", "use the certificate that the CA issued"),
-    (rb"BEGIN PKCS7", "PKCS#7", "convert it with openssl pkcs7 -print_certs"),
-    (rb"BEGIN CERTIFICATE-(?!.*END)", "a part of a certificate", "write it again"),
-    (rb"BEGIN CERTIFICATE", "a certificate", "name the file of its key here"),
-    (rb"PRIVATE KEY-----", "a private key", "name the file of its certificate here"),
-    (rb"\A\x30(\x80|\x82..)\x02\x01\x03", "PKCS#12", "convert it with openssl pkcs12 -nodes"),
-    (rb"\A\x30.{1,3}\x02\x01[\0\1]", "a key in DER", "convert it with openssl pkey -inform der"),
-    (rb"\A\x30\x82..\x30", "DER", "convert it with openssl x509 -inform der"),
-    (rb"", "something else", "PEM begins with -----BEGIN"),
-)
+PEM_MISTAKES = {
+    rb"\A\s*\Z": "nothing: write it again",
+    rb"BEGIN ENCRYPTED|4,ENCRYPTED": "an encrypted key: decrypt it with openssl pkey",
+    rb"BEGIN OPENSSH": "an OpenSSH key: make a new one with openssl genpkey",
+    rb"BEGIN.* REQUEST": "a certificate request: use the certificate that the CA issued",
+    rb"BEGIN PKCS7": "PKCS#7: convert it with openssl pkcs7 -print_certs",
+    rb"BEGIN CERTIFICATE-(?!.*END)": "a part of a certificate: write it again",
+    rb"BEGIN CERTIFICATE": "a certificate: name the file of its key here",
+    rb"PRIVATE KEY-----": "a private key: name the file of its certificate here",
+    rb"\A\x30(\x80|\x82..)\x02\x01\x03": "PKCS#12: convert it with openssl pkcs12 -nodes",
+    rb"\A\x30.{1,3}\x02\x01[\0\1]": "a key in DER: convert it with openssl pkey -inform der",
+    rb"\A\x30\x82..\x30": "DER: convert it with openssl x509 -inform der",
+    rb"": "something else: PEM begins with -----BEGIN",
+}
 TLS_FLAGS = ("web.tls.cert", "web.tls.key", "web.tls.ca")
 #: DER of an RSA key whose length takes one byte: it has fewer than 2048 bits (1936 at most).
 SHORT_RSA = re.compile(rb"\x2a\x86\x48\x86\xf7\x0d\x01\x01\x01\x05\x00\x03(?!\x82)")
@@ -2197,9 +2197,9 @@ class LoadedValue(DocumentReader):
         """Return the matches in a PEM file. Raise OSError, or ValueError if nothing matches. IO."""
         content = self.content(filename)
         blocks = [block.decode() for block in pattern.findall(content)]
-        for mistake, found, advice in PEM_MISTAKES:  # the last one matches anything
+        for mistake, found in PEM_MISTAKES.items():  # the last one matches anything
             if not blocks and re.search(mistake, content, re.DOTALL):
-                raise ValueError(f"expected {what} in PEM, found {found}: {advice}")
+                raise ValueError(f"expected {what} in PEM, found {found}")
         return blocks
 
     def certificates(self, context: SSLContext, filename: str) -> list[str]:
