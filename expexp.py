@@ -4552,7 +4552,7 @@ class Connections:
     def __init__(self) -> None:
         self.slots = 0  # until `fit`, and again while connections drain
         self._open: set[socket.socket] = set()  # each use of it is atomic
-        self._ending: WeakSet[socket.socket] = WeakSet()  # evicted, while a thread has them
+        self._held: WeakSet[socket.socket] = WeakSet()  # also evicted ones that a thread has
         #: The ones that can be evicted, in the order of `expose`. Each use is atomic, too.
         self._exposed = OrderedDict[socket.socket, bool]()
 
@@ -4562,6 +4562,7 @@ class Connections:
             if not self.evict():
                 return False
             self._await_evicted()
+        self._held.add(connection)
         self._open.add(connection)
         return True
 
@@ -4569,11 +4570,10 @@ class Connections:
         """Wait until few evicted connections still have a thread."""
         # Measured on a busy host: floods left 8,000 of them. Each that waits for the interpreter's
         # lock wakes 200 times a second: expexp answered nothing for minutes.
-        for _ in range(1000):  # at most a second: without memory a thread may never begin
-            if len(self._ending) <= Limits.evicted_connections:
+        for _ in range(1000):  # at most a second: the loop must go on
+            if len(self._held) - len(self._open) <= Limits.evicted_connections:
                 return
             sleep(0.001)
-        self._ending.clear()
 
     def fit(self, most: int) -> int:
         """Change the number of slots. Evict connections beyond it. Return how many are left."""
@@ -4585,7 +4585,7 @@ class Connections:
     def remove(self, connection: socket.socket) -> None:
         """Free a connection's slot."""
         self._open.discard(connection)
-        self._ending.discard(connection)
+        self._held.discard(connection)
         self._exposed.pop(connection, None)
 
     def expose(self, connection: socket.socket) -> None:
@@ -4604,9 +4604,6 @@ class Connections:
             oldest, _ = self._exposed.popitem(last=False)
         except KeyError:
             return False
-        self._ending.add(oldest)
-        if oldest not in self._open:  # its thread has just ended, and cannot remove it again
-            self._ending.discard(oldest)
         self._open.discard(oldest)
         self._exposed.pop(oldest, None)  # its thread may have exposed it meanwhile
         with suppress(OSError):
