@@ -3028,7 +3028,6 @@ class Scrape(NamedTuple):
     status: int
     headers: Headers
     body: bytes | Pieces
-    modified: float | None = None  # a regular file's modification time, Unix time
     packed: bytes = b""  # the body in gzip
     samples: int | None = None  # of a verified body
 
@@ -3710,10 +3709,10 @@ def scrape_exec(job: Job) -> Scrape:
         job.note("the command has written this to stderr", details=bytes(stderr))
 
 
-def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
+def text_scrape(body: bytes) -> Scrape:
     """Return the scrape of a body without a content type."""
     content_type = OPENMETRICS_CONTENT_TYPE if is_openmetrics_body(body) else TEXT_CONTENT_TYPE
-    return Scrape(OK, [("Content-Type", content_type)], body, modified)
+    return Scrape(OK, [("Content-Type", content_type)], body)
 
 
 # --- file
@@ -3750,7 +3749,7 @@ def read_module_path(job: Job) -> Scrape:
     with open_path(job, kind) as file:
         modified = os.fstat(file.fileno()).st_mtime
         pieces = iter(lambda: file.read(PIECE_BYTES), b"")
-        return text_scrape(join_pieces(job, pieces), modified)
+        return text_scrape(with_mtime(join_pieces(job, pieces), job.module, modified))
 
 
 @contextmanager
@@ -3913,8 +3912,6 @@ def scrape_target(job: Job) -> Scrape:
         content_type, samples = verify_scrape(job, headers, body, content_type)
     if content_type:
         headers = with_header(headers, "Content-Type", content_type)
-    if result.modified is not None:
-        body = with_mtime(body, module, result.modified)
     packed = b""
     if module.method != "http" and len(body) >= GZIP_BYTES:
         headers = with_header(headers, "Vary", "Accept-Encoding")
