@@ -1122,9 +1122,8 @@ def is_plain_metric(body: bytes, pos: int, end: int) -> bool:
     if not PLAIN_METRIC.fullmatch(body, pos, end):
         return False
     labels = LABEL_FIELD.findall(body, pos, end)
-    names = {name for _, name, _ in labels}
-    fits = all(ord(size) - 2 == len(name + text) for size, name, text in labels)
-    return fits and len(names) == len(labels)
+    names = {name for size, name, text in labels if ord(size) - 2 == len(name + text)}
+    return len(names) == len(labels)
 
 
 def check_metric(source: Source, pos: int, end: int) -> None:
