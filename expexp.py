@@ -987,11 +987,11 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 # one metric are in memory. One match checks a plain message. `read_fields` would accept it, too.
 # Authority: client_model's metrics.proto, protobuf's encoding page.
 
-#: The fields of each message in the order of their numbers. Kind "" is left to `check_metric`.
+#: The fields of each message in the order of their numbers. The callers read those of kind "".
 PROTOBUF = {
     "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
     "Metric": {
-        "label": "LabelPair",
+        "label": "",
         "gauge": "Gauge",
         "counter": "Counter",
         "summary": "Summary",
@@ -1043,7 +1043,6 @@ SHORT = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 
 #: Fields that need no further check, by message.
 PLAIN = {
     "Bucket": compile_production(rb"(?s)\x08%b\x11.{8}" % VARINT.pattern),
-    "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
     "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }
 LABEL = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
@@ -1097,9 +1096,7 @@ def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Ite
         if plain and (run := plain.match(body, pos, end)):
             pos = run.end()
             continue
-        tag, start = body[pos], pos + 1
-        if tag >= CONTINUED:
-            start, tag = read_varint(body, pos, end, path)
+        start, tag = read_varint(body, pos, end, path)
         number = tag >> 3 & 0xFFFF_FFFF
         wire = tag & 7
         name, content = FIELDS[kind].get(number, ("", "any"))
@@ -1134,15 +1131,18 @@ def check_metric(source: Source, pos: int, end: int) -> None:
     found = set()
     size = 0
     for path, start, stop in read_fields(source, pos, end, "metric_family.metric", "Metric"):
-        parent, _, field = path.rpartition(".")
-        found.add(field)
+        found.add(path.rpartition(".")[2])
         if path == "metric_family.metric.label":
-            labels.append(Label(start, b"", b""))
             size += stop - start
-            if len(labels) > MAX_LABELS or size > MAX_LABELS_BYTES:
+            if len(labels) == MAX_LABELS or size > MAX_LABELS_BYTES:
                 raise garbled("metric_family.metric", start, TOO_MANY_LABELS)
-        elif parent == "metric_family.metric.label":
-            labels[-1] = labels[-1]._replace(**cast(Any, {field: source.body[start:stop]}))
+            name = value = b""
+            for part, begin, until in read_fields(source, start, stop, path, "LabelPair"):
+                if part == "metric_family.metric.label.name":
+                    name = source.body[begin:until]
+                else:
+                    value = source.body[begin:until]
+            labels.append(Label(start, name, value))
     taken = {b"__name__"}
     if "quantile" in found:
         taken.add(b"quantile")
