@@ -925,15 +925,14 @@ def read_line(source: Source) -> Line:
     return line
 
 
-def find_repetition(body: bytes, pos: int, end: int) -> int:
-    """Return the start of the first line that has a label twice, `end` without one."""
-    for line in body[pos:end].split(b"\n"):
+def has_label_twice(run: bytes) -> bool:
+    """Return whether a line has more than MAX_FAST_LABELS labels, one of them twice."""
+    for line in run.split(b"\n"):
         if line.count(b'="') > MAX_FAST_LABELS:
             names = LABEL_PAIR.findall(line)
             if len(set(names)) < len(names):
-                return pos
-        pos += len(line) + 1
-    return end
+                return True
+    return False
 
 
 def read_runs(source: Source, end: int, form: Pattern) -> int:
@@ -943,14 +942,12 @@ def read_runs(source: Source, end: int, form: Pattern) -> int:
     last = source.pos
     while run := form.match(body, source.pos, end):
         source.tick()
+        if run["more"] and has_label_twice(run[0]):
+            source.fast_from = run.end()  # after each line, a match would see 200 lines again
+            break
         samples += RUN_SAMPLES  # only the last run may have fewer
         last = source.pos
         source.pos = run.end()
-        if run["more"]:
-            source.pos = find_repetition(body, last, run.end())
-            if source.pos < run.end():
-                source.fast_from = run.end()  # or each such line would cost a match of 200 lines
-                break
     lines = b"\n" + body[last : source.pos]
     others = lines.count(b"\n#")
     if form is source.dialect.wide:

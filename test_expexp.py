@@ -4047,13 +4047,13 @@ def test_lines_that_drop_a_label_twice_are_not_matched_again_one_by_one(
     labels = ",".join(f'l{number}="x"' for number in range(25))
     body = f'm{{{labels},l0="",l0=""}} 1\n'.encode() * 1_000
     searched = []
-    find_repetition = expexp.find_repetition
+    has_label_twice = expexp.has_label_twice
 
-    def note_run(body: bytes, pos: int, end: int) -> int:
-        searched.append(pos)
-        return find_repetition(body, pos, end)
+    def note_run(run: bytes) -> bool:
+        searched.append(run)
+        return has_label_twice(run)
 
-    monkeypatch.setattr(expexp, "find_repetition", note_run)
+    monkeypatch.setattr(expexp, "has_label_twice", note_run)
     assert expexp.verify_exposition(body, PLAIN) == 1_000
     assert 0 < len(searched) < 100  # without this one, 2,000
 
