@@ -1040,6 +1040,7 @@ SHORT = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 
 #: Fields that need no further check, by message.
 PLAIN = {
     "Bucket": compile_production(rb"(?s)\x08%b\x11.{8}" % VARINT.pattern),
+    "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
     "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }
 LABEL = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
