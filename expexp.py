@@ -1045,7 +1045,7 @@ PLAIN = {
 }
 LABEL = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
 LABEL_FIELD = re.compile(LABEL)
-#: A metric of one number, with its labels.
+#: A metric of one number, with short labels in ASCII. Their lengths and names are still to check.
 PLAIN_METRIC = compile_production(
     rb"(?s)(?:%b){0,30}%b[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, OUTERMOST, VARINT.pattern)
 )
@@ -1112,19 +1112,13 @@ def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Ite
             yield from read_fields(source, start, pos, here, content)
 
 
-def is_plain_metric(body: bytes, pos: int, end: int) -> bool:
-    """Return whether a metric is one number with short labels in ASCII, whose names differ."""
-    if not PLAIN_METRIC.fullmatch(body, pos, end):
-        return False
-    labels = LABEL_FIELD.findall(body, pos, end)
-    names = {name for size, name, text in labels if ord(size) - 2 == len(name + text)}
-    return len(names) == len(labels)
-
-
 def check_metric(source: Source, pos: int, end: int) -> None:
     """Raise ExpositionError for a metric that Prometheus refuses."""
-    if is_plain_metric(source.body, pos, end):
-        return
+    if PLAIN_METRIC.fullmatch(source.body, pos, end):
+        pairs = LABEL_FIELD.findall(source.body, pos, end)
+        names = {name for size, name, text in pairs if ord(size) - 2 == len(name + text)}
+        if len(names) == len(pairs):  # no length is wrong, no name there twice
+            return
     labels = Labels()
     found = set()
     size = 0
@@ -1134,13 +1128,10 @@ def check_metric(source: Source, pos: int, end: int) -> None:
             size += stop - start
             if len(labels) == MAX_LABELS or size > MAX_LABELS_BYTES:
                 raise garbled("metric_family.metric", start, TOO_MANY_LABELS)
-            name = value = b""
+            pair = {"name": b"", "value": b""}
             for part, begin, until in read_fields(source, start, stop, path, "LabelPair"):
-                if part == "metric_family.metric.label.name":
-                    name = source.body[begin:until]
-                else:
-                    value = source.body[begin:until]
-            labels.append(Label(start, name, value))
+                pair[part.rpartition(".")[2]] = source.body[begin:until]
+            labels.append(Label(start, **pair))
     taken = {b"__name__"}
     if "quantile" in found:
         taken.add(b"quantile")
