@@ -456,6 +456,7 @@ ESCAPE = re.compile(rb'\\([\\"n])')
 BLANKS = re.compile(rb"[ \t]+")
 WORD = re.compile(rb"[A-Z][A-Z\0]*")
 NULS = re.compile(rb"\0+")
+NUMBER_TOKEN = re.compile(rb"[^{ \t\n\0]+")  # a number, or what stands in its place
 REST = re.compile(rb"[^\n]+")
 AFTER_LABEL = compile_production(rb'[,}"]|\w{1,9999}+[ \t]{0,9999}+=')
 UP_TO_NUL = re.compile(rb"[^\n\0]+")
@@ -543,7 +544,6 @@ class Dialect(NamedTuple):
     """What distinguishes the two line formats. The defaults are those of the text format."""
 
     types: tuple[bytes, ...] = TEXT_TYPES  #: a family without a type has the first one
-    number: Pattern = re.compile(rb"[^{ \t\n\0]+")  #: a number, or what stands in its place
     label_value: Pattern = compile_production(rb'[^"\\]*+(?:\\\0*+[^\n\0][^"\\]*+)*')
     fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIME)
     #: also comments, prom-client's blank lines, and VictoriaMetrics's blanks after commas
@@ -566,7 +566,6 @@ TEXT = Dialect()
 OPENMETRICS = Dialect(
     types=OPENMETRICS_TYPES,
     separator=re.compile(b" "),
-    number=re.compile(rb"[^ \n\0]+"),
     label_value=compile_production(rb'[^"\\\n]*+(?:\\\0*+[^\n\0][^"\\\n]*+)*'),
     timestamp=compile_production(b"(%b)" % DECIMAL),
     no_timestamp=re.compile(rb"(?! )| (?:\n|\Z|# \{)"),
@@ -809,7 +808,7 @@ def read_number(source: Source, what: str, form: Pattern = NUMBER) -> bytes:
     """Skip a separator. Return the number after it as it was written."""
     blank = source.skip_separator()
     start = source.pos
-    number = source.take(source.dialect.number, "a number")
+    number = source.take(NUMBER_TOKEN, "a number")
     source.require(blank or not source.dialect.openmetrics, start, "a blank")
     found = form.fullmatch(number)
     if not found:
