@@ -273,10 +273,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(ExpexpError):
-    """The configuration has faults. `problems` has all of them, sorted by place."""
-
-    def __init__(self, *problems: Problem) -> None:
-        self.problems = sorted(problems)
+    """The configuration has faults. The arguments are all of them, sorted by place."""
 
 
 class RequestError(ExpexpError):
@@ -1028,8 +1025,8 @@ FIELDS = {name: dict(enumerate(fields.items(), 1)) for name, fields in PROTOBUF.
 CONTINUED = 0x80  # set in each byte of a number except the last
 LENGTH_DELIMITED = 2
 #: 0: a varint. 1: 8 bytes. 5: 4 bytes. 2: a length and bytes (kinds not listed here).
-WIRES = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": range(8)}
-LAST_TYPE = 5  # of a family
+WIRES = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": (0, 1, 2, 5)}
+LAST_TYPE = b"\5"  # of a family
 MAX_PREFIX_BYTES = 5  # of the length before a message, as in Prometheus
 #: Fields that make a histogram native. Prometheus adds the label `le` to other histograms.
 NATIVE = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
@@ -1074,11 +1071,9 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
     if wire == 0:
         return pos, read_varint(body, pos, end, path)[0]
     start = pos
-    length = {1: 8, 5: 4}.get(wire)
+    length = {1: 8, 5: 4}.get(wire, 0)
     if wire == LENGTH_DELIMITED:
         start, length = read_varint(body, pos, end, path)
-    if length is None:
-        raise garbled(path, pos, f"expected a wire type, found {wire}")
     if start + length > end:
         raise garbled(path, pos, f"expected {length} bytes, found {end - start}")
     return start, start + length
@@ -1158,9 +1153,8 @@ def read_family(source: Source, pos: int, end: int) -> int:
     name = last.get("metric_family.name", b"")
     if not name or not is_utf8(name) or not is_utf8(last.get("metric_family.help", b"")):
         raise garbled("metric_family", pos, f"expected name and help in UTF-8, found {quote(name)}")
-    family_type = read_varint(last["metric_family.type"], 0, 10, "metric_family")[1] & 0xFFFF_FFFF
-    if family_type > LAST_TYPE:
-        raise garbled("metric_family", pos, f"expected a type up to 5, found {family_type}")
+    if last["metric_family.type"] > LAST_TYPE:
+        raise garbled("metric_family", pos, "expected a type up to 5")
     return metrics
 
 
@@ -1580,8 +1574,6 @@ def parse_yaml(text: str) -> Node:
     loader: Any = type("Loader", (yaml.SafeLoader,), {"yaml_constructors": {None: build_yaml}})
     try:
         return loader(text).get_data() or NOTHING
-    except yaml.reader.ReaderError as error:  # has no mark
-        raise NodeError(f"not YAML: {error.reason}", place_after(text[: error.position])) from None
     except yaml.MarkedYAMLError as error:
         mark: Any = error.problem_mark
         found = re.sub(r"'(?!<)[^' ]{3,}'", "'...'", str(error.problem))  # may be secret
@@ -1616,6 +1608,8 @@ def parse_json(text: str) -> Node:
 # --- readers: they return the value of a key's node, or raise NodeError
 Read = Callable[[Node], Any]
 NOTHING = Node()  # of an absent key, JSON's null, and an empty document
+#: A byte that is not UTF-8, or a character that YAML forbids.
+UNREADABLE = re.compile("[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NO_NUL = "[^\0\ud800-\udfff]*"  # JSON's escapes can spell a lone surrogate
 
 
@@ -2157,9 +2151,9 @@ class LoadedValue(DocumentReader):
     def document(self, filename: str) -> Node:
         """Return the tree of a file: `.json` or else YAML. Raise only what `noting` catches. IO."""
         text = self.content(filename).decode("utf-8-sig", "surrogateescape")
-        wrong = re.search("[\ud800-\udfff]", text)
+        wrong = UNREADABLE.search(text)
         if wrong:
-            raise NodeError("not UTF-8", place_after(text[: wrong.start()]))
+            raise NodeError("not UTF-8, or a control character", place_after(text[: wrong.start()]))
         return parse_json(text) if filename.endswith(".json") else parse_yaml(text)
 
     def secret(self, named: NamedFile) -> Secret:
@@ -3760,20 +3754,10 @@ class Fifo:
         self.unfinished: io.FileIO | None = None
 
     def close(self) -> None:
-        """Close `unfinished`: its answer has been read, or no scrape will read it."""
+        """Close `unfinished`: its answer has been read."""
         if self.unfinished:
             self.unfinished.close()
             self.unfinished = None
-
-
-def forget_fifos(fifos: dict[str, Fifo], paths: Iterable[str]) -> None:
-    """Drop the FIFOs that no module has. `paths` has the paths of all modules. IO."""
-    known = {os.path.realpath(path) for path in paths if os.path.exists(path)}
-    for key, fifo in list(fifos.items()):
-        if key not in known and fifo.lock.acquire(blocking=False):
-            del fifos[key]
-            fifo.close()
-            fifo.lock.release()
 
 
 def read_fifo(job: Job, key: str) -> Scrape:
@@ -4352,14 +4336,12 @@ class Application:
         return cast(Config, self.loader.snapshot.config.value).modules
 
     def _prepare_modules(self) -> None:
-        """Prepare metrics and FIFOs for the modules, once for each configuration."""
+        """Prepare metrics for the modules, once for each configuration."""
         config = self.loader.snapshot.config
         if config is self._prepared:  # 50 threads at once took 3.9 s for 300 modules
             return
         self._prepared = config
         modules = self.modules
-        files = [each.target.path for each in modules.values() if each.method == "file"]
-        forget_fifos(self._tools.fifos, files)
         for name, module in modules.items():
             self.metrics.create_module(name, module.method)
         for gone in set(self.histories).difference(modules):
@@ -5236,10 +5218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"{error} See -help\n")
         return 2
     except ConfigError as error:
-        for problem in error.problems:
+        for problem in error.args:
             LOGGER.critical("%s", problem, extra={"fields": problem._asdict()})
-        if len(error.problems) > 1:
-            LOGGER.critical("%d problems", len(error.problems))
+        if len(error.args) > 1:
+            LOGGER.critical("%d problems", len(error.args))
         return 1
 
 
