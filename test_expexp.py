@@ -56,7 +56,7 @@ import types
 import urllib.parse
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -2071,6 +2071,13 @@ class Running(Client):
     def __init__(self, program: expexp.Program) -> None:
         super().__init__(program.servers[0].server_address[1])
         self.program = program
+
+
+def all_ended(scrapes: Iterable[Future[Answer]]) -> list[Future[Answer]]:
+    """Wait for scrapes: what they log must not come into the log of another test."""
+    begun = list(scrapes)
+    concurrent.futures.wait(begun)
+    return begun
 
 
 def ask_on(
@@ -8687,7 +8694,7 @@ def failing_targets() -> Iterator[tuple[Running, list[Future[Answer]]]]:
             }
         served = stack.enter_context(running(modules, limits=limits))
         pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
-        yield served, [pool.submit(served.scrape, name) for name in modules]
+        yield served, all_ended(pool.submit(served.scrape, name) for name in modules)
 
 
 @pytest.mark.parametrize("what", HTTP_FAILURES)
@@ -10222,7 +10229,7 @@ def failing_engine() -> Iterator[tuple[Running, list[Future[Answer]]]]:
             modules[f"m{number}"] = engine.module(f"m{number}") | timeout
         served = stack.enter_context(running(modules, limits=limits))
         pool = stack.enter_context(ThreadPoolExecutor(len(modules)))
-        yield served, [pool.submit(served.scrape, name) for name in modules]
+        yield served, all_ended(pool.submit(served.scrape, name) for name in modules)
 
 
 @pytest.mark.parametrize("what", ENGINE_FAILURES)
@@ -10587,7 +10594,7 @@ def failing_commands(
         for number, (script, outcome, _) in enumerate(EXEC_FAILURES.values())
     }
     with running(modules, limits=limits) as served, ThreadPoolExecutor(len(modules)) as pool:
-        yield served, folder, [pool.submit(served.scrape, name) for name in modules]
+        yield served, folder, all_ended(pool.submit(served.scrape, name) for name in modules)
 
 
 @pytest.mark.parametrize("what", EXEC_FAILURES)
