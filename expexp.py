@@ -97,7 +97,7 @@ import time
 import urllib.request
 import warnings
 import zlib
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -105,6 +105,7 @@ from functools import cache, cached_property, lru_cache, partial
 from math import ceil, inf, isinf
 from select import POLLIN, POLLOUT
 from ssl import SSLContext
+from subprocess import DEVNULL, PIPE
 from threading import BoundedSemaphore, Lock, Semaphore
 from time import monotonic, sleep
 from typing import Any, Callable, NamedTuple, Union, cast
@@ -200,6 +201,8 @@ class Limits:
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
     failure_reminder_seconds: float = 300  # between warnings about a module that keeps failing
     failure_pause_seconds: float = 10  # between any two warnings about a module
+    queries: int = 64  # of a module, whose outcomes are kept for the page
+    unused_query_seconds: float = 3600  # after others went on so long, the page shows it no more
 
     def share(self, part: float) -> int:
         """Return this fraction of the connections, at least one."""
@@ -461,9 +464,8 @@ METRIC_TOKEN = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
-# Canonical forms for the fast path: what Go's libraries write most. Digits are bounded so that no
-# number overflows. Runs are bounded so that no token is too long. Groups are bounded so that a
-# match needs little memory: `re` keeps 100 bytes for each repetition.
+# Canonical forms for the fast path: what Go's libraries write. Bounded digits cannot overflow, a
+# bounded run is no long token, and bounded groups need little memory: 100 bytes a repetition.
 FAST_LABEL = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # so it is not __name__
 VALUE_BYTE = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE = rb'"%b{0,9999}+"' % VALUE_BYTE
@@ -472,8 +474,7 @@ EXPONENT = rb"(?:[eE](?<=[0-9.].)(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"  # not after I
 CANONICAL_NUMBER = rb"(?:-?+%b|[+-]Inf|NaN)" % DIGITS  # without its exponent
 MAX_FAST_LABELS = 20  # node_os_info has 12; to compare more names takes too long
 
-# Wide forms: escapes, and what all other libraries write. A label name has quotes only if it needs
-# them, so that no name is written in two ways.
+# Wide forms: what other libraries write. Only a label name that needs quotes may have them.
 QUOTED = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME = rb'(?:%b|_(?!_name__=)\w{0,9999}+|(?!"%b")%b)' % (FAST_LABEL, LABEL_NAME, QUOTED)
 WIDE_VALUE = rb'"%b{0,9999}+(?:"|(?:\\[^\n\0]%b{0,800}+){1,64}")' % (VALUE_BYTE, VALUE_BYTE)
@@ -508,8 +509,7 @@ OPENMETRICS_TIME = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
 EXEMPLAR_LABELS = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, WIDE_VALUE)
 EXEMPLAR = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
 AFTER_VALUE = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
-#: The base units of OpenMetrics. Other units are left to the reader: a group that compares a unit
-#: with the end of the name takes quadratic time.
+#: Base units. The reader takes others: to compare any with the name's end takes quadratic time.
 UNIT = (
     rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
@@ -543,8 +543,7 @@ class Dialect(NamedTuple):
     types: tuple[bytes, ...] = TEXT_TYPES  #: a family without a type has the first one
     label_value: Pattern = compile_production(rb'[^"\\]*+(?:\\\0*+[^\n\0][^"\\]*+)*')
     fast: Pattern = compose_run(TEXT_METADATA, CANONICAL_SERIES, CANONICAL_NUMBER, TEXT_TIME)
-    #: also comments, prom-client's blank lines, and VictoriaMetrics's blanks after commas
-    wide: Pattern = compose_run(
+    wide: Pattern = compose_run(  #: also comments, blank lines, VictoriaMetrics's blanks
         rb"(?:%b|#(?:[^ \t\n\0]| [^A-Z \t\n\0])[^\n\0]*+\n|\n(?!\n))" % TEXT_METADATA,
         compose_wide_series(b", {0,9999}+"),
         WIDE_NUMBER,
@@ -587,8 +586,7 @@ FOUND = re.compile(rb"[^ \t\n]{1,400}")  # what a message quotes
 # The most bytes in one match (2 ms for labels that begin alike) and in the reader's UTF-8 checks.
 WINDOW_BYTES = 131_072 if POSSESSIVE else 65_536
 LINE_BYTES = 1_048_576  # in a longer line, columns count bytes
-#: Additions to messages. A pattern is searched in `b'x'` (the byte before `pos`) plus message.
-ADVICE = {
+ADVICE = {  #: for messages; a pattern is searched in `b'x'` (the byte before `pos`) plus message
     r"""b'[\w:]'.*[ek"], found "(?![-.\d]+")[^"{}=,\\]""": "names with this character need quotes",
     r'name, found "\\(ufeff|xff\\xfe|xfe\\xff)': "save the file as UTF-8 without a byte order mark",
     r'name, found "\\x1f\\x8b': "the body is gzip: decompress it, or send Content-Encoding: gzip",
@@ -631,12 +629,10 @@ class Source:
     def error_at(self, pos: int, message: str) -> ExpositionError:
         """Return the error to raise for what stands at `pos`."""
         for form, advice in ADVICE.items():
-            if re.search(form, f"{self.body[pos - 1 : pos]!r}{message}"):
+            found = f"{self.body[pos - 1 : pos]!r}{message}"
+            if re.search(form, found):
                 message += f"; {advice}"
-        line = 1
-        for begin in range(0, pos, WINDOW_BYTES):
-            self.tick()
-            line += self.body.count(b"\n", begin, min(begin + WINDOW_BYTES, pos))
+        line = self.body.count(b"\n", 0, pos) + 1  # of 256 MiB takes 0.17 s, once a scrape
         start = self.body.rfind(b"\n", 0, pos) + 1
         text = self.body[start : start + LINE_BYTES].partition(b"\n")[0]
         before = pos - start
@@ -976,12 +972,10 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 # ==================================================================================================
 # A body is a run of `io.prometheus.client.MetricFamily` messages, each after its length. PROTOBUF
 # has the known fields. Others are skipped. As in Prometheus's decoder, wire types and lengths must
-# fit, names, help and label values must be UTF-8, and label names must differ. Only the labels of
-# one metric are in memory. One match checks a plain message. `read_fields` would accept it, too.
-# Authority: client_model's metrics.proto, protobuf's encoding page.
+# fit, names, help and label values must be UTF-8, and label names must differ. A match for a plain
+# message accepts only what `read_fields` does. Authority: client_model, protobuf's encoding page.
 
-#: The fields of each message in the order of their numbers. The callers read those of kind "".
-PROTOBUF = {
+PROTOBUF = {  #: fields by message, in the order of their numbers; callers read those of kind ""
     "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
     "Metric": {
         "label": "",
@@ -1026,23 +1020,20 @@ CONTINUED = 0x80  # set in each byte of a number except the last
 LENGTH_DELIMITED = 2
 #: 0: a varint. 1: 8 bytes. 5: 4 bytes. 2: a length and bytes (kinds not listed here).
 WIRES = {"int": (0,), "double": (1,), "ints": (0, 2), "doubles": (1, 2), "any": (0, 1, 2, 5)}
-LAST_TYPE = b"\5"  # of a family
 MAX_PREFIX_BYTES = 5  # of the length before a message, as in Prometheus
 #: Fields that make a histogram native. Prometheus adds the label `le` to other histograms.
 NATIVE = {"zero_threshold", "zero_count", "negative_span", "positive_span"}
 VARINT = compile_production(rb"[\x80-\xff]{0,9}+[\x00-\x7f]")
 #: A length of 1 to 127, and an ASCII text of that length.
 SHORT = b"|".join(rb"\x%02x[\x00-\x7f]{%d}" % (size, size) for size in range(1, 128))
-#: Fields that need no further check, by message.
-PLAIN = {
+PLAIN = {  #: fields that need no further check, by message
     "Bucket": compile_production(rb"(?s)\x08%b\x11.{8}" % VARINT.pattern),
     "Quantile": re.compile(rb"(?s)\x09.{8}\x11.{8}"),
     "ints": compile_production(rb"(?:%b){1,256}" % VARINT.pattern),
 }
 LABEL = rb"\n([\x00-\x7f])\n(?!\x08__name__)(%b)\x12(%b)" % (SHORT, SHORT)
 LABEL_FIELD = re.compile(LABEL)
-#: A metric of one number, with short labels in ASCII. Their lengths and names are still to check.
-PLAIN_METRIC = compile_production(
+PLAIN_METRIC = compile_production(  #: one number, short ASCII labels, whose sizes are unchecked
     rb"(?s)(?:%b){0,30}%b[\x12\x1a*]\x09\x09.{8}(?:0%b)?" % (LABEL, OUTERMOST, VARINT.pattern)
 )
 Field = tuple[str, int, int]  # path, start and end of the content
@@ -1080,7 +1071,7 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
 
 
 def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Iterator[Field]:
-    """Yield the known fields of a message except plain ones. Fields in a field follow it."""
+    """Yield path, start and end of known fields that are not plain. Fields in a field follow it."""
     body = source.body
     plain = PLAIN.get(kind)
     while pos < end:
@@ -1153,7 +1144,7 @@ def read_family(source: Source, pos: int, end: int) -> int:
     name = last.get("metric_family.name", b"")
     if not name or not is_utf8(name) or not is_utf8(last.get("metric_family.help", b"")):
         raise garbled("metric_family", pos, f"expected name and help in UTF-8, found {quote(name)}")
-    if last["metric_family.type"] > LAST_TYPE:
+    if last["metric_family.type"] > b"\5":
         raise garbled("metric_family", pos, "expected a type up to 5")
     return metrics
 
@@ -1178,8 +1169,7 @@ def read_protobuf(body: bytes, tick: Tick) -> int:
 # ==================================================================================================
 # The content type of a body chooses its reader. An unknown or missing content type means text.
 
-#: A Content-Type that Prometheus 3 accepts. Go refuses a parameter that has two values.
-CONTENT_TYPE = re.compile(
+CONTENT_TYPE = re.compile(  #: as Prometheus 3 accepts it: no parameter may have two values
     r"(?ai)\s{0,9}(?:text/plain|application/(?:openmetrics-text|vnd\.google\.protobuf))\s{0,9}"
     r"(?:;\s{0,9}([!#-'*+.0-9A-Z^-~-]{1,99})\s{0,9}=\s{0,9}"
     r"""([!#-'*+.0-9A-Z^-~-]{1,99}|"(?:[^"\\]|\\.){0,99}")\s{0,9}"""
@@ -1354,8 +1344,8 @@ class FlagError(ExpexpError):
 
 
 def parse_boolean(text: str) -> bool:
-    """Return the boolean of a word in upper or lower case. Raise ValueError."""
-    found = re.fullmatch("(?ai)(1|t|true)|0|f|false", text)
+    """Return the boolean of a word in upper or lower case, also of YAML's. Raise ValueError."""
+    found = re.fullmatch("(?ai)(1|t|true|yes|on)|0|f|false|no|off", text)
     if not found:
         raise ValueError("expected true or false")
     return found[1] is not None
@@ -1422,40 +1412,40 @@ def parse_pattern(text: str) -> str:
 class Flag(NamedTuple):
     """A flag of the command line."""
 
-    documentation: str
+    documentation: str  # as in Go, `backquotes` name its value
     parse: Convert = str
     default: str | None = ""  # as a user types it; None: a repeatable flag without a default
 
 
 FLAGS = {
-    "allow.net": Flag("Allow only clients of this network. Repeatable.", parse_network, None),
-    "config.auto-reload-interval": Flag("Look for changed files this often.", parse_seconds, "0"),
+    "allow.net": Flag("Allow only clients of this `network`. Repeatable.", parse_network, None),
+    "config.auto-reload-interval": Flag("Look for changes every `duration`.", parse_seconds, "0"),
     "config.check": Flag("Check configuration and credentials, and exit.", parse_boolean, "false"),
-    "config.dirs": Flag("Read one module from each file of this folder. Repeatable.", default=None),
-    "config.file": Flag("Read the modules in this file. Also -config.", default="expexp.yaml"),
+    "config.dirs": Flag("Read a module from each file in this `folder`. Repeatable.", default=None),
+    "config.file": Flag("Read the modules in this `file`. Also -config.", default="expexp.yaml"),
     "config.skip-dirs": Flag("Skip a -config.dirs that does not exist.", parse_boolean, "false"),
-    "explain": Flag("Scrape this module, explain what happens, and exit."),
+    "explain": Flag("Scrape this `module`, explain what happens, and exit."),
     "help": Flag("Show all flags, and exit. Also -h.", parse_boolean, "false"),
     "log.access": Flag("Log each request, whatever -log.level is.", parse_boolean, "false"),
     "log.json": Flag("Write the log as JSON.", parse_boolean, "false"),
-    "log.level": Flag("Log lines of this level and above.", parse_level, "warning"),
-    "timeout-offset": Flag("Subtract this from Prometheus's timeout.", parse_seconds, "0.5"),
-    "verify": Flag("Verify the exposition in this file, and exit. Repeatable.", default=None),
-    "verify.content-type": Flag("Content type for -verify. By default the last line decides."),
+    "log.level": Flag("Log lines of this `level` and above.", parse_level, "warning"),
+    "timeout-offset": Flag("Take this `duration` off Prometheus's timeout.", parse_seconds, "0.5"),
+    "verify": Flag("Verify the exposition in this `file`, and exit. Repeatable.", default=None),
+    "verify.content-type": Flag("Content `type` for -verify. By default the last line decides."),
     "version": Flag("Show the version, and exit.", parse_boolean, "false"),
-    "web.bearer.token": Flag("Require clients to send this token.", Secret),
-    "web.bearer.token-file": Flag("Require clients to send the token in this file."),
-    "web.config.file": Flag("Read TLS settings and users from this exporter-toolkit file."),
+    "web.bearer.token": Flag("Require clients to send this `token`.", Secret),
+    "web.bearer.token-file": Flag("Require clients to send the token in this `file`."),
+    "web.config.file": Flag("Read TLS settings and users from this exporter-toolkit `file`."),
     "web.enable-lifecycle": Flag("Let clients reload with POST /-/reload.", parse_boolean, "false"),
-    "web.external-address": Flag("Host or URL for /sd. By default Host decides.", parse_external),
-    "web.listen-address": Flag('Listen on this address. "" disables it.', parse_address, ":9999"),
-    "web.proxy-path": Flag("Serve the modules at this path.", parse_path, "/proxy"),
-    "web.telemetry-path": Flag("Serve the metrics of expexp at this path.", parse_path, "/metrics"),
-    "web.tls.ca": Flag("Verify client certificates with the CAs in this file.", default="ca.pem"),
-    "web.tls.cert": Flag("Serve TLS with the certificate in this file.", default="cert.pem"),
-    "web.tls.certmatch": Flag("Require client names that match this pattern.", parse_pattern),
-    "web.tls.key": Flag("Serve TLS with the key in this file.", default="key.pem"),
-    "web.tls.listen-address": Flag('Serve TLS on this address. "" disables it.', parse_address),
+    "web.external-address": Flag("Host or `URL` for /sd. By default Host decides.", parse_external),
+    "web.listen-address": Flag('Listen on this `address`. "" disables it.', parse_address, ":9999"),
+    "web.proxy-path": Flag("Serve the modules at this `path`.", parse_path, "/proxy"),
+    "web.telemetry-path": Flag("Serve expexp's metrics at this `path`.", parse_path, "/metrics"),
+    "web.tls.ca": Flag("Verify client certificates with the CAs in this `file`.", default="ca.pem"),
+    "web.tls.cert": Flag("Serve TLS with the certificate in this `file`.", default="cert.pem"),
+    "web.tls.certmatch": Flag("Require client names that match this `pattern`.", parse_pattern),
+    "web.tls.key": Flag("Serve TLS with the key in this `file`.", default="key.pem"),
+    "web.tls.listen-address": Flag('Serve TLS on this `address`. "" disables it.', parse_address),
     "web.tls.verify": Flag("Require and verify client certificates.", parse_boolean, "false"),
 }
 ALIASES = {"config": "config.file", "h": "help"}
@@ -1502,12 +1492,17 @@ def parse_flags(arguments: Sequence[str]) -> Options:
 
 
 def render_usage() -> str:
-    """Return all flags with their defaults."""
-    text = "Usage of expexp:\n"
+    """Return an example, all flags by groups, endpoints and exit codes."""
+    text = "Usage: python3 expexp.py -config expexp.yaml\n"
+    former = ""
     for name, flag in FLAGS.items():
+        if name[:4] != former[:4]:
+            text += "\n"
+        former = name
+        words = " ".join([f"  -{name}", *re.findall("`(.+)`", flag.documentation)])
         default = f" (default {flag.default})" if flag.default else ""
-        text += f"  -{name}\n        {flag.documentation}{default}\n"
-    return text
+        text += f"{words}\n        {flag.documentation}{default}\n"
+    return text + "\n" + "".join(re.findall("(?s)Endpoints:.*?\n\n", __doc__ or ""))
 
 
 # ==================================================================================================
@@ -1621,11 +1616,13 @@ def scalar(
     def read(node: Node) -> Any:
         """Return the value. Raise NodeError, which shows no secret and nothing before an @."""
         if node.kind not in ("list", "mapping") and re.fullmatch(pattern, node.text):
-            if kind and node.kind != kind:
-                words = f'expected a {kind}, found the text "{node.text}": remove the quotes'
-                raise NodeError(words)  # at the place of its key's value
             with suppress(ValueError):
-                return convert(node.text)
+                value = convert(node.text)
+                if kind in ("", node.kind):
+                    return value
+                if node.kind == "string":
+                    words = f'expected a {kind}, found the text "{node.text}": remove the quotes'
+                    raise NodeError(words)  # at the place of its key's value
         text = excerpt(re.sub(r"(?s)\A([A-Za-z][A-Za-z0-9+.-]*://)?.*@", r"\1...@", node.text))
         shown = {"string": f'"{text}"', "nothing": "nothing"}
         found = ", found " + shown.get(node.kind, f"the {node.kind} {text}".rstrip())
@@ -1634,11 +1631,6 @@ def scalar(
         raise NodeError(f"expected {what}{found}", node.place)
 
     return read
-
-
-def to_boolean(text: str) -> bool:
-    """Return the value of one of YAML's booleans."""
-    return text.lower() in ("true", "yes", "on")
 
 
 def to_port(text: str) -> int:
@@ -1657,8 +1649,7 @@ def to_address(text: str) -> str:
 
 def to_path(text: str) -> str:
     """Return path and query of a URL, escaped for a request line and with a leading slash."""
-    path = percent_encode(text.partition("#")[0], safe="/%?&=+,;:@!$'()*~")
-    return "/" + path.removeprefix("/")
+    return "/" + percent_encode(text.partition("#")[0], "/%?&=+,;:@!$'()*~").removeprefix("/")
 
 
 def read_list(node: Node, what: str = "a list") -> Sequence[str]:
@@ -1681,9 +1672,12 @@ AUTH_TYPES = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClient
 read_text = scalar("text without a NUL")
 read_secret = scalar("text without a NUL", convert=Secret)
 read_module_name = scalar("a name", "[^\0\ud800-\udfff]+")
-BOOLEAN = "(?i:true|false|yes|no|on|off)"
 VERIFY_CHOICE = "true or false (contrib/expolint.py has the former strict level)"
-read_boolean = scalar("true or false", BOOLEAN, to_boolean, "boolean")
+read_boolean = scalar("true or false", convert=parse_boolean, kind="boolean")
+read_discovery = scalar("true, false, or params and labels", convert=parse_boolean, kind="boolean")
+read_label = scalar(
+    "the name of a label, not module and without __", r"(?a)(?!__|module$)[a-zA-Z_]\w*"
+)
 read_duration = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_port = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_address = scalar("a host or IP address (no port, scheme or path)", HOST, to_address)
@@ -1787,16 +1781,24 @@ TARGETS: Mapping[str, Any] = {"http": HttpTarget, "exec": ExecTarget, "file": Fi
 
 
 @dataclass(frozen=True)
+class Discovery:
+    """How /sd lists a module: once, or once for each combination of its parameters' values."""
+
+    params: Mapping[str, Sequence[str]] = key((read_label, read_list), {})
+    labels: Mapping[str, str] = key((read_label, read_text), {})
+
+
+@dataclass(frozen=True)
 class Module:
     """A module."""
 
     method: str = key(scalar("http, exec or file", "http|exec|file"), required="http, exec or file")
     timeout: float = key(read_duration, 0.0)
-    verify: bool = key(scalar(VERIFY_CHOICE, BOOLEAN, to_boolean, "boolean"), True)
+    verify: bool = key(scalar(VERIFY_CHOICE, convert=parse_boolean, kind="boolean"), True)
     cache: float = key(read_duration, 0.0)
     max_concurrent: int = key(scalar("0 to 999999", "0|[1-9][0-9]{0,5}", int, "number"), 0)
     scrape_interval: float = key(read_duration, 0.0)
-    discovery: bool = key(read_boolean, True)
+    discovery: Any = key(Discovery, Discovery())  # noqa: RUF009 - frozen
     accept_args: bool | Sequence[str] = key(read_accepted, True)
     accept_params: bool | Sequence[str] = key(read_accepted, True)
     name: str = ""
@@ -1933,6 +1935,8 @@ class DocumentReader:
     def read(self, reader: Any, node: Node, path: str) -> Any:
         """Return the value of a key's node. What has a problem is None or left out."""
         prefix = path and f"{path}."
+        if reader is Discovery and node.kind != "mapping":
+            return Discovery() if self.read(read_discovery, node, path) else None
         if isinstance(reader, type):  # the dataclass of a section
             declared = declared_keys(reader)
             return reader(**self.values(declared, self.entries(node, prefix, declared), prefix))
@@ -1964,8 +1968,6 @@ class DocumentReader:
                 self.problem(prefix + name, f"does not go with {rivals[0]}")
         if values.get("client_allowed_sans") == ():
             self.problem(prefix + "client_allowed_sans", "must list at least one name")
-        if 0 < (values.get("scrape_interval") or 0) < 1:
-            self.problem(prefix + "scrape_interval", "expected 1s or more, or 0")
         return values
 
     def module(self, name: str, node: Node) -> Module | None:
@@ -2035,8 +2037,7 @@ def log_problems(problems: Iterable[Problem]) -> None:
 # --- files
 CERTIFICATE = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 PRIVATE_KEY = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
-#: What a file holds instead of the PEM of a certificate or key, and what to do about it.
-PEM_MISTAKES = {
+PEM_MISTAKES = {  #: what a file holds instead of a certificate or key in PEM, and what to do
     rb"\A\s*\Z": "nothing: write it again",
     rb"BEGIN ENCRYPTED|4,ENCRYPTED": "an encrypted key: decrypt it with openssl pkey",
     rb"BEGIN OPENSSH": "an OpenSSH key: make a new one with openssl genpkey",
@@ -2227,9 +2228,7 @@ def load_bcrypt() -> Any:
             function.restype = ctypes.c_char_p
             if hash_password(function, b"", "$2b$04$" + "." * 53):
                 return function
-    raise NodeError(
-        "needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, Ubuntu), libxcrypt (RHEL, Fedora)"
-    )
+    raise NodeError("needs libxcrypt: libcrypt1 (Debian, Ubuntu) or libxcrypt (RHEL, Fedora)")
 
 
 def hash_password(crypt_rn: Any, password: bytes, stored: str) -> Any:
@@ -2547,10 +2546,9 @@ class LoadedConfig(LoadedValue):
         if source.filename:
             with source.noting(""):
                 top = source.entries(self.document(source.filename), "", TOP_KEYS)
-                modules = source.entries(top.get("modules", NOTHING), "modules.")
                 given = top.get("defaultModule", NOTHING)
                 default = source.read(read_text, given, "defaultModule") or ""
-                for name, node in modules.items():
+                for name, node in source.entries(top.get("modules", NOTHING), "modules.").items():
                     self._add(source, name, node)
         for folder in options["config.dirs"]:
             with DocumentReader(folder, self.problems).noting("", "failed reading directory"):
@@ -2758,8 +2756,7 @@ def connection_options(headers: Headers) -> list[str]:
 def render_head(first_line: str, headers: Iterable[Header]) -> bytes:
     """Return the head of a request or answer. `parse_headers` allows no line break in a value."""
     lines = [f"{name}: {value}" for name, value in headers]
-    text = "\r\n".join([first_line, *lines, "\r\n"])
-    return text.encode("latin-1", "replace")
+    return "\r\n".join([first_line, *lines, "\r\n"]).encode("latin-1", "replace")
 
 
 def wait(deadline: Deadline, events: Mapping[Any, int], longest: float = inf) -> Set[int]:
@@ -2927,8 +2924,7 @@ class TargetExchange:
         except RequestError as error:
             raise ScrapeError("protocol", f"not HTTP: {error.message}") from None
         except EOFError:
-            words = "the target closed in the middle of its headers"
-            raise ScrapeError("truncated", words) from None
+            raise ScrapeError("truncated", "the target closed within its headers") from None
         self.status = int(found[2])
         return found[1]
 
@@ -2937,15 +2933,15 @@ class TargetExchange:
         lengths = set(values_of(self.headers, "Content-Length"))
         length = ", ".join(sorted(lengths))
         if lengths and not re.fullmatch("[0-9]{1,19}", length):  # enough for 64 bits
-            words = f'not HTTP: an invalid Content-Length "{excerpt(length)}"'
-            raise ScrapeError("protocol", words)
+            raise ScrapeError("protocol", f'not HTTP: invalid Content-Length "{excerpt(length)}"')
         codings = []
         if version >= b"1.1":  # HTTP/1.0 has no transfer codings; Go ignores them, too
             codings = values_of(self.headers, "Transfer-Encoding")
         coding = ", ".join(codings)
         if codings and coding.lower() != "chunked":
-            words = f'not HTTP: an unknown Transfer-Encoding "{excerpt(coding)}"'
-            raise ScrapeError("protocol", words)
+            raise ScrapeError(
+                "protocol", f'not HTTP: unknown Transfer-Encoding "{excerpt(coding)}"'
+            )
         if self.status in BODILESS:
             return
         if lengths and not codings:
@@ -2962,8 +2958,9 @@ class TargetExchange:
             left -= len(piece)
             yield piece
         if 0 < left < inf:
-            words = f"the target closed after {self.count} bytes of its body"
-            raise ScrapeError("truncated", words)
+            raise ScrapeError(
+                "truncated", f"the target closed after {self.count} bytes of its body"
+            )
 
     def _chunks(self) -> Pieces:
         """Yield the data of the chunks (RFC 9112, 7.1). Discard the trailers."""
@@ -3088,8 +3085,7 @@ class Cache:
             outcome = wait_for(run.task, job.deadline)
             if isinstance(outcome, Scrape):
                 break
-            # If an older run has reached its own deadline, start another.
-            if outcome[0] != "timeout":
+            if outcome[0] != "timeout":  # an older run has reached its deadline: start another
                 raise ScrapeError(*outcome)
         job.held.reserve_bytes(total_size(outcome))  # it may be evicted while it is sent
         if asked < run.completed_at:
@@ -3102,8 +3098,7 @@ class Cache:
         # It outlives its clients. A target that is too slow for one of them answers the next.
         limits = job.tools.limits
         left = job.deadline.remaining()
-        longest = scrape_timeout(job.module.timeout, "", 0, limits)
-        deadline = Deadline(max(longest, left))
+        deadline = Deadline(max(scrape_timeout(job.module.timeout, "", 0, limits), left))
         cleanup = ExitStack()
         held = Reservation(job.tools, cleanup)
         # Clients that hang up, each with another query, could leave any number of runs behind.
@@ -3206,28 +3201,15 @@ def numeric_addresses(host: str, port: int) -> Any:
     return []
 
 
-def resolve(host: str, port: int, deadline: Deadline, slots: Semaphore) -> Any:
-    """Return getaddrinfo's entries. Raise OSError, UnicodeError or ScrapeError."""
-    known = numeric_addresses(host, port)
-    if known:
-        return known
-    acquire(slots, deadline)
-    # The call cannot be interrupted. At the deadline its thread is left behind and keeps the slot.
-    query = (host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)
-    return wait_for(Task(slots.release, socket.getaddrinfo, *query), deadline)
-
-
 class Commands:
     """Runs commands in process groups of their own, and ends these groups."""
 
     def __init__(self, limits: Limits, soft_limit: int) -> None:
         self._limits = limits
         self._soft_limit = soft_limit  # of descriptors, for commands; 0: not changed
-        # A service manager sets these variables for expexp alone.
-        own = r"(?s)NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*"
+        own = r"(?s)NOTIFY_SOCKET|LISTEN_.*|WATCHDOG_.*"  # for expexp alone, by a service manager
         self._environment = {k: v for k, v in os.environ.items() if not re.fullmatch(own, k)}
-        #: Value: the module's name if the scrape has failed. Each use of it is atomic.
-        self.unreaped: dict[Process, str] = {}
+        self.unreaped: dict[Process, str] = {}  # the module if its scrape failed; used atomically
         self._ending: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._reap, daemon=True).start()
 
@@ -3235,18 +3217,21 @@ class Commands:
         """Start the job's command and return its process. Raise ScrapeError."""
         target = job.module.target
         prefixes = {b"args": b"", b"params": b"--"}
-        null = subprocess.DEVNULL
-        pipe = subprocess.PIPE
         env = {} if target.clear_env else dict(self._environment)
         env["EXPEXP_TIMEOUT_SECONDS"] = f"{job.deadline.remaining():.3f}"
         env.update({name: secret.revealed for name, secret in target.env.items()})
-        # The client's arguments follow the configured ones, in the query's order.
-        added = [prefixes[name] + value for name, value in job.pairs if name in prefixes]
+        added = [prefixes[name] + value for name, value in job.pairs]  # in the query's order
         arguments = [target.command, *target.args, *added]  # Popen encodes texts
         try:
             job.note("starting the command", details=b"\n".join(map(os.fsencode, arguments)))
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
-                arguments, 0, env=env, stdin=null, stdout=pipe, stderr=pipe, start_new_session=True
+                arguments,
+                0,
+                env=env,
+                stdin=DEVNULL,
+                stdout=PIPE,
+                stderr=PIPE,
+                start_new_session=True,
             )
         except (OSError, ValueError) as error:
             words = start_fault(error, target.command, env.get("PATH", ""))
@@ -3264,8 +3249,7 @@ class Commands:
         """Send TERM to a command's group. The reaper sends KILL later, outside the request."""
         signal_group(process, signal.SIGTERM)
         due = monotonic() + self._limits.term_to_kill_seconds
-        # Rounded up: the reaper wakes once for many groups.
-        self._ending.put((ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))
+        self._ending.put((ceil(due / REAPING_SECONDS) * REAPING_SECONDS, process))  # many at once
 
     def _reap(self) -> None:
         """Send KILL to groups when it is due, then reap their leaders. Run in a daemon thread."""
@@ -3304,12 +3288,11 @@ class Commands:
 def start_fault(error: Exception, command: str, path: str) -> str:
     """Return why a command cannot be started."""
     words = words_of(error)
-    places = path or os.defpath
     if isinstance(error, UnicodeError):
         words = "it cannot be encoded in this locale"
     elif getattr(error, "errno", 0) == errno.ENOEXEC:
         words += ": begin the script with #!/bin/sh, and with no byte order mark before it"
-    elif isinstance(error, FileNotFoundError) and shutil.which(command, path=places):
+    elif isinstance(error, FileNotFoundError) and shutil.which(command, path=path or os.defpath):
         words = "the interpreter in its first line is missing, or this line ends in CR"
     else:
         words += shell_advice(command)
@@ -3345,8 +3328,7 @@ class Tools:
         self.commands = commands
         self.metrics = metrics
         self.cache = Cache()
-        #: In use by all requests: bytes of bodies, requests, each module's scrapes and reads.
-        self.used: dict[str, int] = {}
+        self.used: dict[str, int] = {}  # bytes of bodies, requests, each module's scrapes, reads
         self.lock = Lock()  # of `used`
         self.resolver_slots = Semaphore(limits.resolver_threads)
         self.verifications = Semaphore(limits.large_verifications)
@@ -3429,7 +3411,14 @@ def connect_any(job: Job, addresses: Any) -> Wire:
 
 def connect_host(job: Job, host: str, port: int) -> Wire:
     """Return a connection to a port. Raise OSError, UnicodeError or ScrapeError."""
-    return connect_any(job, resolve(host, port, job.deadline, job.tools.resolver_slots))
+    addresses = numeric_addresses(host, port)
+    if not addresses:
+        acquire(job.tools.resolver_slots, job.deadline)
+        # The call cannot be interrupted. At the deadline its thread is left behind, with the slot.
+        query = (host, port, socket.AF_UNSPEC, socket.SOCK_STREAM)
+        task = Task(job.tools.resolver_slots.release, socket.getaddrinfo, *query)
+        addresses = wait_for(task, job.deadline)
+    return connect_any(job, addresses)
 
 
 def connect_unix(job: Job, path: str) -> Wire:
@@ -3459,8 +3448,7 @@ def request_headers(job: Job) -> dict[str, str]:
         headers[name] = f"{known}{separator}{value}" if known else value
     headers["Host"] = target.netloc.removesuffix(DEFAULT_PORTS[target.scheme])
     headers.setdefault("User-Agent", f"expexp/{__version__}")
-    seconds = min(job.deadline.remaining(), job.client_seconds)
-    headers[SCRAPE_TIMEOUT_HEADER] = f"{seconds:.3f}"
+    headers[SCRAPE_TIMEOUT_HEADER] = f"{min(job.deadline.remaining(), job.client_seconds):.3f}"
     if job.module.verify:
         headers["Accept-Encoding"] = "gzip" if takes_gzip(job) else "identity"
     if authorization := job.credentials.value.authorization:
@@ -3750,8 +3738,7 @@ class Fifo:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        #: Open until an answer is read to its end: the next scrape discards the rest first.
-        self.unfinished: io.FileIO | None = None
+        self.unfinished: io.FileIO | None = None  # of an answer cut short: its rest is discarded
 
     def close(self) -> None:
         """Close `unfinished`: its answer has been read."""
@@ -3844,8 +3831,7 @@ def gunzip_pieces(body: bytes) -> Pieces:
             if member.eof:
                 member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
             yield member.decompress(part, 4 * PIECE_BYTES)
-            # While output is pending, input remains: at least the checksum.
-            part = member.unused_data or member.unconsumed_tail
+            part = member.unused_data or member.unconsumed_tail  # the latter while output is due
     if not member.eof:
         raise zlib.error("cut short")
 
@@ -3854,8 +3840,7 @@ def gunzip_pieces(body: bytes) -> Pieces:
 ARGUMENT_KINDS = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 SCRAPERS = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
 GZIP_BYTES = 1024  # smaller bodies fit into a packet
-#: Headers that do not change the answer. Any other may.
-NEUTRAL = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)
+NEUTRAL = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)  # for the answer
 
 
 def scrape_target(job: Job) -> Scrape:
@@ -3906,13 +3891,10 @@ def answer_job(job: Job) -> Scrape:
     words = "too many requests to all modules are being answered"
     job.held.reserve("requests", limits.share(PROXY_SHARE), words)
     if module.cache and job.steps is None:
-        pairs = job.pairs
         headers: Headers = ()
         if module.method == "http":
             headers = sorted(pair for pair in end_to_end(job.headers) if pair[0] not in NEUTRAL)
-        else:
-            pairs = [pair for pair in pairs if pair[0] in ARGUMENT_KINDS[module.method]]
-        scrape = job.tools.cache.answer(job, (module.name, tuple(pairs), tuple(headers)))
+        scrape = job.tools.cache.answer(job, (module.name, tuple(job.pairs), tuple(headers)))
     else:
         scrape = scrape_target(job)
     if scrape.packed and takes_gzip(job):
@@ -3937,6 +3919,7 @@ PROMETHEUS_HEADERS = {  # Prometheus 3's. explain adds them for curl and browser
     SCRAPE_TIMEOUT_HEADER: "10",
 }
 LOOPBACK = re.compile(r"(?i)((localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?)?")  # as Host
+RECENT_SCRAPES = 60  # in a sparkline
 FIRST_STEP = "module %s: %s %s, deadline in %.3g s (the module's: %s, the client's: %s)"
 HIDDEN = b"shown to authenticated clients or on the loopback"
 
@@ -3990,7 +3973,7 @@ def own_response(
 
 
 def choose_module(config: Config, request: Request) -> tuple[Module, Query]:
-    """Return the module that a query names, or the default one, and the rest of the query."""
+    """Return the module that a query names, or the default one, and the query's rest for it."""
     name = config.default_module
     rest = list(parse_query(request.target.partition("?")[2]))
     given = dict(reversed(rest)).get(b"module")  # the first one: later ones are for the target
@@ -4001,7 +3984,10 @@ def choose_module(config: Config, request: Request) -> tuple[Module, Query]:
         raise ScrapeError("bad_arguments", "the parameter module is missing")
     if name not in config.modules:
         raise ScrapeError("unknown_module", f'unknown module "{excerpt(name)}"')
-    return config.modules[name], rest
+    module = config.modules[name]
+    if module.method != "http":  # its target gets the whole query
+        rest = [pair for pair in rest if pair[0] in ARGUMENT_KINDS[module.method]]
+    return module, rest
 
 
 def check_arguments(module: Module, pairs: Query, limits: Limits) -> None:
@@ -4070,55 +4056,97 @@ def utc_time(seconds: float, form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
     return time.strftime(form, time.gmtime(seconds))
 
 
-class History:
-    """Keeps a module's last outcome. Logs recoveries, and failures as warnings if they are news."""
+@dataclass
+class Outcome:
+    """How the last scrape with one query ended, and what was logged about it."""
 
-    last_scrape: dict[str, Any] | None = None
-    failing_since: str | None = None
-    _logged_reason = ""  # in the last warning, except busy
-    _logged_at = -inf
-    _left_out = 0  # suppressed warnings since then
+    succeeded_at: float  # monotonic; before the first success: of the first scrape
+    noted_at: float  # monotonic
+    fields: Values = dataclasses.field(default_factory=dict)  # `last_scrape` of the page
+    logged_reason: str = ""  # in the last warning, except busy
+
+
+class History:
+    """Keeps a module's outcomes by query. Logs recoveries, and failures as warnings if news."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._lock = Lock()
-        self._succeeded_at = monotonic()
+        self._outcomes = OrderedDict[int, Outcome]()  # the least recently used one first
+        self._recent = deque[tuple[float, str]](maxlen=RECENT_SCRAPES)  # seconds and reasons
+        self._logged_at = -inf
+        self._left_out = 0  # suppressed warnings since then
 
-    def note(self, attempt: Attempt, text: str, patience: float = 0, **outcome: Any) -> None:
+    def note(self, attempt: Attempt, text: str, patience: float = 0, **fields: Any) -> None:
         """Keep the outcome of a scrape. Log it as `text`, and as a warning if it is news."""
-        now = utc_time(int(time.time()))
-        seconds = round(monotonic() - attempt.job.deadline.began, 4)
-        reason = outcome.get("reason", "")  # none: it has succeeded
-        outcome.update(time=now, seconds=seconds, deadline=attempt.job.deadline.seconds)
-        outcome["state"] = "failing" if reason else "ok"
+        job = attempt.job
+        now = monotonic()
+        at = utc_time(int(time.time()))
+        seconds = round(now - job.deadline.began, 4)
+        reason = fields.get("reason", "")  # none: it has succeeded
+        fields.update(time=at, seconds=seconds, deadline=job.deadline.seconds, query=attempt.query)
+        fields["state"] = "failing" if reason else "ok"
+        key = hash(tuple(job.pairs))  # of bytes: clients cannot know it
         with self._lock:
-            self.failing_since = (self.failing_since or now) if reason else None
-            self.last_scrape = outcome
-            extra = {"fields": {"module": attempt.job.module.name, **outcome}}
-            if self._is_news(reason, patience):
+            self._recent.append((seconds, reason))
+            outcome = self._outcomes.pop(key, None) or Outcome(now, now)
+            self._outcomes[key] = outcome
+            fields["failing_since"] = (
+                (outcome.fields.get("failing_since") or at) if reason else None
+            )
+            outcome.fields = fields
+            outcome.noted_at = now
+            if len(self._outcomes) > self._limits.queries + 1:  # one more tells that there are more
+                good = [k for k, each in self._outcomes.items() if not each.fields["failing_since"]]
+                del self._outcomes[[*good, *self._outcomes][0]]
+            extra = {"fields": {"module": job.module.name, **fields}}
+            if self._is_news(outcome, reason, patience):
                 more = f" ({self._left_out} more left out)" if self._left_out else ""
                 LOGGER.warning("%s%s", text, more, extra=extra)
                 self._left_out = 0
-                self._logged_at = monotonic()
+                self._logged_at = now
                 if reason != "busy":
-                    self._logged_reason = reason
+                    outcome.logged_reason = reason
             elif reason:
                 LOGGER.debug("%s", text, extra=extra)
 
-    def _is_news(self, reason: str, patience: float) -> bool:
+    def _is_news(self, outcome: Outcome, reason: str, patience: float) -> bool:
         """Return whether to warn of an outcome. Note a success. Count a warning left out."""
-        now = monotonic()
-        since = now - self._logged_at
+        since = outcome.noted_at - self._logged_at
         if reason:
             is_due = since >= self._limits.failure_reminder_seconds
-            is_news = is_due or reason not in ("busy", self._logged_reason)  # busy: only if due
-            is_news = is_news and now - self._succeeded_at >= patience
+            is_news = is_due or reason not in ("busy", outcome.logged_reason)  # busy: only if due
+            is_news = is_news and outcome.noted_at - outcome.succeeded_at >= patience
         else:
-            self._succeeded_at = now
-            is_news = self._logged_reason != ""
+            outcome.succeeded_at = outcome.noted_at
+            is_news = outcome.logged_reason != ""
         is_early = is_news and since < self._limits.failure_pause_seconds
         self._left_out += is_early
         return is_news and not is_early
+
+    def summary(self) -> Values:
+        """Return what the page at / tells of the module, by the keys of its JSON."""
+        with self._lock:
+            outcomes = list(self._outcomes.values())
+            recent = list(self._recent)
+        most = self._limits.queries
+        used = f"more than {most}" if len(outcomes) > most else len(outcomes)
+        found: Values = {"last_scrape": None, "last_success": None, "last_failure": None}
+        since = []
+        for outcome in outcomes:
+            if outcomes[-1].noted_at - outcome.noted_at < self._limits.unused_query_seconds:
+                found["last_scrape"] = outcome.fields
+                ended = "last_success"
+                if outcome.fields["failing_since"]:
+                    ended = "last_failure"
+                    since.append(outcome.fields["failing_since"])
+                found[ended] = outcome.fields
+        return {
+            **found,
+            "failing_since": min(since, default=None),
+            "queries": used,
+            "recent": recent,
+        }
 
 
 class Attempt(NamedTuple):
@@ -4127,11 +4155,15 @@ class Attempt(NamedTuple):
     job: Job  # if it has steps, the scrape is explained, and not counted, logged or kept
     history: History
     patience: float  # a timeout is no news within so many seconds of a success
+    query: str  # what the client has asked of the module: it may name one target of many
 
     def observe(self, scrape: Scrape) -> Any:
         """Return the body of a target's answer. Note how the answer ends."""
         if scrape.status != OK:
-            error = ScrapeError("status", f"the target answered with status {scrape.status}")
+            words = f"the target answered with status {scrape.status}"
+            if scrape.status == REASONS["bad_arguments"].status and not self.job.pairs:
+                words += "; if it needs a parameter, set discovery: false, or params"
+            error = ScrapeError("status", words)
             self.fail(error, error.reason, scrape.status)
         if isinstance(scrape.body, bytes):
             return b"".join(self._pieces(scrape, [scrape.body]))  # which copies nothing
@@ -4149,7 +4181,10 @@ class Attempt(NamedTuple):
             raise
         if scrape.status == OK and self.job.steps is None:
             text = f"module {self.job.module.name}: recovered"
-            self.history.note(self, text, status=OK, samples=scrape.samples, bytes=size)
+            if self.query:
+                text += f" (query {self.query})"
+            age = dict(scrape.headers).get("Age")
+            self.history.note(self, text, status=OK, samples=scrape.samples, bytes=size, age=age)
 
     def fail(self, error: ScrapeError, reason: Reason, status: int) -> str:
         """Count and log a failure. Return its words, with the target's URL where it matters."""
@@ -4160,8 +4195,8 @@ class Attempt(NamedTuple):
         # Faults of the request and of the body's text, and "busy", do not need the target's URL.
         if kind not in ("bad_arguments", "malformed", "busy", "aborted"):
             words = f"{excerpt(module.target.shown, 200)}: {words}"
-        if job.pairs and kind != "bad_arguments":  # they may name one target of many
-            words += f" (query {excerpt(urlencode(job.pairs), 200)})"
+        if self.query and kind != "bad_arguments":
+            words += f" (query {self.query})"
         if job.steps is not None:
             job.note("%s: %s", reason.name, words, details=error.detail.encode())
             return words
@@ -4183,11 +4218,13 @@ class Attempt(NamedTuple):
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
 STYLE = """
 :root { color-scheme: light dark; background: canvas; font: 1rem/1.4 system-ui, sans-serif }
-table { border-collapse: collapse; width: 100% }
+table { border-collapse: collapse; width: 100% } td:nth-child(-2n+4) { min-width: 11rem }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
-.failing { border-left-color: #d33 } .ok { border-left-color: #2a4 } .never meter { display: none }
-th, td:nth-child(n+4) { white-space: nowrap } pre { white-space: pre-wrap }
+.failing { border-left-color: #d33 } .ok { border-left-color: #2a4 } .age, svg { display: block }
+.never :is(meter, svg) { display: none } .age:not(:empty)::after { content: ' s in the cache' }
+svg * { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke } path { stroke: #d33 }
+th, td:nth-child(n+5) { white-space: nowrap } pre { white-space: pre-wrap }
 @media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
 td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
 """
@@ -4201,17 +4238,20 @@ PAGE_START = f"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width"><style>{STYLE}</style>
 """
 PAGE = f"""</head><body><main><h1>expexp {__version__}</h1>
-<p>Started {utc_time(STARTED)}, modules: {{modules}}.
+<p>Started {utc_time(STARTED)} on {{access}}. Loaded {{loaded}} from {{files}}: {{modules}} modules.
 <a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
 <pre>{{problems}}</pre><table><thead><tr><th>Module<th>Target<th>Last scrape, failing since\
-<th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
+<th>Queries<th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
 """
-ROW = """<tr class="{state}"><td title="Module"><a href=".{path}?{query}">{name}</a> \
-<a href="./-/explain?{query}">explain</a><td title="Target">{method} {target}\
-<td title="Last scrape">{state} {failing_since} {error}<td title="At">{time}\
-<td title="Seconds">{seconds}<meter max="{deadline}" value="{seconds}" title="of {deadline} s">\
-</meter><td title="Status">{status}<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
+ROW = """<tr class="{state}"><td title="Module"><a href=".{path}?{module}">{name}</a> \
+<a href="./-/explain?{module}">explain</a><td title="Target">{method} {target}\
+<td title="Last scrape">{state} {failing_since} {error}<td title="Queries">{queries} {query}\
+<td title="At">{time}<span class="age">{age}</span><td title="Seconds">{seconds}<meter \
+max="{deadline}" value="{seconds}" title="of {deadline} s"></meter><svg width="120" height="20" \
+viewBox="-1 -{longest} 62 {longest}" role="img" preserveAspectRatio="none"><title>{words}</title>\
+<path d="{failures}"/><polyline points="{points}"/></svg><td title="Status">{status}\
+<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
 """
 
 
@@ -4221,16 +4261,36 @@ def fill(template: str, **values: Any) -> str:
     return template.format_map(defaultdict(str, escaped))
 
 
-def render_page(uri: str, outlines: dict[str, Any], options: Options, snapshot: Snapshot) -> str:
+def draw(recent: Sequence[tuple[float, str]]) -> Values:
+    """Return a sparkline: durations as a line, failures as bars, and both in words."""
+    longest = 0.001
+    points = ""
+    failures = ""
+    for number, (seconds, reason) in enumerate(recent):
+        longest = max(longest, seconds)
+        points += f" {number},{-seconds}"
+        if reason:
+            failures += f"M{number},0v-999999"
+    words = f"scrapes: {len(recent)}, failed: {failures.count('M')}, longest: {longest} s"
+    return {"points": points, "failures": failures, "longest": longest, "words": words}
+
+
+def render_rows(name: str, about: Values, path: str) -> str:
+    """Return a module's row, two of them if some queries fail and others do not."""
+    known = {**about, **draw(about["recent"]), "path": path, "name": excerpt(name, 200)}
+    known["target"] = excerpt(about["target"], 200)
+    known["module"] = urlencode({"module": name})
+    rows = ""
+    for shown in (about["last_failure"], about["last_success"]):
+        if shown:
+            rows += fill(ROW, **{**known, **shown})
+    return rows or fill(ROW, **known, state="never")
+
+
+def render_page(uri: str, outlines: Values, application: Application) -> str:
     """Return the page at /."""
-    rows = []
-    for name, about in outlines.items():
-        known = {"state": "never", **about, **(about["last_scrape"] or {})}
-        known["name"] = excerpt(name, 200)
-        known["target"] = excerpt(about["target"], 200)
-        query = urlencode({"module": name})
-        rows.append(fill(ROW, path=options["web.proxy-path"], query=query, **known))
-    rows.sort()  # by the state, with which a row begins: failing, never, ok
+    options = application.options
+    snapshot = application.loader.snapshot
     page = PAGE_START
     found = re.search(r"[?&]refresh=([1-9]\d{0,2}|[12]\d{3}|3[0-5]\d\d|3600)(?![^&])", uri)
     if found:
@@ -4238,7 +4298,15 @@ def render_page(uri: str, outlines: dict[str, Any], options: Options, snapshot: 
     told = "\n".join(map(str, snapshot.config.problems[:20]))
     if told:
         told = f"Reload failed, the previous configuration is in use:\n{told}"
-    page += fill(PAGE, modules=len(rows), problems=told, telemetry=options["web.telemetry-path"])
+    access = application.access
+    if snapshot.credentials.value.tls:
+        access += f", certificate until {utc_time(snapshot.credentials.value.tls.expires)}"
+    files = ", ".join(filter(None, [options["config.file"], *options["config.dirs"]]))
+    facts = {"access": access, "files": files, "modules": len(outlines), "problems": told}
+    facts.update(loaded=utc_time(snapshot.loaded), telemetry=options["web.telemetry-path"])
+    page += fill(PAGE, **facts)
+    rows = [render_rows(*pair, options["web.proxy-path"]) for pair in outlines.items()]
+    rows.sort()  # by the state, with which a row begins: failing, never, ok
     return page + "".join(rows) + "</table></main></body></html>"
 
 
@@ -4273,6 +4341,39 @@ def render_telemetry(application: Application, request: Request) -> Response:
         body = gzip.compress(body, 1)
         headers.append(("Content-Encoding", "gzip"))
     return Response(OK, headers, body)
+
+
+def list_targets(application: Application, request: Request) -> Response:
+    """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
+    scheme, host, prefix = application.options["web.external-address"]
+    address = host or request.header("Host")
+    if not is_host(address):
+        expected = "a header Host with a host and perhaps a port, or -web.external-address"
+        raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
+    groups = []
+    for module in filter(operator.attrgetter("discovery"), application.modules.values()):
+        params = module.discovery.params
+        labels = {
+            "__metrics_path__": prefix + application.options["web.proxy-path"],
+            "__scheme__": scheme or request.scheme,
+            "__param_module": module.name,
+            "__meta_expexp_method": module.method,
+            "module": module.name,  # else the go_* series of two modules would be the same
+        }
+        interval = module.scrape_interval
+        if interval:
+            # Both or none: Prometheus drops targets with timeout > interval, or with fractions.
+            timeout = (module.timeout or interval) + application.options["timeout-offset"]
+            labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
+            labels["__scrape_timeout__"] = f"{max(1, min(interval, timeout) * 1000):.0f}ms"
+        labels.update(module.discovery.labels)
+        for values in itertools.product(*params.values()):
+            added = dict(zip(params, values))
+            if added:  # or else the series of all values would be the same
+                added["instance"] = f"{address} {' '.join(values)}"
+            added.update({f"__param_{name}": added[name] for name in params})
+            groups.append({"targets": [address], "labels": {**labels, **added}})
+    return own_response(200, json.dumps(groups), media_type="application/json")
 
 
 def answer_probe(_application: Application, request: Request) -> Response:
@@ -4311,6 +4412,7 @@ class Application:
         self.options = options
         self.metrics = tools.metrics
         self.limits = tools.limits
+        self.access = ""  # the addresses, and who may ask, for the page
         self._tools = tools
         self.histories: dict[str, History] = defaultdict(partial(History, tools.limits))
         self._reload_slots = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
@@ -4320,7 +4422,7 @@ class Application:
             "/-/healthy": answer_probe,
             "/-/ready": answer_probe,
             "/-/reload": Application._reload,
-            "/sd": Application._list_targets,
+            "/sd": list_targets,
             options["web.telemetry-path"]: render_telemetry,
             options["web.proxy-path"]: Application.proxy,
         }
@@ -4424,7 +4526,8 @@ class Application:
             credentials = known and self.loader.refresh(module.name, known)
             parts = (module, pairs, request.headers, request.client, deadline, cleanup)
             job = Job(*parts, held, self._tools, credentials, steps)
-            attempt = Attempt(job, self.histories[module.name], patience)
+            query = excerpt(urlencode(pairs), 200)
+            attempt = Attempt(job, self.histories[module.name], patience, query)
             try:
                 check_arguments(module, pairs, limits)
                 about = (module.name, module.method, module.target.shown)
@@ -4444,46 +4547,17 @@ class Application:
         """Return the state of the modules as HTML, or as JSON if the client accepts that."""
         outlines = {}
         for name, module in self.modules.items():
-            history = self.histories[name]
             outlines[name] = {  # nothing that may hold a secret
                 "method": module.method,
                 "timeout": module.timeout or None,
                 "target": module.target.shown,
                 "verify": module.verify,
-                "last_scrape": history.last_scrape,
-                "failing_since": history.failing_since,
+                **self.histories[name].summary(),
             }
         if accepts(request.header("Accept"), "application/json"):
             return own_response(200, json.dumps(outlines), media_type="application/json")
-        page = render_page(request.target, outlines, self.options, self.loader.snapshot)
+        page = render_page(request.target, outlines, self)
         return own_response(200, page, POLICY, media_type="text/html; charset=utf-8")
-
-    def _list_targets(self, request: Request) -> Response:
-        """Return the modules for Prometheus's HTTP service discovery. Raise RequestError."""
-        scheme, host, prefix = self.options["web.external-address"]
-        address = host or request.header("Host")
-        if not is_host(address):
-            expected = "a header Host with a host and perhaps a port, or -web.external-address"
-            raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
-        groups = []
-        for module in self.modules.values():
-            if not module.discovery:
-                continue
-            labels = {
-                "__metrics_path__": prefix + self.options["web.proxy-path"],
-                "__scheme__": scheme or request.scheme,
-                "__param_module": module.name,
-                "__meta_expexp_method": module.method,
-                "module": module.name,  # else the go_* series of two modules would be the same
-            }
-            interval = module.scrape_interval
-            if interval:
-                # Both or none: Prometheus drops targets with timeout > interval, or with fractions.
-                timeout = (module.timeout or interval) + self.options["timeout-offset"]
-                labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
-                labels["__scrape_timeout__"] = f"{max(1, min(interval, timeout) * 1000):.0f}ms"
-            groups.append({"targets": [address], "labels": labels})
-        return own_response(200, json.dumps(groups), media_type="application/json")
 
     def _reload(self, _request: Request) -> Response:
         """Reload, if clients may ask for that. Return the problems. Raise RequestError."""
@@ -4519,8 +4593,7 @@ class Connections:
         self.slots = 0  # until `fit`, and again while connections drain
         self._open: set[socket.socket] = set()  # each use of it is atomic
         self._held: WeakSet[socket.socket] = WeakSet()  # also evicted ones that a thread has
-        #: The ones that can be evicted, in the order of `expose`. Each use is atomic, too.
-        self._exposed = OrderedDict[socket.socket, bool]()
+        self._exposed = OrderedDict[socket.socket, bool]()  # to be evicted in this order; atomic
 
     def admit(self, connection: socket.socket) -> bool:
         """Give a connection a slot. If none is free, evict another one, or return False."""
@@ -4534,8 +4607,7 @@ class Connections:
 
     def _await_evicted(self) -> None:
         """Wait until few evicted connections still have a thread."""
-        # Measured on a busy host: floods left 8,000 of them. Each that waits for the interpreter's
-        # lock wakes 200 times a second: expexp answered nothing for minutes.
+        # A flood left 8,000 of them. Each woke 200 times a second, and expexp answered nothing.
         for _ in range(1000):  # at most a second: the loop must go on
             if len(self._held) - len(self._open) <= Limits.evicted_connections:
                 return
@@ -4867,8 +4939,7 @@ class Server(http.server.ThreadingHTTPServer):
 # ==================================================================================================
 # Builds the parts, waits for a signal, and stops them. Importing this file runs nothing. IO.
 
-#: The priorities of syslog(3) by `level // 10`, for systemd's journal.
-PRIORITIES = ("", "<7>", "<6>", "<4>", "<3>", "<2>", "<5>")
+PRIORITIES = ("", "<7>", "<6>", "<4>", "<3>", "<2>", "<5>")  # of syslog(3), by `level // 10`
 
 
 class LogFormatter(logging.Formatter):
@@ -5018,6 +5089,10 @@ class Program:
                     message = f"cannot listen on {render_address(address)}: {words_of(error)}"
                     raise ConfigError(Problem("", 0, 0, "", message)) from None
                 self.servers.append(server)
+        rules = sorted(self.loader.snapshot.credentials.value.protections)
+        clients = ", ".join([*map(str, self.application.options["allow.net"]), *rules]) or "all"
+        urls = ", ".join([server.url for server in self.servers])
+        self.application.access = f"{urls}, clients: {clients}"
         self._log_exposure()
 
     def _log_exposure(self) -> None:
@@ -5041,8 +5116,8 @@ class Program:
     def status(self) -> str:
         """Return the line STATUS for systemd."""
         known = self.application.modules
-        failing = [name for name in known if self.application.histories[name].failing_since]
-        return f"STATUS={len(known)} modules, {len(failing)} failing"
+        since = [self.application.histories[name].summary()["failing_since"] for name in known]
+        return f"STATUS={len(known)} modules, {len(since) - since.count(None)} failing"
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what runs."""
@@ -5052,11 +5127,8 @@ class Program:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             LOGGER.info("listening on %s", server.url)
-        rules = self.loader.snapshot.credentials.value.protections
-        clients = ", ".join([*map(str, self.application.options["allow.net"]), *sorted(rules)])
-        urls = ", ".join([server.url for server in self.servers])
-        started = (__version__, len(self.application.modules), urls, clients or "all")
-        LOGGER.log(NOTICE, "expexp %s started: %d modules, %s, clients: %s", *started)
+        started = (__version__, len(self.application.modules), self.application.access)
+        LOGGER.log(NOTICE, "expexp %s started: %d modules, %s", *started)
         notify(f"READY=1\n{self.status()}")
         # A reload can hang in a file system. This thread must still be able to end the program.
         threading.Thread(target=self._keep_reloading, daemon=True).start()
@@ -5139,8 +5211,7 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
         body = read_input(name, limits)
         content_type = options["verify.content-type"] or text_scrape(body).headers[0][1]
         try:
-            samples = verify_exposition(body, content_type)
-            text = f"{shown}: well-formed, samples: {samples}\n"
+            text = f"{shown}: well-formed, samples: {verify_exposition(body, content_type)}\n"
         except ExpositionError as error:
             code = 1
             text = f"{shown}: {error}\n"

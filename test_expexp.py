@@ -1279,6 +1279,7 @@ def show_default(value: object) -> str:
         "{}": "none",
         "required": "required",
         "on": "`true`",
+        str(expexp.Discovery()): "`true`",
     }
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return known.get(text) or f"`{text.lower() if isinstance(value, bool) else text}`"
@@ -1373,6 +1374,7 @@ def test_the_documents_list_every_flag_with_its_default() -> None:
     ("heading", "number", "section"),
     [
         ("Module", 0, expexp.Module),
+        ("Module", 1, expexp.Discovery),
         ("http", 0, expexp.HttpTarget),
         ("exec", 0, expexp.ExecTarget),
         ("file", 0, expexp.FileTarget),
@@ -5358,9 +5360,9 @@ FLAG_ERRORS = {
         ["-log.json=maybe"],
         'invalid value "maybe" for -log.json: expected true or false',
     ),
-    "a boolean in YAML's words": (
-        ["-log.json=yes"],
-        'invalid value "yes" for -log.json: expected true or false',
+    "a boolean in another word": (
+        ["-log.json=y"],
+        'invalid value "y" for -log.json: expected true or false',
     ),
     "an address without its length": (
         ["-allow.net", "127.0.0.1"],
@@ -5473,11 +5475,28 @@ def test_a_flag_with_a_name_of_100_kb_is_an_error_at_once() -> None:
 
 def test_the_usage_lists_all_flags_with_their_other_names_and_defaults() -> None:
     usage = expexp.render_usage()
-    listed = dict(re.findall(r"(?m)^  -(\S+)\n {8}(.+)$", usage))
+    listed = dict(re.findall(r"(?m)^  -(\S+)(?: \w+)?\n {8}(.+)$", usage))
     assert list(listed) == list(expexp.FLAGS)
     assert listed["log.level"].endswith(". (default warning)")
     for alias, name in expexp.ALIASES.items():
         assert f" Also -{alias}." in listed[name]
+
+
+def test_the_usage_names_the_value_of_each_flag_that_needs_one() -> None:
+    named = dict(re.findall(r"(?m)^  -(\S+) (\w+)$", expexp.render_usage()))
+    switches = {name for name, flag in expexp.FLAGS.items() if flag.parse is expexp.parse_boolean}
+    assert set(named) == set(expexp.FLAGS) - switches
+    assert named["config.file"] == "file"
+    assert named["web.external-address"] == "URL"
+
+
+def test_the_usage_has_groups_an_example_and_the_exit_codes() -> None:
+    example, *groups = expexp.render_usage().strip().split("\n\n")
+    assert example == "Usage: python3 expexp.py -config expexp.yaml"
+    assert all(group.startswith("  -") for group in groups[:-1])
+    (web,) = [group for group in groups if "-web.listen-address" in group]
+    assert re.findall(r"(?m)^  -(\w+)", web) == ["web"] * web.count("\n  -") + ["web"]
+    assert "Exit codes: 0 stopped by a signal" in groups[-1]
 
 
 #: Patterns of Go that Python does not take, or takes for something else without an error.
@@ -6156,14 +6175,6 @@ PROBLEMS = {
     "a fraction at once": (
         a_module("method: file", "max_concurrent: 1.5", "file: {path: /dev/null}"),
         [A_COUNT + "the number 1.5"],
-    ),
-    "an interval below a second": (
-        a_module("method: file", "scrape_interval: 999ms", "file: {path: /dev/null}"),
-        [AN_INTERVAL + "1s or more, or 0"],
-    ),
-    "an interval of half a second": (
-        a_module("method: file", "scrape_interval: 0.5s", "file: {path: /dev/null}"),
-        [AN_INTERVAL + "1s or more, or 0"],
     ),
     "an interval of a second without its unit": (
         a_module("method: file", "scrape_interval: 1", "file: {path: /dev/null}"),
@@ -7937,8 +7948,8 @@ def test_without_bcrypt_users_are_refused_at_the_start(
     monkeypatch.setattr(ctypes, "CDLL", load_library)
     (message,) = web_problems(with_users(f"a: {HASHED}"))
     assert message == (
-        "w.yaml:2:3: basic_auth_users: needs libxcrypt, which knows bcrypt: libcrypt1 (Debian, "
-        "Ubuntu), libxcrypt (RHEL, Fedora)"
+        "w.yaml:2:3: basic_auth_users: needs libxcrypt: libcrypt1 (Debian, Ubuntu) or libxcrypt "
+        "(RHEL, Fedora)"
     )
 
 
@@ -8519,22 +8530,22 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
     "closes in the middle of its status line": (
         b"HTTP/1.1 200",
         "502 truncated",
-        "the target closed in the middle of its headers",
+        "the target closed within its headers",
     ),
     "closes within the end of its status line": (
         b"HTTP/1.1 200 OK\r",
         "502 truncated",
-        "the target closed in the middle of its headers",
+        "the target closed within its headers",
     ),
     "closes in the middle of its headers": (
         HEAD + b"Content-Le",
         "502 truncated",
-        "the target closed in the middle of its headers",
+        "the target closed within its headers",
     ),
     "closes before the end of its headers": (
         HEAD,
         "502 truncated",
-        "the target closed in the middle of its headers",
+        "the target closed within its headers",
     ),
     "has a status of two digits": (
         b"HTTP/1.1 20 OK\r\n\r\na 1\n",
@@ -8549,7 +8560,7 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
     "announces a length of twenty digits": (
         HEAD + b"Content-Length: 10000000000000000000\r\n\r\na 1\n",
         "502 protocol",
-        'not HTTP: an invalid Content-Length "10000000000000000000"',
+        'not HTTP: invalid Content-Length "10000000000000000000"',
     ),
     "has a chunk with an endless extension": (
         endless(CHUNKED + b"4;", b"x"),
@@ -8569,37 +8580,37 @@ HTTP_FAILURES: dict[str, tuple[bytes | Answerer, str, str]] = {
     "announces two lengths": (
         HEAD + b"Content-Length: 4\r\nContent-Length: 8\r\n\r\na 1\nb 2\n",
         "502 protocol",
-        'not HTTP: an invalid Content-Length "4, 8"',
+        'not HTTP: invalid Content-Length "4, 8"',
     ),
     "announces a length with a sign": (
         HEAD + b"Content-Length: +4\r\n\r\na 1\n",
         "502 protocol",
-        'not HTTP: an invalid Content-Length "+4"',
+        'not HTTP: invalid Content-Length "+4"',
     ),
     "announces a length with an underscore": (
         HEAD + b"Content-Length: 0_4\r\n\r\na 1\n",
         "502 protocol",
-        'not HTTP: an invalid Content-Length "0_4"',
+        'not HTTP: invalid Content-Length "0_4"',
     ),
     "codes its body twice": (
         HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n4\r\na 1\n\r\n0\r\n\r\n",
         "502 protocol",
-        'not HTTP: an unknown Transfer-Encoding "gzip, chunked"',
+        'not HTTP: unknown Transfer-Encoding "gzip, chunked"',
     ),
     "codes its body with gzip alone": (
         HEAD + b"Transfer-Encoding: gzip\r\n\r\na 1\n",
         "502 protocol",
-        'not HTTP: an unknown Transfer-Encoding "gzip"',
+        'not HTTP: unknown Transfer-Encoding "gzip"',
     ),
     "names two codings of its body": (
         HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
         "502 protocol",
-        'not HTTP: an unknown Transfer-Encoding "chunked, x"',
+        'not HTTP: unknown Transfer-Encoding "chunked, x"',
     ),
     "names a coding of its body that is long and not printable": (
         HEAD + b"Transfer-Encoding: \x80" + b"x" * 100 + b"\r\n\r\na 1\n",
         "502 protocol",
-        r'not HTTP: an unknown Transfer-Encoding "\x80' + "x" * 79 + '..."',
+        r'not HTTP: unknown Transfer-Encoding "\x80' + "x" * 79 + '..."',
     ),
     "has an empty size of a chunk": (
         CHUNKED + b"\r\na 1\n",
@@ -12331,7 +12342,8 @@ INDEX_MODULES = {
 def test_the_index_as_json_is_keyed_by_module_bug_6() -> None:
     reply = ask(application(INDEX_MODULES), "/", {"Accept": "application/json"})
     assert reply.headers["content-type"] == "application/json"
-    unscraped = {"last_scrape": None, "failing_since": None}
+    unscraped: dict[str, object] = dict.fromkeys(["last_scrape", "last_success", "last_failure"])
+    unscraped.update(failing_since=None, queries=0, recent=[])
     url = "http://[::1]:9100/m"
     assert json.loads(reply.body) == {
         "e": {"method": "exec", "timeout": None, "target": "sh", "verify": True, **unscraped},
@@ -12382,8 +12394,13 @@ def test_the_index_says_how_the_last_scrape_of_a_module_ended(
     assert 0 < last["seconds"] <= time.monotonic() - begun + 0.0001
     assert {**last, **expected} == last
     assert last["deadline"] == FAST.scrape_seconds
-    assert len(last) == len(expected) + 3
-    assert about["failing_since"] == (last["time"] if "error" in expected else None)
+    more = {"time", "seconds", "deadline", "query", "failing_since"}
+    if last["state"] == "ok":
+        more.add("age")
+    assert set(last) == {*expected, *more}
+    since = last["time"] if "error" in expected else None
+    assert about["failing_since"] == last["failing_since"] == since
+    assert about["recent"] == [[last["seconds"], last.get("reason", "")]]
     assert described(app, "other")["last_scrape"] is None
 
 
@@ -12526,6 +12543,9 @@ class CellsParser(html.parser.HTMLParser):
             self.rows[-1][-1] += data.strip("\n")
 
 
+EXITED: Final = "sh: the command exited with status 3"
+
+
 def test_the_page_shows_failing_modules_first_then_unscraped_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -12537,30 +12557,16 @@ def test_the_page_shows_failing_modules_first_then_unscraped_ones(
     found = CellsParser(ask(app, "/").text)
     failing = "failing 2026-11-30T15:16:09Z"
     at = "2026-11-30T15:16:09Z"
-    assert [[*row[:4], *row[5:]] for row in found.rows[1:]] == [
-        [
-            "<b> explain",
-            "exec sh",
-            f"{failing} sh: the command exited with status 3",
-            at,
-            "500",
-            "",
-            "",
-        ],
-        [
-            "bad explain",
-            "exec sh",
-            f'{failing} line 1, column 1: expected a metric name, found "<i>"',
-            at,
-            "500",
-            "",
-            "",
-        ],
-        ["new explain", "exec sh", "never  ", "", "", "", ""],
-        ["a explain", "exec sh", "ok  ", at, "200", "0", "0"],
-        ["good explain", "exec sh", "ok  ", at, "200", "1", "4"],
+    words = 'line 1, column 1: expected a metric name, found "<i>"'
+    rows = [[*row[:5], *row[6:]] for row in found.rows[1:]]
+    assert rows == [
+        ["<b> explain", "exec sh", f"{failing} {EXITED}", "1 ", at, "500", "", ""],
+        ["bad explain", "exec sh", f"{failing} {words}", "1 ", at, "500", "", ""],
+        ["new explain", "exec sh", "never  ", "0 ", "", "", "", ""],
+        ["a explain", "exec sh", "ok  ", "1 ", at, "200", "0", "0"],
+        ["good explain", "exec sh", "ok  ", "1 ", at, "200", "1", "4"],
     ]
-    assert all(re.fullmatch(r"\d+\.\d{1,4}|", row[4]) for row in found.rows[1:])
+    assert all(re.match(r"\d+\.\d{1,4}scrapes: 1|scrapes: 0", row[5]) for row in found.rows[1:])
     assert not found.names & {"script", "b", "i", "onclick", "onload", "form"}
 
 
@@ -12573,6 +12579,67 @@ def test_a_bar_shows_the_seconds_of_a_scrape_against_its_deadline() -> None:
         seconds = str(described(app)["last_scrape"]["seconds"])
         page = ask(app, "/").text
         assert re.findall(bar, page) == [("", "", "", ""), (seconds, deadline, seconds, deadline)]
+
+
+SPARKLINE: Final = re.compile(
+    r'<svg width="120" height="20" viewBox="-1 -([\d.]+) 62 ([\d.]+)" role="img" '
+    r'preserveAspectRatio="none"><title>(.*?)</title><path d="(.*?)"/><polyline points="(.*?)"/>'
+)
+
+
+def test_a_sparkline_has_the_last_60_durations_and_marks_the_failures() -> None:
+    app = application({"m": prober("b*"), "new": exec_module("")})
+    for number in range(70):
+        probe(app, "bad" if number in (3, 12, 69) else "good")
+    about = described(app)
+    recent = [(seconds, reason) for seconds, reason in about["recent"]]
+    assert [reason for _, reason in recent] == ["", "", "command", *[""] * 56, "command"]
+    drawn = SPARKLINE.findall(ask(app, "/").text)
+    assert drawn[:2] == [drawn[0]] * 2, "the failing query and the good one"
+    below, height, words, marks, points = drawn[0]
+    longest = max(seconds for seconds, _ in recent)
+    assert below == height == str(longest)
+    assert words == f"scrapes: 60, failed: 2, longest: {longest} s"
+    assert marks == "M2,0v-999999M59,0v-999999"
+    assert points.split() == [f"{x},{-seconds}" for x, (seconds, _) in enumerate(recent)]
+    assert drawn[2] == ("0.001", "0.001", "scrapes: 0, failed: 0, longest: 0.001 s", "", "")
+
+
+def test_an_answer_of_the_cache_says_how_old_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = application({"m": {**exec_module("echo up 1"), "cache": "1h"}})
+    ask(app, "/proxy?module=m")
+    assert described(app)["last_scrape"]["age"] is None
+    assert '<span class="age"></span>' in ask(app, "/").text
+    now = time.monotonic() + 75
+    monkeypatch.setattr(expexp, "monotonic", lambda: now)
+    ask(app, "/proxy?module=m")
+    assert described(app)["last_scrape"]["age"] == "75"
+    assert '<span class="age">75</span>' in ask(app, "/").text
+
+
+def test_the_page_says_where_expexp_listens_who_may_ask_and_what_it_has_read(
+    tmp_path: Path,
+) -> None:
+    flags = [f"-config.dirs={tmp_path}/<more>", "-allow.net=127.0.0.0/8", "-web.bearer.token=t"]
+    (tmp_path / "<more>").mkdir()
+    with running({"m": exec_module("true")}, *flags) as served:
+        page = served.get("/", {"Authorization": "Bearer t"}).text
+        url = f"http://127.0.0.1:{served.port}"
+    read = rf"Loaded {TIME} from /\S+/expexp.yaml, {tmp_path}/&lt;more&gt;: 1 modules\."
+    words = rf"<p>Started {TIME} on {re.escape(url)}, clients: 127.0.0.0/8, authentication\. {read}"
+    assert re.search(words, page)
+
+
+def test_the_page_says_when_the_certificate_expires(authority: Authority) -> None:
+    pair = authority.pair
+    flags = ["-web.tls.listen-address=127.0.0.1:0", f"-web.tls.cert={pair}", f"-web.tls.key={pair}"]
+    with running({}, *flags) as served:
+        page = served.get("/").text
+        expires = samples(served.get("/metrics").text)[
+            "expexp_tls_certificate_expiry_timestamp_seconds"
+        ]
+    at = datetime.datetime.fromtimestamp(expires, datetime.timezone.utc)
+    assert f", certificate until {at:%Y-%m-%dT%H:%M:%SZ}. Loaded " in page
 
 
 def test_the_page_allows_only_its_own_style() -> None:
@@ -12616,7 +12683,7 @@ def test_the_page_refreshes_itself_where_the_client_asks_for_that(path: str, sec
     found = re.findall('<meta http-equiv="?refresh"?(.*?)>', page)
     assert found == ([f' content="{seconds}"'] if seconds else [])
     assert head.count("refresh") == len(found)
-    assert re.search(rf"<p>Started {TIME}, modules: 0\.", page)
+    assert re.search(rf"<p>Started {TIME} on \. Loaded {TIME} from \S*: 0 modules\.", page)
 
 
 def test_the_page_shows_the_problems_of_a_failed_reload(tmp_path: Path) -> None:
@@ -14197,8 +14264,9 @@ def test_failures_are_logged_when_they_are_news(
     limits = expexp.Limits()
     monkeypatch.setattr(expexp, "monotonic", lambda: now)
     history = expexp.History(limits)
-    job = types.SimpleNamespace(module=types.SimpleNamespace(name="m"), deadline=expexp.Deadline(1))
-    attempt: Any = types.SimpleNamespace(job=job)
+    module = types.SimpleNamespace(name="m")
+    job = types.SimpleNamespace(module=module, deadline=expexp.Deadline(1), pairs=[])
+    attempt: Any = types.SimpleNamespace(job=job, query="")
     for at, outcome, expected in steps:
         now = at
         caplog.clear()
@@ -14438,7 +14506,6 @@ FAILED_QUERIES: dict[str, tuple[dict[str, object], str, str]] = {
         "args=-v&params=a%3D1",
     ),
     "arguments for a body that is malformed": (exec_module("echo x"), "args=-v", "args=-v"),
-    "a parameter that no file has": (file_module("/none"), "x=1", "x=1"),
     "control characters and markup": (http_module(9), "a=%0A%1B%3Cb%3E", "a=%0A%1B%3Cb%3E"),
     "bytes that are not UTF-8": (http_module(9), "a=%FF", "a=%FF"),
     "a long one": (http_module(9), "a=" + "b" * 300, "a=" + "b" * 198 + "..."),
@@ -14458,6 +14525,136 @@ def test_a_failure_names_the_query_to_the_client_in_the_log_and_on_the_page(
     outlines = json.loads(ask(app, "/", {"Accept": "application/json"}).body)
     assert outlines["m"]["last_scrape"]["error"] == text.removeprefix("module m: ").rstrip("\n")
     assert "(query" not in ask(app, "/proxy?module=m").text
+
+
+@pytest.mark.parametrize("module", [file_module("/none"), exec_module("exit 3")])
+def test_what_a_query_has_for_other_methods_is_no_part_of_it(module: dict[str, object]) -> None:
+    app = application({"m": module})
+    for path in ("/proxy?module=m&x=1", "/proxy?module=m&y=2&module=z", "/proxy?module=m"):
+        assert "(query" not in ask(app, path).text
+    assert described(app)["queries"] == 1
+    assert described(app)["last_scrape"]["query"] == ""
+
+
+def prober(*bad: str) -> dict[str, object]:
+    """A module that probes a target: its query names it. Bad ones fail."""
+    return exec_module(f'case "$1" in {"|".join(["none", *bad])}) exit 3;; esac; echo up 1')
+
+
+def probe(app: expexp.Application, name: str) -> int:
+    return ask(app, f"/proxy?module=m&args={name}").status
+
+
+def test_a_target_that_fails_among_good_ones_is_a_warning_and_so_is_its_recovery(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = f'test "$1" = good || test -e {tmp_path}/repaired || exit 3; echo up 1'
+    app = application({"m": exec_module(script)}, limits=fast_limits(failure_pause_seconds=0))
+    caplog.clear()
+    for _ in range(20):
+        assert probe(app, "good") == 200
+        assert probe(app, "bad") == 500
+    (tmp_path / "repaired").touch()
+    for _ in range(3):
+        assert probe(app, "good") == probe(app, "bad") == 200
+    assert caplog.messages == [
+        f"module m: command: {EXITED} (query args=bad)",
+        "module m: recovered (query args=bad)",
+    ]
+
+
+def test_the_page_has_the_last_query_that_fails_and_the_last_good_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at = "2026-11-30T15:16:09Z"
+    monkeypatch.setattr(expexp, "utc_time", lambda _: at)
+    app = application({"m": prober("b", "d"), "other": exec_module("true")})
+    for name in "abcda":
+        probe(app, name)
+    about = described(app)
+    assert about["last_scrape"]["query"] == about["last_success"]["query"] == "args=a"
+    assert about["last_failure"]["query"] == "args=d"
+    assert about["failing_since"] == at
+    assert about["queries"] == 4
+    rows = [row[:5] for row in CellsParser(ask(app, "/").text).rows[1:]]
+    assert rows == [
+        ["m explain", "exec sh", f"failing {at} {EXITED} (query args=d)", "4 args=d", at],
+        ["m explain", "exec sh", "ok  ", "4 args=a", at],
+        ["other explain", "exec sh", "never  ", "0 ", ""],
+    ]
+
+
+def test_a_module_fails_until_the_last_of_its_queries_is_good_again(tmp_path: Path) -> None:
+    app = application({"m": exec_module(f'test -e {tmp_path}/"$1" && echo up 1')})
+    states = []
+    for name in ("a", "b", "a", "b", "a"):
+        probe(app, name)
+        states.append(described(app)["failing_since"] is not None)
+        (tmp_path / name).touch()
+    assert states == [True, True, True, False, False]
+
+
+def test_queries_are_counted_exactly_up_to_64() -> None:
+    app = application({"m": prober()})
+    counts = []
+    for number in range(67):
+        probe(app, f"t{number}")
+        counts.append(described(app)["queries"])
+    assert counts == [*range(1, 65), "more than 64", "more than 64", "more than 64"]
+    assert len(app.histories["m"]._outcomes) == 65
+
+
+def test_the_query_that_is_used_least_is_forgotten_and_a_failing_one_last() -> None:
+    app = application({"m": prober("b*")}, limits=fast_limits(queries=3))
+    for name in ("bad", "a", "c", "d", "a", "e", "f", "g"):
+        probe(app, name)
+    kept = [each.fields["query"] for each in app.histories["m"]._outcomes.values()]
+    assert kept == ["args=bad", "args=e", "args=f", "args=g"]
+    for name in ("b1", "b2", "b3", "b4", "h"):
+        probe(app, name)
+    kept = [each.fields["query"] for each in app.histories["m"]._outcomes.values()]
+    assert kept == [f"args=b{number}" for number in (1, 2, 3, 4)]
+    assert described(app)["queries"] == "more than 3"
+
+
+def test_long_queries_that_begin_alike_are_different_ones() -> None:
+    app = application({"m": http_module(9)})
+    for end in "ab":
+        ask(app, f"/proxy?module=m&target={'x' * 300}{end}")
+    assert described(app)["queries"] == 2
+
+
+def test_a_query_that_nobody_repeats_lets_its_module_fail_for_an_hour(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = application({"m": prober("typo")})
+    probe(app, "typo")
+    now = time.monotonic()
+    monkeypatch.setattr(expexp, "monotonic", lambda: now)
+    for seconds in (3500, 7000):
+        now += seconds
+        assert described(app)["failing_since"], "no other query has shown that it is out of use"
+    now -= 7000
+    probe(app, "good")
+    assert described(app)["failing_since"]
+    now += 101
+    probe(app, "good")
+    assert described(app)["failing_since"] is None
+    assert described(app)["last_failure"] is None
+
+
+def test_the_log_reminds_of_a_module_with_many_failing_queries_once_in_five_minutes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = application({"m": prober("*")}, limits=fast_limits(failure_pause_seconds=0))
+    caplog.clear()
+    now = time.monotonic()
+    monkeypatch.setattr(expexp, "monotonic", lambda: now)
+    for _ in range(3):
+        for name in "abc":
+            probe(app, name)
+        now += 301
+    assert [line.rpartition("=")[2] for line in caplog.messages] == ["a)", "b)", "c)", "a)", "a)"]
 
 
 def test_foreign_bytes_of_a_request_are_escaped_and_bounded_in_the_log(
@@ -14619,7 +14816,8 @@ def test_the_time_that_a_target_takes_is_not_the_clients(log: list[str]) -> None
 def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slots, deadline = threading.Semaphore(1), expexp.Deadline(1)
+    job = scraping_job()
+    job.tools.resolver_slots = threading.Semaphore(1)
 
     def refuse_start(*_: object) -> None:
         raise error
@@ -14627,7 +14825,7 @@ def test_a_look_up_without_a_thread_is_busy_and_gives_its_slot_back(
     monkeypatch.setattr(_thread, "start_new_thread", refuse_start)
     for _ in range(3):
         with pytest.raises(expexp.ScrapeError, match="no thread can be started") as caught:
-            expexp.resolve("name.invalid", 1, deadline, slots)
+            expexp.connect_host(job, "name.invalid", 1)
         assert caught.value.reason.name == "busy"
 
 
@@ -15928,6 +16126,87 @@ def test_a_module_without_discovery_is_scraped_and_not_listed() -> None:
     groups = groups_of(ask(app, "/sd", {"Host": "h"}))
     assert [group["labels"]["module"] for group in groups] == ["listed"]
     assert ask(app, "/proxy?module=hidden").text == "a 1\n"
+
+
+def test_a_module_is_listed_once_for_each_combination_of_its_parameters() -> None:
+    discovery = {
+        "params": {"target": ["db1", "https://db2/x y"], "depth": [1, 2]},
+        "labels": {"team": "db", "site": "north"},
+    }
+    modules = {"probe": http_module(9115) | {"discovery": discovery}, "plain": echoing("a")}
+    groups = groups_of(ask(application(modules), "/sd", {"Host": "h:1"}))
+    assert [group["targets"] for group in groups] == [["h:1"]] * 5
+    assert "instance" not in groups[0]["labels"]
+    labels = [group["labels"] for group in groups[1:]]
+    assert [(each["target"], each["depth"], each["instance"]) for each in labels] == [
+        ("db1", "1", "h:1 db1 1"),
+        ("db1", "2", "h:1 db1 2"),
+        ("https://db2/x y", "1", "h:1 https://db2/x y 1"),
+        ("https://db2/x y", "2", "h:1 https://db2/x y 2"),
+    ]
+    for each in labels:
+        assert each["__param_target"] == each["target"]
+        assert each["__param_depth"] == each["depth"]
+        assert each["module"] == each["__param_module"] == "probe"
+        assert (each["team"], each["site"]) == ("db", "north")
+
+
+#: Forms of `discovery`, and the groups that /sd then has of the module.
+DISCOVERY_FORMS: dict[str, tuple[object, int]] = {
+    "nothing more": ({}, 1),
+    "an empty key": (None, 1),
+    "true": (True, 1),
+    "false": (False, 0),
+    "labels alone": ({"labels": {"team": "db"}}, 1),
+    "a parameter with one value": ({"params": {"target": ["a"]}}, 1),
+    "a parameter without values": ({"params": {"target": []}}, 0),
+}
+
+
+@pytest.mark.parametrize(("form", "count"), DISCOVERY_FORMS.values(), ids=DISCOVERY_FORMS)
+def test_a_form_of_discovery_lists_a_module(form: object, count: int) -> None:
+    app = application({"m": echoing("a", discovery=form)})
+    groups = groups_of(ask(app, "/sd", {"Host": "h"}))
+    assert len(groups) == count
+
+
+NO_LABEL: Final = "expected the name of a label, not module and without __, found"
+#: What is wrong with a `discovery`, and the problem.
+BAD_DISCOVERY: dict[str, tuple[object, str]] = {
+    "a word": ("often", "discovery: expected true, false, or params and labels, found"),
+    "a list": (["a"], "discovery: expected true, false, or params and labels, found the list"),
+    "another key": ({"param": {}}, 'discovery.param: unknown key; did you mean "params"?'),
+    "one value": ({"params": {"t": "a"}}, "discovery.params.t: expected a list, found the string"),
+    "module as a parameter": ({"params": {"module": ["a"]}}, f'{NO_LABEL} "module"'),
+    "a name with a dash": ({"params": {"a-b": ["a"]}}, f'{NO_LABEL} "a-b"'),
+    "a label of Prometheus": ({"labels": {"__address__": "a"}}, f'{NO_LABEL} "__address__"'),
+    "a label that is a list": ({"labels": {"a": ["b"]}}, "labels.a: expected text without a NUL"),
+}
+
+
+@pytest.mark.parametrize(("form", "words"), BAD_DISCOVERY.values(), ids=BAD_DISCOVERY)
+def test_a_discovery_is_refused_with_what_is_wrong(form: object, words: str) -> None:
+    with pytest.raises(expexp.ConfigError) as caught:
+        application({"m": echoing("a", discovery=form)})
+    (problem,) = caught.value.args
+    assert words in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("status", "query", "is_advised"),
+    [(400, "", True), (400, "&target=a", False), (404, "", False)],
+)
+def test_a_target_that_refuses_a_scrape_without_a_parameter_may_need_one(
+    status: int, query: str, is_advised: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with target(f"HTTP/1.1 {status} X\r\nContent-Length: 0\r\n\r\n".encode()) as port:
+        app = application({"m": http_module(port)})
+        for _ in range(3):
+            ask(app, f"/proxy?module=m{query}")
+    advice = "; if it needs a parameter, set discovery: false, or params"
+    page = ask(app, "/").text
+    assert (advice in page) is is_advised
+    assert [advice in line for line in caplog.messages if "module m: " in line] == [is_advised]
 
 
 def test_without_modules_there_is_nothing_to_discover() -> None:
@@ -20910,13 +21189,13 @@ def test_a_line_of_the_log_is_time_level_and_message(journals: dict[str, Journal
     assert [text for text in journals["text"].log if not re.fullmatch(line, text)] == []
 
 
-OUTCOME: Final = "module time seconds deadline state status "
+OUTCOME: Final = "module time seconds deadline query state failing_since status "
 #: The further keys of a line of the log in JSON, by what it is about.
 JSON_KEYS: Final = (
     "",
     "client method path status seconds module",
     "file line column path message",
-    OUTCOME + "samples bytes",
+    OUTCOME + "samples bytes age",
     OUTCOME + "reason error",
 )
 
@@ -24978,7 +25257,10 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
             f"http://127.0.0.1:{stack.enter_context(target(ok(b'<html>')))}/metrics"
         )
         config = tmp_path / "expexp.yaml"
-        changes = {"9115": ports["blackbox"], "9116": ports["snmp"]}
+        changes: dict[str, object] = {
+            name: url for name, url in hosts.items() if name.startswith("http:")
+        }
+        changes.update({"9115": ports["blackbox"], "9116": ports["snmp"]})
         config.write_text(PROBES_RECIPE.adapted(INSTALLED_CONFIG, changes))
         expexp = stack.enter_context(started(tmp_path, None))
         more = {"host:9999": expexp.address, "if_mib": "uptime"}
@@ -24989,7 +25271,10 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
         eventually(lambda: world.up("probes") == wanted or None, "all exporters to answer")
 
         def is_as_shown() -> bool | None:
-            assert shown_series(world.query("sort(probe_success)"), hosts) == PROBES_RECIPE.shown
+            found = world.query('sort(probe_success{job="probes"})')
+            found += world.query('sort(probe_success{job="sites"})')
+            shown = shown_series(found, {**hosts, "host:9999": expexp.address})
+            assert shown == PROBES_RECIPE.shown
             return True
 
         eventually(is_as_shown, "the results of the probes")
