@@ -3340,7 +3340,7 @@ class Job(NamedTuple):
 
     module: Module
     pairs: Query  # the query without the module
-    headers: Headers  # the client's, without what expexp itself consumed
+    headers: Headers  # the client's, end-to-end and without what expexp itself consumed
     client: str
     deadline: Deadline
     cleanup: ExitStack
@@ -3442,7 +3442,7 @@ def request_headers(job: Job) -> dict[str, str]:
     """Return the headers for a target: the client's and expexp's, overridden by the module's."""
     target = job.module.target
     headers: dict[str, str] = {}
-    for name, value in (*end_to_end(job.headers), ("X-Forwarded-For", job.client)):
+    for name, value in (*job.headers, ("X-Forwarded-For", job.client)):
         separator = "; " if name == "Cookie" else ", "
         known = headers.get(name)
         headers[name] = f"{known}{separator}{value}" if known else value
@@ -3878,7 +3878,7 @@ def scrape_target(job: Job) -> Scrape:
 
 def takes_gzip(job: Job) -> bool:
     """Return whether the client accepts gzip."""
-    return accepts(",".join(values_of(end_to_end(job.headers), "Accept-Encoding")), "gzip")
+    return accepts(",".join(values_of(job.headers, "Accept-Encoding")), "gzip")
 
 
 def answer_job(job: Job) -> Scrape:
@@ -3893,7 +3893,7 @@ def answer_job(job: Job) -> Scrape:
     if module.cache and job.steps is None:
         headers: Headers = ()
         if module.method == "http":
-            headers = sorted(pair for pair in end_to_end(job.headers) if pair[0] not in NEUTRAL)
+            headers = sorted(pair for pair in job.headers if pair[0] not in NEUTRAL)
         scrape = job.tools.cache.answer(job, (module.name, tuple(job.pairs), tuple(headers)))
     else:
         scrape = scrape_target(job)
@@ -4218,14 +4218,14 @@ class Attempt(NamedTuple):
 # The templates of the page at /. Its links are relative: they work behind a reverse proxy.
 STYLE = """
 :root { color-scheme: light dark; background: canvas; font: 1rem/1.4 system-ui, sans-serif }
-table { border-collapse: collapse; width: 100% } td:nth-child(-2n+4) { min-width: 11rem }
+table { border-collapse: collapse; width: 100% } td:nth-child(2) { min-width: 9rem }
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
 .failing { border-left-color: #d33 } .ok { border-left-color: #2a4 } .age, svg { display: block }
 .never :is(meter, svg) { display: none } .age:not(:empty)::after { content: ' s in the cache' }
 svg * { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke } path { stroke: #d33 }
-th, td:nth-child(n+5) { white-space: nowrap } pre { white-space: pre-wrap }
-@media (max-width: 50rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
+th, td:nth-child(n+5) { white-space: nowrap } td { min-width: 4rem } pre { white-space: pre-wrap }
+@media (max-width: 78rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
 td[title]:not(:empty)::before { content: attr(title); opacity: .7; margin-right: .6rem } }
 """
 STYLE_HASH = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
@@ -4524,7 +4524,7 @@ class Application:
             deadline = Deadline(seconds, client_fd=request.client_fd)
             held = Reservation(self._tools, cleanup)
             credentials = known and self.loader.refresh(module.name, known)
-            parts = (module, pairs, request.headers, request.client, deadline, cleanup)
+            parts = (module, pairs, end_to_end(request.headers), request.client, deadline, cleanup)
             job = Job(*parts, held, self._tools, credentials, steps)
             query = excerpt(urlencode(pairs), 200)
             attempt = Attempt(job, self.histories[module.name], patience, query)
