@@ -48,9 +48,9 @@ put() {
     chmod "$1" "$3"
 }
 
-sed "s/^REVISION: Final = \"unknown\"/REVISION: Final = \"$revision\"/" expexp.py |
+sed "s/^REVISION = \"unknown\"/REVISION = \"$revision\"/" expexp.py |
     put 0755 - "$out/expexp.py"
-grep -q "^REVISION: Final = \"$revision\"" "$out/expexp.py"
+grep -q "^REVISION = \"$revision\"" "$out/expexp.py"
 echo "$version" | put 0644 - "$out/VERSION"
 
 put 0644 "$out/expexp.py" "$program/expexp.py"
