@@ -24576,7 +24576,7 @@ def test_the_readme_upgrades_program_and_unit_and_rolls_both_back(service: Syste
     clone = service.path("/root/clone")
     for folder in ("dist", "contrib"):
         (clone / folder).mkdir(parents=True)
-    new = old["expexp.py"].replace('Final = "unknown"', 'Final = "trial"', 1)
+    new = old["expexp.py"].replace('REVISION = "unknown"', 'REVISION = "trial"', 1)
     (clone / "dist/expexp.py").write_text(new)
     (clone / "contrib" / UNIT.name).write_text("# new\n" + old[UNIT.name])
     make, commands = KEEP_AND_CHECK.split("\n", 1)
