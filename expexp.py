@@ -4526,7 +4526,7 @@ class Application:
             credentials = known and self.loader.refresh(module.name, known)
             parts = (module, pairs, end_to_end(request.headers), request.client, deadline, cleanup)
             job = Job(*parts, held, self._tools, credentials, steps)
-            query = excerpt(urlencode(pairs), 200)
+            query = excerpt(urlencode(pairs, safe=":/"), 200)
             attempt = Attempt(job, self.histories[module.name], patience, query)
             try:
                 check_arguments(module, pairs, limits)

@@ -14499,6 +14499,7 @@ def test_a_failure_that_is_streamed_to_its_end_is_no_recovery(
 #: A module, a query, and how a failure names the query.
 FAILED_QUERIES: dict[str, tuple[dict[str, object], str, str]] = {
     "a target of a prober": (http_module(9), "target=a.example&x=1", "target=a.example&x=1"),
+    "a target that is a URL": (http_module(9), "target=http%3A%2F%2Fa%3A1", "target=http://a:1"),
     "the exporter's own module": (http_module(9), "params=module%3Dicmp", "params=module%3Dicmp"),
     "arguments of a command": (
         exec_module("exit 3"),
