@@ -201,8 +201,8 @@ class Limits:
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
     failure_reminder_seconds: float = 300  # between warnings about a module that keeps failing
     failure_pause_seconds: float = 10  # between any two warnings about a module
-    queries: int = 64  # of a module, whose outcomes are kept for the page
-    unused_query_seconds: float = 3600  # after others went on so long, the page shows it no more
+    queries: int = 64  # of a module whose outcomes are kept
+    unused_query_seconds: float = 3600  # behind the last scrape: the page hides an older query
 
     def share(self, part: float) -> int:
         """Return this fraction of the connections, at least one."""
@@ -276,7 +276,7 @@ class Problem(NamedTuple):
 
 
 class ConfigError(ExpexpError):
-    """The configuration has faults. The arguments are all of them, sorted by place."""
+    """The configuration has faults. `args` has all of them, sorted by place."""
 
 
 class RequestError(ExpexpError):
@@ -464,8 +464,8 @@ METRIC_TOKEN = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
-# Canonical forms for the fast path: what Go's libraries write. Bounded digits cannot overflow, a
-# bounded run is no long token, and bounded groups need little memory: 100 bytes a repetition.
+# Canonical forms for the fast path: what Go's libraries write. Bounds on digits prevent overflow,
+# bounds on runs long tokens, and bounds on groups much memory: 100 bytes a repetition.
 FAST_LABEL = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # so it is not __name__
 VALUE_BYTE = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE = rb'"%b{0,9999}+"' % VALUE_BYTE
@@ -474,7 +474,7 @@ EXPONENT = rb"(?:[eE](?<=[0-9.].)(?:\+?[0-9]{1,2}|-[0-9]{1,3})|)"  # not after I
 CANONICAL_NUMBER = rb"(?:-?+%b|[+-]Inf|NaN)" % DIGITS  # without its exponent
 MAX_FAST_LABELS = 20  # node_os_info has 12; to compare more names takes too long
 
-# Wide forms: what other libraries write. Only a label name that needs quotes may have them.
+# Wide forms: what other libraries write. Label names have quotes only if they need them.
 QUOTED = rb'"[^"\\\n\0]{1,9999}+"'
 WIDE_NAME = rb'(?:%b|_(?!_name__=)\w{0,9999}+|(?!"%b")%b)' % (FAST_LABEL, LABEL_NAME, QUOTED)
 WIDE_VALUE = rb'"%b{0,9999}+(?:"|(?:\\[^\n\0]%b{0,800}+){1,64}")' % (VALUE_BYTE, VALUE_BYTE)
@@ -509,7 +509,7 @@ OPENMETRICS_TIME = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
 EXEMPLAR_LABELS = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, WIDE_VALUE)
 EXEMPLAR = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
 AFTER_VALUE = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
-#: Base units. The reader takes others: to compare any with the name's end takes quadratic time.
+#: Base units. The reader takes others: comparing each with its name takes quadratic time.
 UNIT = (
     rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
@@ -632,7 +632,7 @@ class Source:
             found = f"{self.body[pos - 1 : pos]!r}{message}"
             if re.search(form, found):
                 message += f"; {advice}"
-        line = self.body.count(b"\n", 0, pos) + 1  # of 256 MiB takes 0.17 s, once a scrape
+        line = self.body.count(b"\n", 0, pos) + 1  # 0.17 s for 256 MiB, once a scrape
         start = self.body.rfind(b"\n", 0, pos) + 1
         text = self.body[start : start + LINE_BYTES].partition(b"\n")[0]
         before = pos - start
@@ -935,7 +935,7 @@ def read_runs(source: Source, end: int, form: Pattern) -> int:
     while run := form.match(body, source.pos, end):
         source.tick()
         if run["more"] and has_label_twice(run[0]):
-            source.fast_from = run.end()  # after each line, a match would see 200 lines again
+            source.fast_from = run.end()  # else each of its lines would be matched again
             break
         samples += RUN_SAMPLES  # only the last run may have fewer
         last = source.pos
@@ -1071,7 +1071,7 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
 
 
 def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Iterator[Field]:
-    """Yield path, start and end of known fields that are not plain. Fields in a field follow it."""
+    """Yield path, start and end of known fields, except plain ones. Nested fields follow theirs."""
     body = source.body
     plain = PLAIN.get(kind)
     while pos < end:
@@ -1102,7 +1102,7 @@ def check_metric(source: Source, pos: int, end: int) -> None:
     if PLAIN_METRIC.fullmatch(source.body, pos, end):
         pairs = LABEL_FIELD.findall(source.body, pos, end)
         names = {name for size, name, text in pairs if ord(size) - 2 == len(name + text)}
-        if len(names) == len(pairs):  # no length is wrong, no name there twice
+        if len(names) == len(pairs):  # all lengths fit, no name is there twice
             return
     labels = Labels()
     found = set()
@@ -1344,7 +1344,7 @@ class FlagError(ExpexpError):
 
 
 def parse_boolean(text: str) -> bool:
-    """Return the boolean of a word in upper or lower case, also of YAML's. Raise ValueError."""
+    """Return the boolean that a word means in Go or YAML, in any case. Raise ValueError."""
     found = re.fullmatch("(?ai)(1|t|true|yes|on)|0|f|false|no|off", text)
     if not found:
         raise ValueError("expected true or false")
@@ -1412,7 +1412,7 @@ def parse_pattern(text: str) -> str:
 class Flag(NamedTuple):
     """A flag of the command line."""
 
-    documentation: str  # as in Go, `backquotes` name its value
+    documentation: str  # `backquotes` mark the name of its value, as in Go
     parse: Convert = str
     default: str | None = ""  # as a user types it; None: a repeatable flag without a default
 
@@ -1431,13 +1431,13 @@ FLAGS = {
     "log.level": Flag("Log lines of this `level` and above.", parse_level, "warning"),
     "timeout-offset": Flag("Take this `duration` off Prometheus's timeout.", parse_seconds, "0.5"),
     "verify": Flag("Verify the exposition in this `file`, and exit. Repeatable.", default=None),
-    "verify.content-type": Flag("Content `type` for -verify. By default the last line decides."),
+    "verify.content-type": Flag("Content `type` for -verify. By default # EOF at the end decides."),
     "version": Flag("Show the version, and exit.", parse_boolean, "false"),
     "web.bearer.token": Flag("Require clients to send this `token`.", Secret),
     "web.bearer.token-file": Flag("Require clients to send the token in this `file`."),
     "web.config.file": Flag("Read TLS settings and users from this exporter-toolkit `file`."),
     "web.enable-lifecycle": Flag("Let clients reload with POST /-/reload.", parse_boolean, "false"),
-    "web.external-address": Flag("Host or `URL` for /sd. By default Host decides.", parse_external),
+    "web.external-address": Flag("Host or `URL` in /sd. Default: the header Host.", parse_external),
     "web.listen-address": Flag('Listen on this `address`. "" disables it.', parse_address, ":9999"),
     "web.proxy-path": Flag("Serve the modules at this `path`.", parse_path, "/proxy"),
     "web.telemetry-path": Flag("Serve expexp's metrics at this `path`.", parse_path, "/metrics"),
@@ -1492,7 +1492,7 @@ def parse_flags(arguments: Sequence[str]) -> Options:
 
 
 def render_usage() -> str:
-    """Return an example, all flags by groups, endpoints and exit codes."""
+    """Return an example, all flags grouped by name, endpoints and exit codes."""
     text = "Usage: python3 expexp.py -config expexp.yaml\n"
     former = ""
     for name, flag in FLAGS.items():
@@ -1502,7 +1502,7 @@ def render_usage() -> str:
         words = " ".join([f"  -{name}", *re.findall("`(.+)`", flag.documentation)])
         default = f" (default {flag.default})" if flag.default else ""
         text += f"{words}\n        {flag.documentation}{default}\n"
-    return text + "\n" + "".join(re.findall("(?s)Endpoints:.*?\n\n", __doc__ or ""))
+    return text.replace("`", "") + "".join(re.findall("(?s)\nEndpoints:.*?\n\n", __doc__ or ""))
 
 
 # ==================================================================================================
@@ -1675,9 +1675,7 @@ read_module_name = scalar("a name", "[^\0\ud800-\udfff]+")
 VERIFY_CHOICE = "true or false (contrib/expolint.py has the former strict level)"
 read_boolean = scalar("true or false", convert=parse_boolean, kind="boolean")
 read_discovery = scalar("true, false, or params and labels", convert=parse_boolean, kind="boolean")
-read_label = scalar(
-    "the name of a label, not module and without __", r"(?a)(?!__|module$)[a-zA-Z_]\w*"
-)
+read_label = scalar("a label name that is free", r"(?a)(?!__|(module|instance)$)[A-Za-z_]\w*")
 read_duration = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_port = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_address = scalar("a host or IP address (no port, scheme or path)", HOST, to_address)
@@ -2038,7 +2036,7 @@ def log_problems(problems: Iterable[Problem]) -> None:
 CERTIFICATE = re.compile(b"-----BEGIN CERTIFICATE-----[^-]*-----END CERTIFICATE-----")
 PRIVATE_KEY = re.compile(rb"BEGIN (?!ENCR|OPENSSH)[A-Z ]*PRIVATE KEY-----(?!\s*Proc-Type)")
 PEM_MISTAKES = {  #: what a file holds instead of a certificate or key in PEM, and what to do
-    rb"\A\s*\Z": "nothing: write it again",
+    rb"\A\s*\Z": "an empty file: write it again",
     rb"BEGIN ENCRYPTED|4,ENCRYPTED": "an encrypted key: decrypt it with openssl pkey",
     rb"BEGIN OPENSSH": "an OpenSSH key: make a new one with openssl genpkey",
     rb"BEGIN.* REQUEST": "a certificate request: use the certificate that the CA issued",
@@ -3095,15 +3093,15 @@ class Cache:
 
     def _start(self, job: Job, key: Any) -> Run:
         """Start a run for a request in a thread of its own. Raise ScrapeError."""
-        # It outlives its clients. A target that is too slow for one of them answers the next.
+        # A run outlives its clients. A target too slow for one client answers the next.
         limits = job.tools.limits
         left = job.deadline.remaining()
         deadline = Deadline(max(scrape_timeout(job.module.timeout, "", 0, limits), left))
         cleanup = ExitStack()
         held = Reservation(job.tools, cleanup)
         # Clients that hang up, each with another query, could leave any number of runs behind.
-        words = "too many scrapes of modules with a cache, try again later"
-        held.reserve("runs", limits.share(PROXY_SHARE), words)
+        most = limits.share(PROXY_SHARE)
+        held.reserve("runs", most, f"already running {most} scrapes of modules with a cache")
         own = job._replace(deadline=deadline, cleanup=cleanup, held=held, client_seconds=left)
         run = Run(job.module)
         run.task = Task(cleanup.close, self._make, own, key, run)
@@ -3348,7 +3346,7 @@ class Job(NamedTuple):
     tools: Tools
     credentials: Any = None  # a LoadedValue, for an http target: its value is a TargetCredentials
     steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
-    client_seconds: float = inf  # a cached scrape's first client had so many left, and may be gone
+    client_seconds: float = inf  # of a cached scrape: the time that its first client had
 
     def note(self, words: str, *values: object, details: bytes = b"") -> None:
         """Add a step to an explanation. The details are for trusted clients only."""
@@ -3738,7 +3736,7 @@ class Fifo:
 
     def __init__(self) -> None:
         self.lock = Lock()
-        self.unfinished: io.FileIO | None = None  # of an answer cut short: its rest is discarded
+        self.unfinished: io.FileIO | None = None  # the rest of an answer cut short, to discard
 
     def close(self) -> None:
         """Close `unfinished`: its answer has been read."""
@@ -3831,7 +3829,7 @@ def gunzip_pieces(body: bytes) -> Pieces:
             if member.eof:
                 member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
             yield member.decompress(part, 4 * PIECE_BYTES)
-            part = member.unused_data or member.unconsumed_tail  # the latter while output is due
+            part = member.unused_data or member.unconsumed_tail  # the latter if output remains
     if not member.eof:
         raise zlib.error("cut short")
 
@@ -3840,7 +3838,7 @@ def gunzip_pieces(body: bytes) -> Pieces:
 ARGUMENT_KINDS = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 SCRAPERS = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
 GZIP_BYTES = 1024  # smaller bodies fit into a packet
-NEUTRAL = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)  # for the answer
+NEUTRAL = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)  # to the body
 
 
 def scrape_target(job: Job) -> Scrape:
@@ -4060,14 +4058,14 @@ def utc_time(seconds: float, form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
 class Outcome:
     """How the last scrape with one query ended, and what was logged about it."""
 
-    succeeded_at: float  # monotonic; before the first success: of the first scrape
+    succeeded_at: float  # monotonic; of the first scrape until one succeeds
     noted_at: float  # monotonic
     fields: Values = dataclasses.field(default_factory=dict)  # `last_scrape` of the page
     logged_reason: str = ""  # in the last warning, except busy
 
 
 class History:
-    """Keeps a module's outcomes by query. Logs recoveries, and failures as warnings if news."""
+    """The outcomes of a module by query. Logs recoveries and new failures as warnings."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -4086,7 +4084,7 @@ class History:
         reason = fields.get("reason", "")  # none: it has succeeded
         fields.update(time=at, seconds=seconds, deadline=job.deadline.seconds, query=attempt.query)
         fields["state"] = "failing" if reason else "ok"
-        key = hash(tuple(job.pairs))  # of bytes: clients cannot know it
+        key = hash(tuple(job.pairs))  # hashes of bytes are salted
         with self._lock:
             self._recent.append((seconds, reason))
             outcome = self._outcomes.pop(key, None) or Outcome(now, now)
@@ -4096,7 +4094,7 @@ class History:
             )
             outcome.fields = fields
             outcome.noted_at = now
-            if len(self._outcomes) > self._limits.queries + 1:  # one more tells that there are more
+            if len(self._outcomes) > self._limits.queries + 1:  # one shows that there are more
                 good = [k for k, each in self._outcomes.items() if not each.fields["failing_since"]]
                 del self._outcomes[[*good, *self._outcomes][0]]
             extra = {"fields": {"module": job.module.name, **fields}}
@@ -4125,7 +4123,7 @@ class History:
         return is_news and not is_early
 
     def summary(self) -> Values:
-        """Return what the page at / tells of the module, by the keys of its JSON."""
+        """Return the module's state for the page at /, by the keys of its JSON."""
         with self._lock:
             outcomes = list(self._outcomes.values())
             recent = list(self._recent)
@@ -4162,7 +4160,7 @@ class Attempt(NamedTuple):
         if scrape.status != OK:
             words = f"the target answered with status {scrape.status}"
             if scrape.status == REASONS["bad_arguments"].status and not self.job.pairs:
-                words += "; if it needs a parameter, set discovery: false, or params"
+                words += "; if it needs a parameter, set discovery: false or discovery.params"
             error = ScrapeError("status", words)
             self.fail(error, error.reason, scrape.status)
         if isinstance(scrape.body, bytes):
@@ -4242,11 +4240,11 @@ PAGE = f"""</head><body><main><h1>expexp {__version__}</h1>
 <a href=".{{telemetry}}">Metrics of expexp itself</a> <a href="./sd">Service discovery</a> \
 <a href="./-/healthy">Health</a></p>
 <pre>{{problems}}</pre><table><thead><tr><th>Module<th>Target<th>Last scrape, failing since\
-<th>Queries<th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
+<th>Query<th>At<th>Seconds<th>Status<th>Samples<th>Bytes</thead>
 """
-ROW = """<tr class="{state}"><td title="Module"><a href=".{path}?{module}">{name}</a> \
-<a href="./-/explain?{module}">explain</a><td title="Target">{method} {target}\
-<td title="Last scrape">{state} {failing_since} {error}<td title="Queries">{queries} {query}\
+ROW = """<tr class="{state}"><td title="Module"><a href=".{path}?{link}">{name}</a> \
+<a href="./-/explain?{link}">explain</a><td title="Target">{method} {target}\
+<td title="Last scrape">{state} {failing_since} {error}<td title="Query">{query} (of {queries})\
 <td title="At">{time}<span class="age">{age}</span><td title="Seconds">{seconds}<meter \
 max="{deadline}" value="{seconds}" title="of {deadline} s"></meter><svg width="120" height="20" \
 viewBox="-1 -{longest} 62 {longest}" role="img" preserveAspectRatio="none"><title>{words}</title>\
@@ -4262,8 +4260,8 @@ def fill(template: str, **values: Any) -> str:
 
 
 def draw(recent: Sequence[tuple[float, str]]) -> Values:
-    """Return a sparkline: durations as a line, failures as bars, and both in words."""
-    longest = 0.001
+    """Return a sparkline: durations as a line, failures as bars, and a summary."""
+    longest = 0.0
     points = ""
     failures = ""
     for number, (seconds, reason) in enumerate(recent):
@@ -4272,19 +4270,20 @@ def draw(recent: Sequence[tuple[float, str]]) -> Values:
         if reason:
             failures += f"M{number},0v-999999"
     words = f"scrapes: {len(recent)}, failed: {failures.count('M')}, longest: {longest} s"
-    return {"points": points, "failures": failures, "longest": longest, "words": words}
+    return {"points": points, "failures": failures, "longest": longest or 1, "words": words}
 
 
 def render_rows(name: str, about: Values, path: str) -> str:
-    """Return a module's row, two of them if some queries fail and others do not."""
+    """Return a module's rows: two if only some of its queries fail."""
     known = {**about, **draw(about["recent"]), "path": path, "name": excerpt(name, 200)}
     known["target"] = excerpt(about["target"], 200)
-    known["module"] = urlencode({"module": name})
+    link = urlencode({"module": name})
     rows = ""
     for shown in (about["last_failure"], about["last_success"]):
         if shown:
+            known["link"] = "&".join(filter(None, [link, shown["query"]]))
             rows += fill(ROW, **{**known, **shown})
-    return rows or fill(ROW, **known, state="never")
+    return rows or fill(ROW, **known, link=link, state="never")
 
 
 def render_page(uri: str, outlines: Values, application: Application) -> str:
@@ -4306,7 +4305,7 @@ def render_page(uri: str, outlines: Values, application: Application) -> str:
     facts.update(loaded=utc_time(snapshot.loaded), telemetry=options["web.telemetry-path"])
     page += fill(PAGE, **facts)
     rows = [render_rows(*pair, options["web.proxy-path"]) for pair in outlines.items()]
-    rows.sort()  # by the state, with which a row begins: failing, never, ok
+    rows.sort()  # a row begins with its state: failing, never, ok
     return page + "".join(rows) + "</table></main></body></html>"
 
 
@@ -4364,7 +4363,7 @@ def list_targets(application: Application, request: Request) -> Response:
         if interval:
             # Both or none: Prometheus drops targets with timeout > interval, or with fractions.
             timeout = (module.timeout or interval) + application.options["timeout-offset"]
-            labels["__scrape_interval__"] = f"{interval * 1000:.0f}ms"
+            labels["__scrape_interval__"] = f"{max(1, interval * 1000):.0f}ms"
             labels["__scrape_timeout__"] = f"{max(1, min(interval, timeout) * 1000):.0f}ms"
         labels.update(module.discovery.labels)
         for values in itertools.product(*params.values()):
@@ -4412,7 +4411,7 @@ class Application:
         self.options = options
         self.metrics = tools.metrics
         self.limits = tools.limits
-        self.access = ""  # the addresses, and who may ask, for the page
+        self.access = ""  # the addresses, and the requirements for clients
         self._tools = tools
         self.histories: dict[str, History] = defaultdict(partial(History, tools.limits))
         self._reload_slots = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
@@ -4592,8 +4591,8 @@ class Connections:
     def __init__(self) -> None:
         self.slots = 0  # until `fit`, and again while connections drain
         self._open: set[socket.socket] = set()  # each use of it is atomic
-        self._held: WeakSet[socket.socket] = WeakSet()  # also evicted ones that a thread has
-        self._exposed = OrderedDict[socket.socket, bool]()  # to be evicted in this order; atomic
+        self._held: WeakSet[socket.socket] = WeakSet()  # with a thread, evicted or not
+        self._exposed = OrderedDict[socket.socket, bool]()  # oldest first; used atomically
 
     def admit(self, connection: socket.socket) -> bool:
         """Give a connection a slot. If none is free, evict another one, or return False."""

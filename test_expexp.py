@@ -12560,11 +12560,11 @@ def test_the_page_shows_failing_modules_first_then_unscraped_ones(
     words = 'line 1, column 1: expected a metric name, found "<i>"'
     rows = [[*row[:5], *row[6:]] for row in found.rows[1:]]
     assert rows == [
-        ["<b> explain", "exec sh", f"{failing} {EXITED}", "1 ", at, "500", "", ""],
-        ["bad explain", "exec sh", f"{failing} {words}", "1 ", at, "500", "", ""],
-        ["new explain", "exec sh", "never  ", "0 ", "", "", "", ""],
-        ["a explain", "exec sh", "ok  ", "1 ", at, "200", "0", "0"],
-        ["good explain", "exec sh", "ok  ", "1 ", at, "200", "1", "4"],
+        ["<b> explain", "exec sh", f"{failing} {EXITED}", " (of 1)", at, "500", "", ""],
+        ["bad explain", "exec sh", f"{failing} {words}", " (of 1)", at, "500", "", ""],
+        ["new explain", "exec sh", "never  ", " (of 0)", "", "", "", ""],
+        ["a explain", "exec sh", "ok  ", " (of 1)", at, "200", "0", "0"],
+        ["good explain", "exec sh", "ok  ", " (of 1)", at, "200", "1", "4"],
     ]
     assert all(re.match(r"\d+\.\d{1,4}scrapes: 1|scrapes: 0", row[5]) for row in found.rows[1:])
     assert not found.names & {"script", "b", "i", "onclick", "onload", "form"}
@@ -12602,7 +12602,7 @@ def test_a_sparkline_has_the_last_60_durations_and_marks_the_failures() -> None:
     assert words == f"scrapes: 60, failed: 2, longest: {longest} s"
     assert marks == "M2,0v-999999M59,0v-999999"
     assert points.split() == [f"{x},{-seconds}" for x, (seconds, _) in enumerate(recent)]
-    assert drawn[2] == ("0.001", "0.001", "scrapes: 0, failed: 0, longest: 0.001 s", "", "")
+    assert drawn[2] == ("1", "1", "scrapes: 0, failed: 0, longest: 0.0 s", "", "")
 
 
 def test_an_answer_of_the_cache_says_how_old_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14579,9 +14579,9 @@ def test_the_page_has_the_last_query_that_fails_and_the_last_good_one(
     assert about["queries"] == 4
     rows = [row[:5] for row in CellsParser(ask(app, "/").text).rows[1:]]
     assert rows == [
-        ["m explain", "exec sh", f"failing {at} {EXITED} (query args=d)", "4 args=d", at],
-        ["m explain", "exec sh", "ok  ", "4 args=a", at],
-        ["other explain", "exec sh", "never  ", "0 ", ""],
+        ["m explain", "exec sh", f"failing {at} {EXITED} (query args=d)", "args=d (of 4)", at],
+        ["m explain", "exec sh", "ok  ", "args=a (of 4)", at],
+        ["other explain", "exec sh", "never  ", " (of 0)", ""],
     ]
 
 
@@ -14616,6 +14616,20 @@ def test_the_query_that_is_used_least_is_forgotten_and_a_failing_one_last() -> N
     kept = [each.fields["query"] for each in app.histories["m"]._outcomes.values()]
     assert kept == [f"args=b{number}" for number in (1, 2, 3, 4)]
     assert described(app)["queries"] == "more than 3"
+
+
+def test_the_links_of_a_row_lead_to_its_query() -> None:
+    app = application({"a&b": prober("bad")})
+    for name in ("bad", "%3Ci%3E%26"):
+        ask(app, f"/proxy?module=a%26b&args={name}")
+    found = links(ask(app, "/").text, "")[-4:]
+    assert found == [
+        "./proxy?module=a%26b&args=bad",
+        "./-/explain?module=a%26b&args=bad",
+        "./proxy?module=a%26b&args=%3Ci%3E%26",
+        "./-/explain?module=a%26b&args=%3Ci%3E%26",
+    ]
+    assert [ask(app, link[1:]).status for link in found] == [500, 200, 200, 200]
 
 
 def test_long_queries_that_begin_alike_are_different_ones() -> None:
@@ -15875,7 +15889,7 @@ def test_clients_that_hang_up_leave_a_bounded_number_of_cached_scrapes_behind() 
                 begin_scrape(client, f"{'mn'[number % 2]}&target={number}")
             wait_until(lambda: used.get("runs") == 7)
         wait_until(lambda: "requests" not in used)
-        words = "too many scrapes of modules with a cache, try again later"
+        words = "already running 7 scrapes of modules with a cache"
         assert served.scrape("o").said == (503, f"module o: {words}\n")
         wait_until(lambda: not used)
         assert served.scrape("o").status == 504
@@ -16171,7 +16185,7 @@ def test_a_form_of_discovery_lists_a_module(form: object, count: int) -> None:
     assert len(groups) == count
 
 
-NO_LABEL: Final = "expected the name of a label, not module and without __, found"
+NO_LABEL: Final = "expected a label name that is free, found"
 #: What is wrong with a `discovery`, and the problem.
 BAD_DISCOVERY: dict[str, tuple[object, str]] = {
     "a word": ("often", "discovery: expected true, false, or params and labels, found"),
@@ -16179,6 +16193,7 @@ BAD_DISCOVERY: dict[str, tuple[object, str]] = {
     "another key": ({"param": {}}, 'discovery.param: unknown key; did you mean "params"?'),
     "one value": ({"params": {"t": "a"}}, "discovery.params.t: expected a list, found the string"),
     "module as a parameter": ({"params": {"module": ["a"]}}, f'{NO_LABEL} "module"'),
+    "instance as a label": ({"labels": {"instance": "a"}}, f'{NO_LABEL} "instance"'),
     "a name with a dash": ({"params": {"a-b": ["a"]}}, f'{NO_LABEL} "a-b"'),
     "a label of Prometheus": ({"labels": {"__address__": "a"}}, f'{NO_LABEL} "__address__"'),
     "a label that is a list": ({"labels": {"a": ["b"]}}, "labels.a: expected text without a NUL"),
@@ -16204,7 +16219,7 @@ def test_a_target_that_refuses_a_scrape_without_a_parameter_may_need_one(
         app = application({"m": http_module(port)})
         for _ in range(3):
             ask(app, f"/proxy?module=m{query}")
-    advice = "; if it needs a parameter, set discovery: false, or params"
+    advice = "; if it needs a parameter, set discovery: false or discovery.params"
     page = ask(app, "/").text
     assert (advice in page) is is_advised
     assert [advice in line for line in caplog.messages if "module m: " in line] == [is_advised]
@@ -25273,7 +25288,7 @@ def test_the_recipe_of_probes_asks_each_exporter_for_its_module_and_target(tmp_p
 
         def is_as_shown() -> bool | None:
             found = world.query('sort(probe_success{job="probes"})')
-            found += world.query('sort(probe_success{job="sites"})')
+            found += world.query('sort(probe_success{job="expexp"})')
             shown = shown_series(found, {**hosts, "host:9999": expexp.address})
             assert shown == PROBES_RECIPE.shown
             return True
