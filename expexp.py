@@ -369,9 +369,8 @@ def parse_duration(text: str) -> float:
 
 def is_host(text: str) -> bool:
     """Return whether this is a host with an optional port, as in the header Host."""
-    form = r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::([1-9][0-9]{,4}))?"
-    found = re.fullmatch(form, text)
-    return found is not None and int(found[1] or 1) <= LAST_PORT
+    form = r"(?:[A-Za-z0-9_.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::[1-9][0-9]{,4})?"
+    return re.fullmatch(form, text) is not None
 
 
 def render_address(address: Address) -> str:
@@ -1672,9 +1671,10 @@ AUTH_TYPES = ("NoClientCert", "VerifyClientCertIfGiven", "RequireAndVerifyClient
 read_text = scalar("text without a NUL")
 read_secret = scalar("text without a NUL", convert=Secret)
 read_module_name = scalar("a name", "[^\0\ud800-\udfff]+")
+BOOLEAN = "(?i:true|false|yes|no|on|off)"
 VERIFY_CHOICE = "true or false (contrib/expolint.py has the former strict level)"
-read_boolean = scalar("true or false", convert=parse_boolean, kind="boolean")
-read_discovery = scalar("true, false, or params and labels", convert=parse_boolean, kind="boolean")
+read_boolean = scalar("true or false", BOOLEAN, parse_boolean, "boolean")
+read_discovery = scalar("true, false, or params and labels", BOOLEAN, parse_boolean, "boolean")
 read_label = scalar("a label name that is free", r"(?a)(?!__|(module|instance)$)[A-Za-z_]\w*")
 read_duration = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_port = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
@@ -1792,7 +1792,7 @@ class Module:
 
     method: str = key(scalar("http, exec or file", "http|exec|file"), required="http, exec or file")
     timeout: float = key(read_duration, 0.0)
-    verify: bool = key(scalar(VERIFY_CHOICE, convert=parse_boolean, kind="boolean"), True)
+    verify: bool = key(scalar(VERIFY_CHOICE, BOOLEAN, parse_boolean, "boolean"), True)
     cache: float = key(read_duration, 0.0)
     max_concurrent: int = key(scalar("0 to 999999", "0|[1-9][0-9]{0,5}", int, "number"), 0)
     scrape_interval: float = key(read_duration, 0.0)
@@ -3004,6 +3004,7 @@ class Scrape(NamedTuple):
     status: int
     headers: Headers
     body: bytes | Pieces
+    modified: float | None = None  # a regular file's modification time, Unix time
     packed: bytes = b""  # the body in gzip
     samples: int | None = None  # of a verified body
 
@@ -3034,8 +3035,7 @@ class Reservation:
 
     def reserve_bytes(self, count: int) -> None:
         """Reserve memory for bodies. Raise ScrapeError("busy") if all requests hold too much."""
-        most = self._tools.limits.held_bytes
-        self.reserve("bytes", most, "too many bodies in memory, try again later", count)
+        self.reserve("bytes", self._tools.limits.held_bytes, "too many bodies in memory", count)
 
     def release(self) -> None:
         """Release everything."""
@@ -3058,9 +3058,10 @@ class Run:
     """One scrape of a module with `cache`. Equal requests share it."""
 
     module: Module  # a reload may have changed it since
-    task: Any = None
     completed_at: float = inf  # monotonic; inf while running, or if not cached
     size: float = inf  # bytes of a good answer and its gzip form
+    outcome: list[Any] = dataclasses.field(default_factory=list)  # a Scrape, or why there is none
+    running: Lock = dataclasses.field(default_factory=Lock)  # held while it runs
 
 
 class Cache:
@@ -3076,49 +3077,52 @@ class Cache:
         while True:
             asked = monotonic()
             with self._lock:
-                run = self._runs.get(key)
-                if not run or run.module != module or asked - run.completed_at >= module.cache:
-                    run = self._start(job, key)
-                    self._runs[key] = run
-            outcome = wait_for(run.task, job.deadline)
+                run: Any = self._runs.get(key)
+                is_new = not run or run.module != module or asked - run.completed_at >= module.cache
+                if is_new:
+                    run = self._runs[key] = self._start(job, key)
+            is_own = is_new and module.method != "exec"
+            if is_own:
+                self._make(job, key, run)
+            outcome = wait_for(run, job.deadline)
             if isinstance(outcome, Scrape):
                 break
-            if outcome[0] != "timeout":  # an older run has reached its deadline: start another
+            # If another client's scrape was too late, or that client hung up, start another one.
+            if is_new or outcome[0] not in ("timeout", "aborted"):
                 raise ScrapeError(*outcome)
-        job.held.reserve_bytes(total_size(outcome))  # it may be evicted while it is sent
+        if not is_own:  # the body may be evicted while it is sent
+            job.held.reserve_bytes(total_size(outcome))
         if asked < run.completed_at:
             return outcome
         aged = with_header(outcome.headers, "Age", str(int(asked - run.completed_at)))
         return outcome._replace(headers=aged)
 
     def _start(self, job: Job, key: Any) -> Run:
-        """Start a run for a request in a thread of its own. Raise ScrapeError."""
-        # A run outlives its clients. A target too slow for one client answers the next.
-        limits = job.tools.limits
-        left = job.deadline.remaining()
-        deadline = Deadline(max(scrape_timeout(job.module.timeout, "", 0, limits), left))
-        cleanup = ExitStack()
-        held = Reservation(job.tools, cleanup)
-        # Clients that hang up, each with another query, could leave any number of runs behind.
-        most = limits.share(PROXY_SHARE)
-        held.reserve("runs", most, f"already running {most} scrapes of modules with a cache")
-        own = job._replace(deadline=deadline, cleanup=cleanup, held=held, client_seconds=left)
+        """Return a new run. Start it if it is a command. Raise ScrapeError."""
         run = Run(job.module)
-        run.task = Task(cleanup.close, self._make, own, key, run)
+        run.running.acquire()
+        if job.module.method == "exec":
+            # A command outlives its clients. If it is too slow for one, it answers the next.
+            longest = scrape_timeout(job.module.timeout, "", 0, job.tools.limits)
+            deadline = Deadline(max(longest, job.deadline.remaining()))
+            cleanup = ExitStack()
+            held = Reservation(job.tools, cleanup)
+            own = job._replace(deadline=deadline, cleanup=cleanup, held=held)
+            Task(cleanup.close, self._make, own, key, run)
         return run
 
-    def _make(self, job: Job, key: Any, run: Run) -> Any:
-        """Return the target's answer, or the arguments of a ScrapeError."""
-        outcome: Any = None
+    def _make(self, job: Job, key: Any, run: Run) -> None:
+        """Scrape the target. Note its answer, or the arguments of a ScrapeError, as the outcome."""
         try:
             outcome = scrape_target(job)
+            run.outcome.append(outcome)
             if outcome.status == OK:
                 run.size = total_size(outcome)
         except ScrapeError as error:  # its traceback would keep bodies
-            outcome = error.reason.name, error.message, error.detail
+            run.outcome.append((error.reason.name, error.message, error.detail))
         finally:
             self._keep(job.tools.limits, key, run)
-        return outcome
+            run.running.release()
 
     def _keep(self, limits: Limits, key: Any, run: Run) -> None:
         """Cache a good answer. Evict the oldest ones beyond the bounds."""
@@ -3177,7 +3181,7 @@ def hold(lock: AnyLock, deadline: Deadline) -> Iterator[None]:
         lock.release()
 
 
-def wait_for(task: Task, deadline: Deadline) -> Any:
+def wait_for(task: Task | Run, deadline: Deadline) -> Any:
     """Return the result of a task. Raise the errors of its work, and ScrapeError."""
     with hold(task.running, deadline):  # others may wait for it, too
         if not task.outcome:
@@ -3270,8 +3274,7 @@ class Commands:
         # Orphans become children of the main thread. Children of other threads are not listed.
         with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = set(map(int, file.read().split()))
-            known = {process.pid for process in list(self.unreaped)}
-            for orphan in children - known:
+            for orphan in children - {process.pid for process in list(self.unreaped)}:
                 os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG)
 
     def end_all(self) -> None:
@@ -3346,7 +3349,6 @@ class Job(NamedTuple):
     tools: Tools
     credentials: Any = None  # a LoadedValue, for an http target: its value is a TargetCredentials
     steps: Any = None  # a list if the scrape is explained: times (monotonic), words and details
-    client_seconds: float = inf  # of a cached scrape: the time that its first client had
 
     def note(self, words: str, *values: object, details: bytes = b"") -> None:
         """Add a step to an explanation. The details are for trusted clients only."""
@@ -3446,7 +3448,7 @@ def request_headers(job: Job) -> dict[str, str]:
         headers[name] = f"{known}{separator}{value}" if known else value
     headers["Host"] = target.netloc.removesuffix(DEFAULT_PORTS[target.scheme])
     headers.setdefault("User-Agent", f"expexp/{__version__}")
-    headers[SCRAPE_TIMEOUT_HEADER] = f"{min(job.deadline.remaining(), job.client_seconds):.3f}"
+    headers[SCRAPE_TIMEOUT_HEADER] = f"{job.deadline.remaining():.3f}"
     if job.module.verify:
         headers["Accept-Encoding"] = "gzip" if takes_gzip(job) else "identity"
     if authorization := job.credentials.value.authorization:
@@ -3539,18 +3541,14 @@ def response_pieces(job: Job, response: TargetExchange) -> Pieces:
 
 # --- containers: expexp asks the engine for a container's address, over Docker's and podman's API
 def connect_engine(job: Job) -> Wire:
-    """Return a connection to a container engine. Raise ScrapeError, which names all that failed."""
-    host = job.module.target.container_host
-    engines = ENGINES if host == ENGINES[0] else (host,)
-    faults = []
-    for engine in engines:
-        try:
-            return connect_unix(job, engine.partition("://")[2])
-        except OSError as error:  # noqa: PERF203 - two at most
-            faults.append(f"{engine}: {words_of(error)}")
-            if not isinstance(error, FileNotFoundError):
-                break
-    raise ScrapeError("unreachable", "; ".join(faults))
+    """Return a connection to a container engine. Raise ScrapeError."""
+    host: str = job.module.target.container_host
+    if host == ENGINES[0] and not os.path.exists(host.partition("://")[2]):
+        host = ENGINES[1]
+    try:
+        return connect_unix(job, host.partition("://")[2])
+    except OSError as error:
+        raise ScrapeError("unreachable", f"{host}: {words_of(error)}") from None
 
 
 def ask_engine(job: Job) -> bytes:
@@ -3676,10 +3674,10 @@ def scrape_exec(job: Job) -> Scrape:
         job.note("the command has written this to stderr", details=bytes(stderr))
 
 
-def text_scrape(body: bytes) -> Scrape:
+def text_scrape(body: bytes, modified: float | None = None) -> Scrape:
     """Return the scrape of a body without a content type."""
     content_type = OPENMETRICS_CONTENT_TYPE if is_openmetrics_body(body) else TEXT_CONTENT_TYPE
-    return Scrape(OK, [("Content-Type", content_type)], body)
+    return Scrape(OK, [("Content-Type", content_type)], body, modified)
 
 
 # --- file
@@ -3715,8 +3713,7 @@ def read_module_path(job: Job) -> Scrape:
         raise ScrapeError("file", "neither a regular file nor a FIFO")
     with open_path(job, kind) as file:
         modified = os.fstat(file.fileno()).st_mtime
-        pieces = iter(lambda: file.read(PIECE_BYTES), b"")
-        return text_scrape(with_mtime(join_pieces(job, pieces), job.module, modified))
+        return text_scrape(join_pieces(job, iter(lambda: file.read(PIECE_BYTES), b"")), modified)
 
 
 @contextmanager
@@ -3801,8 +3798,7 @@ def verify_scrape(job: Job, headers: Headers, body: bytes, configured: str) -> t
             body = join_pieces(job._replace(held=decoded), gunzip_pieces(body))
             job.note("unpacked %d bytes", len(body), details=body)
         # Measured for 40 bodies of 50 MB: the p99 of others is 90-156 ms, without this 375 ms.
-        is_large = len(body) > MEBIBYTE
-        with hold(job.tools.verifications, job.deadline) if is_large else nullcontext():
+        with hold(job.tools.verifications, job.deadline) if len(body) > MEBIBYTE else nullcontext():
             samples = verify_exposition(body, content_type, job.deadline.tick)
         job.note("verified %d samples", samples)
     except zlib.error as error:
@@ -3837,7 +3833,7 @@ def gunzip_pieces(body: bytes) -> Pieces:
 #: What clients may add to a module's scrape.
 ARGUMENT_KINDS = {"exec": (b"args", b"params"), "http": (b"params",), "file": ()}
 SCRAPERS = {"http": scrape_http, "exec": scrape_exec, "file": scrape_file}
-GZIP_BYTES = 1024  # smaller bodies fit into a packet
+GZIP_BYTES = range(1024, 16777216)  # smaller ones fit into a packet, larger ones take too long
 NEUTRAL = ("Host", "User-Agent", "X-Forwarded-For", SCRAPE_TIMEOUT_HEADER)  # to the body
 
 
@@ -3866,8 +3862,10 @@ def scrape_target(job: Job) -> Scrape:
         content_type, samples = verify_scrape(job, headers, body, content_type)
     if content_type:
         headers = with_header(headers, "Content-Type", content_type)
+    if result.modified is not None:
+        body = with_mtime(body, module, result.modified)
     packed = b""
-    if module.method != "http" and len(body) >= GZIP_BYTES:
+    if module.method != "http" and len(body) in GZIP_BYTES:
         headers = with_header(headers, "Vary", "Accept-Encoding")
         if module.cache or takes_gzip(job):
             packed = join_pieces(job, [gzip.compress(body, 1)])
@@ -4088,15 +4086,15 @@ class History:
         with self._lock:
             self._recent.append((seconds, reason))
             outcome = self._outcomes.pop(key, None) or Outcome(now, now)
-            self._outcomes[key] = outcome
             fields["failing_since"] = (
                 (outcome.fields.get("failing_since") or at) if reason else None
             )
             outcome.fields = fields
             outcome.noted_at = now
-            if len(self._outcomes) > self._limits.queries + 1:  # one shows that there are more
+            if len(self._outcomes) > self._limits.queries:  # with this one, one more than counted
                 good = [k for k, each in self._outcomes.items() if not each.fields["failing_since"]]
                 del self._outcomes[[*good, *self._outcomes][0]]
+            self._outcomes[key] = outcome
             extra = {"fields": {"module": job.module.name, **fields}}
             if self._is_news(outcome, reason, patience):
                 more = f" ({self._left_out} more left out)" if self._left_out else ""
@@ -4181,7 +4179,7 @@ class Attempt(NamedTuple):
             text = f"module {self.job.module.name}: recovered"
             if self.query:
                 text += f" (query {self.query})"
-            age = dict(scrape.headers).get("Age")
+            age = excerpt(dict(scrape.headers).get("Age", ""))
             self.history.note(self, text, status=OK, samples=scrape.samples, bytes=size, age=age)
 
     def fail(self, error: ScrapeError, reason: Reason, status: int) -> str:
@@ -4297,7 +4295,7 @@ def render_page(uri: str, outlines: Values, application: Application) -> str:
     told = "\n".join(map(str, snapshot.config.problems[:20]))
     if told:
         told = f"Reload failed, the previous configuration is in use:\n{told}"
-    access = application.access
+    access = application.access()
     if snapshot.credentials.value.tls:
         access += f", certificate until {utc_time(snapshot.credentials.value.tls.expires)}"
     files = ", ".join(filter(None, [options["config.file"], *options["config.dirs"]]))
@@ -4411,7 +4409,7 @@ class Application:
         self.options = options
         self.metrics = tools.metrics
         self.limits = tools.limits
-        self.access = ""  # the addresses, and the requirements for clients
+        self.addresses = ""  # of the listeners, for the page
         self._tools = tools
         self.histories: dict[str, History] = defaultdict(partial(History, tools.limits))
         self._reload_slots = BoundedSemaphore(tools.limits.share(RELOAD_SHARE))
@@ -4430,6 +4428,12 @@ class Application:
             raise ConfigError(Problem("", 0, 0, "", message))
         self._prepared: LoadedValue | None = None
         self._prepare_modules()
+
+    def access(self) -> str:
+        """Return the addresses, and the requirements for clients."""
+        rules = sorted(self.loader.snapshot.credentials.value.protections)
+        clients = ", ".join([*map(str, self.options["allow.net"]), *rules]) or "all"
+        return f"{self.addresses}, clients: {clients}"
 
     @property
     def modules(self) -> Mapping[str, Module]:
@@ -5088,10 +5092,7 @@ class Program:
                     message = f"cannot listen on {render_address(address)}: {words_of(error)}"
                     raise ConfigError(Problem("", 0, 0, "", message)) from None
                 self.servers.append(server)
-        rules = sorted(self.loader.snapshot.credentials.value.protections)
-        clients = ", ".join([*map(str, self.application.options["allow.net"]), *rules]) or "all"
-        urls = ", ".join([server.url for server in self.servers])
-        self.application.access = f"{urls}, clients: {clients}"
+        self.application.addresses = ", ".join([server.url for server in self.servers])
         self._log_exposure()
 
     def _log_exposure(self) -> None:
@@ -5126,7 +5127,7 @@ class Program:
         for server in self.servers:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             LOGGER.info("listening on %s", server.url)
-        started = (__version__, len(self.application.modules), self.application.access)
+        started = (__version__, len(self.application.modules), self.application.access())
         LOGGER.log(NOTICE, "expexp %s started: %d modules, %s", *started)
         notify(f"READY=1\n{self.status()}")
         # A reload can hang in a file system. This thread must still be able to end the program.

@@ -302,8 +302,8 @@ def attack_hangup_tls(bench: Bench) -> list[Figure]:
 
 
 def attack_hangup_cache(bench: Bench) -> list[Figure]:
-    """Hang up while all clients wait for one cached run, which runs until its deadline."""
-    return hang_up(bench, bench.http("silent", cache="60s", timeout="10s"))
+    """Hang up while all clients wait for one cached run."""
+    return hang_up(bench, bench.http("silent", cache="60s"))
 
 
 def attack_hangup_fifo(bench: Bench) -> list[Figure]:
