@@ -4218,7 +4218,7 @@ table { border-collapse: collapse; width: 100% } td:nth-child(2) { min-width: 9r
 th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 tr { border-bottom: 1px solid #8886; border-left: .4rem solid #888 } thead tr { border-left: 0 }
 .failing { border-left-color: #d33 } .ok { border-left-color: #2a4 } .age, svg { display: block }
-.never :is(meter, svg) { display: none } .age:not(:empty)::after { content: ' s in the cache' }
+.never :is(meter, svg), .q0, .q1 { display: none } .age:not(:empty)::after { content: ' s old' }
 svg * { fill: none; stroke: currentColor; vector-effect: non-scaling-stroke } path { stroke: #d33 }
 th, td:nth-child(n+5) { white-space: nowrap } td { min-width: 4rem } pre { white-space: pre-wrap }
 @media (max-width: 78rem) { thead { display: none } tr, td { display: block } td { padding: .1rem }
@@ -4242,12 +4242,12 @@ PAGE = f"""</head><body><main><h1>expexp {__version__}</h1>
 """
 ROW = """<tr class="{state}"><td title="Module"><a href=".{path}?{link}">{name}</a> \
 <a href="./-/explain?{link}">explain</a><td title="Target">{method} {target}\
-<td title="Last scrape">{state} {failing_since} {error}<td title="Query">{query} (of {queries})\
-<td title="At">{time}<span class="age">{age}</span><td title="Seconds">{seconds}<meter \
-max="{deadline}" value="{seconds}" title="of {deadline} s"></meter><svg width="120" height="20" \
-viewBox="-1 -{longest} 62 {longest}" role="img" preserveAspectRatio="none"><title>{words}</title>\
-<path d="{failures}"/><polyline points="{points}"/></svg><td title="Status">{status}\
-<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
+<td title="Last scrape">{state} {failing_since} {error}<td title="Query">{query}<span \
+class="q{queries}"> (of {queries})</span><td title="At">{time}<span class="age">{age}</span><td \
+title="Seconds">{seconds}<meter max="{deadline}" value="{seconds}" title="of {deadline} s"></meter>\
+<svg width="120" height="20" viewBox="-1 -{longest} 62 {longest}" role="img" \
+preserveAspectRatio="none"><title>{words}</title><path d="{marks}"/><polyline points="{points}"/>\
+</svg><td title="Status">{status}<td title="Samples">{samples}<td title="Bytes">{bytes}</tr>
 """
 
 
@@ -4261,14 +4261,14 @@ def draw(recent: Sequence[tuple[float, str]]) -> Values:
     """Return a sparkline: durations as a line, failures as bars, and a summary."""
     longest = 0.0
     points = ""
-    failures = ""
+    marks = ""
     for number, (seconds, reason) in enumerate(recent):
         longest = max(longest, seconds)
         points += f" {number},{-seconds}"
         if reason:
-            failures += f"M{number},0v-999999"
-    words = f"scrapes: {len(recent)}, failed: {failures.count('M')}, longest: {longest} s"
-    return {"points": points, "failures": failures, "longest": longest or 1, "words": words}
+            marks += f"M{number},0v-999999"
+    words = f"scrapes: {len(recent)}, failed: {marks.count('M')}, longest: {longest} s"
+    return {"points": points, "marks": marks, "longest": longest or 1, "words": words}
 
 
 def render_rows(name: str, about: Values, path: str) -> str:
