@@ -52,7 +52,7 @@ import signal
 import sys
 
 if (found := sys.version_info) < (3, 9):  # expexp needs Python 3.9 or later
-    sys.exit(f"expexp needs Python 3.9 or later, found {found[0]}.{found[1]}")
+    sys.exit(f"expexp needs Python 3.9 or later, found {sys.version[:3]}")
 if __name__ == "__main__":  # before `run`, Ctrl-C ends expexp without a traceback, like SIGTERM
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -2307,7 +2307,7 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     """Return whether a name matches. Raise CertificateError if that is unknown. IO."""
     # In this process, `([a-z0-9]+[.-]?)+` took 14 s for 29 bytes, and all other threads waited.
     command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
-    null = subprocess.DEVNULL
+    null = DEVNULL
     if not MATCHING.acquire(timeout=seconds):
         raise CertificateError("too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
@@ -4086,15 +4086,16 @@ class History:
         with self._lock:
             self._recent.append((seconds, reason))
             outcome = self._outcomes.pop(key, None) or Outcome(now, now)
-            fields["failing_since"] = (
-                (outcome.fields.get("failing_since") or at) if reason else None
-            )
-            outcome.fields = fields
-            outcome.noted_at = now
             if len(self._outcomes) > self._limits.queries:  # with this one, one more than counted
                 good = [k for k, each in self._outcomes.items() if not each.fields["failing_since"]]
-                del self._outcomes[[*good, *self._outcomes][0]]
+                forgotten = self._outcomes.pop([*good, *self._outcomes][0])
+                if reason and not good:  # so many fail that one more is no news
+                    outcome = forgotten
             self._outcomes[key] = outcome
+            since = outcome.fields.get("failing_since") or at
+            fields["failing_since"] = since if reason else None
+            outcome.fields = fields
+            outcome.noted_at = now
             extra = {"fields": {"module": job.module.name, **fields}}
             if self._is_news(outcome, reason, patience):
                 more = f" ({self._left_out} more left out)" if self._left_out else ""
@@ -5205,7 +5206,6 @@ def point_at(line: bytes, column: int) -> str:
 def verify_file(name: str, options: Options, limits: Limits) -> int:
     """Verify a file, write the verdict to stdout, and return the exit code of -verify. IO."""
     shown = "<stdin>" if name == "-" else excerpt(name, 200)
-    failure = f"{shown}: cannot be read"
     code = 0
     try:
         body = read_input(name, limits)
@@ -5218,10 +5218,9 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
             if error.line:  # 0 in protobuf
                 text = f"{shown}:{error.line}:{error.column}: {error.message}\n"
                 text += point_at(error.text, error.column)
-        failure = "<stdout>: cannot be written"
         os.write(1, text.encode("utf-8", "replace"))
     except (OSError, ScrapeError) as error:
-        tell(f"{failure}: {words_of(error)}\n")
+        tell(f"{shown}: cannot be verified: {words_of(error)}\n")
         code = 2
     return code
 

@@ -14665,6 +14665,40 @@ def test_a_query_that_nobody_repeats_lets_its_module_fail_for_an_hour(
     assert described(app)["last_failure"] is None
 
 
+def test_where_more_queries_fail_than_are_kept_one_more_is_no_news(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limits = fast_limits(queries=3, failure_pause_seconds=0)
+    app = application({"m": prober("b*")}, limits=limits)
+    caplog.clear()
+    for _ in range(3):
+        for number in range(6):
+            probe(app, f"b{number}")
+    assert [line.rpartition("=")[2] for line in caplog.messages] == ["b0)", "b1)", "b2)", "b3)"]
+    since = described(app)["failing_since"]
+    probe(app, "good")
+    assert caplog.messages[4:] == []
+    assert described(app)["failing_since"] == since
+
+
+def test_where_more_queries_time_out_than_are_kept_it_is_news_after_five_minutes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(expexp, "monotonic", lambda: now)
+    limits = expexp.Limits()
+    history = expexp.History(limits)
+    module = types.SimpleNamespace(name="m")
+    for second in range(0, 320, 10):
+        now = second
+        for number in range(70):
+            pairs = [(b"target", b"%d" % number)]
+            job = types.SimpleNamespace(module=module, deadline=expexp.Deadline(1), pairs=pairs)
+            attempt: Any = types.SimpleNamespace(job=job, query=f"target={number}")
+            history.note(attempt, f"{second}", 300, status=504, reason="timeout")
+    assert caplog.messages[:1] == ["300"]
+
+
 def test_the_log_reminds_of_a_module_with_many_failing_queries_once_in_five_minutes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -19138,7 +19172,7 @@ def test_verify_ends_with_2_where_it_cannot_write(redirection: str) -> None:
     command = f"echo a 1 | {sys.executable} -S {SOURCE} -verify - {redirection}"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert re.fullmatch("<stdout>: cannot be written: [a-z ]+\n", ended.stderr)
+    assert re.fullmatch("<stdin>: cannot be verified: [a-z ]+\n", ended.stderr)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -19171,9 +19205,9 @@ def test_verify_names_the_file_and_counts_the_samples_in_it(
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["-verify", "none.prom"], "none.prom: cannot be read: no such file or directory\n"),
-        (["-verify", "."], ".: cannot be read: is a directory\n"),
-        (["-verify=\x1b\n"], "\\x1b\\n: cannot be read: no such file or directory\n"),
+        (["-verify", "none.prom"], "none.prom: cannot be verified: no such file or directory\n"),
+        (["-verify", "."], ".: cannot be verified: is a directory\n"),
+        (["-verify=\x1b\n"], "\\x1b\\n: cannot be verified: no such file or directory\n"),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -19206,7 +19240,7 @@ def test_verify_ends_with_2_where_there_is_no_stdin() -> None:
     command = f"exec {sys.executable} -S {SOURCE} -verify - <&-"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "<stdin>: cannot be read: bad file descriptor\n"
+    assert ended.stderr == "<stdin>: cannot be verified: bad file descriptor\n"
 
 
 def test_verify_reads_no_more_than_a_scrape_would(
@@ -19216,7 +19250,7 @@ def test_verify_reads_no_more_than_a_scrape_would(
     options = expexp.parse_flags(["-verify=a.prom"])
     limits = fast_limits(body_bytes=11)
     assert expexp.verify_file("a.prom", options, limits) == 2
-    assert capfd.readouterr() == ("", "a.prom: cannot be read: more than 11 bytes\n")
+    assert capfd.readouterr() == ("", "a.prom: cannot be verified: more than 11 bytes\n")
 
 
 def test_the_documents_show_what_verify_says(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
