@@ -4267,7 +4267,7 @@ def draw(recent: Sequence[tuple[float, str]]) -> Values:
         longest = max(longest, seconds)
         points += f" {number},{-seconds}"
         if reason:
-            marks += f"M{number},0v-999999"
+            marks += f"M{number},0v-9e5"
     words = f"scrapes: {len(recent)}, failed: {marks.count('M')}, longest: {longest} s"
     return {"points": points, "marks": marks, "longest": longest or 1, "words": words}
 
