@@ -201,8 +201,8 @@ class Limits:
     drain_seconds: float = 10  # to finish requests at shutdown: below systemd's own limit
     failure_reminder_seconds: float = 300  # between warnings about a module that keeps failing
     failure_pause_seconds: float = 10  # between any two warnings about a module
-    queries: int = 64  # of a module whose outcomes are kept
-    unused_query_seconds: float = 3600  # behind the last scrape: the page hides an older query
+    queries: int = 64  # counted for a module; the outcomes of one more are kept
+    unused_query_seconds: float = 3600  # older than the last scrape: the query no longer counts
 
     def share(self, part: float) -> int:
         """Return this fraction of the connections, at least one."""
@@ -463,8 +463,8 @@ METRIC_TOKEN = re.compile(rb"[a-zA-Z_:][a-zA-Z0-9_:]*")
 LABEL_TOKEN = re.compile(rb"[a-zA-Z_][a-zA-Z0-9_]*")
 QUOTED_NAME = compile_production(rb'[^"\\\0]*+(?:\\[^\n\0][^"\\\0]*+)*')
 
-# Canonical forms for the fast path: what Go's libraries write. Bounds on digits prevent overflow,
-# bounds on runs long tokens, and bounds on groups much memory: 100 bytes a repetition.
+# Canonical forms for the fast path: what Go's libraries write. Bounds on digits prevent overflow.
+# Bounds on runs limit tokens. Bounds on groups limit memory: a repetition takes 100 bytes.
 FAST_LABEL = rb"[a-zA-Z][a-zA-Z0-9_]{0,9999}+"  # so it is not __name__
 VALUE_BYTE = rb"[\x01-\t\x0b-!#-\[\]-\xff]"  # no quote, backslash, newline or NUL
 CANONICAL_VALUE = rb'"%b{0,9999}+"' % VALUE_BYTE
@@ -508,7 +508,7 @@ OPENMETRICS_TIME = rb"%b(?: -?+%b%b|)" % (EXPONENT, DIGITS, EXPONENT)
 EXEMPLAR_LABELS = rb"\{(?:%b=%b(?:,|(?=\}))){0,64}\}" % (LABEL_NAME, WIDE_VALUE)
 EXEMPLAR = rb" # %b %b%b" % (EXEMPLAR_LABELS, CANONICAL_NUMBER, OPENMETRICS_TIME)
 AFTER_VALUE = rb"%b(?:%b|)" % (OPENMETRICS_TIME, EXEMPLAR)
-#: Base units. The reader takes others: comparing each with its name takes quadratic time.
+#: Base units. The reader checks others: a pattern for all takes quadratic time.
 UNIT = (
     rb"|UNIT %b(?:(?<=_seconds) seconds|(?<=_bytes) bytes|(?<=_ratio) ratio|(?<=_volts) volts"
     rb"|(?<=_amperes) amperes|(?<=_joules) joules|(?<=_grams) grams|(?<=_meters) meters"
@@ -971,8 +971,8 @@ def read_exposition(body: bytes, dialect: Dialect, tick: Tick = no_tick) -> int:
 # ==================================================================================================
 # A body is a run of `io.prometheus.client.MetricFamily` messages, each after its length. PROTOBUF
 # has the known fields. Others are skipped. As in Prometheus's decoder, wire types and lengths must
-# fit, names, help and label values must be UTF-8, and label names must differ. A match for a plain
-# message accepts only what `read_fields` does. Authority: client_model, protobuf's encoding page.
+# fit, names, help and label values must be UTF-8, and label names must differ. The patterns
+# PLAIN accept only what `read_fields` accepts. Authority: client_model, protobuf's encoding page.
 
 PROTOBUF = {  #: fields by message, in the order of their numbers; callers read those of kind ""
     "MetricFamily": {"name": "text", "help": "text", "type": "int", "metric": "", "unit": "text"},
@@ -1070,7 +1070,7 @@ def read_content(body: bytes, pos: int, end: int, path: str, wire: int) -> tuple
 
 
 def read_fields(source: Source, pos: int, end: int, path: str, kind: str) -> Iterator[Field]:
-    """Yield path, start and end of known fields, except plain ones. Nested fields follow theirs."""
+    """Yield path, start and end of known fields, except plain ones. A field precedes its parts."""
     body = source.body
     plain = PLAIN.get(kind)
     while pos < end:
@@ -1343,7 +1343,7 @@ class FlagError(ExpexpError):
 
 
 def parse_boolean(text: str) -> bool:
-    """Return the boolean that a word means in Go or YAML, in any case. Raise ValueError."""
+    """Return the boolean that a word means in Go or YAML, ignoring case. Raise ValueError."""
     found = re.fullmatch("(?ai)(1|t|true|yes|on)|0|f|false|no|off", text)
     if not found:
         raise ValueError("expected true or false")
@@ -1418,7 +1418,7 @@ class Flag(NamedTuple):
 
 FLAGS = {
     "allow.net": Flag("Allow only clients of this `network`. Repeatable.", parse_network, None),
-    "config.auto-reload-interval": Flag("Look for changes every `duration`.", parse_seconds, "0"),
+    "config.auto-reload-interval": Flag("Check files every `duration`; 0: no.", parse_seconds, "0"),
     "config.check": Flag("Check configuration and credentials, and exit.", parse_boolean, "false"),
     "config.dirs": Flag("Read a module from each file in this `folder`. Repeatable.", default=None),
     "config.file": Flag("Read the modules in this `file`. Also -config.", default="expexp.yaml"),
@@ -1430,7 +1430,7 @@ FLAGS = {
     "log.level": Flag("Log lines of this `level` and above.", parse_level, "warning"),
     "timeout-offset": Flag("Take this `duration` off Prometheus's timeout.", parse_seconds, "0.5"),
     "verify": Flag("Verify the exposition in this `file`, and exit. Repeatable.", default=None),
-    "verify.content-type": Flag("Content `type` for -verify. By default # EOF at the end decides."),
+    "verify.content-type": Flag("Content `type` for -verify. Default: text, OpenMetrics at # EOF."),
     "version": Flag("Show the version, and exit.", parse_boolean, "false"),
     "web.bearer.token": Flag("Require clients to send this `token`.", Secret),
     "web.bearer.token-file": Flag("Require clients to send the token in this `file`."),
@@ -1442,7 +1442,7 @@ FLAGS = {
     "web.telemetry-path": Flag("Serve expexp's metrics at this `path`.", parse_path, "/metrics"),
     "web.tls.ca": Flag("Verify client certificates with the CAs in this `file`.", default="ca.pem"),
     "web.tls.cert": Flag("Serve TLS with the certificate in this `file`.", default="cert.pem"),
-    "web.tls.certmatch": Flag("Require client names that match this `pattern`.", parse_pattern),
+    "web.tls.certmatch": Flag("Require a certificate name that matches `pattern`.", parse_pattern),
     "web.tls.key": Flag("Serve TLS with the key in this `file`.", default="key.pem"),
     "web.tls.listen-address": Flag('Serve TLS on this `address`. "" disables it.', parse_address),
     "web.tls.verify": Flag("Require and verify client certificates.", parse_boolean, "false"),
@@ -1675,7 +1675,7 @@ BOOLEAN = "(?i:true|false|yes|no|on|off)"
 VERIFY_CHOICE = "true or false (contrib/expolint.py has the former strict level)"
 read_boolean = scalar("true or false", BOOLEAN, parse_boolean, "boolean")
 read_discovery = scalar("true, false, or params and labels", BOOLEAN, parse_boolean, "boolean")
-read_label = scalar("a label name that is free", r"(?a)(?!__|(module|instance)$)[A-Za-z_]\w*")
+read_label = scalar("a label, not module, instance, __*", r"(?a)(?!__|module$|instance$)[^\W\d]\w*")
 read_duration = scalar('a duration such as "5s" or "1m30s"', convert=parse_duration)
 read_port = scalar(f"a port from 1 to {LAST_PORT}", PORT, to_port, "number")
 read_address = scalar("a host or IP address (no port, scheme or path)", HOST, to_address)
@@ -4056,7 +4056,7 @@ def utc_time(seconds: float, form: str = "%Y-%m-%dT%H:%M:%SZ") -> str:
 class Outcome:
     """How the last scrape with one query ended, and what was logged about it."""
 
-    succeeded_at: float  # monotonic; of the first scrape until one succeeds
+    succeeded_at: float  # monotonic; before any success, of the first scrape
     noted_at: float  # monotonic
     fields: Values = dataclasses.field(default_factory=dict)  # `last_scrape` of the page
     logged_reason: str = ""  # in the last warning, except busy
@@ -4086,7 +4086,7 @@ class History:
         with self._lock:
             self._recent.append((seconds, reason))
             outcome = self._outcomes.pop(key, None) or Outcome(now, now)
-            if len(self._outcomes) > self._limits.queries:  # with this one, one more than counted
+            if len(self._outcomes) > self._limits.queries:  # keep one more, to know "more than 64"
                 good = [k for k, each in self._outcomes.items() if not each.fields["failing_since"]]
                 forgotten = self._outcomes.pop([*good, *self._outcomes][0])
                 if reason and not good:  # so many fail that one more is no news
@@ -4367,7 +4367,7 @@ def list_targets(application: Application, request: Request) -> Response:
         labels.update(module.discovery.labels)
         for values in itertools.product(*params.values()):
             added = dict(zip(params, values))
-            if added:  # or else the series of all values would be the same
+            if added:  # also in instance, by which dashboards tell targets apart
                 added["instance"] = f"{address} {' '.join(values)}"
             added.update({f"__param_{name}": added[name] for name in params})
             groups.append({"targets": [address], "labels": {**labels, **added}})
@@ -5220,7 +5220,7 @@ def verify_file(name: str, options: Options, limits: Limits) -> int:
                 text += point_at(error.text, error.column)
         os.write(1, text.encode("utf-8", "replace"))
     except (OSError, ScrapeError) as error:
-        tell(f"{shown}: cannot be verified: {words_of(error)}\n")
+        tell(f"{shown}: cannot be read or reported: {words_of(error)}\n")
         code = 2
     return code
 

@@ -16232,7 +16232,7 @@ def test_a_form_of_discovery_lists_a_module(form: object, count: int) -> None:
     assert len(groups) == count
 
 
-NO_LABEL: Final = "expected a label name that is free, found"
+NO_LABEL: Final = "expected a label, not module, instance, __*, found"
 #: What is wrong with a `discovery`, and the problem.
 BAD_DISCOVERY: dict[str, tuple[object, str]] = {
     "a word": ("often", "discovery: expected true, false, or params and labels, found"),
@@ -19177,7 +19177,7 @@ def test_verify_ends_with_2_where_it_cannot_write(redirection: str) -> None:
     command = f"echo a 1 | {sys.executable} -S {SOURCE} -verify - {redirection}"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert re.fullmatch("<stdin>: cannot be verified: [a-z ]+\n", ended.stderr)
+    assert re.fullmatch("<stdin>: cannot be read or reported: [a-z ]+\n", ended.stderr)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -19210,9 +19210,12 @@ def test_verify_names_the_file_and_counts_the_samples_in_it(
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["-verify", "none.prom"], "none.prom: cannot be verified: no such file or directory\n"),
-        (["-verify", "."], ".: cannot be verified: is a directory\n"),
-        (["-verify=\x1b\n"], "\\x1b\\n: cannot be verified: no such file or directory\n"),
+        (
+            ["-verify", "none.prom"],
+            "none.prom: cannot be read or reported: no such file or directory\n",
+        ),
+        (["-verify", "."], ".: cannot be read or reported: is a directory\n"),
+        (["-verify=\x1b\n"], "\\x1b\\n: cannot be read or reported: no such file or directory\n"),
     ],
 )
 @pytest.mark.usefixtures("here")
@@ -19245,7 +19248,7 @@ def test_verify_ends_with_2_where_there_is_no_stdin() -> None:
     command = f"exec {sys.executable} -S {SOURCE} -verify - <&-"
     ended = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "<stdin>: cannot be verified: bad file descriptor\n"
+    assert ended.stderr == "<stdin>: cannot be read or reported: bad file descriptor\n"
 
 
 def test_verify_reads_no_more_than_a_scrape_would(
@@ -19255,7 +19258,7 @@ def test_verify_reads_no_more_than_a_scrape_would(
     options = expexp.parse_flags(["-verify=a.prom"])
     limits = fast_limits(body_bytes=11)
     assert expexp.verify_file("a.prom", options, limits) == 2
-    assert capfd.readouterr() == ("", "a.prom: cannot be verified: more than 11 bytes\n")
+    assert capfd.readouterr() == ("", "a.prom: cannot be read or reported: more than 11 bytes\n")
 
 
 def test_the_documents_show_what_verify_says(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
