@@ -105,7 +105,8 @@ from functools import cache, cached_property, lru_cache, partial
 from math import ceil, inf, isinf
 from select import POLLIN, POLLOUT
 from ssl import SSLContext
-from subprocess import DEVNULL, PIPE
+from subprocess import DEVNULL as NULL
+from subprocess import PIPE
 from threading import BoundedSemaphore, Lock, Semaphore
 from time import monotonic, sleep
 from typing import Any, Callable, NamedTuple, Union, cast
@@ -2307,11 +2308,10 @@ def match_names(pattern: str, names: tuple[str, ...], seconds: float) -> bool:
     """Return whether a name matches. Raise CertificateError if that is unknown. IO."""
     # In this process, `([a-z0-9]+[.-]?)+` took 14 s for 29 bytes, and all other threads waited.
     command = [sys.executable, "-ISc", SEARCH_NAMES, pattern, *names]
-    null = DEVNULL
     if not MATCHING.acquire(timeout=seconds):
         raise CertificateError("too many names are being matched")
     try:  # no shell; after -c nothing is taken for an option
-        status = subprocess.call(command, timeout=seconds, stdin=null, stdout=null, stderr=null)  # noqa: S603 - see above
+        status = subprocess.call(command, timeout=seconds, stdin=NULL, stdout=NULL, stderr=NULL)  # noqa: S603 - see above
     except subprocess.TimeoutExpired:
         raise CertificateError("matching -web.tls.certmatch takes too long") from None
     except OSError as error:  # it did not start
@@ -3227,13 +3227,7 @@ class Commands:
         try:
             job.note("starting the command", details=b"\n".join(map(os.fsencode, arguments)))
             process = subprocess.Popen(  # noqa: S603 - the operator's command, without a shell
-                arguments,
-                0,
-                env=env,
-                stdin=DEVNULL,
-                stdout=PIPE,
-                stderr=PIPE,
-                start_new_session=True,
+                arguments, 0, env=env, stdin=NULL, stdout=PIPE, stderr=PIPE, start_new_session=True
             )
         except (OSError, ValueError) as error:
             words = start_fault(error, target.command, env.get("PATH", ""))
@@ -3274,7 +3268,8 @@ class Commands:
         # Orphans become children of the main thread. Children of other threads are not listed.
         with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
             children = set(map(int, file.read().split()))
-            for orphan in children - {process.pid for process in list(self.unreaped)}:
+            known = {process.pid for process in list(self.unreaped)}
+            for orphan in children - known:
                 os.waitid(os.P_PID, orphan, os.WEXITED | os.WNOHANG)
 
     def end_all(self) -> None:
@@ -3969,7 +3964,7 @@ def own_response(
 
 
 def choose_module(config: Config, request: Request) -> tuple[Module, Query]:
-    """Return the module that a query names, or the default one, and the query's rest for it."""
+    """Return the module that a query names, or the default one, and what the query has for it."""
     name = config.default_module
     rest = list(parse_query(request.target.partition("?")[2]))
     given = dict(reversed(rest)).get(b"module")  # the first one: later ones are for the target
@@ -4127,7 +4122,7 @@ class History:
             outcomes = list(self._outcomes.values())
             recent = list(self._recent)
         most = self._limits.queries
-        used = f"more than {most}" if len(outcomes) > most else len(outcomes)
+        queries = f"more than {most}" if len(outcomes) > most else len(outcomes)
         found: Values = {"last_scrape": None, "last_success": None, "last_failure": None}
         since = []
         for outcome in outcomes:
@@ -4141,7 +4136,7 @@ class History:
         return {
             **found,
             "failing_since": min(since, default=None),
-            "queries": used,
+            "queries": queries,
             "recent": recent,
         }
 
@@ -4349,7 +4344,9 @@ def list_targets(application: Application, request: Request) -> Response:
         expected = "a header Host with a host and perhaps a port, or -web.external-address"
         raise RequestError(400, f'expected {expected}, found "{excerpt(address)}"')
     groups = []
-    for module in filter(operator.attrgetter("discovery"), application.modules.values()):
+    for module in application.modules.values():
+        if not module.discovery:
+            continue
         params = module.discovery.params
         labels = {
             "__metrics_path__": prefix + application.options["web.proxy-path"],
@@ -4369,7 +4366,8 @@ def list_targets(application: Application, request: Request) -> Response:
             added = dict(zip(params, values))
             if added:  # also in instance, by which dashboards tell targets apart
                 added["instance"] = f"{address} {' '.join(values)}"
-            added.update({f"__param_{name}": added[name] for name in params})
+            for name in params:
+                added[f"__param_{name}"] = added[name]
             groups.append({"targets": [address], "labels": {**labels, **added}})
     return own_response(200, json.dumps(groups), media_type="application/json")
 
